@@ -1,0 +1,1 @@
+"""Region scorers: networks whose every output cell sees one small rectangle of the image."""

@@ -1,0 +1,1 @@
+"""Rules: integer score maps in, predictions and certificates out. Pure: no network, no files, no labels."""
