@@ -155,11 +155,15 @@ def _compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
 
 def _axis_windows(touched: np.ndarray, maximal: bool) -> tuple[np.ndarray, np.ndarray]:
     """The distinct (maximal) lines of `touched` in order of first appearance, and for each line one that contains it."""
-    _, first, line = np.unique(touched, axis=0, return_index=True, return_inverse=True)
+    # Neighbouring placements mostly reach the same regions; thousands of lines are few runs, and only those are sorted.
+    changes = np.ones(len(touched), dtype=bool)
+    changes[1:] = (touched[1:] != touched[:-1]).any(1)
+    runs, run_of = touched[changes], np.cumsum(changes) - 1
+    _, first, line = np.unique(runs, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    distinct, line = touched[first[order]], rank[line.reshape(-1)]
+    distinct, line = runs[first[order]], rank[line.reshape(-1)][run_of]
     if not maximal:
         return distinct, line
     counts = distinct.astype(np.int64)

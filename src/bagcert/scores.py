@@ -82,11 +82,21 @@ class ScoreMap:
         """The class with the largest sum; among equals the lowest index."""
         return lowest_argmax(self.class_sums)
 
-    @cached_property
-    def exact_scores(self) -> Tensor:
-        """The scores in the float type that holds every sum the rules form exactly."""
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """The float type that holds every sum the rules form exactly."""
         rows, cols = self.grid.map_size
-        return self.scores.to(exact_dtype(self.span, rows * cols))
+        return exact_dtype(self.span, rows * cols)
+
+    def levels(self, images: slice | Tensor = slice(None)) -> Tensor:
+        """`scores - low` of some images, from 0 to `span`, in `exact_dtype`.
+
+        Differences between classes are those of the scores, and sums stay exact however far `low` is from 0.
+        """
+        scores = self.scores[images]
+        if max(abs(self.low), abs(self.high)) < 2**24:
+            return scores.to(self.exact_dtype) - self.low
+        return (scores.long() - self.low).to(self.exact_dtype)
 
     def transposed(self) -> "ScoreMap":
         """The same map with rows and columns swapped."""
@@ -99,7 +109,9 @@ def quantize(z: Tensor, scale: float) -> Int[Tensor, "batch classes rows cols"]:
     >>> quantize(torch.tensor([[[[0.26, float("inf"), float("nan")]]]]), 10.0).flatten().tolist()
     [3, 2047, -2047]
     """
-    scaled = torch.nan_to_num(z.float() * scale, nan=-FIXED_POINT_LIMIT, posinf=FIXED_POINT_LIMIT, neginf=-FIXED_POINT_LIMIT)
+    scaled = torch.nan_to_num(
+        z.float() * scale, nan=-FIXED_POINT_LIMIT, posinf=FIXED_POINT_LIMIT, neginf=-FIXED_POINT_LIMIT
+    )
     return scaled.round().clamp(-FIXED_POINT_LIMIT, FIXED_POINT_LIMIT).to(torch.int16)
 
 
@@ -110,7 +122,7 @@ def binarize(z: Tensor) -> Int[Tensor, "batch classes rows cols"]:
 
 def lowest_argmax(values: Tensor) -> Tensor:
     """The index of the largest value along dimension 1, the lowest among equals: the package's one tie rule."""
-    return values.argmax(1)
+    return values.max(1).indices  # the first of equal maxima, like argmax, and several times as fast on CPUs
 
 
 def tie_penalty(prediction: Int[Tensor, " batch"], classes: int) -> Int[Tensor, "batch classes"]:
@@ -169,4 +181,6 @@ def _check_counting(device_type: str) -> None:
     for scale in (1, 4 * 2 * FIXED_POINT_LIMIT):
         found = (row @ (ones * scale) @ row.T).item()
         if found != (side * side - 1) * scale:
-            raise BagcertError(f"device {device_type} counts {found} where {(side * side - 1) * scale} is right; its sums are not exact")
+            raise BagcertError(
+                f"device {device_type} counts {found} where {(side * side - 1) * scale} is right: not exact"
+            )

@@ -68,7 +68,9 @@ class PatchThreatModel:
             allowed = np.ascontiguousarray(self.allowed, dtype=bool)
             if allowed.shape != (height, width):
                 found = "x".join(map(str, allowed.shape))
-                raise UsageError(f"the mask of allowed placements must be {height}x{width} px like the image, got {found}")
+                raise UsageError(
+                    f"the mask of allowed placements must be {height}x{width} px like the image, got {found}"
+                )
             object.__setattr__(self, "allowed", allowed)
         object.__setattr__(self, "shapes", tuple(shapes))
         if not self.notation:
@@ -105,7 +107,7 @@ class PatchThreatModel:
         if isinstance(text, PatchThreatModel):
             if text.image_size != tuple(image_size):
                 raise UsageError(
-                    f"the threat model is for images of {_size(text.image_size)} px, the image has {_size(image_size)} px"
+                    f"the threat model is for {_size(text.image_size)} px images, the image has {_size(image_size)} px"
                 )
             return text
         if isinstance(text, tuple | list):

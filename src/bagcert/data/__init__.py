@@ -1,1 +1,66 @@
-"""Datasets: images, labels and class names."""
+"""Datasets: images, labels and class names. Adding one is one file and one line in a table below."""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bagcert.data.cifar10 import is_pickles, load_cifar10, load_pickles
+from bagcert.data.digits import load_digits
+from bagcert.data.folder import load_folder
+from bagcert.data.image_set import ImageSet
+from bagcert.data.parquet import is_parquet, load_parquet
+from bagcert.data.torch_dataset import from_torch
+from bagcert.errors import UsageError
+
+__all__ = ["DATASETS", "LAYOUTS", "ImageSet", "from_torch", "load_dataset"]
+
+DATASETS: dict[str, Callable[[str, int], ImageSet]] = {
+    "digits": load_digits,
+    "cifar10": lambda split, seed: load_cifar10(split),
+}
+"""Datasets with a name: (split, seed) -> ImageSet."""
+
+LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str], ImageSet]]] = {
+    "Parquet files": (is_parquet, load_parquet),
+    "the pickles of CIFAR-10": (is_pickles, load_pickles),
+    "class folders": (Path.is_dir, load_folder),
+}
+"""What a path may lead to: is it this? and (path, split) -> ImageSet; the first that says yes."""
+
+
+def load_dataset(spec: Any, split: str = "test", limit: int | None = None, seed: int = 0) -> ImageSet:
+    """Loads a dataset by name, from a path, or around a torch dataset.
+
+    Args:
+        spec: a name in DATASETS; a path to a folder of class folders, a Parquet file, glob or folder, or a folder
+            with the original pickles of CIFAR-10; or a torch dataset of (image, label). `./digits` is a path.
+        split: which part; sources without parts have the one split "all" and ignore it.
+        limit: take the first images only, in dataset order; the others are not decoded.
+        seed: of the split of datasets that come without one.
+
+    Raises:
+        UsageError: an unknown name, a path that does not exist, no such split, limit < 1.
+        UnreadableError: files that are missing, broken or of another form; no images; labels outside the classes.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"a limit must be at least 1 image, got {limit}")
+    return _load(spec, split, seed).take(limit)
+
+
+def _load(spec: Any, split: str, seed: int) -> ImageSet:
+    if not isinstance(spec, str | Path):
+        return from_torch(spec)
+    if spec in DATASETS:
+        return DATASETS[str(spec)](split, seed)
+    path = Path(spec).expanduser()
+    for recognizes, load in LAYOUTS.values():
+        if str(spec) and recognizes(path):
+            return load(path, split)
+    known = ", ".join(DATASETS)
+    if str(spec) and os.path.exists(path):
+        raise UsageError(f"{spec} is not a dataset: it must be {known}, or a path to {', '.join(LAYOUTS)}")
+    nearest = difflib.get_close_matches(str(spec), DATASETS, 1)
+    hint = f", did you mean {nearest[0]}?" if nearest else ""
+    raise UsageError(f"there is no dataset or path {str(spec)!r}{hint} Known names: {known}; or give a path")

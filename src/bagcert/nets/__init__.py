@@ -1,1 +1,89 @@
 """Region scorers: networks whose every output cell sees one small rectangle of the image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from torch import nn
+
+from bagcert.errors import UsageError
+from bagcert.nets.bagnet import BagNet
+from bagcert.nets.region_resnet import RegionResNet
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A named member of a family of nets.
+
+    Attributes:
+        build: (classes, width, depth, padded) to a module that maps normalized images to region scores.
+        image_size: (height_px, width_px) it is meant for; other sizes work.
+        width, depth: what is used when a recipe does not say.
+        receptive_field_px, stride_px: declared; a test measures them.
+        summary: one line for tables.
+    """
+
+    build: Callable[[int, int, int, bool], nn.Module]
+    image_size: tuple[int, int]
+    width: int
+    depth: int
+    receptive_field_px: int
+    stride_px: int
+    summary: str
+
+
+def _resnet(stem: tuple[tuple[int, int, float], ...], looks_around: int) -> Callable[[int, int, int, bool], nn.Module]:
+    """`depth` residual blocks, of which `looks_around` evenly spaced ones have a 3x3 kernel."""
+
+    def build(classes: int, width: int, depth: int, padded: bool) -> nn.Module:
+        if depth < looks_around:
+            raise UsageError(f"this architecture needs a depth of at least {looks_around} blocks, got {depth}")
+        step = depth / looks_around if looks_around else 0
+        around = {int((i + 0.5) * step) for i in range(looks_around)}
+        return RegionResNet(classes, width, stem, tuple(3 if i in around else 1 for i in range(depth)), padded)
+
+    return build
+
+
+def _bagnet(receptive_field: int) -> Callable[[int, int, int, bool], nn.Module]:
+    def build(classes: int, width: int, depth: int, padded: bool) -> nn.Module:
+        return BagNet(classes, width, receptive_field, depth / 16)
+
+    return build
+
+
+_S1 = ((3, 1, 1.0),)
+_S2 = ((3, 1, 0.5), (4, 2, 1.0))
+_S2_RF8 = ((3, 1, 0.25), (4, 2, 1.0), (2, 1, 1.0))
+_S4 = ((3, 1, 0.25), (4, 2, 0.5), (4, 2, 1.0))
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "resnet-rf3": Architecture(_resnet(_S1, 0), (8, 8), 64, 3, 3, 1, "stride 1, 1x1 blocks only"),
+    "resnet-rf5": Architecture(_resnet(_S1, 1), (32, 32), 64, 4, 5, 1, "stride 1, one 3x3 block"),
+    "resnet-rf7": Architecture(_resnet(_S1, 2), (32, 32), 64, 4, 7, 1, "stride 1, two 3x3 blocks"),
+    "resnet-rf9": Architecture(_resnet(_S1, 3), (32, 32), 64, 5, 9, 1, "stride 1, three 3x3 blocks"),
+    "resnet-rf11": Architecture(_resnet(_S1, 4), (32, 32), 64, 6, 11, 1, "stride 1, four 3x3 blocks"),
+    "resnet-rf13": Architecture(_resnet(_S1, 5), (32, 32), 64, 6, 13, 1, "stride 1, five 3x3 blocks"),
+    "resnet-rf6s2": Architecture(_resnet(_S2, 0), (32, 32), 128, 4, 6, 2, "stride 2, 1x1 blocks only"),
+    "resnet-rf8s2": Architecture(_resnet(_S2_RF8, 0), (32, 32), 128, 4, 8, 2, "stride 2, a 2x2 then 1x1 blocks"),
+    "resnet-rf10s2": Architecture(_resnet(_S2, 1), (32, 32), 128, 4, 10, 2, "stride 2, one 3x3 block"),
+    "resnet-rf14s2": Architecture(_resnet(_S2, 2), (32, 32), 128, 5, 14, 2, "stride 2, two 3x3 blocks"),
+    "resnet-rf12s4": Architecture(_resnet(_S4, 0), (64, 64), 192, 5, 12, 4, "stride 4, 1x1 blocks only"),
+    "resnet-rf20s4": Architecture(_resnet(_S4, 1), (64, 64), 192, 5, 20, 4, "stride 4, one 3x3 block"),
+    "bagnet9": Architecture(_bagnet(9), (224, 224), 64, 16, 9, 8, "BagNet-9"),
+    "bagnet17": Architecture(_bagnet(17), (224, 224), 64, 16, 17, 8, "BagNet-17"),
+    "bagnet33": Architecture(_bagnet(33), (224, 224), 64, 16, 33, 8, "BagNet-33"),
+}
+
+
+def get_architecture(name: str) -> Architecture:
+    """The named architecture.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in ARCHITECTURES:
+        near = get_close_matches(name, ARCHITECTURES, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(ARCHITECTURES)}"
+        raise UsageError(f"there is no architecture {name!r}{hint}")
+    return ARCHITECTURES[name]

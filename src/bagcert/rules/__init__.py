@@ -1,1 +1,82 @@
-"""Rules: integer score maps in, predictions and certificates out. Pure: no network, no files, no labels."""
+"""Rules: integer score maps in, predictions and certificates out. Pure: no network, no files, no labels.
+
+A new rule is one module with a function `(ScoreMap, PatchThreatModel) -> Certificate` and one line in `RULES`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from torch import Tensor
+
+from bagcert.certificate import Certificate
+from bagcert.errors import UsageError
+from bagcert.rules import detection, double_masking, levine_feizi, vote
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to turn a score map into an answer with a proof.
+
+    Attributes:
+        name: as in recipes and on the command line.
+        certify: the certificate of every image of a score map, its deployed prediction included.
+        predict: the deployed prediction alone, int64 [batch]; the same as that of `certify`.
+        guarantee: "recovery" (no attack changes the answer) or "detection" (none does without an alert).
+        summary: one line.
+    """
+
+    name: str
+    certify: Callable[[ScoreMap, PatchThreatModel], Certificate]
+    predict: Callable[[ScoreMap, PatchThreatModel], Tensor]
+    guarantee: str
+    summary: str
+
+
+def plain_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Tensor:
+    """The class with the largest sum over all regions, whatever the threat."""
+    return score_map.predict()
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule("vote", vote.vote, plain_prediction, "recovery", "class sums that no single window can overturn"),
+        Rule(
+            "levine-feizi",
+            levine_feizi.levine_feizi,
+            plain_prediction,
+            "recovery",
+            "class sums further apart than any patch has regions; weaker than vote, for comparison",
+        ),
+        Rule(
+            "double-masking",
+            double_masking.double_masking,
+            double_masking.double_masking_prediction,
+            "recovery",
+            "the same answer with any two windows left out; certifies more than vote",
+        ),
+        Rule(
+            "detection",
+            detection.detection,
+            plain_prediction,
+            "detection",
+            "the same answer with any one window left out; an attack may cause an alert instead of a wrong answer",
+        ),
+    )
+}
+
+
+def get_rule(name: str) -> Rule:
+    """The rule of that name.
+
+    Raises:
+        UsageError: there is none; names the nearest and all of them.
+    """
+    if name in RULES:
+        return RULES[name]
+    nearest = get_close_matches(name.lower().replace("_", "-"), RULES, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise UsageError(f"there is no rule {name!r}; {hint}Rules: {', '.join(RULES)}")

@@ -1,0 +1,5 @@
+"""`python -m bagcert`."""
+
+from bagcert.cli import main
+
+main()

@@ -1,0 +1,94 @@
+"""`bagcert certify`."""
+
+from typing import Annotated
+
+import typer
+
+from bagcert.cli.console import fail, print_json, progress, stdout, warn
+from bagcert.cli.options import Device, Dtype, Fit, Json, Patches, Placements, Rules
+
+
+def certify(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Image files, or folders of them.")],
+    model: Annotated[str, typer.Option(help="A shipped model, a model folder, or a hub id (owner/name).")] = "default",
+    patch: Patches = None,
+    rule: Rules = None,
+    placements: Placements = None,
+    fit: Fit = "squash",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    json: Json = False,
+) -> None:
+    """Classify images and prove, for each, which patches cannot change the answer.
+
+    Patches and placements ([top, left, height, width]) are in pixels of the image file as stored.
+    """
+    from dataclasses import asdict
+
+    from bagcert.defenses.bagcert import load
+    from bagcert.engines.local import FileError, FileVerdict, certify_files, image_files
+    from bagcert.records import SCHEMA_VERSION
+
+    files = image_files(images)
+    loaded = load(model, device, dtype)
+    verdicts: list[FileVerdict] = []
+    errors: list[FileError] = []
+    with progress("certifying") as report:
+        for found in certify_files(loaded, files, patch or (), rule or (), fit, placements):
+            if isinstance(found, FileError):
+                errors.append(found)
+                warn(found.error)
+            else:
+                verdicts.append(found)
+            report(len(verdicts) + len(errors), len(files))
+    if json:
+        print_json(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "model": loaded.name,
+                "weights_sha256": loaded.weights_sha256,
+                "images": len(verdicts),
+                "results": [asdict(verdict) for verdict in verdicts],
+                "errors": [asdict(error) for error in errors],
+            }
+        )
+    else:
+        _print(verdicts)
+    if errors:
+        fail(f"{len(errors)} of {len(files)} inputs could not be read", 5)
+
+
+def _print(verdicts: list) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for column in (
+        "image",
+        "size, px",
+        "class",
+        "patch",
+        "rule",
+        "certified",
+        "margin",
+        "worst placement",
+        "largest, px",
+    ):
+        table.add_column(column, overflow="fold")
+    for verdict in verdicts:
+        for i, result in enumerate(verdict.results):
+            first = i == 0
+            table.add_row(
+                verdict.source if first else "",
+                "x".join(map(str, verdict.size_px)) if first else "",
+                verdict.class_name if first else "",
+                result.threat,
+                result.rule,
+                "[green]yes[/]" if result.certified else "[red]no[/]",
+                str(result.margin),
+                str(result.worst_placement),
+                str(verdict.largest_certifiable_px) if first else "",
+            )
+    if verdicts:
+        console = stdout()
+        console.print(table)
+        console.print("largest: side of the largest square for which a defence built for it certifies the same class")

@@ -1,0 +1,100 @@
+"""What every command shares: where text goes, how progress looks, the table of results."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bagcert.records import RunInfo
+
+WIDTH_WHEN_PIPED = 120
+
+
+class Report(Protocol):
+    """Tells a progress bar where the work stands."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Done so far, of how many, and a short note."""
+
+
+def stdout() -> Console:
+    """For results."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH_WHEN_PIPED, highlight=False, soft_wrap=False)
+
+
+def stderr() -> Console:
+    """For progress and errors."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def fail(sentence: str, exit_code: int) -> NoReturn:
+    """One sentence on stderr, and out."""
+    stderr().print(f"[bold red]Error:[/] {_escaped(sentence)}")
+    sys.exit(exit_code)
+
+
+def warn(sentence: str) -> None:
+    """One sentence on stderr."""
+    stderr().print(f"[yellow]Warning:[/] {_escaped(sentence)}")
+
+
+def print_json(value: Any) -> None:
+    """The machine-readable result, alone on stdout."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Report]:
+    """A progress bar on stderr with the time left; silent when stderr is no terminal."""
+    console = stderr()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None, note="")
+
+        def report(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, **({"note": note} if note else {}))
+
+        yield report
+
+
+def print_results(info: RunInfo) -> None:
+    """The table of an evaluation."""
+    table = Table(title=f"{info.model} on {info.data} ({info.split}, {info.images:,} images)", title_justify="left")
+    table.add_column("patch")
+    table.add_column("rule")
+    for column in ("clean", "certified", "certified, 95 % interval", "seconds"):
+        table.add_column(column, justify="right")
+    for row in info.results:
+        low, high = row.interval95["certified_accuracy"]
+        table.add_row(
+            row.threat,
+            row.rule,
+            f"{row.clean_accuracy:.1%}",
+            f"{row.certified_accuracy:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{row.seconds:.2f}",
+        )
+    console = stdout()
+    console.print(table)
+    seconds = info.seconds
+    console.print(
+        f"forward pass {seconds['forward']:.1f} s, loading {seconds['load']:.1f} s, {seconds['total']:.1f} s in all "
+        f"({info.device}, {info.dtype}, {info.threads} threads)"
+    )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,35 @@
+"""Options that several commands share, with the one help text of each."""
+
+from typing import Annotated
+
+import typer
+
+Patches = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--patch",
+        metavar="PATCH",
+        help="The attacker's patch, in pixels: 5, 2x8 (height x width), 2%, 5+2x8 (either), area:25 (any rectangle of "
+        "at most 25 px), 2*5 (two patches). Repeat for several rows. Default: the model's own.",
+    ),
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        metavar="RULE",
+        help="vote, levine-feizi, double-masking or detection. Repeat for several rows. Default: the model's own.",
+    ),
+]
+Placements = Annotated[
+    str | None,
+    typer.Option(metavar="MASK.png", help="An image whose white part is where patches may lie. Default: anywhere."),
+]
+Fit = Annotated[str, typer.Option(help="How images of another size reach the network: squash or center-crop.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16 arithmetic in the network; rules are exact in both.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+FailUnder = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Exit with 3 if the certified accuracy of any row is below this fraction."),
+]

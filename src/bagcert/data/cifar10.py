@@ -1,0 +1,176 @@
+"""CIFAR-10 from the Hugging Face hub, or from its original pickles (Krizhevsky 2009), read without running them."""
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bagcert.data.image_set import ArraySource, ImageSet
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.images import Photo, read_image
+
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+HUB_ID = "uoft-cs/cifar10"
+_FILES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
+_INNER_FOLDER = "cifar-10-batches-py"
+_MAX_FILE_BYTES = 1 << 28
+
+
+def load_cifar10(split: str = "test") -> ImageSet:
+    """CIFAR-10 from the hub: 50,000 images in `train`, 10,000 in `test`; downloaded once, then from its cache.
+
+    Raises:
+        UsageError: another split, or `datasets` is not installed.
+        UnreadableError: the hub cannot be reached and the set is not in the cache.
+    """
+    _check_split("cifar10", split)
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            'cifar10 comes from the Hugging Face hub, which needs: pip install "bagcert[hub]"; '
+            "or give a folder with its Parquet files or its original pickles"
+        ) from None
+    try:
+        table = datasets.load_dataset(HUB_ID, split=split).cast_column("img", datasets.Image(decode=False))
+        labels = np.asarray(table["label"], dtype=np.int64)
+    except Exception as error:  # the hub's clients raise many kinds, none of them common to all
+        raise UnreadableError(
+            f"CIFAR-10 cannot be fetched from the hub ({HUB_ID}): {_first_line(error)}; "
+            "check the network, or give a folder with its Parquet files or its original pickles"
+        ) from error
+
+    def read(row: int) -> Photo:
+        return read_image(table[row]["img"]["bytes"], f"cifar10 {split} image {row}")
+
+    return ImageSet("cifar10", split, labels, CLASS_NAMES, read)
+
+
+def is_pickles(path: Path) -> bool:
+    """A folder with the original batches in it, or in the folder the original archive unpacks to."""
+    return any((_batches(path) / file).is_file() for files in _FILES.values() for file in files)
+
+
+def load_pickles(path: Path, split: str = "test") -> ImageSet:
+    """CIFAR-10 from `data_batch_1` to `data_batch_5` and `test_batch`, in `path` or `path/cifar-10-batches-py`.
+
+    Raises:
+        UsageError: a split other than train and test.
+        UnreadableError: a file that is missing, truncated, of another form, or that names anything to run.
+    """
+    _check_split(str(path), split)
+    pixels, labels = zip(*(_read_batch(_batches(path) / file) for file in _FILES[split]), strict=True)
+    return ImageSet(
+        str(path), split, np.concatenate(labels), CLASS_NAMES, ArraySource(np.concatenate(pixels), f"{path} {split}")
+    )
+
+
+def _batches(path: Path) -> Path:
+    return path / _INNER_FOLDER if (path / _INNER_FOLDER).is_dir() else path
+
+
+def _check_split(name: str, split: str) -> None:
+    if split not in _FILES:
+        raise UsageError(f"{name} has no split {split!r}; it has train and test")
+
+
+def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise UnreadableError(f"{path} is larger than any batch of CIFAR-10")
+        batch = _RestrictedUnpickler(path.read_bytes()).load()
+    except UnreadableError:
+        raise
+    except FileNotFoundError:
+        raise UnreadableError(f"there is no file {path}") from None
+    except Exception as error:  # a broken pickle can fail in any way
+        raise UnreadableError(f"{path} cannot be read as a CIFAR-10 batch: {_first_line(error)}") from error
+    batch = {_text(key): value for key, value in batch.items()} if isinstance(batch, dict) else {}
+    data, labels = batch.get("data"), batch.get("labels")
+    pixels = data.array if isinstance(data, _Array) else None
+    if pixels is None or pixels.ndim != 2 or pixels.shape[1] != 3072:
+        raise UnreadableError(f"{path} is not a CIFAR-10 batch: it has no `data` of uint8 [images, 3072]")
+    classes = range(len(CLASS_NAMES))
+    if not isinstance(labels, list) or not all(type(label) is int and label in classes for label in labels):
+        raise UnreadableError(f"{path} is not a CIFAR-10 batch: it has no list `labels` of integers from 0 to 9")
+    if len(labels) != len(pixels):
+        raise UnreadableError(f"{path} is not a CIFAR-10 batch: it has {len(pixels)} images and {len(labels)} labels")
+    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), np.asarray(labels, dtype=np.int64)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _text(key: object) -> object:
+    return key.decode("latin1") if isinstance(key, bytes) else key
+
+
+class _DType:
+    """Stands in for numpy.dtype and remembers its name."""
+
+    def __init__(self, name: object, *_: object) -> None:
+        self.name = _text(name)
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and alignment: without meaning for bytes."""
+
+
+class _Array:
+    """Stands in for numpy.ndarray: uint8 alone, checked before numpy sees it."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        if not isinstance(dtype, _DType) or dtype.name not in ("u1", "uint8") or not isinstance(raw, bytes):
+            raise pickle.UnpicklingError("its array is not of uint8")
+        self.array = np.frombuffer(raw, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+def _from_buffer(raw: object, dtype: object, shape: object, order: object) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(raw) if isinstance(raw, bytes | bytearray) else None))
+    return array
+
+
+def _encode(text: object, encoding: object) -> bytes:
+    """How Python 3 writes bytes into the older protocols."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError(f"it encodes text as {encoding!r}")
+    return text.encode("latin1")
+
+
+_ALLOWED: dict[tuple[str, str], Callable] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Arrays, bytes, text, numbers, lists and dicts. A pickle names functions to call; none that it names is called.
+
+    Every name it may use leads to a stand-in of this module; any other name is an error.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+
+    def find_class(self, module: str, name: str) -> Callable:
+        """The stand-in for an allowed name."""
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not run")
+        return _ALLOWED[module, name]

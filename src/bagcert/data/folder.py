@@ -1,0 +1,84 @@
+"""Images in class folders: `root/class/image.jpg`, or `root/split/class/image.jpg`."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bagcert.data.image_set import ImageSet
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.images import Photo, read_image
+
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jp2", ".mpo")
+EXTENSIONS = (*_JPEG, ".avif", ".bmp", ".gif", ".ico", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def load_folder(path: Path, split: str = "test") -> ImageSet:
+    """The images of class folders, sorted by class name, then by file name.
+
+    `root/class/*.jpg` has one split, "all", which is given whatever the split asked for. With `root/split/class/*.jpg`
+    the classes are those of all splits together, so that a label means the same in each. Files are told by their
+    extension; hidden files and folders, and folders inside class folders, are left out.
+
+    Raises:
+        UnreadableError: not a folder, no class folders, no images, a folder that may not be listed.
+        UsageError: no such split.
+    """
+    if not path.is_dir():
+        raise UnreadableError(f"{path} is neither a folder of class folders nor a Parquet file")
+    folders = _folders(path)
+    flat = any(_images(path / folder) for folder in folders)
+    splits = {} if flat else {folder: classes for folder in folders if (classes := _folders(path / folder))}
+    if splits:
+        if split not in splits:
+            raise UsageError(f"{path} has no split {split!r}; it has {', '.join(splits)}")
+        class_names = sorted(set().union(*splits.values()))
+        root = path / split
+    elif folders:
+        class_names, root, split = folders, path, "all"
+    else:
+        inside = "images but no class folders" if _images(path) else "no class folders"
+        raise UnreadableError(f"{path} has {inside}; images are looked for in {path}/CLASS/ and {path}/SPLIT/CLASS/")
+    files, labels = [], []
+    for label, name in enumerate(class_names):
+        found = _images(root / name)
+        files += [root / name / file for file in found]
+        labels += [label] * len(found)
+    if not files:
+        raise UnreadableError(f"the class folders of {root} ({', '.join(class_names)[:100]}) hold no images")
+    return ImageSet(str(path), split, np.asarray(labels, dtype=np.int64), tuple(class_names), _Files(tuple(files)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    files: tuple[Path, ...]
+
+    def __call__(self, row: int) -> Photo:
+        return read_image(self.files[row])
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The image files anywhere below a folder, sorted; hidden ones and links to folders are left out."""
+    found = [folder / name for name in _images(folder) if not (folder / name).is_dir()]
+    for name in _folders(folder):
+        if not (folder / name).is_symlink():
+            found += images_below(folder / name)
+    return found
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableError(f"the folder {folder} cannot be listed: {error.strerror}") from error
+
+
+def _folders(folder: Path) -> list[str]:
+    return [name for name in _names(folder) if os.path.isdir(folder / name)]
+
+
+def _images(folder: Path) -> list[str]:
+    return [name for name in _names(folder) if name.lower().endswith(EXTENSIONS)]

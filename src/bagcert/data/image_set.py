@@ -1,0 +1,215 @@
+"""ImageSet: what every dataset is to the rest of the package. Images are decoded when they are asked for."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+from jaxtyping import Float, Int64, UInt8
+
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.images import Photo
+
+_CHUNK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images, labels and class names of one split, in a fixed order.
+
+    Attributes:
+        name: the dataset, as the user wrote it.
+        split: which part of it; "all" where it has no parts.
+        labels: int64 [images], indices into `class_names`.
+        class_names: one per class.
+        source: image number -> Photo; called from several threads.
+        rows: int64 [images], the number under which `source` knows each image; None for 0, 1, 2, ...
+
+    Raises:
+        UnreadableError: no image, or a label outside the classes.
+    """
+
+    name: str
+    split: str
+    labels: Int64[np.ndarray, " images"]
+    class_names: tuple[str, ...]
+    source: Callable[[int], Photo]
+    rows: Int64[np.ndarray, " images"] | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.labels):
+            raise UnreadableError(f"{self.name} has no images in split {self.split!r}")
+        outside = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))
+        if len(outside):
+            raise UnreadableError(
+                f"{self.name}: image {outside[0]} has label {self.labels[outside[0]]}, but labels must be 0 to "
+                f"{len(self.class_names) - 1} ({len(outside)} of {len(self.labels)} are not)"
+            )
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self.labels)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Photo]:
+        """The images with these indices, decoded in parallel.
+
+        Raises:
+            UnreadableError: the first image that cannot be read.
+            UsageError: an index outside the set.
+        """
+        photos: list[Photo] = []
+        for photo in self.read_each(indices):
+            if isinstance(photo, UnreadableError):
+                raise photo
+            photos.append(photo)
+        return photos
+
+    def read_each(self, indices: Sequence[int] | np.ndarray) -> list[Photo | UnreadableError]:
+        """Like `read`, with the error in place of each image that cannot be read."""
+        return _in_threads(self._read_one, self._checked(indices))
+
+    def array(
+        self, prepare: Callable[[Photo], np.ndarray] | None = None
+    ) -> UInt8[np.ndarray, "images height width rgb"]:
+        """All images in one array; without `prepare` the result is kept for the next call.
+
+        Args:
+            prepare: Photo -> uint8 [height, width, 3], such as `Preprocessing.apply`, for images of various sizes.
+
+        Raises:
+            UsageError: the images differ in size or are turned by EXIF, and there is no `prepare`.
+            UnreadableError: the first image that cannot be read.
+        """
+        return self._array if prepare is None else self._stack(prepare)
+
+    def take(self, limit: int | None) -> "ImageSet":
+        """The first `limit` images, or all with None or a limit beyond the end.
+
+        Raises:
+            UsageError: limit < 1.
+        """
+        if limit is None:
+            return self
+        if limit < 1:
+            raise UsageError(f"a limit must be at least 1 image, got {limit}")
+        return self if limit >= len(self) else self.subset(np.arange(limit))
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "ImageSet":
+        """The images with these indices, in this order.
+
+        Raises:
+            UsageError: an index outside the set.
+            UnreadableError: no index at all.
+        """
+        chosen = self._checked(indices)
+        return replace(self, labels=self.labels[chosen], rows=self._rows[chosen])
+
+    def split_off(self, fraction: float, seed: int = 0) -> "tuple[ImageSet, ImageSet]":
+        """The set in two parts, (rest, validation), the same for the same seed.
+
+        The validation part holds round(fraction * images) of the images, and of each class that share of its images
+        up to one. Both parts keep the order of the set.
+
+        Raises:
+            UsageError: a fraction that leaves one part empty.
+        """
+        held = round(fraction * len(self)) if 0 < fraction < 1 else 0
+        if not 0 < held < len(self):
+            raise UsageError(f"a fraction of {fraction} of {len(self)} images leaves one part empty")
+        random = np.random.default_rng(seed)
+        order = random.permutation(len(self))
+        # Spread every class evenly over (0, 1); the lowest share of the whole is then a share of every class.
+        position = np.empty(len(self))
+        for label in range(len(self.class_names)):
+            members = order[self.labels[order] == label]
+            position[members] = (np.arange(len(members)) + random.random()) / max(len(members), 1)
+        validation = np.zeros(len(self), dtype=bool)
+        validation[np.argsort(position, kind="stable")[:held]] = True
+        rest = self.subset(np.flatnonzero(~validation))
+        return rest, replace(self.subset(np.flatnonzero(validation)), split="validation")
+
+    def class_weights(self) -> Float[np.ndarray, " classes"]:
+        """Float32 [classes]: inverse class frequencies with mean 1 over the classes present; 0 for those absent."""
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        inverse = np.divide(1.0, counts, out=np.zeros(len(counts)), where=counts > 0)
+        return (inverse / inverse[counts > 0].mean()).astype(np.float32)
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        return np.arange(len(self)) if self.rows is None else self.rows
+
+    @cached_property
+    def _array(self) -> np.ndarray:
+        return self._stack(_as_stored)
+
+    def _stack(self, prepare: Callable[[Photo], np.ndarray]) -> np.ndarray:
+        first = self.read([0])[0]
+        stack = np.empty((len(self), *prepare(first).shape), dtype=np.uint8)
+
+        def fill(index: int) -> UnreadableError | None:
+            photo = self._read_one(index)
+            if isinstance(photo, UnreadableError):
+                return photo
+            pixels = prepare(photo)
+            if pixels.shape != stack.shape[1:]:
+                raise UsageError(
+                    f"{self.name}: images differ in size: {photo.source} has {_size(pixels)} px, {first.source} has "
+                    f"{_size(stack[0])} px; bring them to one size with `array(prepare)`"
+                )
+            stack[index] = pixels
+            return None
+
+        for error in _in_threads(fill, np.arange(len(self))):
+            if error is not None:
+                raise error
+        return stack
+
+    def _read_one(self, index: int) -> Photo | UnreadableError:
+        try:
+            return self.source(int(self._rows[index]))
+        except UnreadableError as error:
+            return error
+
+    def _checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
+        outside = chosen[(chosen < 0) | (chosen >= len(self))]
+        if len(outside):
+            raise UsageError(f"{self.name} has images 0 to {len(self) - 1}, got index {outside[0]}")
+        return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Images already decoded: uint8 [images, height, width, 3]."""
+
+    pixels: UInt8[np.ndarray, "images height width rgb"]
+    name: str
+
+    def __call__(self, row: int) -> Photo:
+        """The image of that number."""
+        return Photo(self.pixels[row], source=f"{self.name} image {row}")
+
+
+def _as_stored(photo: Photo) -> np.ndarray:
+    if photo.orientation != 1:
+        raise UsageError(f"{photo.source} is turned by its EXIF orientation; turn it upright with `array(prepare)`")
+    return photo.pixels
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[0]}x{pixels.shape[1]}"
+
+
+def _in_threads(function: Callable, indices: np.ndarray) -> list:
+    """[function(i) for i in indices], on all cores; the decoders release the interpreter lock."""
+    if len(indices) <= 1:
+        return [function(int(i)) for i in indices]
+    chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
+    if len(indices) <= _CHUNK:  # few but perhaps large: one task each
+        chunks = np.array_split(indices, len(indices))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        done = pool.map(lambda chunk: [function(int(i)) for i in chunk], chunks)
+        return list(chain.from_iterable(done))

@@ -1,0 +1,1 @@
+"""Defences: what is deployed. Each has `predict` and `certify`, and neither takes a label."""

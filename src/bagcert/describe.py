@@ -1,0 +1,65 @@
+"""What a model is: geometry, size, cost, provenance, and what was measured of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bagcert.defenses.bagcert import model_folder
+from bagcert.errors import UnreadableError
+from bagcert.nets.model_folder import read_model, weights_sha256
+
+RESULTS = "results.json"
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A model's facts, ready for JSON.
+
+    `multiply_adds` are those of one image of the model's size; `results` are the rows of the evaluations kept
+    beside the weights.
+
+    Raises:
+        UsageError: no such model.
+        UnreadableError: its files are damaged.
+    """
+    folder = model_folder(name)
+    scorer, config = read_model(folder)
+    grid = scorer.grid()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        scorer(torch.zeros(1, scorer.channels, *scorer.image_size))
+    middle = len(grid.rows_seen) // 2
+    stride = int(grid.rows_seen[middle].argmax() - grid.rows_seen[middle - 1].argmax())
+    return {
+        "name": config.name,
+        "architecture": config.architecture,
+        "width": config.width,
+        "depth": config.depth,
+        "image_size_px": list(scorer.image_size),
+        "receptive_field_px": list(grid.receptive_field),
+        "stride_px": stride,
+        "region_grid": list(grid.map_size),
+        "classes": len(scorer.class_names),
+        "class_names": list(scorer.class_names),
+        "parameters": sum(parameter.numel() for parameter in scorer.parameters()),
+        "multiply_adds": counter.get_total_flops() // 2,
+        "head": config.head,
+        "rule": config.rule,
+        "patch": config.patch,
+        "weights_sha256": weights_sha256(folder),
+        "weights_bytes": (folder / "model.safetensors").stat().st_size,
+        "provenance": config.provenance,
+        "recipe": config.recipe,
+        "results": _results(folder / RESULTS),
+    }
+
+
+def _results(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return [{**row, "data": run["data"], "split": run["split"], "images": run["images"]} for row in run["results"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnreadableError(f"{path} is not the JSON of an evaluation: {error}") from None

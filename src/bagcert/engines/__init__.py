@@ -1,0 +1,1 @@
+"""Where the certification of many image files runs."""

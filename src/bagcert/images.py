@@ -1,0 +1,231 @@
+"""Reading image files safely, and batches of images as the networks take them.
+
+A `Photo` keeps the pixels as they are stored in the file, beside the EXIF orientation, because certificates speak
+of stored pixels. `as_batch` turns what users hold in arrays into the one form the networks take.
+"""
+
+import io
+import os
+import threading
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from bagcert.errors import UnreadableError, UsageError
+
+MAX_IMAGE_PIXELS = 100_000_000
+"""Images of more pixels are refused before they are decoded (100 Mpx, 300 MB of RGB)."""
+
+# Other formats Pillow knows run programs (EPS) or have no signature of their own (TGA).
+_FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "ICO")
+_ORIENTATION_TAG = 0x0112
+
+# Stored axes swapped, stored rows reversed, stored columns reversed, for each EXIF orientation.
+_TURNS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+
+_warnings_lock = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """One image as stored in its file.
+
+    Attributes:
+        pixels: uint8 [height, width, 3], RGB, not turned upright.
+        orientation: the EXIF orientation, 1 (upright) to 8.
+        source: where it comes from, for messages and records.
+
+    Raises:
+        UsageError: not uint8 [height, width, 3], or an orientation outside 1..8.
+    """
+
+    pixels: UInt8[np.ndarray, "height width rgb"]
+    orientation: int = 1
+    source: str = "image"
+
+    def __post_init__(self) -> None:
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 3 or self.pixels.shape[2] != 3 or not self.pixels.size:
+            raise UsageError(
+                f"{self.source}: pixels must be uint8 [height, width, 3], got {self.pixels.dtype} "
+                f"{list(self.pixels.shape)}"
+            )
+        if self.orientation not in _TURNS:
+            raise UsageError(f"{self.source}: an EXIF orientation is 1 to 8, got {self.orientation}")
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(height_px, width_px) as stored in the file."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    def upright(self) -> UInt8[np.ndarray, "height width rgb"]:
+        """The pixels as a viewer shows them: the EXIF orientation applied."""
+        swapped, rows_reversed, cols_reversed = turn(self.orientation)
+        pixels = self.pixels[:: -1 if rows_reversed else 1, :: -1 if cols_reversed else 1]
+        return np.ascontiguousarray(pixels.swapaxes(0, 1) if swapped else pixels)
+
+
+def turn(orientation: int) -> tuple[bool, bool, bool]:
+    """What an EXIF orientation does: (axes swapped, stored rows reversed, stored columns reversed).
+
+    The reversals come first, on the stored axes, the swap after them.
+
+    >>> turn(6)
+    (True, True, False)
+    """
+    if orientation not in _TURNS:
+        raise UsageError(f"an EXIF orientation is 1 to 8, got {orientation}")
+    return _TURNS[orientation]
+
+
+def read_image(image: str | Path | bytes | io.IOBase, name: str | None = None) -> Photo:
+    """Reads one image file of any common format and mode, and runs nothing that it names.
+
+    Grey, palette, CMYK and 1-bit images become RGB; 16-bit values keep their upper 8 bits; transparent pixels are
+    laid over white; of an animation the first frame counts. A broken EXIF block counts as orientation 1.
+
+    Args:
+        image: a path, the bytes of a file, or an open binary file.
+        name: what messages call it; by default the path.
+
+    Raises:
+        UnreadableError: missing, empty, truncated, not an image, a folder, of floating-point pixels, or of more
+            than MAX_IMAGE_PIXELS pixels.
+    """
+    if isinstance(image, str | Path):
+        name = name or str(image)
+        with _open_file(image, name) as file:
+            return _decode(file, name)
+    if isinstance(image, bytes):
+        name = name or f"image of {len(image)} bytes"
+        if not image:
+            raise UnreadableError(f"{name} is empty (0 bytes)")
+        image = io.BytesIO(image)
+    return _decode(image, name or str(getattr(image, "name", "image")))
+
+
+def as_batch(images: np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width"]:
+    """Images as the networks take them: float32 [batch, 3, height, width] in [0, 1].
+
+    Args:
+        images: numpy or torch; uint8 [batch, height, width, 3] in 0..255, or float [batch, 3, height, width] in
+            [0, 1]; one image without the batch axis counts as a batch of one. Tensors stay on their device.
+
+    Raises:
+        UsageError: another type, dtype or layout, no image or no pixel, values that are NaN or outside [0, 1].
+    """
+    if isinstance(images, np.ndarray):
+        if images.dtype.kind not in "uf":
+            raise UsageError(f"images must be uint8 or floating-point, got {images.dtype}")
+        if images.dtype.kind == "u" and images.dtype != np.uint8:
+            raise UsageError(f"integer images must be uint8, got {images.dtype}")
+        # torch warns of read-only memory and refuses negative strides and foreign byte orders.
+        native = np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("="))
+        images = torch.from_numpy(native if native.flags.writeable else native.copy())
+    if not isinstance(images, Tensor):
+        raise UsageError(f"images must be a numpy array or a torch tensor, got {type(images).__name__}")
+    if images.ndim == 3:
+        images = images[None]
+    if images.dtype == torch.uint8:
+        _check_layout(images, channels=3, expected="uint8 images must be [batch, height, width, 3] with values 0..255")
+        return images.permute(0, 3, 1, 2).float().div(255)
+    if not images.dtype.is_floating_point:
+        raise UsageError(f"images must be uint8 or floating-point, got {images.dtype}")
+    _check_layout(images, channels=1, expected="float images must be [batch, 3, height, width] with values in [0, 1]")
+    images = images.float()
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):  # false for NaN too
+        found = "NaN" if low != low or high != high else f"values from {low:g} to {high:g}"
+        raise UsageError(
+            f"float images must lie in [0, 1], found {found}; normalization is the network's first layer, leave it out"
+        )
+    return images
+
+
+def _check_layout(images: Tensor, channels: int, expected: str) -> None:
+    if images.ndim != 4 or images.shape[channels] != 3 or not images.numel():
+        raise UsageError(f"{expected}, got {list(images.shape)}")
+
+
+def _open_file(path: str | Path, name: str) -> io.BufferedReader:
+    try:
+        if os.path.isdir(path):
+            raise UnreadableError(f"{name} is a folder, not an image file")
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait forever
+            raise UnreadableError(f"{name} is not a regular file")
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        raise UnreadableError(f"there is no file {name}") from None
+    except (OSError, ValueError) as error:
+        raise UnreadableError(f"{name} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    if not os.fstat(file.fileno()).st_size:
+        file.close()
+        raise UnreadableError(f"{name} is empty (0 bytes)")
+    return file
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(known for known in _FORMATS if known in Image.OPEN)
+
+
+def _decode(file: io.IOBase, name: str) -> Photo:
+    try:
+        # Pillow warns of large images below our limit; the lock is there because filters are global.
+        with _warnings_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(cast(IO[bytes], file), formats=_formats())
+        with image:
+            width, height = image.size
+            if width * height > MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{height}x{width}")
+            image.load()
+            return Photo(_rgb(image, name), _orientation(image), name)
+    except UnreadableError:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableError(f"{name} is not an image ({', '.join(_formats())} can be read) or is cut short") from None
+    except Image.DecompressionBombError:
+        raise UnreadableError(f"{name} has more than {MAX_IMAGE_PIXELS:,} pixels and is refused") from None
+    except Exception as error:  # decoders raise whatever they trip over in a broken file
+        raise UnreadableError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode == "F":
+        raise UnreadableError(f"{name} has floating-point pixels, whose range is not known; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # I;16, I;16B; older Pillow opens 16-bit PNG as I
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise UnreadableError(f"{name} has pixels of more than 16 bits; save it with 8 or 16 bits")
+        grey = (values >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB") if image.mode != "RGB" else image)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a broken block of metadata does not make the pixels unreadable
+        return 1
+    return orientation if orientation in _TURNS else 1

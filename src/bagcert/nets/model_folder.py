@@ -1,0 +1,126 @@
+"""A model on disk: a folder with `model.safetensors` and `config.json`. Nothing in it is ever executed."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bagcert.errors import UnreadableError
+from bagcert.files import write_atomically
+from bagcert.nets import get_architecture
+from bagcert.nets.region_scorer import RegionScorer
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class ModelConfig(BaseModel):
+    """What `config.json` holds: how to build the net, what it is deployed as, and where it comes from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = FORMAT
+    name: str
+    architecture: str
+    width: int = Field(ge=1)
+    depth: int = Field(ge=1)
+    padded: bool = True
+    head: Literal["binary", "fixed-point"]
+    scale: float = Field(gt=0, allow_inf_nan=False)
+    mean: list[float]
+    std: list[float]
+    class_names: list[str] = Field(min_length=2)
+    image_size: tuple[int, int]
+    rule: str
+    patch: str
+    recipe: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+
+    def build(self) -> RegionScorer:
+        """The scorer with fresh weights."""
+        net = get_architecture(self.architecture).build(len(self.class_names), self.width, self.depth, self.padded)
+        return RegionScorer(net, self.class_names, self.image_size, self.head, self.scale, self.mean, self.std)
+
+
+def write_model(folder: Path, scorer: RegionScorer, config: ModelConfig) -> None:
+    """Writes both files, each whole or not at all.
+
+    Raises:
+        BagcertError: the folder cannot be written, or the weights are not finite.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer.state_dict().items()}
+    _require_finite(tensors, str(folder))
+    write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors))
+    write_atomically(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
+
+
+def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
+    """A trained scorer in eval mode, and its config.
+
+    Raises:
+        UnreadableError: a file is missing, truncated or not what it should be; tensors are missing, extra,
+            of another shape, or not finite.
+    """
+    config = read_config(folder)
+    path = folder / WEIGHTS
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UnreadableError(f"the model folder {folder} has no {WEIGHTS}") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UnreadableError(f"{path} is not a whole safetensors file: {error}") from None
+    scorer = config.build()
+    expected = scorer.state_dict()
+    for what, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has the unknown", tensors.keys() - expected.keys()),
+    ):
+        if names:
+            raise UnreadableError(f"{path} {what} tensor {sorted(names)[0]!r} (and {len(names) - 1} more)")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise UnreadableError(
+                f"tensor {name!r} in {path} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
+            )
+    _require_finite(tensors, str(path))
+    scorer.load_state_dict(tensors)
+    return scorer.eval(), config
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of a model folder.
+
+    Raises:
+        UnreadableError: it is missing or not valid.
+    """
+    path = folder / CONFIG
+    try:
+        config = ModelConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        get_architecture(config.architecture)
+    except OSError as error:
+        raise UnreadableError(
+            f"the model folder {folder} has no readable {CONFIG}: {error.strerror or error}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            error = ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}")
+        raise UnreadableError(f"{path} is not a model config: {error}") from None
+    return config
+
+
+def weights_sha256(folder: Path) -> str:
+    """The hash of the weights file, which names a model in records."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def _require_finite(tensors: dict[str, torch.Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not math.isfinite(tensor.float().abs().sum().item()):
+            raise UnreadableError(f"tensor {name!r} in {where} has values that are not finite")

@@ -1,0 +1,63 @@
+"""Residual nets with small receptive fields: a few convolutions that look around, and 1x1 blocks that think.
+
+The layout is BagCert's (Metzen & Yatsura, ICLR 2021, section 4: ResNet-like blocks in which most 3x3
+convolutions are replaced by 1x1), with the receptive field spelled out by the kernels.
+"""
+
+from torch import Tensor, nn
+
+
+def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> list[nn.Module]:
+    """A convolution and its batch norm, side by side so that they can be folded into one."""
+    return [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), nn.BatchNorm2d(outputs)]
+
+
+class Residual(nn.Module):
+    """`relu(x + f(x))` with `f` = kxk convolution, ReLU, 1x1 convolution; without padding `x` is cropped to fit."""
+
+    def __init__(self, width: int, kernel: int, padded: bool) -> None:
+        super().__init__()
+        self.crop = 0 if padded else kernel // 2
+        padding = kernel // 2 if padded else 0
+        self.body = nn.Sequential(
+            *conv_bn(width, width, kernel, padding=padding), nn.ReLU(inplace=True), *conv_bn(width, width, 1)
+        )
+        self.activation = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, width, rows, cols] to the same, `crop` cells smaller at each side."""
+        crop = self.crop
+        kept = x[:, :, crop:-crop, crop:-crop] if crop else x
+        return self.activation(self.body(x) + kept)
+
+
+class RegionResNet(nn.Sequential):
+    """Stem convolutions, residual blocks, and a 1x1 classifier for every region.
+
+    Args:
+        classes: output channels.
+        width: channels of the residual blocks.
+        stem: (kernel, stride, share of `width`) of each stem convolution.
+        blocks: kernel of each residual block.
+        padded: zero padding ("same" maps), or none (every region sees real pixels only).
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        stem: tuple[tuple[int, int, float], ...],
+        blocks: tuple[int, ...],
+        padded: bool = True,
+    ) -> None:
+        layers: list[nn.Module] = []
+        channels = 3
+        for kernel, stride, share in stem:
+            outputs = max(8, round(width * share))
+            # An even kernel at stride 1 has no symmetric padding, so it runs without.
+            padding = (kernel - 1) // 2 if padded and (kernel % 2 or stride > 1) else 0
+            layers += [*conv_bn(channels, outputs, kernel, stride, padding), nn.ReLU(inplace=True)]
+            channels = outputs
+        layers += [Residual(width, kernel, padded) for kernel in blocks]
+        layers.append(nn.Conv2d(width, classes, 1))
+        super().__init__(*layers)

@@ -1,0 +1,166 @@
+"""A network with its geometry, its head and its class names: images in [0,1] in, integer score maps out."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from bagcert.errors import UnsoundError, UsageError
+from bagcert.grid import RegionGrid
+from bagcert.images import as_batch
+from bagcert.nets.geometry import derive_grid
+from bagcert.nets.probe import check_locality
+from bagcert.scores import FIXED_POINT_LIMIT, ScoreMap, binarize, quantize
+
+Head = Literal["binary", "fixed-point"]
+HEADS: tuple[Head, ...] = ("binary", "fixed-point")
+PIXELS_AT_ONCE = 2**18  # 256 images of 32x32: large enough for speed, small enough for caches and memory
+
+
+class Normalize(nn.Module):
+    """`(x - mean) / std` per channel, inside the network so that sizes and ranges are the user's."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, channels, height, width] in [0, 1] to the same, normalized."""
+        return (x - self.mean) / self.std
+
+
+class RegionScorer(nn.Module):
+    """A region scorer: `forward` gives the real-valued map `z`, `score_map` the integers that rules see.
+
+    Args:
+        net: maps normalized images [batch, channels, height, width] to [batch, classes, rows, cols]; every
+            layer must be local. Its geometry is derived from its layers when first needed.
+        class_names: one per output channel.
+        image_size: (height_px, width_px) the net is meant for.
+        head: "binary" (scores `[z > 0]`, range [0, 1]) or "fixed-point" (`clip(round(z * scale), ±2047)`).
+        scale: of the fixed-point head.
+        mean, std: per channel, applied as the first layer.
+
+    Source: Metzen & Yatsura, ICLR 2021, section 3; METHOD section 2 of the design notes.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        class_names: Sequence[str],
+        image_size: tuple[int, int],
+        head: Head = "fixed-point",
+        scale: float = 1.0,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        if head not in HEADS:
+            raise UsageError(f"a head is one of {', '.join(HEADS)}; got {head!r}")
+        if not scale > 0:
+            raise UsageError(f"the scale of the fixed-point head must be positive, got {scale}")
+        self.normalize = Normalize(mean, std)
+        self.net = net
+        self.class_names = tuple(class_names)
+        self.image_size = tuple(image_size)
+        self.head = head
+        self.scale = float(scale)
+        self.autocast_dtype: torch.dtype | None = None
+        self._grids: dict[tuple[int, int], RegionGrid] = {}
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        class_names: Sequence[str],
+        image_size: tuple[int, int],
+        head: Head = "fixed-point",
+        scale: float = 1.0,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> "RegionScorer":
+        """A region scorer from any module that maps images to [batch, classes, rows, cols].
+
+        The geometry is derived from the layers, then measured with NaN and perturbation probes.
+
+        Raises:
+            UnsoundError: a layer is not local (it is named), or the module reaches beyond its derived geometry.
+            UsageError: the module cannot be traced, or its output does not fit `class_names`.
+        """
+        scorer = cls(module, class_names, image_size, head, scale, mean, std).eval()
+        grid = scorer.grid()
+        report = check_locality(scorer, scorer.image_size, grid)
+        if report.largest_leak > 0:
+            raise UnsoundError(
+                f"scores outside a patch's reach moved by {report.largest_leak:g} in a perturbation test; "
+                "certificates need a module whose far outputs do not change at all"
+            )
+        outputs = scorer(torch.zeros(1, scorer.channels, *scorer.image_size)).shape[1]
+        if outputs != len(scorer.class_names):
+            raise UsageError(f"the module has {outputs} output channels for {len(scorer.class_names)} class names")
+        return scorer
+
+    @property
+    def channels(self) -> int:
+        """Image channels."""
+        return self.normalize.mean.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.normalize.mean.device
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
+        """Real-valued scores `z` [batch, classes, rows, cols] of images in [0, 1]."""
+        return self.net(self.normalize(images))
+
+    def grid(self, image_size: tuple[int, int] | None = None) -> RegionGrid:
+        """Which pixels each region sees, for images of (height_px, width_px); derived from the layers."""
+        size = self.image_size if image_size is None else tuple(image_size)
+        if size not in self._grids:
+            self._grids[size] = derive_grid(self.net, size)
+        return self._grids[size]
+
+    def real_scores(self, images: object) -> Float[Tensor, "batch classes rows cols"]:
+        """`z` in float32, in eval mode, without gradients, in the dtype the scorer was loaded for."""
+        batch = as_batch(images)
+        if self.training:
+            self.eval()  # batch norm on batch statistics would leak across the map
+        dtype = self.autocast_dtype
+        parts = batch.split(max(1, PIXELS_AT_ONCE // (batch.shape[2] * batch.shape[3])))
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            scores = [self(part.to(self.device, memory_format=torch.channels_last)).float() for part in parts]
+        return torch.cat(scores)
+
+    def score_map(self, images: object) -> ScoreMap:
+        """The integer score map of a batch.
+
+        Args:
+            images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1]; numpy or torch.
+        """
+        batch = as_batch(images)
+        return self.to_scores(self.real_scores(batch), tuple(batch.shape[2:]))
+
+    def to_scores(self, z: Float[Tensor, "batch classes rows cols"], image_size: tuple[int, int]) -> ScoreMap:
+        """The head: integers with their range and geometry, from real scores of images of `image_size`."""
+        if self.head == "binary":
+            return ScoreMap(binarize(z), 0, 1, self.grid(image_size))
+        return ScoreMap(quantize(z, self.scale), -FIXED_POINT_LIMIT, FIXED_POINT_LIMIT, self.grid(image_size))
+
+    def fold_batch_norm(self) -> "RegionScorer":
+        """Folds every batch norm into the convolution before it, in place; for inference only."""
+        self.eval()
+        for module in list(self.net.modules()):
+            if isinstance(module, nn.Sequential):
+                names = list(module._modules)
+                for name, following in pairwise(names):
+                    first, second = module._modules[name], module._modules[following]
+                    if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                        module._modules[name] = fuse_conv_bn_eval(first, second)
+                        module._modules[following] = nn.Identity()
+        return self

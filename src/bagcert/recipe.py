@@ -1,0 +1,194 @@
+"""Recipes: everything a training run needs to be repeated, as validated TOML."""
+
+import tomllib
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bagcert.errors import UnreadableError, UsageError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(_Section):
+    """Which images, and how many of them are held out to choose by."""
+
+    name: str = "digits"
+    validation: float = Field(0.1, gt=0, lt=1, description="share of the training set held out")
+    split_seed: int = 0
+    class_weights: bool = Field(False, description="weigh classes by inverse frequency")
+
+
+class ModelSection(_Section):
+    """The region scorer."""
+
+    architecture: str = "resnet-rf10s2"
+    width: int | None = Field(None, ge=8, description="the architecture's own when absent")
+    depth: int | None = Field(None, ge=1)
+    padded: bool = True
+    image_size: tuple[int, int] | None = Field(None, description="images are squashed to it; their own when absent")
+    head: Literal["binary", "fixed-point"] = "fixed-point"
+
+
+class DefenseSection(_Section):
+    """What the model is deployed as: its default rule and patch, also what training aims at."""
+
+    rule: str = "double-masking"
+    patch: str = "5"
+
+
+class LossSection(_Section):
+    """The objective, METHOD section 4."""
+
+    name: Literal["margin", "smooth-margin", "double-masking"] = "double-masking"
+    margin: float = Field(0.4, gt=0, le=1, description="M of the two margin losses")
+    temperature: float = Field(12.0, gt=0, description="tau of the smooth margin loss")
+    full_weight: float = Field(0.3, ge=0, description="weight of the unmasked term of the double-masking loss")
+    one_hot_penalty: float = Field(0.0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class OptimizerSection(_Section):
+    """Optimizer and schedule: linear warm-up, then cosine to zero."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="for sgd")
+    warmup: float = Field(0.2, ge=0, lt=1, description="share of all steps")
+    gradient_clip: float | None = Field(None, gt=0)
+
+
+class AugmentSection(_Section):
+    """Batched augmentation on the device."""
+
+    crop: int = Field(2, ge=0, description="px of padding before the random crop")
+    crop_mode: Literal["reflect", "zero"] = "reflect"
+    flip: bool = True
+    cutout: int = Field(0, ge=0, description="side in px of a square painted grey; 0 for none")
+
+
+class TrainSection(_Section):
+    """The loop."""
+
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(128, ge=2)
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average that ships; 0 for none")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    seed: int = 0
+    validate_every: int = Field(1, ge=1, description="epochs")
+    validate_images: int = Field(1000, ge=1)
+    checkpoint_every: int = Field(200, ge=1, description="steps")
+
+
+class Recipe(_Section):
+    """A whole training run. `name` becomes the model's name."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    defense: DefenseSection = DefenseSection()
+    loss: LossSection = LossSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    augment: AugmentSection = AugmentSection()
+    train: TrainSection = TrainSection()
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, every value written out."""
+        lines = [f"name = {_toml(self.name)}"]
+        for section, values in self.model_dump(exclude_none=True).items():
+            if isinstance(values, dict):
+                lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
+        return "\n".join(lines) + "\n"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes in the package, by name."""
+    folder = Path(str(resources.files("bagcert"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A shipped recipe by name, or a TOML file, with `section.key=value` overrides applied.
+
+    Raises:
+        UsageError: unknown recipe, key or value; the nearest known name is given.
+        UnreadableError: the file is missing or not TOML.
+    """
+    shipped = shipped_recipes()
+    path = shipped.get(name_or_file, Path(name_or_file))
+    if name_or_file not in shipped and path.suffix != ".toml":
+        raise UsageError(f"there is no recipe {name_or_file!r}{_nearest(name_or_file, shipped)}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnreadableError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UnreadableError(f"the recipe {path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(values)
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """A validated recipe.
+
+    Raises:
+        UsageError: naming the key, what was given and what was expected.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise UsageError(f"a recipe has no key {where!r}{_nearest(where, _keys())}") from None
+        raise UsageError(f"recipe key {where}: {first['msg'].lower()}, got {first.get('input')!r}") from None
+
+
+def _keys() -> list[str]:
+    keys = ["name"]
+    for section, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            keys += [f"{section}.{key}" for key in field.annotation.model_fields]
+    return keys
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """`a.b=c` into nested dicts; `c` is read as TOML where it is TOML, as text otherwise."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"an override is written section.key=value, got {override!r}")
+    if key not in _keys():
+        raise UsageError(f"a recipe has no key {key!r}{_nearest(key, _keys())}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[last] = str(value) if last in ("patch", "name") else value
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return repr(value)

@@ -1,0 +1,104 @@
+"""Rows and runs as they are written: plain data, standard library only."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bagcert.certificate import Certificate
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one rule says of one image against one threat."""
+
+    rule: str
+    patch: list[int] | None
+    threat: str
+    prediction: int
+    certified: bool
+    margin: int
+    worst_placement: list[Any]
+
+    @classmethod
+    def each(cls, certificate: "Certificate") -> "list[Record]":
+        """One record per image of a certificate."""
+        patch = certificate.threat.patch
+        threat = str(certificate.threat)
+        columns = (certificate.prediction, certificate.certified, certificate.margin, certificate.worst_placement)
+        return [
+            cls(certificate.rule, None if patch is None else list(patch), threat, *values)
+            for values in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """All verdicts on one image of a data set."""
+
+    index: int
+    label: int
+    results: list[Record]
+
+    def to_json(self) -> str:
+        """One line of JSONL."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rule against one threat over a data set. Accuracies are fractions of all images."""
+
+    rule: str
+    patch: list[int] | None
+    threat: str
+    clean_accuracy: float
+    certified_accuracy: float
+    certified_share: float
+    interval95: dict[str, list[float]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A whole evaluation, as `bagcert evaluate --json` prints it."""
+
+    model: str
+    weights_sha256: str
+    data: str
+    split: str
+    images: int
+    limit: int | None
+    device: str
+    backend: str
+    dtype: str
+    threads: int
+    versions: dict[str, str]
+    seconds: dict[str, float]
+    results: list[Row]
+    repeat: int = 1
+    batch_size: int = 0
+    peak_memory_mib: int = 0
+    command: str = ""
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON, the schema version first."""
+        values = asdict(self)
+        return {"schema_version": values.pop("schema_version"), **values}
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> list[float]:
+    """Wilson's score interval of a proportion; 95 % by default. Wilson, JASA 1927.
+
+    >>> [round(bound, 4) for bound in wilson_interval(60, 100)]
+    [0.502, 0.6906]
+    """
+    share = successes / trials
+    center = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return [max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)]

@@ -1,0 +1,114 @@
+"""Double masking on the score map: leaving out a window is a subtraction, so all masked labels cost one forward pass."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bagcert.certificate import Certificate
+from bagcert.rules.union_masking import union_double_masking, union_prediction
+from bagcert.rules.window_pairs import worst_pairs
+from bagcert.rules.windows import CHUNK_ELEMENTS, Windows, chunks, majority, per_image
+from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
+from bagcert.threat import PatchThreatModel
+
+
+def double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
+    """Certifies the double-masking prediction: every pair of masks leaves it on top.
+
+    margin = min over c != y and mask pairs m, m' of T_c - sum over (m or m') of (s_y - s_c) - 1[c < y], where y is
+    the deployed prediction (`double_masking_prediction`); at most -1 where some pair leaves no region.
+
+    Guarantee: sound (no patch of the threat changes the prediction of a certified image) and the margin is the
+    exact minimum over all pairs. `worst_placement` is [batch, 2, 4], a pair that attains it: always the same for
+    the same image and threat (for K patches [batch, 2K, 4]).
+
+    Source: Xiang et al., PatchCleanser, USENIX Security 2022, and PatchCURE, USENIX Security 2024; METHOD
+    section 3.2 of the design notes.
+
+    Raises:
+        UsageError: several patches lead to more mask unions than can be enumerated.
+    """
+    if threat.patches > 1:
+        return union_double_masking(score_map, threat)
+    windows = Windows.of(score_map, threat)
+    batch, device = len(score_map), score_map.scores.device
+    margin = torch.empty(batch, dtype=torch.int64, device=device)
+    prediction = torch.empty_like(margin)
+    pair = torch.empty(batch, 2, dtype=torch.int64, device=device)
+    with exact_arithmetic(device):
+        for images in chunks(batch, per_image(score_map, windows)):
+            levels = score_map.levels(images)
+            sums = windows.sums(levels)
+            label = _prediction(windows, levels, sums)
+            margin[images], pair[images] = worst_pairs(windows, levels, sums, label)
+            prediction[images] = label
+    if bool(windows.completed.any()):
+        margin.clamp_(max=-1)
+    return Certificate(prediction, margin >= 0, margin, windows.placements[pair], "double-masking", threat)
+
+
+def double_masking_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Int[Tensor, " batch"]:
+    """What the double-masking defence built for a threat answers on each image.
+
+    If the labels y(m) of all single masks agree, that label. Otherwise, with k the majority of the y(m) (the
+    lowest among equals): y(m) of the first mask m with y(m) != k whose pairs (m, m') all say y(m); else k. A mask
+    or pair that leaves no region has no label and agrees with nothing; without any label, the plain prediction.
+
+    Source: METHOD section 3.2 of the design notes.
+
+    Raises:
+        UsageError: several patches lead to more mask unions than can be enumerated.
+    """
+    if threat.patches > 1:
+        return union_prediction(score_map, threat)
+    windows = Windows.of(score_map, threat)
+    prediction = torch.empty(len(score_map), dtype=torch.int64, device=score_map.scores.device)
+    with exact_arithmetic(prediction.device):
+        for images in chunks(len(score_map), per_image(score_map, windows)):
+            levels = score_map.levels(images)
+            prediction[images] = _prediction(windows, levels, windows.sums(levels))
+    return prediction
+
+
+def _prediction(
+    windows: Windows, levels: Float[Tensor, "batch classes rows cols"], sums: Float[Tensor, "batch classes windows"]
+) -> Int[Tensor, " batch"]:
+    """The prediction from a chunk of levels and their sums over every window."""
+    total = levels.sum((2, 3))
+    first = lowest_argmax(total[..., None] - sums)
+    unlabelled = ~windows.keep | (windows.sizes == levels[0, 0].numel())
+    first = first.masked_fill(unlabelled, -1)
+    answer = majority(first, levels.shape[1], lowest_argmax(total))
+    # Disagreers in the order of (image, mask). A mask whose pairs include one without a label cannot pass.
+    open_ = (first >= 0) & (first != answer[:, None]) & ~windows.completed
+    image, mask = open_.nonzero(as_tuple=True)
+    label = first[image, mask]
+    # Most lose a pair to the majority label: one rival instead of all decides nearly every case.
+    regions = levels[0, 0].numel()
+    survives = torch.empty_like(image, dtype=torch.bool)
+    for rows in chunks(len(image), max(regions, len(windows))):
+        i, k, c = image[rows], label[rows], answer[image[rows]]
+        survives[rows] = _keeps_lead(windows, mask[rows], levels[i, k] - levels[i, c], (c < k).to(levels.dtype))
+    image, mask, label = image[survives], mask[survives], label[survives]
+    while len(image):  # in rounds: the next disagreer of every image still undecided
+        turn = torch.ones_like(image, dtype=torch.bool)
+        turn[1:] = image[1:] != image[:-1]
+        for rows in turn.nonzero()[:, 0].split(
+            max(1, CHUNK_ELEMENTS // (levels.shape[1] * max(regions, len(windows))))
+        ):
+            i, k = image[rows], label[rows]
+            penalty = tie_penalty(k, levels.shape[1]).to(levels.dtype)
+            passes = _keeps_lead(windows, mask[rows], levels[i, k][:, None] - levels[i], penalty).all(1)
+            answer[i[passes]] = k[passes]
+            open_[i[passes]] = False
+        rest = ~turn & open_[image, mask]
+        image, mask, label = image[rest], mask[rest], label[rest]
+    return answer
+
+
+def _keeps_lead(windows: Windows, mask: Tensor, lead: Float[Tensor, "rows *classes m n"], penalty: Tensor) -> Tensor:
+    """Is the lead outside `mask` and any second mask at least `penalty`?"""
+    outside = ~windows.masks[mask]
+    lead = lead * (outside if lead.ndim == 3 else outside[:, None])
+    worst = windows.without_gaps(windows.sums(lead), -torch.inf).amax(-1)
+    return lead.sum((-2, -1)) - worst >= penalty

@@ -1,0 +1,73 @@
+"""The vote certificate of BagCert: whatever happens inside one window, the class sums keep their order."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bagcert.certificate import Certificate
+from bagcert.rules.windows import Windows, chunks, per_image
+from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
+from bagcert.threat import PatchThreatModel
+
+
+def vote(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
+    """Certifies the plain sum: margin = min over windows R and c != y of T_c - sum_R(u + s_y - s_c) - 1[c < y].
+
+    Guarantee: exact for one patch (no tighter certificate of the plain sum exists from the score map alone);
+    for K patches a lower bound, since the union of K reaches costs at most the K largest window damages.
+    `worst_placement` is [batch, 4], for K patches [batch, K, 4], of the class with the smallest margin (the
+    lowest among equals); the last placement is repeated where there are fewer than K windows.
+
+    Source: Metzen & Yatsura, ICLR 2021, section 3; METHOD section 3.1 of the design notes.
+
+    Raises:
+        UsageError: the threat is for images of another size.
+    """
+    # With allowed placements a maximal window may hold more than any single reach, so the reaches themselves are used.
+    windows = Windows.of(score_map, threat, maximal=threat.allowed is None)
+    batch, device = len(score_map), score_map.scores.device
+    margin = torch.empty(batch, dtype=torch.int64, device=device)
+    prediction = torch.empty_like(margin)
+    worst = torch.empty(batch, threat.patches, dtype=torch.int64, device=device)
+    with exact_arithmetic(device):
+        for images in chunks(batch, per_image(score_map, windows)):
+            levels = score_map.levels(images)
+            sums = levels.sum((2, 3))
+            label = lowest_argmax(sums)
+            damage = _damage(windows, levels, label, score_map.span)
+            lead = _own(sums, label) - sums - tie_penalty(label, score_map.classes)
+            left = lead.long() - _largest(damage, threat.patches).long().sum(2)
+            left.scatter_(1, label[:, None], torch.iinfo(torch.int64).max)  # the label is no rival of itself
+            margin[images], rival = left.min(1)
+            worst[images] = _largest_first(windows, _own(damage, rival), threat.patches)
+            prediction[images] = label
+    placement = windows.placements[worst]
+    return Certificate(
+        prediction, margin >= 0, margin, placement[:, 0] if threat.patches == 1 else placement, "vote", threat
+    )
+
+
+def _own(values: Tensor, label: Tensor) -> Tensor:
+    """values[b, label[b]] with the class dimension kept for [batch, classes], dropped for [batch, classes, n]."""
+    own = values[torch.arange(len(values), device=values.device), label]
+    return own[:, None] if values.ndim == 2 else own
+
+
+def _damage(windows: Windows, levels: Tensor, label: Tensor, span: int) -> Float[Tensor, "batch classes windows"]:
+    """What an attacker takes from the lead over each class in each window: sum of u + s_y - s_c; 0 in gaps."""
+    sums = windows.sums(levels)
+    damage = (_own(sums, label) + span * windows.sizes)[:, None] - sums
+    return windows.without_gaps(damage, 0.0)  # damages are never negative
+
+
+def _largest(damage: Tensor, patches: int) -> Float[Tensor, "batch classes patches"]:
+    if patches == 1:
+        return damage.amax(2, keepdim=True)
+    return damage.topk(min(patches, damage.shape[2]), dim=2).values
+
+
+def _largest_first(windows: Windows, damage: Float[Tensor, "batch windows"], patches: int) -> Tensor:
+    """The windows [batch, patches] of the largest damages, the first among equals; the last repeated if too few."""
+    order = windows.without_gaps(damage, -1.0).sort(dim=1, descending=True, stable=True).indices
+    order = order[:, : min(patches, int(windows.keep.sum()))]
+    return torch.cat([order, order[:, -1:].expand(-1, patches - order.shape[1])], 1)

@@ -1,0 +1,161 @@
+"""The pair of windows that takes most from a lead, exactly and without trying every pair for every class.
+
+For one lead map D = s_y - s_c the pair maximum is max over m, m' of sum_{m or m'} D. Cheap bounds settle nearly
+every class of an image; what is left is searched by pairs of row windows. Within such a pair the sum is linear in
+three row sums of D, so that all pairs of column windows are one matrix product:
+
+    sum over (R x C) or (R' x C') of D = sum_{C} D[R only] + sum_{C or C'} D[R and R'] + sum_{C'} D[R' only]
+
+Nothing here assumes that windows are intervals. Source: METHOD section 3.2 of the design notes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bagcert.grid import WindowBlock
+from bagcert.rules.windows import CHUNK_ELEMENTS, Best, Windows, chunks
+from bagcert.scores import tie_penalty
+
+
+def worst_pairs(
+    windows: Windows,
+    levels: Float[Tensor, "batch classes rows cols"],
+    sums: Float[Tensor, "batch classes windows"],
+    label: Int[Tensor, " batch"],
+) -> tuple[Int[Tensor, " batch"], Int[Tensor, "batch 2"]]:
+    """The exact margin of `label` over all classes and window pairs, and a pair of windows that attains it.
+
+    Args:
+        levels: scores from 0 to span, in the exact float type; `sums` are theirs over every window.
+        label: the deployed prediction.
+
+    Returns:
+        margin int64, and window indices: of the best pair found greedily unless the search finds a worse one.
+    """
+    every = torch.arange(len(levels), device=levels.device)
+    classes = levels.shape[1]
+    lead = levels[every, label][:, None] - levels
+    base = lead.sum((2, 3)) - tie_penalty(label, classes)
+    base[every, label] = torch.inf  # the label is no rival of itself
+    removed = windows.without_gaps(sums[every, label][:, None] - sums, -torch.inf)
+    positive = windows.without_gaps(windows.sums(lead.clamp(min=0)), -torch.inf)
+    single, at = removed.max(2)
+    # sum over (m or m') <= sum over m + positive part of m'
+    floor = base - single - positive.amax(2)
+
+    left, rival = (base - single).min(1)
+    best = Best(left, at[every, rival][:, None].repeat(1, 2))
+    image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)
+    _greedy(windows, lead, base, single, at, image, rival, best)
+
+    open_ = floor[image, rival] < best.margin[image]
+    image, rival = image[open_], rival[open_]
+    for first, block in enumerate(windows.blocks):
+        for second in range(first, len(windows.blocks)) if len(image) else ():
+            table = _PairTable.of(block, windows.blocks[second], first == second, levels)
+            starts = windows.starts[first], windows.starts[second]
+            for rows in chunks(len(image), table.elements_each):
+                _search(table, starts, lead, base, removed, positive, image[rows], rival[rows], best)
+    return best.margin.long(), best.pair
+
+
+def _greedy(
+    windows: Windows,
+    lead: Tensor,
+    base: Tensor,
+    single: Tensor,
+    at: Tensor,
+    image: Tensor,
+    rival: Tensor,
+    best: Best,
+) -> None:
+    """For each row (image, rival): the strongest window, then the one that takes most of what is left."""
+    for rows in chunks(len(image), max(lead[0, 0].numel(), len(windows))):
+        i, c = image[rows], rival[rows]
+        first = at[i, c]
+        rest = lead[i, c] * ~windows.masks[first]
+        more, second = windows.without_gaps(windows.sums(rest), -torch.inf).max(1)
+        best.improve(i, base[i, c] - single[i, c] - more, torch.stack([first, second], 1))
+
+
+@dataclass(frozen=True, eq=False)
+class _PairTable:
+    """Row window pairs (i, j) and the column window pairs of two blocks.
+
+    Attributes:
+        first, second: the row windows of each pair.
+        rows: [3 * pairs, map rows], for each pair the rows of i only, of both, of j only.
+        cols: [3 * map columns, column pairs], stacked: columns of the first, of either, of the second.
+        keep: which column pairs are windows of both blocks; None if all.
+        widths: column windows of the two blocks.
+    """
+
+    first: Int[Tensor, " pairs"]
+    second: Int[Tensor, " pairs"]
+    rows: Float[Tensor, "3 pairs m"]
+    cols: Float[Tensor, "n3 colpairs"]
+    keep: Bool[Tensor, "pairs colpairs"] | None
+    widths: tuple[int, int]
+
+    @classmethod
+    def of(cls, block: WindowBlock, other: WindowBlock, same: bool, like: Tensor) -> "_PairTable":
+        """Within one block i <= j is enough, since column pairs come in both orders."""
+        rows, cols, keep = (torch.as_tensor(t, device=like.device) for t in (block.rows, block.cols, block.keep))
+        rows2, cols2, keep2 = (torch.as_tensor(t, device=like.device) for t in (other.rows, other.cols, other.keep))
+        pairs = torch.ones(len(rows), len(rows2), dtype=torch.bool, device=like.device)
+        i, j = (pairs.triu() if same else pairs).nonzero(as_tuple=True)
+        of_rows = torch.stack([rows[i] & ~rows2[j], rows[i] & rows2[j], rows2[j] & ~rows[i]])
+        a, b = torch.ones(len(cols), len(cols2), device=like.device).nonzero(as_tuple=True)
+        of_cols = torch.cat([cols[a], cols[a] | cols2[b], cols2[b]], 1).T.contiguous()
+        both = None if bool(keep.all() and keep2.all()) else keep[i][:, a] & keep2[j][:, b]
+        return cls(i, j, of_rows.to(like.dtype), of_cols.to(like.dtype), both, (len(cols), len(cols2)))
+
+    @property
+    def elements_each(self) -> int:
+        """Elements per lead map of the largest temporary."""
+        return len(self.first) * self.cols.shape[0]
+
+
+def _search(
+    table: _PairTable,
+    starts: tuple[int, int],
+    lead: Tensor,
+    base: Tensor,
+    removed: Tensor,
+    positive: Tensor,
+    image: Tensor,
+    rival: Tensor,
+    best: Best,
+) -> None:
+    """Tries every window pair of two blocks that could leave less than the best margin so far."""
+    widths = table.widths
+
+    def peaks(values: Tensor, which: int) -> Tensor:
+        """The maximum over the column windows of each row window, for each row."""
+        count = (table.first if which == 0 else table.second).max() + 1
+        part = values[image, rival, starts[which] : starts[which] + int(count) * widths[which]]
+        return part.unflatten(1, (int(count), widths[which])).amax(2)
+
+    i, j = table.first, table.second
+    ceiling = torch.minimum(
+        peaks(removed, 0)[:, i] + peaks(positive, 1)[:, j],
+        peaks(positive, 0)[:, i] + peaks(removed, 1)[:, j],
+    )
+    row, pair = (base[image, rival][:, None] - ceiling < best.margin[image][:, None]).nonzero(as_tuple=True)
+    if not len(row):
+        return
+    # [rows, 3, pairs, n]: row sums of the three parts of every pair of row windows
+    parts = (table.rows.flatten(0, 1) @ lead[image, rival]).unflatten(1, (3, len(i)))
+    for some in row.new_tensor(range(len(row))).split(max(1, CHUNK_ELEMENTS // table.cols.shape[1])):
+        r, p = row[some], pair[some]
+        taken = parts[r, :, p].flatten(1) @ table.cols
+        if table.keep is not None:
+            taken.masked_fill_(~table.keep[p], -torch.inf)
+        most, column = taken.max(1)
+        windows = torch.stack(
+            [starts[0] + i[p] * widths[0] + column // widths[1], starts[1] + j[p] * widths[1] + column % widths[1]], 1
+        )
+        best.improve(image[r], base[image[r], rival[r]] - most, windows)

@@ -1,0 +1,106 @@
+"""A training run on disk: its recipe, its metrics, and a checkpoint that is whole at every moment."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.files import write_atomically
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.recipe import Recipe
+
+CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.toml"
+
+
+class RunFolder:
+    """What a run needs to go on where it stopped.
+
+    Attributes:
+        step: optimizer steps done.
+        seconds: training time so far, over all resumptions.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        scorer: RegionScorer,
+        average: AveragedModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.scorer = scorer
+        self.average = average
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.step = 0
+        self.seconds = 0.0
+        self._metrics: list[str] = []
+
+    @property
+    def shipping(self) -> RegionScorer:
+        """The weights that would ship now: the average, or the last ones where the recipe keeps none."""
+        chosen: nn.Module = self.average.module if self.recipe.train.ema else self.scorer
+        assert isinstance(chosen, RegionScorer)
+        return chosen.eval()
+
+    def open(self, resume: bool) -> None:
+        """Starts a new run, or loads the checkpoint of one with the same recipe.
+
+        Raises:
+            UsageError: the folder holds a finished or another run, or there is nothing to resume.
+            UnreadableError: the checkpoint is damaged.
+        """
+        path = self.folder / CHECKPOINT
+        if not resume:
+            if path.exists():
+                raise UsageError(f"{self.folder} holds an unfinished run; go on with --resume or choose another --out")
+            write_atomically(self.folder / RECIPE, self.recipe.to_toml().encode())
+            write_atomically(self.folder / METRICS, b"")
+            return
+        if not path.exists():
+            raise UsageError(f"{self.folder} holds no unfinished run to resume")
+        written = (self.folder / RECIPE).read_text() if (self.folder / RECIPE).exists() else ""
+        if written != self.recipe.to_toml():
+            raise UsageError(f"the run in {self.folder} was started with another recipe; see its {RECIPE}")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.scorer.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.step, self.seconds, self._metrics = state["step"], state["seconds"], state["metrics"]
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+            raise UnreadableError(f"the checkpoint {path} is damaged: {str(error).splitlines()[0]}") from None
+        write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
+
+    def log(self, **values: float) -> None:
+        """Adds a line to the metrics."""
+        self._metrics.append(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **values}) + "\n")
+        write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
+
+    def save(self) -> None:
+        """Replaces the checkpoint, whole or not at all."""
+        buffer = io.BytesIO()
+        state = {
+            "model": self.scorer.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "metrics": self._metrics,
+        }
+        torch.save(state, buffer)
+        write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
+
+    def close(self) -> None:
+        """The run is finished: the checkpoint has done its work."""
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)

@@ -1,0 +1,209 @@
+"""The definitions of the design notes in plain numpy loops, sharing no code with the package.
+
+Slow and literal on purpose. A map is an integer array [classes, rows, cols]; a mask is a boolean [rows, cols].
+"""
+
+from itertools import combinations_with_replacement, product
+
+import numpy as np
+
+
+# ---------------------------------------------------------------- geometry
+
+
+def lines(seen, side):
+    """For each start of a run of `side` pixels: which regions see one of its pixels."""
+    return [tuple(bool(region[start : start + side].any()) for region in seen) for start in range(seen.shape[1] - side + 1)]
+
+
+def allowed_placements(image_size, shapes, allowed):
+    """(shape, top, left) of every admissible patch."""
+    height, width = image_size
+    found = []
+    for h, w in shapes:
+        for top in range(height - h + 1):
+            for left in range(width - w + 1):
+                if allowed is None or allowed[top : top + h, left : left + w].all():
+                    found.append(((h, w), top, left))
+    return found
+
+
+def reaches(rows_seen, cols_seen, shapes, allowed=None):
+    """R(l) for every admissible placement, straight from which region sees which pixel."""
+    found = []
+    for (h, w), top, left in allowed_placements((rows_seen.shape[1], cols_seen.shape[1]), shapes, allowed):
+        rows = rows_seen[:, top : top + h].any(1)
+        cols = cols_seen[:, left : left + w].any(1)
+        found.append((((h, w), top, left), np.outer(rows, cols)))
+    return found
+
+
+def _first_maximal(line, every):
+    """The first line, in order of placement, that contains this one and lies in no other."""
+    for other in every:
+        contains = all(b or not a for a, b in zip(line, other, strict=True))
+        maximal = not any(
+            third != other and all(b or not a for a, b in zip(other, third, strict=True)) for third in every
+        )
+        if contains and maximal:
+            return other
+    raise AssertionError("every line lies in a maximal one")
+
+
+def mask_set(rows_seen, cols_seen, shapes, allowed=None):
+    """The masks of the double-masking defence, in the order (shape, top, left)."""
+    masks = []
+    for shape in sorted(shapes):
+        rows, cols = lines(rows_seen, shape[0]), lines(cols_seen, shape[1])
+        found = set()
+        for _, top, left in allowed_placements((rows_seen.shape[1], cols_seen.shape[1]), [shape], allowed):
+            found.add((_first_maximal(rows[top], rows), _first_maximal(cols[left], cols)))
+        for row, col in sorted(found, key=lambda window: (rows.index(window[0]), cols.index(window[1]))):
+            masks.append(np.outer(row, col))
+    return masks
+
+
+def distinct_per_shape(rows_seen, cols_seen, shapes, allowed=None):
+    """Each reach once per shape."""
+    masks = []
+    for shape in sorted(shapes):
+        seen = set()
+        for _, mask in reaches(rows_seen, cols_seen, [shape], allowed):
+            if mask.tobytes() not in seen:
+                seen.add(mask.tobytes())
+                masks.append(mask)
+    return masks
+
+
+def unions(masks, patches):
+    """Every union of `patches` masks, repetition allowed."""
+    return [np.logical_or.reduce(chosen) for chosen in combinations_with_replacement(masks, patches)]
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def argmax(values):
+    """The lowest index of the largest value."""
+    best = 0
+    for index, value in enumerate(values):
+        if value > values[best]:
+            best = index
+    return best
+
+
+def plain_prediction(scores):
+    return argmax([int(scores[c].sum()) for c in range(len(scores))])
+
+
+def masked_prediction(scores, mask):
+    """The label from what a mask leaves over; None if it leaves nothing."""
+    if mask.all():
+        return None
+    return argmax([int(scores[c][~mask].sum()) for c in range(len(scores))])
+
+
+def double_masking_prediction(scores, masks):
+    first = [masked_prediction(scores, mask) for mask in masks]
+    labels = [label for label in first if label is not None]
+    if not labels:
+        return plain_prediction(scores)
+    if len(labels) == len(first) and len(set(labels)) == 1:
+        return labels[0]
+    majority = argmax([labels.count(c) for c in range(len(scores))])
+    for mask, label in zip(masks, first, strict=True):
+        if label is None or label == majority:
+            continue
+        if all(masked_prediction(scores, mask | other) == label for other in masks):
+            return label
+    return majority
+
+
+# ---------------------------------------------------------------- certificates: (prediction, margin)
+
+
+def _rivals(scores, label):
+    for c in range(len(scores)):
+        if c != label:
+            difference = scores[label].astype(np.int64) - scores[c].astype(np.int64)
+            yield c, difference, int(difference.sum()) - (1 if c < label else 0)
+
+
+def vote(scores, windows, low, high, patches=1):
+    label = plain_prediction(scores)
+    margins = []
+    for _, difference, lead in _rivals(scores, label):
+        damages = sorted((int((difference[w] + high - low).sum()) for w in windows), reverse=True)
+        margins.append(lead - sum(damages[:patches]))
+    return label, min(margins)
+
+
+def levine_feizi(scores, windows, low, high, patches=1):
+    label = plain_prediction(scores)
+    largest = max(int(w.sum()) for w in windows)
+    return label, min(lead for _, _, lead in _rivals(scores, label)) - 2 * (high - low) * patches * largest
+
+
+def double_masking(scores, masks):
+    label = double_masking_prediction(scores, masks)
+    margin = None
+    for c, difference, _ in _rivals(scores, label):
+        for first in masks:
+            for second in masks:
+                left = int(difference[~(first | second)].sum()) - (1 if c < label else 0)
+                margin = left if margin is None else min(margin, left)
+                if (first | second).all():
+                    margin = min(margin, -1)
+    return label, margin
+
+
+def double_masking_certified(scores, masks):
+    """METHOD's condition itself: every pair gives the deployed prediction."""
+    label = double_masking_prediction(scores, masks)
+    return all(masked_prediction(scores, a | b) == label for a in masks for b in masks)
+
+
+def detection(scores, masks):
+    label = plain_prediction(scores)
+    margin = None
+    for c, difference, _ in _rivals(scores, label):
+        for mask in masks:
+            left = int(difference[~mask].sum()) - (1 if c < label else 0)
+            margin = left if margin is None else min(margin, left)
+            if mask.all():
+                margin = min(margin, -1)
+    return label, margin
+
+
+def alert(scores, masks):
+    """Does detection raise the alarm?"""
+    label = plain_prediction(scores)
+    return any(masked_prediction(scores, mask) != label for mask in masks)
+
+
+# ---------------------------------------------------------------- attacks
+
+
+def every_content(scores, reach, low, high, limit=4096):
+    """The map under every content of a reach made of `low` and `high`; nothing if that is too many."""
+    cells = [(c, *cell) for c in range(len(scores)) for cell in np.argwhere(reach)]
+    if 2 ** len(cells) > limit:
+        return
+    for values in product((low, high), repeat=len(cells)):
+        attacked = scores.copy()
+        for cell, value in zip(cells, values, strict=True):
+            attacked[tuple(cell)] = value
+        yield attacked
+
+
+def one_class_up(scores, reach, low, high):
+    """The worst contents for sums: one class at `high`, all others at `low`; and everything alike."""
+    for c in range(len(scores)):
+        attacked = scores.copy()
+        attacked[:, reach] = low
+        attacked[c, reach] = high
+        yield attacked
+    for value in (low, high):
+        attacked = scores.copy()
+        attacked[:, reach] = value
+        yield attacked

@@ -1,0 +1,73 @@
+"""Class folders: both layouts, class order over splits, and folders that are none."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bagcert.data import load_dataset
+from bagcert.errors import UnreadableError, UsageError
+
+
+def _image(path: Path, value: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(path)
+    return path
+
+
+def test_class_folders_sorted_with_hidden_and_other_files_left_out(tmp_path: Path) -> None:
+    for number, name in enumerate(["dog/b.png", "dog/a.PNG", "cat/x.bmp", "cat/.hidden.png", ".git/z.png"]):
+        _image(tmp_path / name, number)
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    (tmp_path / "readme.md").write_text("no image")
+    images = load_dataset(tmp_path, "test")
+    assert images.class_names == ("cat", "dog")
+    assert images.split == "all"
+    assert images.labels.tolist() == [0, 1, 1]
+    assert images.array()[:, 0, 0, 0].tolist() == [2, 1, 0]
+    assert images.read([0])[0].source == str(tmp_path / "cat" / "x.bmp")
+
+
+def test_classes_are_those_of_all_splits(tmp_path: Path) -> None:
+    for name in ("train/ant/1.png", "train/bee/1.png", "train/cow/1.png", "test/bee/1.png", "test/cow/2.png"):
+        _image(tmp_path / name)
+    test = load_dataset(str(tmp_path), "test")
+    assert test.class_names == ("ant", "bee", "cow")
+    assert test.labels.tolist() == [1, 2]
+    assert load_dataset(str(tmp_path), "train").labels.tolist() == [0, 1, 2]
+    with pytest.raises(UsageError, match="no split 'val'; it has test, train"):
+        load_dataset(tmp_path, "val")
+
+
+def test_a_broken_image_is_named_and_the_limit_can_spare_it(tmp_path: Path) -> None:
+    _image(tmp_path / "a" / "1.png")
+    broken = tmp_path / "a" / "2.png"
+    broken.write_bytes(b"broken")
+    loop = tmp_path / "a" / "3.png"
+    loop.symlink_to(loop)
+    images = load_dataset(tmp_path)
+    with pytest.raises(UnreadableError, match=r"a/2\.png is not an image"):
+        images.read(range(3))
+    found = images.read_each(range(3))
+    assert [isinstance(each, UnreadableError) for each in found] == [False, True, True]
+    assert load_dataset(tmp_path, limit=1).array().shape == (1, 4, 6, 3)
+
+
+def test_folders_without_classes(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableError, match="has no class folders"):
+        load_dataset(tmp_path)
+    image = _image(tmp_path / "1.png")
+    with pytest.raises(UnreadableError, match="has images but no class folders"):
+        load_dataset(tmp_path)
+    image.unlink()
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(UnreadableError, match=r"\(cat\) hold no images"):
+        load_dataset(tmp_path)
+
+
+def test_loops_of_links_are_not_followed(tmp_path: Path) -> None:
+    _image(tmp_path / "cat" / "1.png")
+    (tmp_path / "cat" / "again").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    assert len(load_dataset(tmp_path)) == 1

@@ -1,0 +1,122 @@
+"""ImageSet: lazy reading, subsets, fixed splits, class weights."""
+
+import numpy as np
+import pytest
+
+from bagcert.data import ImageSet
+from bagcert.data.image_set import ArraySource
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.images import Photo
+from bagcert.preprocess import Preprocessing
+
+
+def _set(counts: tuple[int, ...] = (30, 20, 10)) -> ImageSet:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    labels = np.random.default_rng(5).permutation(labels)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 4, 6, 3), dtype=np.uint8)
+    return ImageSet("toy", "test", labels, tuple("abcdef"[: len(counts)]), ArraySource(pixels, "toy"))
+
+
+def test_reading_follows_the_indices() -> None:
+    images = _set()
+    photos = images.read([3, 1, 3])
+    np.testing.assert_array_equal([photo.pixels for photo in photos], images.array()[[3, 1, 3]])
+    assert photos[0].source == "toy image 3"
+    assert images.read([]) == []
+    assert images.array() is images.array()
+
+
+def test_subsets_keep_images_and_labels_together() -> None:
+    images = _set()
+    chosen = images.subset([7, 5, 50]).subset(np.array([2, 0]))
+    np.testing.assert_array_equal(chosen.array(), images.array()[[50, 7]])
+    np.testing.assert_array_equal(chosen.labels, images.labels[[50, 7]])
+    assert chosen.class_names == images.class_names
+
+
+def test_take_reads_no_more_than_it_takes() -> None:
+    images, read = _set(), []
+
+    def source(row: int) -> Photo:
+        read.append(row)
+        return images.source(row)
+
+    few = ImageSet("toy", "test", images.labels, images.class_names, source).take(5)
+    assert len(few) == 5
+    assert few.array().shape == (5, 4, 6, 3)
+    assert set(read) == set(range(5))
+    assert images.take(None) is images
+    assert len(images.take(10_000)) == 60
+    with pytest.raises(UsageError, match="at least 1 image, got 0"):
+        images.take(0)
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.25, 1 / 3, 0.5, 0.9])
+def test_splits_are_disjoint_complete_stratified_and_fixed(fraction: float) -> None:
+    images = _set((301, 57, 10))
+    rest, held = images.split_off(fraction, seed=3)
+    assert len(held) == round(fraction * len(images))
+    assert sorted([*rest.rows, *held.rows]) == list(range(len(images)))
+    assert list(rest.rows) == sorted(rest.rows)
+    assert (rest.split, held.split) == ("test", "validation")
+    counts = np.bincount(held.labels, minlength=3)
+    assert (np.abs(counts - fraction * np.array([301, 57, 10])) <= 1).all()
+    again = images.split_off(fraction, seed=3)[1]
+    np.testing.assert_array_equal(held.rows, again.rows)
+    assert list(held.rows) != list(images.split_off(fraction, seed=4)[1].rows)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, 0.001, 0.999, float("nan")])
+def test_a_split_leaves_no_part_empty(fraction: float) -> None:
+    with pytest.raises(UsageError, match="leaves one part empty"):
+        _set().split_off(fraction)
+
+
+def test_class_weights_are_inverse_frequencies_of_mean_one() -> None:
+    weights = _set((30, 20, 10)).class_weights()
+    np.testing.assert_allclose(weights * [30, 20, 10], (weights * [30, 20, 10])[0], rtol=1e-6)
+    assert weights.mean() == pytest.approx(1)
+    np.testing.assert_allclose(_set((10, 0, 10)).class_weights(), [1, 0, 1])
+
+
+def test_arrays_need_one_size_or_a_preparation() -> None:
+    sizes, labels = [(4, 4), (4, 4), (5, 4)], np.zeros(3, dtype=np.int64)
+    images = ImageSet(
+        "odd", "test", labels, ("a",), lambda row: Photo(np.full((*sizes[row], 3), row, np.uint8), source=f"f{row}")
+    )
+    with pytest.raises(UsageError, match="f2 has 5x4 px, f0 has 4x4 px"):
+        images.array()
+    assert images.array(Preprocessing((3, 3)).apply)[:, 0, 0, 0].tolist() == [0, 1, 2]
+    turned = ImageSet("odd", "test", labels[:1], ("a",), lambda row: Photo(np.zeros((4, 4, 3), np.uint8), 6, "f"))
+    with pytest.raises(UsageError, match="EXIF orientation"):
+        turned.array()
+
+
+def test_unreadable_images_are_raised_or_collected() -> None:
+    def source(row: int) -> Photo:
+        if row % 2:
+            raise UnreadableError(f"f{row} is broken")
+        return Photo(np.zeros((4, 4, 3), np.uint8))
+
+    images = ImageSet("some", "test", np.zeros(200, dtype=np.int64), ("a",), source)
+    with pytest.raises(UnreadableError, match="f1 is broken"):
+        images.read(range(200))
+    with pytest.raises(UnreadableError, match="f1 is broken"):
+        images.array()
+    found = images.read_each(range(200))
+    assert sum(isinstance(each, UnreadableError) for each in found) == 100
+    assert str(found[7]) == "f7 is broken"
+
+
+def test_bad_sets_are_refused() -> None:
+    images = _set()
+    with pytest.raises(UsageError, match="images 0 to 59, got index 60"):
+        images.read([0, 60])
+    with pytest.raises(UsageError, match="got index -1"):
+        images.subset([-1])
+    with pytest.raises(UnreadableError, match="has no images"):
+        images.subset([])
+    with pytest.raises(UnreadableError, match=r"image 1 has label 3, but labels must be 0 to 1 \(1 of 2"):
+        ImageSet("x", "test", np.array([0, 3]), ("a", "b"), images.source)
+    with pytest.raises(UnreadableError, match="image 0 has label -1"):
+        ImageSet("x", "test", np.array([-1, 0]), ("a", "b"), images.source)

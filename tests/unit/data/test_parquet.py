@@ -1,0 +1,147 @@
+"""Parquet shards: layouts, splits, row groups, and broken files."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from bagcert.data import load_dataset, parquet
+from bagcert.errors import UnreadableError, UsageError
+
+
+def _pixels(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 5, 4, 3), dtype=np.uint8)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _write(
+    path: Path,
+    pixels: np.ndarray,
+    labels: list,
+    column: str = "img",
+    nested: bool = True,
+    names: list[str] | None = None,
+    **options: object,
+) -> Path:
+    encoded = [_png(image) for image in pixels]
+    images = [{"bytes": each, "path": None} for each in encoded] if nested else encoded
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if nested else pa.binary()
+    table = pa.table({column: pa.array(images, kind), "label": pa.array(labels)})
+    if names:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("column", ["img", "image"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_columns_of_the_hub_and_plain_bytes(column: str, nested: bool, tmp_path: Path) -> None:
+    pixels = _pixels(7)
+    path = _write(tmp_path / "some.parquet", pixels, [0, 1, 2, 2, 1, 0, 3], column, nested, row_group_size=3)
+    images = load_dataset(path)
+    np.testing.assert_array_equal(images.array(), pixels)
+    assert images.labels.tolist() == [0, 1, 2, 2, 1, 0, 3]
+    assert images.class_names == ("0", "1", "2", "3")
+    assert images.split == "all"
+    assert images.read([4])[0].source == f"{path} row 1 of row group 1"
+
+
+def test_shards_of_a_split_in_order_with_names_from_the_schema(tmp_path: Path) -> None:
+    names = ["cat", "dog", "owl"]
+    _write(tmp_path / "test-00001-of-00002.parquet", _pixels(2, 1), [1, 1], names=names)
+    _write(tmp_path / "test-00000-of-00002.parquet", _pixels(3, 0), [0, 0, 1], names=names)
+    _write(tmp_path / "train.parquet", _pixels(1, 2), [0], names=names)
+    images = load_dataset(tmp_path, "test")
+    np.testing.assert_array_equal(images.array(), np.concatenate([_pixels(3, 0), _pixels(2, 1)]))
+    assert images.labels.tolist() == [0, 0, 1, 1, 1]
+    assert images.class_names == ("cat", "dog", "owl")
+    assert len(load_dataset(tmp_path, "train")) == 1
+    assert len(load_dataset(f"{tmp_path}/test-*.parquet")) == 5
+    with pytest.raises(UsageError, match="no split 'validation'; its Parquet files are of the splits test, train"):
+        load_dataset(tmp_path, "validation")
+    with pytest.raises(UnreadableError, match="no file matches"):
+        load_dataset(f"{tmp_path}/val-*.parquet")
+
+
+def test_row_groups_are_dropped_when_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 1)
+    pixels = _pixels(9)
+    images = load_dataset(_write(tmp_path / "some.parquet", pixels, [0] * 9, row_group_size=2))
+    np.testing.assert_array_equal(images.array(), pixels)
+    assert len(images.source._kept) == 1
+    np.testing.assert_array_equal(images.read([8])[0].pixels, pixels[8])
+
+
+def test_a_limit_leaves_later_row_groups_unread(tmp_path: Path) -> None:
+    path = _write(tmp_path / "some.parquet", _pixels(9), [0] * 9, row_group_size=2)
+    images = load_dataset(path, limit=3)
+    assert images.array().shape[0] == 3
+    assert set(images.source._kept) == {0, 1}
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "some.parquet"
+    pq.write_table(pa.table({"image": pa.array([b"no image", None, b""]), "label": [0, 0, 0]}), path)
+    found = load_dataset(path).read_each([0, 1, 2])
+    for row, message in enumerate(["is not an image", "has no image bytes", "is empty"]):
+        assert str(found[row]).startswith(f"{path} row {row} {message}")
+
+
+def _tables() -> dict[str, tuple[pa.Table, str]]:
+    png = _png(_pixels(1)[0])
+    return {
+        "no label": (pa.table({"image": [png]}), "no integer column 'label'; its columns are image"),
+        "text label": (pa.table({"image": [png], "label": ["cat"]}), r"no integer column.*label \(string\)"),
+        "no image": (pa.table({"picture": [png], "label": [0]}), r"no image column \(image or img\).*picture, label"),
+        "list image": (pa.table({"image": [[1, 2]], "label": [0]}), "must hold encoded images as bytes"),
+        "null label": (pa.table({"image": [png, png], "label": [0, None]}), "1 of 2 labels are missing"),
+        "negative label": (pa.table({"image": [png, png], "label": [0, -1]}), "image 1 has label -1"),
+        "no rows": (pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}), "no images"),
+    }
+
+
+@pytest.mark.parametrize("case", _tables())
+def test_other_tables_are_refused(case: str, tmp_path: Path) -> None:
+    table, message = _tables()[case]
+    pq.write_table(table, tmp_path / "test-0.parquet")
+    with pytest.raises(UnreadableError, match=message):
+        load_dataset(tmp_path)
+
+
+def test_labels_outside_the_named_classes_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path / "test.parquet", _pixels(2), [0, 2], names=["a", "b"])
+    with pytest.raises(UnreadableError, match="image 1 has label 2, but labels must be 0 to 1"):
+        load_dataset(tmp_path)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    whole = _write(tmp_path / "whole.parquet", _pixels(5), [0] * 5).read_bytes()
+    damaged = bytearray(whole)
+    damaged[4:200] = bytes(196)
+    for content in (b"", b"PAR1", whole[: len(whole) // 2], whole[:-4], b"no parquet at all, but long enough"):
+        path = tmp_path / "broken.parquet"
+        path.write_bytes(content)
+        with pytest.raises(UnreadableError, match=r"broken\.parquet cannot be read as Parquet") as caught:
+            load_dataset(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(damaged)  # the footer is whole, so only reading the pages finds out
+    with pytest.raises(UnreadableError, match=r"broken\.parquet"):
+        load_dataset(path).array()
+    with pytest.raises(UnreadableError, match="there is no file"):
+        load_dataset(tmp_path / "missing.parquet")
+    loop = tmp_path / "loop.parquet"
+    loop.symlink_to(loop)
+    with pytest.raises(UnreadableError, match=r"loop\.parquet"):
+        load_dataset(loop)

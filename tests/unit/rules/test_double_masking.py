@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+
+from bagcert.errors import UsageError
+from bagcert.grid import RegionGrid
+from bagcert.rules import windows as windows_module
+from bagcert.rules.detection import detection
+from bagcert.rules.double_masking import double_masking, double_masking_prediction
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel, square
+from tests import oracle
+
+GRID = RegionGrid.from_axis(1, 1, 0, (1, 5))
+
+
+def row(*classes: list[int], high: int = 9) -> ScoreMap:
+    return ScoreMap(torch.tensor([[[c] for c in classes]], dtype=torch.int16), 0, high, GRID)
+
+
+def test_by_hand():
+    # without its two strongest regions class 0 has 2 + 1 + 1 against 0 + 0 + 3
+    score_map = row([4, 3, 2, 1, 1], [0, 0, 0, 0, 3])
+    found = double_masking(score_map, square(1, (1, 5)))
+    assert (found.prediction.item(), found.margin.item()) == (0, 1)
+    assert found.worst_placement.tolist() == [[[0, 0, 1, 1], [0, 1, 1, 1]]]
+    assert detection(score_map, square(1, (1, 5))).margin.item() == 4
+
+
+def test_the_deployed_prediction_may_differ_from_the_plain_one():
+    # one region shouts for class 1; with any two regions left out, that one among them, class 0 stays ahead
+    score_map = row([2, 2, 2, 2, 0], [0, 0, 0, 0, 9])
+    assert score_map.predict().item() == 1
+    found = double_masking(score_map, square(1, (1, 5)))
+    assert found.prediction.item() == double_masking_prediction(score_map, square(1, (1, 5))).item() == 0
+    assert not found.certified.item()
+
+
+def test_a_patch_as_large_as_the_image_certifies_nothing():
+    score_map = row([9] * 5, [0] * 5)
+    for rule in (double_masking, detection):
+        found = rule(score_map, PatchThreatModel.parse("1x5", (1, 5)))
+        assert (found.prediction.item(), found.certified.item()) == (0, False)
+        assert found.margin.item() <= -1
+
+
+def test_two_windows_that_cover_the_map_certify_nothing():
+    score_map = row([9] * 5, [0] * 5)
+    assert double_masking(score_map, PatchThreatModel.parse("1x3", (1, 5))).margin.item() == -1
+    assert detection(score_map, PatchThreatModel.parse("1x3", (1, 5))).certified.item()
+    assert detection(score_map, PatchThreatModel.parse("2*1x3", (1, 5))).margin.item() == -1
+
+
+def test_several_patches():
+    score_map = row([4, 3, 2, 1, 1], [0, 0, 0, 0, 0])
+    found = double_masking(score_map, PatchThreatModel.parse("2*1", (1, 5)))
+    assert (found.margin.item(), found.worst_placement.shape) == (1, (1, 4, 4))
+    assert detection(score_map, PatchThreatModel.parse("2*1", (1, 5))).worst_placement.shape == (1, 2, 4)
+
+
+def test_too_many_unions_name_the_vote_rule():
+    grid = RegionGrid.from_axis(1, 1, 0, (20, 20))
+    score_map = ScoreMap(torch.zeros(1, 2, 20, 20, dtype=torch.int16), 0, 1, grid)
+    for rule in (double_masking, double_masking_prediction, detection):
+        with pytest.raises(UsageError, match="80,200 unions.*vote rule"):
+            rule(score_map, PatchThreatModel.parse("2*1", (20, 20)))
+
+
+def test_an_empty_batch():
+    for patch, windows in (("1", ()), ("2*1", (2,))):
+        threat = PatchThreatModel.parse(patch, (1, 5))
+        empty = ScoreMap(torch.zeros(0, 3, 1, 5, dtype=torch.int16), 0, 1, GRID)
+        assert double_masking(empty, threat).worst_placement.shape == (0, 2 * threat.patches, 4)
+        assert detection(empty, threat).worst_placement.shape == (0, *windows, 4)
+        assert double_masking_prediction(empty, threat).shape == (0,)
+
+
+@pytest.mark.parametrize("patch", ["3", "2x4", "3+1x6", "area:6"])
+def test_a_real_grid_against_every_pair(patch):
+    """Larger than the property tests: 8x10 regions, correlated scores, undecided first rounds."""
+    generator = np.random.default_rng(3)
+    grid = RegionGrid.from_axis(4, 2, -1, (16, 20))
+    noise = generator.normal(size=(5, 4, *grid.map_size)) + np.array([0.6, 0, 0, -0.4])[None, :, None, None]
+    noise[0, 2, :4, :4] += 4
+    scores = np.clip(np.round(noise * 3), -7, 7).astype(np.int16)
+    threat = PatchThreatModel.parse(patch, grid.image_size)
+    found = double_masking(ScoreMap(torch.as_tensor(scores), -7, 7, grid), threat)
+    masks = oracle.mask_set(grid.rows_seen, grid.cols_seen, threat.shapes)
+    flat = np.array(masks).reshape(len(masks), -1)
+    for image in range(len(scores)):
+        label = int(found.prediction[image])
+        left = []
+        for mask in flat:
+            outside = ~(mask | flat)
+            sums = outside @ scores[image].reshape(4, -1).T.astype(int)
+            left += [(sums[:, label] - sums[:, c] - (c < label)).min() for c in range(4) if c != label]
+        assert int(found.margin[image]) == min(left)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    generator = np.random.default_rng(4)
+    grid = RegionGrid.from_axis(3, 1, -1, (7, 9))
+    scores = torch.as_tensor(generator.integers(-5, 6, (12, 3, *grid.map_size)).astype(np.int16))
+    scores[:6, 1] += 2
+    score_map = ScoreMap(scores, -5, 7, grid)
+    threats = [PatchThreatModel.parse(patch, grid.image_size) for patch in ("2", "3+1x4", "2*5x6")]
+    whole = [rule(score_map, threat) for rule in (double_masking, detection) for threat in threats]
+    monkeypatch.setattr(windows_module, "CHUNK_ELEMENTS", 100)
+    for module in ("double_masking", "union_masking", "window_pairs"):
+        monkeypatch.setattr(f"bagcert.rules.{module}.CHUNK_ELEMENTS", 100)
+    parts = [rule(score_map, threat) for rule in (double_masking, detection) for threat in threats]
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.margin, other.margin)
+        assert torch.equal(one.prediction, other.prediction)

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+
+from bagcert.errors import UsageError
+from bagcert.grid import RegionGrid
+from bagcert.rules import RULES
+from bagcert.rules.largest import covered_px, distinct_sides, largest_certifiable_px, largest_certified_px
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel, square
+
+
+def example(grid: RegionGrid) -> ScoreMap:
+    generator = np.random.default_rng(0)
+    scores = generator.random((12, 3, *grid.map_size)) < np.array([0.2, 0.75, 0.3])[None, :, None, None]
+    scores[:3, 1] = True
+    return ScoreMap(torch.as_tensor(scores.astype(np.int16)), 0, 1, grid)
+
+
+@pytest.fixture(params=[(4, 2, -1, (12, 14)), (3, 1, -1, (9, 8)), (2, 3, 0, (11, 11))])
+def score_map(request) -> ScoreMap:
+    return example(RegionGrid.from_axis(*request.param))
+
+
+def test_every_side_is_tried(score_map):
+    image_size = score_map.grid.image_size
+    label = RULES["double-masking"].predict(score_map, square(1, image_size))
+    expected = {name: torch.zeros(len(score_map), dtype=torch.int64) for name in ("vote", "levine-feizi", "masked")}
+    for side in range(1, min(image_size) + 1):
+        for name in ("vote", "levine-feizi"):
+            expected[name][RULES[name].certify(score_map, square(side, image_size)).certified] = side
+        found = RULES["double-masking"].certify(score_map, square(side, image_size))
+        expected["masked"][found.certified & (found.prediction == label)] = side
+    for name in ("vote", "levine-feizi"):
+        assert torch.equal(largest_certified_px(score_map, name), expected[name])
+    assert torch.equal(largest_certifiable_px(score_map, label), expected["masked"])
+    assert expected["vote"].max() > 1
+
+
+def test_sides_with_the_same_windows_are_one(score_map):
+    grid, sides = score_map.grid, distinct_sides(score_map.grid)
+
+    def windows(side):
+        (block,) = grid.windows(square(side, grid.image_size))
+        return block.rows.tobytes(), block.cols.tobytes()
+
+    changes = [s for s in range(1, min(grid.image_size) + 1) if s == 1 or windows(s) != windows(s - 1)]
+    assert list(sides) == changes
+
+
+def test_a_masking_defense_is_worth_what_its_masks_cover():
+    grid = RegionGrid.from_axis(4, 2, -1, (12, 12))
+    score_map = example(grid)
+    threat = PatchThreatModel.parse("2", grid.image_size)
+    found = RULES["double-masking"].certify(score_map, threat)
+    covered = covered_px(grid, threat)
+    assert covered == 3  # 2 px and 3 px reach the same regions of stride 2
+    assert torch.equal(largest_certified_px(score_map, "double-masking", threat), found.certified * covered)
+    assert torch.equal(largest_certified_px(score_map, "detection", threat, found), found.certified * covered)
+    assert covered_px(grid, PatchThreatModel.parse("2+1x9", grid.image_size)) == 3
+    assert covered_px(grid, PatchThreatModel.parse("1x9", grid.image_size)) == 1
+
+
+def test_allowed_placements():
+    grid = RegionGrid.from_axis(1, 1, 0, (6, 6))
+    allowed = np.zeros((6, 6), dtype=bool)
+    allowed[:3] = True
+    threat = PatchThreatModel((6, 6), ((2, 2),), 1, allowed)
+    assert covered_px(grid, threat) == 2
+    with pytest.raises(UsageError, match="placements"):
+        largest_certified_px(example(grid), "vote", threat)
+
+
+def test_two_patches():
+    grid = RegionGrid.from_axis(1, 1, 0, (6, 6))
+    score_map = example(grid)
+    two = PatchThreatModel.parse("2*1", (6, 6))
+    found = largest_certified_px(score_map, "vote", two)
+    assert bool((found <= largest_certified_px(score_map, "vote")).all())
+    assert bool((found[RULES["vote"].certify(score_map, two).certified] >= 1).all())
+
+
+def test_what_is_missing_is_named():
+    score_map = example(RegionGrid.from_axis(1, 1, 0, (6, 6)))
+    with pytest.raises(UsageError, match="name the threat"):
+        largest_certified_px(score_map, "double-masking")
+    with pytest.raises(UsageError, match="no rule"):
+        largest_certified_px(score_map, "votes")
+
+
+def test_a_photo_needs_few_window_sets():
+    rows, cols = (np.zeros((16, pixels), dtype=bool) for pixels in (2000, 3000))
+    for axis in (rows, cols):
+        step = axis.shape[1] // 16
+        for region in range(16):
+            axis[region, max(0, region * step - step) : (region + 2) * step] = True
+    assert len(distinct_sides(RegionGrid(rows, cols))) < 64

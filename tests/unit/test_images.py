@@ -1,0 +1,247 @@
+"""Reading images: every mode, and every way a file can be broken."""
+
+import contextlib
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.images import MAX_IMAGE_PIXELS, Photo, as_batch, read_image
+
+
+def _pixels(height: int = 7, width: int = 5) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds a few bytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_keep_every_pixel(format: str, tmp_path: Path) -> None:
+    encoded = _encode(Image.fromarray(_pixels()), format)
+    path = tmp_path / f"image.{format.lower()}"
+    path.write_bytes(encoded)
+    for source in (path, str(path), encoded, io.BytesIO(encoded)):
+        photo = read_image(source)
+        np.testing.assert_array_equal(photo.pixels, _pixels())
+        assert photo.orientation == 1
+    assert read_image(path).source == str(path)
+    assert read_image(encoded, name="row 3").source == "row 3"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = Image.fromarray(_pixels())
+    image = image.convert("L").convert("I").convert(mode) if mode.startswith("I") else image.convert(mode)
+    format = "TIFF" if mode in ("CMYK", "YCbCr", "LAB", "I") else "PNG"
+    photo = read_image(_encode(image, format))
+    assert photo.pixels.shape == (7, 5, 3)
+    assert photo.pixels.dtype == np.uint8
+
+
+def test_sixteen_bits_keep_the_upper_eight() -> None:
+    values = np.array([[0, 255, 256], [32768, 65279, 65535]], dtype=np.uint16)
+    for format in ("PNG", "TIFF"):
+        photo = read_image(_encode(Image.fromarray(values), format))
+        np.testing.assert_array_equal(photo.pixels[:, :, 0], [[0, 0, 1], [128, 254, 255]])
+        np.testing.assert_array_equal(photo.pixels[:, :, 0], photo.pixels[:, :, 2])
+
+
+def test_transparent_pixels_are_laid_over_white() -> None:
+    rgba = np.zeros((1, 3, 4), dtype=np.uint8)
+    rgba[0, :, 3] = 0, 255, 128
+    photo = read_image(_encode(Image.fromarray(rgba)))
+    np.testing.assert_array_equal(photo.pixels[0, :, 0], [255, 0, 127])
+    palette = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
+    palette.putpalette([9, 9, 9, 7, 7, 7])
+    np.testing.assert_array_equal(read_image(_encode(palette, transparency=0)).pixels[0, :, 0], [255, 7])
+    grey = Image.fromarray(np.array([[3, 4]], dtype=np.uint8))
+    np.testing.assert_array_equal(read_image(_encode(grey, transparency=3)).pixels[0, :, 0], [255, 4])
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_counts(format: str) -> None:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    encoded = _encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    np.testing.assert_array_equal(read_image(encoded).pixels[0, 0], [255, 0, 0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_kept_beside_stored_pixels_and_upright_agrees_with_pillow(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = _encode(Image.fromarray(_pixels()), exif=exif)
+    photo = read_image(encoded)
+    assert photo.orientation == orientation
+    np.testing.assert_array_equal(photo.pixels, _pixels())
+    np.testing.assert_array_equal(photo.upright(), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\xff"])
+def test_broken_exif_counts_as_upright(exif: bytes) -> None:
+    encoded = _encode(Image.fromarray(_pixels(8, 8)), "JPEG", exif=exif)
+    assert read_image(encoded).orientation == 1
+
+
+def test_impossible_orientation_counts_as_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    assert read_image(_encode(Image.fromarray(_pixels()), exif=exif)).orientation == 1
+
+
+def _write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+_PICTURE = _encode(Image.fromarray(_pixels(40, 40)))
+_JPEG = _encode(Image.fromarray(_pixels(40, 40)), "JPEG")
+_EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+BROKEN = {
+    "empty": (b"", "is empty"),
+    "text": (b"hello, world", "is not an image"),
+    "zeros": (bytes(1000), "is not an image"),
+    "truncated.png": (_PICTURE[: len(_PICTURE) // 2], "cannot be decoded: .*truncated"),
+    "truncated.jpg": (_JPEG[: len(_JPEG) // 2], "cannot be decoded: .*truncated"),
+    "header.png": (_PICTURE[:20], "is not an image|cannot be decoded"),
+    "header.jpg": (_JPEG[:30], "is not an image|cannot be decoded"),
+    "bomb.png": (_png_header(60_000, 60_000), "more than 100,000,000 pixels"),
+    "large.png": (_png_header(10_001, 10_000), "more than 100,000,000 pixels"),
+    "short.png": (_png_header(9_999, 9_500), "cannot be decoded"),
+    "program.eps": (_EPS, "is not an image"),
+    "float.tif": (_encode(Image.fromarray(np.ones((3, 3), np.float32)), "TIFF"), "floating-point"),
+    "wide.tif": (_encode(Image.fromarray(np.full((3, 3), 1 << 20, np.int32)), "TIFF"), "more than 16 bits"),
+    "svg.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_give_one_sentence_that_names_the_file(name: str, tmp_path: Path) -> None:
+    content, message = BROKEN[name]
+    path = _write(tmp_path / name, content)
+    with pytest.raises(UnreadableError, match=message) as caught:
+        read_image(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UnreadableError, match=f"some name.*({message})"):
+        read_image(content, name="some name")
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_limit_is_of_pixels_and_pillows_own_warning_below_it_is_silent() -> None:
+    assert MAX_IMAGE_PIXELS == 100_000_000
+    with pytest.raises(UnreadableError, match="cannot be decoded"):  # 95 Mpx: over Pillow's limit, under ours
+        read_image(_png_header(10_000, 9_500))
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableError, match=r"there is no file .*missing\.png"):
+        read_image(tmp_path / "missing.png")
+    with pytest.raises(UnreadableError, match="is a folder"):
+        read_image(tmp_path)
+    loop = tmp_path / "loop.png"
+    loop.symlink_to(loop)
+    with pytest.raises(UnreadableError, match=r"loop\.png cannot be opened"):
+        read_image(loop)
+    with pytest.raises(UnreadableError, match="cannot be opened"):
+        read_image(str(tmp_path / "nul\0.png"))
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UnreadableError, match="not a regular file"):
+        read_image(tmp_path / "pipe.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_random_damage_never_escapes_as_another_error() -> None:
+    random = np.random.default_rng(1)
+    seeds = [_PICTURE, _JPEG, *(_encode(Image.fromarray(_pixels(9, 9)), f) for f in ("GIF", "TIFF", "BMP", "WEBP"))]
+    for encoded in seeds:
+        for _ in range(60):
+            damaged = np.frombuffer(encoded, np.uint8).copy()
+            damaged[random.integers(0, len(damaged), 4)] = random.integers(0, 256, 4)
+            with contextlib.suppress(UnreadableError):
+                assert read_image(damaged.tobytes()).pixels.dtype == np.uint8
+
+
+def test_photo_refuses_other_arrays() -> None:
+    with pytest.raises(UsageError, match="orientation is 1 to 8, got 9"):
+        Photo(_pixels(), 9)
+    for pixels in (np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(UsageError, match="uint8"):
+            Photo(pixels)
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, torch.as_tensor])
+def test_batches_of_bytes(wrap: type) -> None:
+    pixels = np.stack([_pixels(), _pixels()[::-1]])
+    batch = as_batch(wrap(pixels))
+    assert batch.dtype == torch.float32
+    assert batch.shape == (2, 3, 7, 5)
+    np.testing.assert_array_equal(batch.numpy(), (pixels.transpose(0, 3, 1, 2) / np.float32(255)).astype(np.float32))
+    assert torch.equal(as_batch(wrap(pixels[0])), batch[:1])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
+def test_batches_of_floats(dtype: str) -> None:
+    values = np.random.default_rng(0).random((2, 3, 4, 5)).astype(dtype)
+    batch = as_batch(values)
+    assert batch.dtype == torch.float32
+    np.testing.assert_array_equal(batch.numpy(), values.astype(np.float32))
+    assert torch.equal(as_batch(values[0]), batch[:1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_and_reversed_arrays_are_taken() -> None:
+    pixels = _pixels()[None]
+    pixels.flags.writeable = False
+    assert as_batch(pixels).shape == (1, 3, 7, 5)
+    assert torch.equal(as_batch(pixels[:, ::-1]), as_batch(pixels).flip(2))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 3, 4, 4), np.uint8), r"uint8 images must be \[batch, height, width, 3\].*\[1, 3, 4, 4\]"),
+        (np.zeros((1, 4, 4, 3), np.float32), r"float images must be \[batch, 3, height, width\].*\[1, 4, 4, 3\]"),
+        (np.zeros((4, 4), np.uint8), r"got \[4, 4\]"),
+        (np.zeros((0, 4, 4, 3), np.uint8), r"got \[0, 4, 4, 3\]"),
+        (np.zeros((1, 3, 0, 4), np.float32), r"got \[1, 3, 0, 4\]"),
+        (np.zeros((1, 4, 4, 3), np.int64), "got int64"),
+        (np.zeros((1, 4, 4, 3), np.uint16), "uint8, got uint16"),
+        (torch.zeros((1, 4, 4, 3), dtype=torch.int32), "got torch.int32"),
+        (np.zeros((1, 4, 4, 3), bool), "got bool"),
+        (np.zeros((1, 4, 4, 3), object), "got object"),
+        (np.full((1, 3, 4, 4), 255.0), r"\[0, 1\], found values from 255 to 255"),
+        (np.full((1, 3, 4, 4), -0.5), "found values from -0.5"),
+        (np.array([[[[0.5, np.nan]]] * 3]).reshape(1, 3, 1, 2), "found NaN"),
+        (np.full((1, 3, 4, 4), np.inf), "found values from inf"),
+    ],
+)
+def test_other_arrays_are_refused(images: np.ndarray, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        as_batch(images)
