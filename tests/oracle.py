@@ -7,13 +7,14 @@ from itertools import combinations_with_replacement, product
 
 import numpy as np
 
-
 # ---------------------------------------------------------------- geometry
 
 
 def lines(seen, side):
     """For each start of a run of `side` pixels: which regions see one of its pixels."""
-    return [tuple(bool(region[start : start + side].any()) for region in seen) for start in range(seen.shape[1] - side + 1)]
+    return [
+        tuple(bool(region[start : start + side].any()) for region in seen) for start in range(seen.shape[1] - side + 1)
+    ]
 
 
 def allowed_placements(image_size, shapes, allowed):

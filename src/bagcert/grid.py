@@ -60,7 +60,7 @@ class RegionGrid:
 
     @classmethod
     def from_axis(cls, receptive_field: int, stride: int, start: int, image_size: tuple[int, int]) -> "RegionGrid":
-        """The grid of a plain convolutional stack: region `a` sees pixels [start + stride*a, ... + receptive_field - 1].
+        """The grid of a plain stack of convolutions: region `a` sees `receptive_field` pixels from start + stride * a on.
 
         Regions go on as long as their first pixel plus `receptive_field` ends within the image plus the same
         margin `-start` at the far side; what lies outside the image is clipped.
@@ -154,7 +154,7 @@ def _compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
 
 
 def _axis_windows(touched: np.ndarray, maximal: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct (maximal) lines of `touched` in order of first appearance, and for each line one that contains it."""
+    """The distinct (maximal) lines of `touched` in order of first appearance, and for each line one that holds it."""
     # Neighbouring placements mostly reach the same regions; thousands of lines are few runs, and only those are sorted.
     changes = np.ones(len(touched), dtype=bool)
     changes[1:] = (touched[1:] != touched[:-1]).any(1)

@@ -15,6 +15,8 @@ from bagcert.errors import UnreadableError, UsageError
 
 NOTATION = "5, 2x8, 2%, 5+2x8 (either shape), area:25 (any rectangle of at most 25 px), 2*5 (two patches)"
 
+MASK_FORMATS = ("PNG", "BMP", "GIF", "JPEG", "TIFF", "WEBP")
+
 _SQUARE = re.compile(r"(\d+)")
 _RECTANGLE = re.compile(r"(\d+)x(\d+)")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
@@ -203,7 +205,7 @@ def _read_mask(path: Path) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=MASK_FORMATS) as image:
             return np.asarray(image.convert("L")) >= 128
     except FileNotFoundError:
         raise UnreadableError(f"there is no mask image {path}") from None

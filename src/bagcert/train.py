@@ -103,7 +103,7 @@ def train(
     optimizer = _optimizer(recipe, scorer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(recipe, steps))
     scorer = scorer.to(accelerator.device, memory_format=torch.channels_last)
-    average = AveragedModel(scorer, multi_avg_fn=get_ema_multi_avg_fn(recipe.train.ema), use_buffers=True)
+    average = AveragedModel(scorer, multi_avg_fn=_moving_average(recipe.train.ema), use_buffers=True)
     run = RunFolder(out, recipe, scorer, average, optimizer, schedule)
     run.open(resume)
     model, optimizer = accelerator.prepare(scorer, optimizer)
@@ -257,6 +257,16 @@ def _learning_rate(recipe: Recipe, steps: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return share
+
+
+def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """An exponential average that forgets the first weights fast: its decay grows to `decay` as steps go by."""
+
+    def update(averages: Any, current: Any, count: Any) -> None:
+        steps = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averages, current, count)
+
+    return update
 
 
 def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:

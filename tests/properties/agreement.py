@@ -1,6 +1,6 @@
 """Counts on how many random tiny cases the rules and the oracle agree.
 
-    python -m tests.properties.agreement --cases 3000 --json
+python -m tests.properties.agreement --cases 3000 --json
 """
 
 import argparse

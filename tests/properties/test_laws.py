@@ -9,7 +9,7 @@ from bagcert.errors import UsageError
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-from tests.properties.test_exactness import cases, relaxed
+from tests.properties.test_exactness import cases, pytestmark, relaxed  # noqa: F401
 
 VOTES = ("vote", "levine-feizi")
 

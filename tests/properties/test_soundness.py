@@ -12,10 +12,10 @@ from bagcert.threat import PatchThreatModel
 from tests import oracle
 from tests.properties.agreement import breaks
 from tests.properties.cases import Case, attacked, build, from_generator
-from tests.properties.test_exactness import cases, relaxed
+from tests.properties.test_exactness import cases, pytestmark, relaxed  # noqa: F401
 
 
-@relaxed
+@settings(relaxed, max_examples=20)
 @given(cases())
 def test_no_attack_breaks_a_certificate(case):
     for name, rule in RULES.items():
@@ -33,7 +33,7 @@ def test_an_uncertified_vote_can_be_overturned(case):
         assert labels - {int(found.prediction[image])}
 
 
-@settings(relaxed, max_examples=80)
+@settings(relaxed, max_examples=60)
 @given(cases(most_patches=1))
 def test_double_masking_certifies_what_the_vote_does(case):
     masks = case.masks

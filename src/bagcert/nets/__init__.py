@@ -32,12 +32,16 @@ class Architecture:
     summary: str
 
 
+def _require_depth(depth: int, least: int) -> None:
+    if depth < least:
+        raise UsageError(f"this architecture needs a depth of at least {least} blocks, got {depth}")
+
+
 def _resnet(stem: tuple[tuple[int, int, float], ...], looks_around: int) -> Callable[[int, int, int, bool], nn.Module]:
     """`depth` residual blocks, of which `looks_around` evenly spaced ones have a 3x3 kernel."""
 
     def build(classes: int, width: int, depth: int, padded: bool) -> nn.Module:
-        if depth < looks_around:
-            raise UsageError(f"this architecture needs a depth of at least {looks_around} blocks, got {depth}")
+        _require_depth(depth, max(1, looks_around))
         step = depth / looks_around if looks_around else 0
         around = {int((i + 0.5) * step) for i in range(looks_around)}
         return RegionResNet(classes, width, stem, tuple(3 if i in around else 1 for i in range(depth)), padded)
@@ -47,6 +51,7 @@ def _resnet(stem: tuple[tuple[int, int, float], ...], looks_around: int) -> Call
 
 def _bagnet(receptive_field: int) -> Callable[[int, int, int, bool], nn.Module]:
     def build(classes: int, width: int, depth: int, padded: bool) -> nn.Module:
+        _require_depth(depth, 1)
         return BagNet(classes, width, receptive_field, depth / 16)
 
     return build

@@ -53,7 +53,8 @@ class RegionResNet(nn.Sequential):
         layers: list[nn.Module] = []
         channels = 3
         for kernel, stride, share in stem:
-            outputs = max(8, round(width * share))
+            # The last one hands its channels to the blocks, so it has their width, however small.
+            outputs = width if share == 1 else max(8, round(width * share))
             # An even kernel at stride 1 has no symmetric padding, so it runs without.
             padding = (kernel - 1) // 2 if padded and (kernel % 2 or stride > 1) else 0
             layers += [*conv_bn(channels, outputs, kernel, stride, padding), nn.ReLU(inplace=True)]

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from bagcert.errors import UsageError
+from bagcert.grid import RegionGrid
+from bagcert.scores import (
+    ScoreMap,
+    binarize,
+    exact_arithmetic,
+    exact_dtype,
+    lowest_argmax,
+    quantize,
+    tie_penalty,
+    window_sums,
+)
+from bagcert.threat import PatchThreatModel
+
+GRID = RegionGrid.from_axis(2, 1, 0, (4, 5))
+
+
+def random_map(low: int, high: int) -> ScoreMap:
+    scores = np.random.default_rng(0).integers(low, high + 1, (3, 4, *GRID.map_size))
+    return ScoreMap(torch.as_tensor(scores), low, high, GRID)
+
+
+def test_prediction_is_the_lowest_of_equals():
+    scores = torch.zeros(2, 3, *GRID.map_size, dtype=torch.int16)
+    scores[1, 1:, 0, 0] = 1
+    assert ScoreMap(scores, 0, 1, GRID).predict().tolist() == [0, 1]
+    values = torch.randint(0, 3, (50, 7, 4), generator=torch.Generator().manual_seed(0))
+    assert (lowest_argmax(values).numpy() == values.numpy().argmax(1)).all()
+
+
+def test_tie_penalty():
+    assert tie_penalty(torch.tensor([0, 2]), 4).tolist() == [[0, 0, 0, 0], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-2047, 2047), (10**9, 10**9 + 3)])
+def test_levels_start_at_zero_and_stay_exact(low, high):
+    score_map = random_map(low, high)
+    assert torch.equal(score_map.levels().long(), score_map.scores - low)
+    assert torch.equal(score_map.levels(slice(1, 2)).long(), score_map.scores[1:2] - low)
+    assert score_map.span == high - low
+
+
+def test_sums_and_parts():
+    score_map = random_map(-5, 5)
+    assert torch.equal(score_map.class_sums, score_map.scores.sum((2, 3)))
+    assert torch.equal(score_map[1:].scores, score_map.scores[1:])
+    assert (len(score_map), score_map.classes) == (3, 4)
+    assert torch.equal(score_map.transposed().class_sums, score_map.class_sums)
+
+
+@pytest.mark.parametrize(
+    ("scores", "low", "high", "message"),
+    [
+        (torch.zeros(1, 2, 4, 4, dtype=torch.int16), 0, 1, r"\[batch, classes, 3, 4\]"),
+        (torch.zeros(1, 1, 3, 4, dtype=torch.int16), 0, 1, "two classes"),
+        (torch.zeros(1, 2, 3, 4, dtype=torch.int16), 1, 1, "low < high"),
+        (torch.full((1, 2, 3, 4), 2), 0, 1, r"found \[2, 2\]"),
+    ],
+)
+def test_what_is_no_score_map_is_refused(scores, low, high, message):
+    with pytest.raises(UsageError, match=message):
+        ScoreMap(scores, low, high, GRID)
+
+
+def test_heads():
+    z = torch.tensor([0.0, -0.1, 0.1, float("nan"), float("inf"), -float("inf"), 0.25]).reshape(1, 1, 1, 7)
+    assert binarize(z).flatten().tolist() == [0, 0, 1, 0, 1, 0, 1]
+    assert quantize(z, 10.0).flatten().tolist() == [0, -1, 1, -2047, 2047, -2047, 2]
+
+
+def test_window_sums_are_exact_at_the_limit_of_float32():
+    grid = RegionGrid.from_axis(3, 1, -1, (32, 32))
+    assert exact_dtype(4094, 1024) == torch.float32
+    scores = torch.as_tensor(np.random.default_rng(1).choice([-2047, 2047], (2, 3, 32, 32)))
+    threat = PatchThreatModel.parse("20x31", (32, 32))
+    (block,) = grid.windows(threat)
+    with exact_arithmetic(torch.device("cpu")):
+        found = window_sums(ScoreMap(scores, -2047, 2047, grid).levels(), block)
+    for i, j in np.ndindex(*block.keep.shape):
+        mask = torch.as_tensor(np.outer(block.rows[i], block.cols[j]))
+        assert torch.equal(found[..., i, j].long(), ((scores + 2047) * mask).sum((2, 3)))
+
+
+def test_exact_arithmetic_switches_autocast_off_and_puts_settings_back():
+    before = torch.backends.cuda.matmul.allow_tf32
+    ones = torch.ones(32, 32)
+    ones[0, 0] = 0
+    with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic(torch.device("cpu")):
+        assert (torch.ones(1, 32) @ ones @ torch.ones(32, 1)).item() == 1023
+    assert torch.backends.cuda.matmul.allow_tf32 == before

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.threat import PatchThreatModel, square
+
+
+@pytest.mark.parametrize(
+    ("text", "shapes", "patches"),
+    [
+        ("5", ((5, 5),), 1),
+        (5, ((5, 5),), 1),
+        ((2, 8), ((2, 8),), 1),
+        ("2x8", ((2, 8),), 1),
+        (" 2 X 8 ", ((2, 8),), 1),
+        ("5+2x8", ((2, 8), (5, 5)), 1),
+        ("5+2x2", ((5, 5),), 1),  # inside the larger one
+        ("2*5", ((5, 5),), 2),
+        ("3*5+2x8", ((2, 8), (5, 5)), 3),
+        ("2.4%", ((5, 5),), 1),
+        ("0.39%", ((2, 2),), 1),
+        ("area:6", ((1, 6), (2, 3), (3, 2), (6, 1)), 1),
+        ("area:40", tuple((h, 40 // h) for h in (2, 3, 4, 5, 6, 8, 10, 13, 20)) + ((1, 32), (32, 1)), 1),
+    ],
+)
+def test_notation(text, shapes, patches):
+    threat = PatchThreatModel.parse(text, (32, 32))
+    expected = PatchThreatModel((32, 32), shapes, patches)
+    assert threat == expected
+    assert hash(threat) == hash(expected)
+    assert set(threat.shapes) <= set(shapes)
+
+
+@pytest.mark.parametrize(("share", "side"), [("1%", 23), ("2%", 32), ("3%", 39)])
+def test_percentages_of_224(share, side):
+    assert PatchThreatModel.parse(share, (224, 224)) == square(side, (224, 224))
+
+
+@pytest.mark.parametrize("share", ["4%", "1%", "25%", "9%"])
+def test_a_percentage_that_is_a_whole_square_is_not_rounded_up(share):
+    side = round((float(share[:-1]) / 100) ** 0.5 * 100)
+    assert PatchThreatModel.parse(share, (100, 100)).shapes == ((side, side),)
+
+
+def test_an_area_in_a_narrow_image_is_cut_to_it():
+    assert PatchThreatModel.parse("area:12", (3, 5)).shapes == ((2, 5), (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0", "at least 1x1"),
+        ("33", "33x33 px does not fit into an image of 32x32"),
+        ("0*5", "number of patches"),
+        ("five", "'five'"),
+        ("-3", "'-3'"),
+        ("2x", "is written"),
+        ("area:0", "none|no rectangle"),
+        ("", "is written"),
+        ((1, 2, 3), "pair"),
+    ],
+)
+def test_nonsense_is_refused_by_name(text, message):
+    with pytest.raises(UsageError, match=message):
+        PatchThreatModel.parse(text, (32, 32))
+
+
+def test_a_threat_model_passes_through():
+    threat = square(5, (32, 32))
+    assert PatchThreatModel.parse(threat, (32, 32)) is threat
+    with pytest.raises(UsageError, match="32x32 px, the image has 32x40"):
+        PatchThreatModel.parse(threat, (32, 40))
+
+
+def test_the_last_row_and_column_are_placements():
+    threat = PatchThreatModel.parse("2x3", (5, 7))
+    assert threat.tops((2, 3)).tolist() == [0, 1, 2, 3]
+    assert threat.lefts((2, 3)).tolist() == [0, 1, 2, 3, 4]
+    assert threat.placements((2, 3)).shape == (4, 5)
+    assert threat.placements((2, 3)).all()
+    assert threat.patch == (2, 3)
+
+
+def test_allowed_placements_by_counting():
+    allowed = np.random.default_rng(0).random((9, 8)) < 0.8
+    threat = PatchThreatModel((9, 8), ((2, 3), (1, 1)), 1, allowed)
+    assert threat.shapes == ((1, 1), (2, 3))  # a smaller shape may fit where the larger does not
+    for top in range(8):
+        for left in range(6):
+            assert threat.placements((2, 3))[top, left] == allowed[top : top + 2, left : left + 3].all()
+    assert (threat.placements((1, 1)) == allowed).all()
+    assert threat.patch is None
+    assert "allowed" in str(threat)
+    assert threat != PatchThreatModel((9, 8), ((2, 3), (1, 1)))
+
+
+def test_a_mask_image(tmp_path):
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[:4] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    threat = PatchThreatModel.parse("2", (8, 8), tmp_path / "mask.png")
+    assert threat.placements((2, 2)).sum() == 3 * 7
+    with pytest.raises(UsageError, match="no room"):
+        PatchThreatModel.parse("5", (8, 8), tmp_path / "mask.png")
+    with pytest.raises(UsageError, match="9x9 px like the image, got 8x8"):
+        PatchThreatModel.parse("2", (9, 9), str(tmp_path / "mask.png"))
+
+
+def test_unreadable_masks(tmp_path):
+    with pytest.raises(UnreadableError, match="no mask image"):
+        PatchThreatModel.parse("2", (8, 8), tmp_path / "missing.png")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(UnreadableError, match="cannot be read"):
+        PatchThreatModel.parse("2", (8, 8), tmp_path / "text.png")
