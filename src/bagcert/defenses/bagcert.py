@@ -1,5 +1,6 @@
 """BagCert: a region scorer deployed with a rule and a patch. Loading shipped, local and hub models."""
 
+import os
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -73,11 +74,18 @@ class BagCert:
         return self.scorer.score_map(images)
 
     def predict(
-        self, images: np.ndarray | Tensor, patch: PatchLike | None = None, rule: str | None = None
+        self,
+        images: np.ndarray | Tensor,
+        patch: PatchLike | None = None,
+        rule: str | None = None,
+        placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
-        """What the deployed rule answers on each image. For double masking this depends on `patch`."""
+        """What the deployed rule answers on each image, as in `certify`.
+
+        For double masking this depends on `patch` and `placements`.
+        """
         score_map = self.score_map(images)
-        return get_rule(rule or self.rule).predict(score_map, self.threat(score_map, patch))
+        return get_rule(rule or self.rule).predict(score_map, self.threat(score_map, patch, placements))
 
     def certify(
         self,
@@ -105,6 +113,8 @@ class BagCert:
     ) -> PatchThreatModel:
         """The threat model for images of the map's size."""
         chosen = self.patch if patch is None else patch
+        if isinstance(chosen, PatchThreatModel) and placements is not None:
+            raise UsageError("a threat model has its own allowed placements; give them there, not beside it")
         return PatchThreatModel.parse(chosen, score_map.grid.image_size, placements)
 
 
@@ -124,6 +134,11 @@ def load(name: str | Path = "default", device: str = "auto", dtype: str = "float
         keep_freed_memory()
     folder = model_folder(name)
     scorer, config = read_model(folder)
+    try:
+        get_rule(config.rule)
+        PatchThreatModel.parse(config.patch, scorer.image_size)
+    except UsageError as error:
+        raise UnreadableError(f"{folder / CONFIG} cannot be deployed: {error}") from None
     scorer = scorer.fold_batch_norm().to(target, memory_format=torch.channels_last)
     scorer.autocast_dtype = DTYPES[dtype]
     return BagCert(scorer, config.rule, config.patch, config, weights_sha256(folder))
@@ -146,9 +161,10 @@ def model_folder(name: str | Path) -> Path:
     text = ALIASES.get(str(name), str(name))
     if text in shipped:
         return shipped[text]
-    path = Path(name)
-    if path.is_dir():
-        return path
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.exists(name):
+        raise UsageError(f"{text} is a file; a model is the folder with {WEIGHTS} and {CONFIG}")
     parts = text.split("/")
     if len(parts) == 2 and all(parts) and not text.startswith((".", "/", "~")):
         return _from_hub(text)
@@ -160,12 +176,11 @@ def model_folder(name: str | Path) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's own, the file system's, and those of whatever HTTP library it uses
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnreadableError(
             f"{name!r} is not a folder here, and the hub has no such model within reach: {reason}"
         ) from None

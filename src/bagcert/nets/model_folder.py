@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bagcert.errors import UnreadableError
+from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.files import write_atomically
 from bagcert.nets import get_architecture
 from bagcert.nets.region_scorer import RegionScorer
@@ -20,23 +19,31 @@ FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Pixels = Annotated[int, Field(ge=1, le=16384)]
+
+
 class ModelConfig(BaseModel):
-    """What `config.json` holds: how to build the net, what it is deployed as, and where it comes from."""
+    """What `config.json` holds: how to build the net, what it is deployed as, and where it comes from.
+
+    Limits, so that a damaged or hostile file costs no more than an error: width 65536, depth 4096, image sides
+    16384 px, 100000 classes.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     format: Literal[1] = FORMAT
     name: str
     architecture: str
-    width: int = Field(ge=1)
-    depth: int = Field(ge=1)
+    width: int = Field(ge=1, le=65536)
+    depth: int = Field(ge=1, le=4096)
     padded: bool = True
     head: Literal["binary", "fixed-point"]
     scale: float = Field(gt=0, allow_inf_nan=False)
-    mean: list[float]
-    std: list[float]
-    class_names: list[str] = Field(min_length=2)
-    image_size: tuple[int, int]
+    mean: list[Finite] = Field(min_length=3, max_length=3)
+    std: list[Annotated[Finite, Field(gt=0)]] = Field(min_length=3, max_length=3)
+    class_names: list[str] = Field(min_length=2, max_length=100_000)
+    image_size: tuple[Pixels, Pixels]
     rule: str
     patch: str
     recipe: dict[str, Any] = {}
@@ -55,7 +62,8 @@ def write_model(folder: Path, scorer: RegionScorer, config: ModelConfig) -> None
         BagcertError: the folder cannot be written, or the weights are not finite.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer.state_dict().items()}
-    _require_finite(tensors, str(folder))
+    if name := _not_finite(tensors):
+        raise BagcertError(f"tensor {name!r} has values that are not finite; nothing was written to {folder}")
     write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors))
     write_atomically(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
 
@@ -75,7 +83,12 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
         raise UnreadableError(f"the model folder {folder} has no {WEIGHTS}") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UnreadableError(f"{path} is not a whole safetensors file: {error}") from None
-    scorer = config.build()
+    try:
+        # Shapes first, without memory: the config may claim more than the file has.
+        with torch.device("meta"):
+            scorer = config.build()
+    except UsageError as error:
+        raise UnreadableError(f"{folder / CONFIG} does not describe a network: {error}") from None
     expected = scorer.state_dict()
     for what, names in (
         ("lacks", expected.keys() - tensors.keys()),
@@ -88,7 +101,9 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
             raise UnreadableError(
                 f"tensor {name!r} in {path} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
             )
-    _require_finite(tensors, str(path))
+    if name := _not_finite(tensors):
+        raise UnreadableError(f"tensor {name!r} in {path} has values that are not finite")
+    scorer.to_empty(device="cpu")
     scorer.load_state_dict(tensors)
     return scorer.eval(), config
 
@@ -110,7 +125,7 @@ def read_config(folder: Path) -> ModelConfig:
     except (ValueError, RecursionError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            error = ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}")
+            error = ValueError(": ".join([*filter(None, [".".join(map(str, first["loc"]))]), first["msg"].lower()]))
         raise UnreadableError(f"{path} is not a model config: {error}") from None
     return config
 
@@ -120,7 +135,6 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
-def _require_finite(tensors: dict[str, torch.Tensor], where: str) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not math.isfinite(tensor.float().abs().sum().item()):
-            raise UnreadableError(f"tensor {name!r} in {where} has values that are not finite")
+def _not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)

@@ -168,7 +168,9 @@ def _sees_more(
         for axis, table in enumerate((declared.rows_seen, declared.cols_seen)):
             for start in range(0, len(table), batch_size):
                 unseen = ~torch.as_tensor(table[start : start + batch_size], device=image.device)
-                batch = image.masked_fill(unseen[:, None, :, None] if axis == 0 else unseen[:, None, None, :], torch.nan)
+                batch = image.masked_fill(
+                    unseen[:, None, :, None] if axis == 0 else unseen[:, None, None, :], torch.nan
+                )
                 out = _forward(module, batch)
                 changed = out.isnan() if plain.dtype.is_floating_point else out != plain
                 for k, line in enumerate(changed):  # of each image the one line of regions it is about

@@ -1,9 +1,11 @@
 """A network with its geometry, its head and its class names: images in [0,1] in, integer score maps out."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ class RegionScorer(nn.Module):
         image_size: (height_px, width_px) the net is meant for.
         head: "binary" (scores `[z > 0]`, range [0, 1]) or "fixed-point" (`clip(round(z * scale), ±2047)`).
         scale: of the fixed-point head.
-        mean, std: per channel, applied as the first layer.
+        mean, std: per channel, applied as the first layer; three values for RGB images, one for grey ones.
 
     Source: Metzen & Yatsura, ICLR 2021, section 3; METHOD section 2 of the design notes.
     """
@@ -62,8 +64,18 @@ class RegionScorer(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise UsageError(f"a head is one of {', '.join(HEADS)}; got {head!r}")
-        if not scale > 0:
-            raise UsageError(f"the scale of the fixed-point head must be positive, got {scale}")
+        if not 0 < scale < math.inf:
+            raise UsageError(f"the scale of the fixed-point head must be positive and finite, got {scale}")
+        if len(class_names) < 2:
+            raise UsageError(f"a region scorer needs at least two class names, got {len(class_names)}")
+        if len(image_size) != 2 or min(image_size) < 1:
+            raise UsageError(f"an image size is (height_px, width_px), each at least 1, got {tuple(image_size)}")
+        if len(mean) != len(std) or len(mean) not in (1, 3):
+            raise UsageError(
+                f"mean and std have three values each (RGB) or one each (grey), got {len(mean)} and {len(std)}"
+            )
+        if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
+            raise UsageError(f"mean and std must be finite and std positive, got {tuple(mean)} and {tuple(std)}")
         self.normalize = Normalize(mean, std)
         self.net = net
         self.class_names = tuple(class_names)
@@ -86,23 +98,38 @@ class RegionScorer(nn.Module):
     ) -> "RegionScorer":
         """A region scorer from any module that maps images to [batch, classes, rows, cols].
 
-        The geometry is derived from the layers, then measured with NaN and perturbation probes.
+        The geometry is derived from the layers, then measured with NaN and perturbation probes. The module is
+        wrapped, not copied: it is in eval mode afterwards.
 
         Raises:
             UnsoundError: a layer is not local (it is named), or the module reaches beyond its derived geometry.
-            UsageError: the module cannot be traced, or its output does not fit `class_names`.
+            UsageError: the module cannot be traced, is not float32, does not take images of `mean`'s channels, or
+                its output does not fit `class_names`; or an argument is out of range.
         """
         scorer = cls(module, class_names, image_size, head, scale, mean, std).eval()
-        grid = scorer.grid()
-        report = check_locality(scorer, scorer.image_size, grid)
+        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+        if weight is not None:
+            if weight.dtype != torch.float32:
+                raise UsageError(f"the module's weights must be float32, got {weight.dtype}; convert it with .float()")
+            scorer.normalize.to(weight.device)
+        try:
+            grid = scorer.grid()
+        except UsageError as error:
+            if "channels" not in str(error):
+                raise
+            raise UsageError(
+                f"{error}; the image has one channel for each value of mean and std, {scorer.channels} here"
+            ) from error
+        with torch.no_grad():
+            out = scorer(torch.zeros(1, scorer.channels, *scorer.image_size, device=scorer.device))
+        if out.shape[1] != len(scorer.class_names):
+            raise UsageError(f"the module has {out.shape[1]} output channels for {len(scorer.class_names)} class names")
+        report = check_locality(scorer, scorer.image_size, grid, scorer.channels)
         if report.largest_leak > 0:
             raise UnsoundError(
                 f"scores outside a patch's reach moved by {report.largest_leak:g} in a perturbation test; "
                 "certificates need a module whose far outputs do not change at all"
             )
-        outputs = scorer(torch.zeros(1, scorer.channels, *scorer.image_size)).shape[1]
-        if outputs != len(scorer.class_names):
-            raise UsageError(f"the module has {outputs} output channels for {len(scorer.class_names)} class names")
         return scorer
 
     @property
@@ -123,14 +150,13 @@ class RegionScorer(nn.Module):
         """Which pixels each region sees, for images of (height_px, width_px); derived from the layers."""
         size = self.image_size if image_size is None else tuple(image_size)
         if size not in self._grids:
-            self._grids[size] = derive_grid(self.net, size)
+            self._grids[size] = derive_grid(self.net, size, self.channels)
         return self._grids[size]
 
     def real_scores(self, images: object) -> Float[Tensor, "batch classes rows cols"]:
         """`z` in float32, in eval mode, without gradients, in the dtype the scorer was loaded for."""
-        batch = as_batch(images)
-        if self.training:
-            self.eval()  # batch norm on batch statistics would leak across the map
+        batch = self._as_batch(images)
+        self.eval()  # all of it: one batch norm left in train mode would leak across the map
         dtype = self.autocast_dtype
         parts = batch.split(max(1, PIXELS_AT_ONCE // (batch.shape[2] * batch.shape[3])))
         with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
@@ -142,9 +168,15 @@ class RegionScorer(nn.Module):
 
         Args:
             images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1]; numpy or torch.
+                Likewise with one channel for a network of grey images.
+
+        Raises:
+            UsageError: another layout, dtype or range, or images too small for the network.
         """
-        batch = as_batch(images)
-        return self.to_scores(self.real_scores(batch), tuple(batch.shape[2:]))
+        batch = self._as_batch(images)
+        size = (batch.shape[2], batch.shape[3])
+        self.grid(size)  # says in a sentence what an image that is too small lacks
+        return self.to_scores(self.real_scores(batch), size)
 
     def to_scores(self, z: Float[Tensor, "batch classes rows cols"], image_size: tuple[int, int]) -> ScoreMap:
         """The head: integers with their range and geometry, from real scores of images of `image_size`."""
@@ -156,7 +188,8 @@ class RegionScorer(nn.Module):
         """Folds every batch norm into the convolution before it, in place; for inference only."""
         self.eval()
         for module in list(self.net.modules()):
-            if isinstance(module, nn.Sequential):
+            # A subclass with a forward of its own may use what is between the two.
+            if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
                 names = list(module._modules)
                 for name, following in pairwise(names):
                     first, second = module._modules[name], module._modules[following]
@@ -164,3 +197,14 @@ class RegionScorer(nn.Module):
                         module._modules[name] = fuse_conv_bn_eval(first, second)
                         module._modules[following] = nn.Identity()
         return self
+
+    def _as_batch(self, images: np.ndarray | Tensor) -> Float[Tensor, "batch channels height width"]:
+        """Float images in [0, 1] with the network's channels; grey ones are checked as RGB of three equal channels."""
+        if self.channels == 3 or not isinstance(images, np.ndarray | Tensor) or images.ndim < 3:
+            return as_batch(images)
+        axis = images.ndim - (1 if images.dtype in (np.uint8, torch.uint8) else 3)
+        if images.shape[axis] != 1:
+            raise UsageError(f"this network takes images of one channel, got {list(images.shape)}")
+        if isinstance(images, np.ndarray):
+            return as_batch(np.repeat(images, 3, axis))[:, :1]
+        return as_batch(images.repeat_interleave(3, axis))[:, :1]
