@@ -165,11 +165,11 @@ def labels_for(model: BagCert, images: ImageSet) -> np.ndarray:
     """
     if images.class_names == model.class_names:
         return images.labels
-    numbered = images.class_names == tuple(map(str, range(len(images.class_names))))
-    if numbered and len(images.class_names) <= len(model.class_names):
-        return images.labels
     index = {name: i for i, name in enumerate(model.class_names)}
     unknown = [name for name in images.class_names if name not in index]
+    numbered = images.class_names == tuple(map(str, range(len(images.class_names))))
+    if unknown and numbered and len(images.class_names) <= len(model.class_names):
+        return images.labels
     if unknown:
         known = ", ".join(model.class_names[:10]) + (", ..." if len(model.class_names) > 10 else "")
         raise UsageError(

@@ -23,7 +23,23 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise BagcertError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise
+
+
+def require_writable(path: Path) -> None:
+    """Tries whether a file can be written at `path`, and leaves nothing there: ask before long work, not after.
+
+    Raises:
+        BagcertError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
         raise BagcertError(f"{path} cannot be written: {error.strerror or error}") from None

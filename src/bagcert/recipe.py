@@ -1,5 +1,6 @@
 """Recipes: everything a training run needs to be repeated, as validated TOML."""
 
+import json
 import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -13,26 +14,28 @@ from bagcert.errors import UnreadableError, UsageError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSection(_Section):
     """Which images, and how many of them are held out to choose by."""
 
     name: str = "digits"
-    validation: float = Field(0.1, gt=0, lt=1, description="share of the training set held out")
-    split_seed: int = 0
-    class_weights: bool = Field(False, description="weigh classes by inverse frequency")
+    validation: float = Field(default=0.1, gt=0, lt=1, description="share of the training set held out")
+    split_seed: int = Field(default=0, ge=0, lt=2**63)
+    class_weights: bool = Field(default=False, description="weigh classes by inverse frequency")
 
 
 class ModelSection(_Section):
     """The region scorer."""
 
     architecture: str = "resnet-rf10s2"
-    width: int | None = Field(None, ge=8, description="the architecture's own when absent")
-    depth: int | None = Field(None, ge=1)
+    width: int | None = Field(default=None, ge=8, description="the architecture's own when absent")
+    depth: int | None = Field(default=None, ge=1)
     padded: bool = True
-    image_size: tuple[int, int] | None = Field(None, description="images are squashed to it; their own when absent")
+    image_size: tuple[int, int] | None = Field(
+        default=None, description="images are squashed to it; their own when absent"
+    )
     head: Literal["binary", "fixed-point"] = "fixed-point"
 
 
@@ -47,45 +50,45 @@ class LossSection(_Section):
     """The objective, METHOD section 4."""
 
     name: Literal["margin", "smooth-margin", "double-masking"] = "double-masking"
-    margin: float = Field(0.4, gt=0, le=1, description="M of the two margin losses")
-    temperature: float = Field(12.0, gt=0, description="tau of the smooth margin loss")
-    full_weight: float = Field(0.3, ge=0, description="weight of the unmasked term of the double-masking loss")
-    one_hot_penalty: float = Field(0.0, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    margin: float = Field(default=0.4, gt=0, le=1, description="M of the two margin losses")
+    temperature: float = Field(default=12.0, gt=0, description="tau of the smooth margin loss")
+    full_weight: float = Field(default=0.3, ge=0, description="weight of the unmasked term of the double-masking loss")
+    one_hot_penalty: float = Field(default=0.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
 class OptimizerSection(_Section):
     """Optimizer and schedule: linear warm-up, then cosine to zero."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1, description="for sgd")
-    warmup: float = Field(0.2, ge=0, lt=1, description="share of all steps")
-    gradient_clip: float | None = Field(None, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="for sgd")
+    warmup: float = Field(default=0.2, ge=0, lt=1, description="share of all steps")
+    gradient_clip: float | None = Field(default=None, gt=0)
 
 
 class AugmentSection(_Section):
     """Batched augmentation on the device."""
 
-    crop: int = Field(2, ge=0, description="px of padding before the random crop")
+    crop: int = Field(default=2, ge=0, description="px of padding before the random crop")
     crop_mode: Literal["reflect", "zero"] = "reflect"
     flip: bool = True
-    cutout: int = Field(0, ge=0, description="side in px of a square painted grey; 0 for none")
+    cutout: int = Field(default=0, ge=0, description="side in px of a square painted grey; 0 for none")
 
 
 class TrainSection(_Section):
     """The loop."""
 
-    epochs: int = Field(30, ge=1)
-    batch_size: int = Field(128, ge=2)
-    ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average that ships; 0 for none")
+    epochs: int = Field(default=30, ge=1)
+    batch_size: int = Field(default=128, ge=2)
+    ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the weight average that ships; 0 for none")
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
-    seed: int = 0
-    validate_every: int = Field(1, ge=1, description="epochs")
-    validate_images: int = Field(1000, ge=1)
-    checkpoint_every: int = Field(200, ge=1, description="steps")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    validate_every: int = Field(default=1, ge=1, description="epochs")
+    validate_images: int = Field(default=1000, ge=1)
+    checkpoint_every: int = Field(default=200, ge=1, description="steps")
 
 
 class Recipe(_Section):
@@ -149,7 +152,10 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise UsageError(f"a recipe has no key {where!r}{_nearest(where, _keys())}") from None
+            known = _keys() if "." in where else Recipe.model_fields
+            raise UsageError(f"a recipe has no key {where!r}{_nearest(where, known)}") from None
+        if first["type"] == "missing":
+            raise UsageError(f"a recipe needs the key {where!r}") from None
         raise UsageError(f"recipe key {where}: {first['msg'].lower()}, got {first.get('input')!r}") from None
 
 
@@ -175,7 +181,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
-    values[last] = str(value) if last in ("patch", "name") else value
+        if not isinstance(values, dict):
+            raise UsageError(f"recipe key {section}: it should be a section [{section}], got {values!r}")
+    # A patch of 5 and a name of 1.10 are text, as they were written.
+    values[last] = text if last in ("patch", "name") and not isinstance(value, str) else value
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -188,7 +197,7 @@ def _toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return repr(value)

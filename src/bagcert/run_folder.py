@@ -22,6 +22,7 @@ class RunFolder:
 
     Attributes:
         step: optimizer steps done.
+        steps: of the whole run, which follow from the recipe and the number of images.
         seconds: training time so far, over all resumptions.
     """
 
@@ -33,6 +34,7 @@ class RunFolder:
         average: AveragedModel,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
+        steps: int,
     ) -> None:
         self.folder = folder
         self.recipe = recipe
@@ -41,6 +43,7 @@ class RunFolder:
         self.optimizer = optimizer
         self.schedule = schedule
         self.step = 0
+        self.steps = steps
         self.seconds = 0.0
         self._metrics: list[str] = []
 
@@ -55,7 +58,7 @@ class RunFolder:
         """Starts a new run, or loads the checkpoint of one with the same recipe.
 
         Raises:
-            UsageError: the folder holds a finished or another run, or there is nothing to resume.
+            UsageError: the folder holds an unfinished or another run, or there is nothing to resume.
             UnreadableError: the checkpoint is damaged.
         """
         path = self.folder / CHECKPOINT
@@ -72,13 +75,21 @@ class RunFolder:
             raise UsageError(f"the run in {self.folder} was started with another recipe; see its {RECIPE}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            if state.get("steps", self.steps) != self.steps:
+                raise UsageError(
+                    f"the run in {self.folder} was started with other data or another limit: it has "
+                    f"{state['steps']} steps, this would have {self.steps}"
+                )
             self.scorer.load_state_dict(state["model"])
             self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.step, self.seconds, self._metrics = state["step"], state["seconds"], state["metrics"]
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
-            raise UnreadableError(f"the checkpoint {path} is damaged: {str(error).splitlines()[0]}") from None
+        except UsageError:
+            raise
+        except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UnreadableError(f"the checkpoint {path} is damaged: {reason}") from None
         write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
 
     def log(self, **values: float) -> None:
@@ -95,6 +106,7 @@ class RunFolder:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "step": self.step,
+            "steps": self.steps,
             "seconds": self.seconds,
             "metrics": self._metrics,
         }

@@ -123,7 +123,7 @@ class PatchThreatModel:
         shapes = [shape for part in shapes_text.split("+") for shape in _shapes(part, notation, image_size)]
         if isinstance(allowed, str | Path):
             allowed = _read_mask(Path(allowed))
-        return cls(tuple(image_size), tuple(shapes), patches, allowed, notation)
+        return cls((image_size[0], image_size[1]), tuple(shapes), patches, allowed, notation)
 
     def tops(self, shape: tuple[int, int]) -> np.ndarray:
         """Every top row of a patch of `shape`: int [H - h + 1], the last one included."""
@@ -165,11 +165,6 @@ class PatchThreatModel:
     def __str__(self) -> str:
         """The notation, and whether placements are restricted."""
         return self.notation + ("" if self.allowed is None else " within the allowed placements")
-
-
-def square(side: int, image_size: tuple[int, int]) -> PatchThreatModel:
-    """One square patch of `side` px anywhere in an image of (height_px, width_px)."""
-    return PatchThreatModel(tuple(image_size), ((side, side),))
 
 
 def _inside(shape: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -27,7 +27,7 @@ from bagcert import losses
 from bagcert.data import load_dataset
 from bagcert.data.augment import cutout, random_crop, random_flip
 from bagcert.data.image_set import ImageSet
-from bagcert.devices import keep_freed_memory
+from bagcert.devices import keep_freed_memory, resolve_device
 from bagcert.errors import BagcertError, UsageError
 from bagcert.nets import get_architecture
 from bagcert.nets.model_folder import ModelConfig, read_model, write_model
@@ -70,14 +70,19 @@ def train(
         resume: go on from the checkpoint in `out`.
         init: a model folder whose weights to start from; a classifier for other classes starts afresh.
         limit: train on the first so many images only.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         on_progress: called after every step.
 
     Raises:
         UsageError: the recipe does not fit the data, or `out` holds another run.
         BagcertError: the loss is not finite, or the run was interrupted; the checkpoint in `out` is whole.
     """
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if recipe.train.precision == "bf16" else "no")
+    chosen = resolve_device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
+    # Accelerate fixes its mixed precision for the whole process; a process may train twice.
+    accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no")
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(recipe.train.seed)
@@ -102,9 +107,9 @@ def train(
     steps = epoch_steps * recipe.train.epochs
     optimizer = _optimizer(recipe, scorer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(recipe, steps))
-    scorer = scorer.to(accelerator.device, memory_format=torch.channels_last)
+    scorer.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a torch stub gap
     average = AveragedModel(scorer, multi_avg_fn=_moving_average(recipe.train.ema), use_buffers=True)
-    run = RunFolder(out, recipe, scorer, average, optimizer, schedule)
+    run = RunFolder(out, recipe, scorer, average, optimizer, schedule, steps)
     run.open(resume)
     model, optimizer = accelerator.prepare(scorer, optimizer)
     forward = torch.compile(model) if recipe.train.compile else model
@@ -120,7 +125,9 @@ def train(
             generator = _generator(accelerator.device, recipe.train.seed, run.step, accelerator.process_index)
             batch = augment(images[index], recipe, generator).float() / 255
             model.train()
-            loss = objective(forward(batch.contiguous(memory_format=torch.channels_last)), labels[index])
+            with autocast:
+                z = forward(batch.contiguous(memory_format=torch.channels_last))
+            loss = objective(z, labels[index])
             weight = class_weights[labels[index]]
             loss = (loss * weight).sum() / weight.sum()
             optimizer.zero_grad(set_to_none=True)
@@ -140,10 +147,10 @@ def train(
             if saves or run.step % CHECK_LOSS_EVERY == 0:
                 progress.loss = running.item() / counted
                 running, counted = torch.zeros_like(running), 0
-                if not math.isfinite(progress.loss):
+                if not math.isfinite(progress.loss) or (saves and not _finite(scorer)):
                     raise BagcertError(
-                        f"the loss is not finite at step {run.step} (epoch {epoch + 1}); the last good checkpoint is "
-                        f"kept in {out}: try a lower optimizer.learning_rate or train.precision=fp32"
+                        f"the loss or a weight is not finite at step {run.step} (epoch {epoch + 1}); the last good "
+                        f"checkpoint is kept in {out}: try a lower optimizer.learning_rate or train.precision=fp32"
                     )
             run.seconds = seconds_before + time.monotonic() - started
             if epoch_ends and ((epoch + 1) % recipe.train.validate_every == 0 or run.step == steps):
@@ -152,7 +159,7 @@ def train(
                     run.log(
                         epoch=epoch + 1,
                         loss=progress.loss,
-                        learning_rate=schedule.get_last_lr()[0],
+                        learning_rate=float(schedule.get_last_lr()[0]),
                         **progress.validation,
                     )
             if saves and accelerator.is_main_process:
@@ -204,13 +211,19 @@ def _model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelCo
 
 def _start_from(scorer: RegionScorer, folder: Path) -> None:
     """Copies the weights of a model; the last layer starts afresh if the classes differ."""
-    given, own = read_model(folder)[0].state_dict(), scorer.state_dict()
+    start = read_model(folder)[0]
+    given, own = start.state_dict(), scorer.state_dict()
     head = {name for name, _ in list(scorer.net.named_parameters(prefix="net"))[-2:]}
-    for name, tensor in own.items():
-        if name in given and given[name].shape == tensor.shape:
-            tensor.copy_(given[name])
-        elif name not in head:
+    for name in sorted(given.keys() | own.keys()):
+        if name in head and start.class_names != scorer.class_names:
+            continue
+        if name not in given or name not in own or given[name].shape != own[name].shape:
             raise UsageError(f"the model in {folder} cannot start this recipe: tensor {name!r} does not fit")
+        own[name].copy_(given[name])
+
+
+def _finite(scorer: RegionScorer) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in scorer.state_dict().values())
 
 
 def _objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel) -> Callable[[Tensor, Tensor], Tensor]:

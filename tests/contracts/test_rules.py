@@ -79,5 +79,5 @@ def test_the_table(rule):
 
 
 def test_an_unknown_rule_names_the_nearest():
-    with pytest.raises(UsageError, match="'double-masking'.*vote, levine-feizi, double-masking, detection"):
+    with pytest.raises(UsageError, match=r"'double-masking'.*vote, levine-feizi, double-masking, detection"):
         get_rule("double_maskin")

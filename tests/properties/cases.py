@@ -122,7 +122,7 @@ def build(choose: Choose, most_patches: int = 2, most_masks: int = 40) -> Case:
 
 
 def attacked(case: Case, image: int, limit: int = 256, most: int = 4000) -> np.ndarray:
-    """Score maps [attacks, classes, rows, cols] an attacker can cause: all contents where they are few, else extremes."""
+    """Score maps [attacks, classes, rows, cols] an attacker can cause: all contents if few, else extremes."""
     scores, low, high = case.scores[image], case.score_map.low, case.score_map.high
     found = []
     for reach in case.reaches:

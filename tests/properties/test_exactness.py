@@ -13,7 +13,7 @@ from tests.properties.cases import Case, build
 
 # beartype samples what it checks with `random`, also while a strategy builds a case
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
-relaxed = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+relaxed = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @st.composite

@@ -21,7 +21,7 @@ from bagcert.threat import PatchThreatModel, square
         ("2.4%", ((5, 5),), 1),
         ("0.39%", ((2, 2),), 1),
         ("area:6", ((1, 6), (2, 3), (3, 2), (6, 1)), 1),
-        ("area:40", tuple((h, 40 // h) for h in (2, 3, 4, 5, 6, 8, 10, 13, 20)) + ((1, 32), (32, 1)), 1),
+        ("area:12", ((1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)), 1),
     ],
 )
 def test_notation(text, shapes, patches):
@@ -29,7 +29,7 @@ def test_notation(text, shapes, patches):
     expected = PatchThreatModel((32, 32), shapes, patches)
     assert threat == expected
     assert hash(threat) == hash(expected)
-    assert set(threat.shapes) <= set(shapes)
+    assert threat.shapes == shapes
 
 
 @pytest.mark.parametrize(("share", "side"), [("1%", 23), ("2%", 32), ("3%", 39)])
@@ -56,7 +56,7 @@ def test_an_area_in_a_narrow_image_is_cut_to_it():
         ("five", "'five'"),
         ("-3", "'-3'"),
         ("2x", "is written"),
-        ("area:0", "none|no rectangle"),
+        ("area:0", "no rectangle"),
         ("", "is written"),
         ((1, 2, 3), "pair"),
     ],
@@ -69,7 +69,7 @@ def test_nonsense_is_refused_by_name(text, message):
 def test_a_threat_model_passes_through():
     threat = square(5, (32, 32))
     assert PatchThreatModel.parse(threat, (32, 32)) is threat
-    with pytest.raises(UsageError, match="32x32 px, the image has 32x40"):
+    with pytest.raises(UsageError, match=r"32x32 px.*the image has 32x40"):
         PatchThreatModel.parse(threat, (32, 40))
 
 

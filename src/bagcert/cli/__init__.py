@@ -4,7 +4,9 @@ Exit codes: 0 fine, 1 failed, 2 usage, 3 a --fail-under bar not met, 4 a certifi
 failed, 5 some inputs unreadable.
 """
 
+import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -16,7 +18,9 @@ from bagcert.cli.demo import demo
 from bagcert.cli.evaluate import evaluate
 from bagcert.cli.info import info
 from bagcert.cli.train import train
-from bagcert.errors import BagcertError
+from bagcert.errors import BagcertError, UsageError
+
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="bagcert",
@@ -25,7 +29,7 @@ app = typer.Typer(
         "Exit codes: 0 fine, 1 failed, 2 usage, 3 a --fail-under bar not met, 4 a certificate was broken or "
         "locality failed, 5 some inputs unreadable."
     ),
-    no_args_is_help=True,
+    rich_markup_mode=None,  # rich cuts long option names short in narrow terminals
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -52,12 +56,36 @@ for command in (demo, train, evaluate, certify, info):
 
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence and an exit code, never a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    code = None
     try:
-        app()
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
     except BagcertError as error:
         fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away, which is its right
+    except BrokenPipeError:  # the reader of our output went away, which is its right
+        _give_up_stdout()
         sys.exit(1)
-    except KeyboardInterrupt:
+    except OSError as error:
+        _give_up_stdout()
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # only typer's usage errors have it
+            raise
+        fail(error.format_message(), UsageError.exit_code)
+    if code == INTERRUPTED:
         fail("interrupted", 1)
+    sys.exit(code or 0)
+
+
+def _give_up_stdout() -> None:
+    """Drops what cannot be written, so that the interpreter does not try again on its way out."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -59,6 +59,7 @@ def certify(
 
 
 def _print(verdicts: list) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table()
@@ -78,9 +79,9 @@ def _print(verdicts: list) -> None:
         for i, result in enumerate(verdict.results):
             first = i == 0
             table.add_row(
-                verdict.source if first else "",
+                escape(verdict.source) if first else "",
                 "x".join(map(str, verdict.size_px)) if first else "",
-                verdict.class_name if first else "",
+                escape(verdict.class_name) if first else "",
                 result.threat,
                 result.rule,
                 "[green]yes[/]" if result.certified else "[red]no[/]",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -24,23 +25,23 @@ class Report(Protocol):
 
 def stdout() -> Console:
     """For results."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_WHEN_PIPED, highlight=False, soft_wrap=False)
+    return Console(width=None if sys.stdout.isatty() else WIDTH_WHEN_PIPED, highlight=False, emoji=False)
 
 
 def stderr() -> Console:
     """For progress and errors."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def fail(sentence: str, exit_code: int) -> NoReturn:
     """One sentence on stderr, and out."""
-    stderr().print(f"[bold red]Error:[/] {_escaped(sentence)}")
+    stderr().print(f"[bold red]Error:[/] {_line(sentence)}")
     sys.exit(exit_code)
 
 
 def warn(sentence: str) -> None:
     """One sentence on stderr."""
-    stderr().print(f"[yellow]Warning:[/] {_escaped(sentence)}")
+    stderr().print(f"[yellow]Warning:[/] {_line(sentence)}")
 
 
 def print_json(value: Any) -> None:
@@ -65,14 +66,18 @@ def progress(what: str) -> Iterator[Report]:
         task = bar.add_task(what, total=None, note="")
 
         def report(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, **({"note": note} if note else {}))
+            bar.update(task, completed=done, total=total)
+            if note:
+                bar.update(task, note=note)
 
         yield report
 
 
 def print_results(info: RunInfo) -> None:
     """The table of an evaluation."""
-    table = Table(title=f"{info.model} on {info.data} ({info.split}, {info.images:,} images)", title_justify="left")
+    table = Table(
+        title=escape(f"{info.model} on {info.data} ({info.split}, {info.images:,} images)"), title_justify="left"
+    )
     table.add_column("patch")
     table.add_column("rule")
     for column in ("clean", "certified", "certified, 95 % interval", "seconds"):
@@ -96,5 +101,5 @@ def print_results(info: RunInfo) -> None:
     )
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+def _line(sentence: str) -> str:
+    return escape(" ".join(line.strip() for line in sentence.splitlines()))

@@ -35,7 +35,10 @@ def evaluate(
     fail_under_certified: FailUnder = None,
 ) -> None:
     """Clean and certified accuracy of a model on a data set, for every rule and patch from one forward pass."""
+    import shlex
+    import sys
     import time
+    from dataclasses import replace
 
     started = time.perf_counter()
     from bagcert.defenses.bagcert import load
@@ -61,6 +64,8 @@ def evaluate(
             model_seconds,
             report,
         )
+    command = shlex.join(["bagcert", *sys.argv[1:]])
+    evaluation = replace(evaluation, info=replace(evaluation.info, command=command))
     if out is not None:
         write_evaluation(evaluation, out)
     if json:
@@ -80,8 +85,10 @@ def evaluate(
 def check_output(path: Path) -> None:
     """Refuses an output path before the work, not after it."""
     from bagcert.errors import UsageError
+    from bagcert.files import require_writable
 
     if path.is_dir():
         raise UsageError(f"the output {path} is a folder; a file was expected")
     if path.suffix != ".json":
         raise UsageError(f"the output must be a .json file, got {path}")
+    require_writable(path)

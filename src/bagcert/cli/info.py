@@ -22,6 +22,7 @@ def info(
     if json:
         print_json(found)
         return
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
@@ -29,7 +30,7 @@ def info(
     table.add_column(overflow="fold")
     for key, value in found.items():
         if key not in ("recipe", "results"):
-            table.add_row(key.replace("_", " "), _plain(value))
+            table.add_row(key.replace("_", " "), escape(_plain(value)))
     console = stdout()
     console.print(table)
     if found["results"]:
@@ -37,7 +38,8 @@ def info(
         for row in found["results"]:
             console.print(
                 f"  {row['threat']:>8} {row['rule']:<15} clean {row['clean_accuracy']:.1%}  certified "
-                f"{row['certified_accuracy']:.1%}  ({row['data']}, {row['images']:,} images)"
+                f"{row['certified_accuracy']:.1%}  ({row['data']}, {row['images']:,} images)",
+                markup=False,
             )
     console.print("\nThe recipe: bagcert info MODEL --json, or recipe in config.json")
 

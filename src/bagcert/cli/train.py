@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bagcert.cli.console import progress, stderr, stdout
+from bagcert.cli.console import progress, stderr
 from bagcert.cli.options import Device
 
 
@@ -47,4 +47,4 @@ def train(
             report(at.step, at.steps, note)
 
         run(chosen, folder, data, resume, initial, limit, device, show)
-    stdout().print(f"The model is in {folder}: bagcert evaluate {folder} --data {data or chosen.data.name}")
+    print(f"The model is in {folder}: bagcert evaluate {folder} --data {data or chosen.data.name}")

@@ -139,7 +139,7 @@ def load(name: str | Path = "default", device: str = "auto", dtype: str = "float
         PatchThreatModel.parse(config.patch, scorer.image_size)
     except UsageError as error:
         raise UnreadableError(f"{folder / CONFIG} cannot be deployed: {error}") from None
-    scorer = scorer.fold_batch_norm().to(target, memory_format=torch.channels_last)
+    scorer.fold_batch_norm().to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scorer.autocast_dtype = DTYPES[dtype]
     return BagCert(scorer, config.rule, config.patch, config, weights_sha256(folder))
 

@@ -1,7 +1,7 @@
 """Certifying image files in this process, one after the other."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bagcert.data.folder import images_below
@@ -13,6 +13,8 @@ from bagcert.records import Record
 from bagcert.rules import get_rule
 from bagcert.rules.largest import largest_certifiable_px, largest_certified_px
 from bagcert.threat import PatchThreatModel
+
+VOTES = ("vote", "levine-feizi")
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,17 @@ def certify_photo(
     """The verdict on one photo, against each patch by each rule."""
     geometry = preprocessing.geometry(photo.stored_size, photo.orientation)
     score_map = geometry.score_map(model.score_map(preprocessing.apply(photo)[None]))
-    results, largest = [], (0, 0)
+    results: list[Record] = []
+    largest = (0, 0)
     for rule in rules or (model.rule,):
         for notation in patches or (str(model.patch),):
             threat = PatchThreatModel.parse(notation, photo.stored_size, placements)
             certificate = get_rule(rule).certify(score_map, threat)
             if not results:
+                # The side a vote certifies is over all placements; masks are built for the allowed ones.
+                asked = replace(threat, allowed=None) if rule in VOTES else threat
                 largest = (
-                    int(largest_certified_px(score_map, rule, threat, certificate)[0]),
+                    int(largest_certified_px(score_map, rule, asked, certificate)[0]),
                     int(largest_certifiable_px(score_map, certificate.prediction)[0]),
                 )
             results += Record.each(certificate)

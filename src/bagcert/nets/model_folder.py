@@ -15,9 +15,7 @@ from bagcert.files import write_atomically
 from bagcert.nets import get_architecture
 from bagcert.nets.region_scorer import RegionScorer
 
-FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
@@ -32,7 +30,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: str
     architecture: str
     width: int = Field(ge=1, le=65536)
@@ -101,8 +99,8 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
             raise UnreadableError(
                 f"tensor {name!r} in {path} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
             )
-    if name := _not_finite(tensors):
-        raise UnreadableError(f"tensor {name!r} in {path} has values that are not finite")
+    if broken := _not_finite(tensors):
+        raise UnreadableError(f"tensor {broken!r} in {path} has values that are not finite")
     scorer.to_empty(device="cpu")
     scorer.load_state_dict(tensors)
     return scorer.eval(), config

@@ -26,6 +26,9 @@ PIXELS_AT_ONCE = 2**18  # 256 images of 32x32: large enough for speed, small eno
 class Normalize(nn.Module):
     """`(x - mean) / std` per channel, inside the network so that sizes and ranges are the user's."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
@@ -79,7 +82,7 @@ class RegionScorer(nn.Module):
         self.normalize = Normalize(mean, std)
         self.net = net
         self.class_names = tuple(class_names)
-        self.image_size = tuple(image_size)
+        self.image_size = (image_size[0], image_size[1])
         self.head = head
         self.scale = float(scale)
         self.autocast_dtype: torch.dtype | None = None
@@ -148,7 +151,7 @@ class RegionScorer(nn.Module):
 
     def grid(self, image_size: tuple[int, int] | None = None) -> RegionGrid:
         """Which pixels each region sees, for images of (height_px, width_px); derived from the layers."""
-        size = self.image_size if image_size is None else tuple(image_size)
+        size = self.image_size if image_size is None else (image_size[0], image_size[1])
         if size not in self._grids:
             self._grids[size] = derive_grid(self.net, size, self.channels)
         return self._grids[size]
@@ -198,9 +201,11 @@ class RegionScorer(nn.Module):
                         module._modules[following] = nn.Identity()
         return self
 
-    def _as_batch(self, images: np.ndarray | Tensor) -> Float[Tensor, "batch channels height width"]:
+    def _as_batch(self, images: object) -> Float[Tensor, "batch channels height width"]:
         """Float images in [0, 1] with the network's channels; grey ones are checked as RGB of three equal channels."""
-        if self.channels == 3 or not isinstance(images, np.ndarray | Tensor) or images.ndim < 3:
+        if not isinstance(images, np.ndarray | Tensor):
+            raise UsageError(f"images must be a numpy array or a torch tensor, got {type(images).__name__}")
+        if self.channels == 3 or images.ndim < 3:
             return as_batch(images)
         axis = images.ndim - (1 if images.dtype in (np.uint8, torch.uint8) else 3)
         if images.shape[axis] != 1:

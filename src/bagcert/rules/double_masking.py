@@ -1,4 +1,4 @@
-"""Double masking on the score map: leaving out a window is a subtraction, so all masked labels cost one forward pass."""
+"""Double masking on the score map: leaving out a window is a subtraction, so all labels cost one forward pass."""
 
 import torch
 from jaxtyping import Float, Int

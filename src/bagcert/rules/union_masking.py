@@ -78,7 +78,7 @@ def union_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certi
     batch, device = len(score_map), score_map.scores.device
     margin = torch.empty(batch, dtype=torch.int64, device=device)
     prediction = torch.empty_like(margin)
-    pair = torch.empty(batch, 2, dtype=torch.int64, device=device)
+    pair = torch.empty(batch, 2 * threat.patches, dtype=torch.int64, device=device)
     with exact_arithmetic(device):
         for images in chunks(batch, score_map.classes * len(unions)):
             levels = score_map.levels(images).flatten(2)
@@ -88,7 +88,7 @@ def union_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certi
             prediction[images] = label
     if bool(unions.completed.any()):
         margin.clamp_(max=-1)
-    placement = unions.windows.placements[unions.members[pair].flatten(1)]
+    placement = unions.windows.placements[pair]
     return Certificate(prediction, margin >= 0, margin, placement, "double-masking", threat)
 
 
@@ -120,13 +120,22 @@ def _prediction(
             (rows,) = (survives & (first[image] == label)).nonzero(as_tuple=True)
             left = unions.outside[rows].to(lead.dtype) @ (lead * partners).T
             survives[rows] = (left >= int(common < label)).all(1)
-        for row in survives.nonzero()[:, 0].tolist():
-            label = first[image, row]
-            lead = (scores[label] - scores) * unions.outside[row]
-            left = lead.sum(1) - unions.sums(lead).amax(1)
-            if bool((left >= tie_penalty(label[None], len(scores))[0]).all()):
+        while bool(survives.any()):
+            row = int(survives.float().argmax())  # the first
+            label = int(first[image, row])
+            lead = scores[label] - scores
+            penalty = tie_penalty(first[image, row : row + 1], len(scores))[0]
+            left = (lead * unions.outside[row]).sum(1) - penalty
+            worst, partner = unions.sums(lead * unions.outside[row]).max(1)
+            rival = int((left - worst).argmin())
+            if (left - worst)[rival] >= 0:
                 answer[image] = label
                 break
+            # The pair that fails this one fails most others with its label.
+            survives[row] = False
+            (rows,) = (survives & (first[image] == label)).nonzero(as_tuple=True)
+            left = unions.outside[rows].to(lead.dtype) @ (lead[rival] * unions.outside[partner[rival]])
+            survives[rows] = left >= penalty[rival]
     return answer
 
 
@@ -135,47 +144,93 @@ def _worst_pairs(
     levels: Float[Tensor, "batch classes regions"],
     sums: Float[Tensor, "batch classes unions"],
     label: Int[Tensor, " batch"],
-) -> tuple[Int[Tensor, " batch"], Int[Tensor, "batch 2"]]:
-    """The exact margin over all classes and pairs of unions, and a pair that attains it, by branch and bound."""
+) -> tuple[Int[Tensor, " batch"], Int[Tensor, "batch windows"]]:
+    """The exact margin over all classes and pairs of unions, and 2K windows that attain it, by branch and bound."""
     every = torch.arange(len(levels), device=levels.device)
     lead = levels[every, label][:, None] - levels
     base = lead.sum(2) - tie_penalty(label, levels.shape[1])
     base[every, label] = torch.inf
     removed = sums[every, label][:, None] - sums
     single, at = removed.max(2)
-    # A union takes at most what its windows take of the positive part, a pair of unions at most the 2K largest.
+    # 2K windows take at most the 2K largest sums of the positive part.
     patches = unions.members.shape[1]
-    windows = unions.windows.masks[unions.windows.keep].flatten(1).to(levels.dtype)
-    floor = base - _top(lead.clamp(min=0) @ windows.T, 2 * patches)
+    kept = unions.windows.keep.nonzero()[:, 0]
+    masks = unions.windows.masks[kept].flatten(1)
+    positive = lead.clamp(min=0) @ masks.T.to(levels.dtype)
+    floor = base - _top(positive, 2 * patches)
 
     left, rival = (base - single).min(1)
-    best = Best(left, at[every, rival][:, None].repeat(1, 2))
+    best = Best(left, unions.members[at[every, rival]].repeat(1, 2))
     for image, rival in (floor < best.margin[:, None]).nonzero().tolist():
-        own, start = lead[image, rival], base[image, rival]
         if floor[image, rival] >= best.margin[image]:
             continue
-        first = at[image, rival]
-        _try(unions, own, start, removed[image, rival], first[None], image, best)
-        # What a union and K more windows can take at most decides which unions need all their partners.
-        positive = own.clamp(min=0)
-        ceiling = (
-            torch.cat([_top((positive * part) @ windows.T, patches) for part in unions.outside.split(4096)])
-            + removed[image, rival]
-        )
-        order = ceiling.sort(descending=True, stable=True).indices
-        for some in order.split(max(1, CHUNK_ELEMENTS // (8 * max(len(unions), len(own))))):
-            some = some[start - ceiling[some] < best.margin[image]]
-            if not len(some):
-                break
-            _try(unions, own, start, removed[image, rival], some, image, best)
+        own, first = lead[image, rival], at[image, rival]
+        more, second = unions.sums(own * unions.outside[first]).max(0)
+        left = base[image, rival] - single[image, rival] - more
+        best.improve(*_one(image, left, torch.cat([unions.members[first], unions.members[second]])))
+        # Strongest windows first: what may still follow a window is then weak, which makes the bounds tight.
+        order = positive[image, rival].sort(descending=True, stable=True).indices
+        search = _Search(own, masks[order].to(own.dtype), kept[order], base[image, rival], image, best)
+        nothing = torch.zeros(1, 0, dtype=torch.int64, device=levels.device)
+        search.extend(torch.ones_like(own)[None], own.new_zeros(1), nothing, 2 * patches)
     return best.margin.long(), best.pair
 
 
-def _try(unions: Unions, lead: Tensor, start: Tensor, removed: Tensor, some: Tensor, image: int, best: Best) -> None:
-    """Completes some unions by every second union."""
-    more, second = unions.sums(lead * unions.outside[some]).max(1)
-    left = start - removed[some] - more
-    best.improve(torch.full_like(some, image), left, torch.stack([some, second], 1))
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Branch and bound over the 2K windows that take most from one lead; any K of them are one mask.
+
+    Attributes:
+        lead: what is to be taken from.
+        masks: the windows as 0 and 1, strongest first; `ids` are their indices.
+        base: the lead's total less the tie penalty.
+        image: whose best margin to improve.
+    """
+
+    lead: Float[Tensor, " regions"]
+    masks: Float[Tensor, "windows regions"]
+    ids: Int[Tensor, " windows"]
+    base: Float[Tensor, ""]
+    image: int
+    best: Best
+
+    def extend(
+        self,
+        outside: Float[Tensor, "nodes regions"],
+        taken: Float[Tensor, " nodes"],
+        chosen: Int[Tensor, "nodes depth"],
+        remaining: int,
+    ) -> None:
+        """Adds `remaining` more windows, none before the last chosen, to each node in every way that could improve."""
+        left = self.lead * outside
+        gain = left @ self.masks.T
+        if chosen.shape[1]:
+            place = torch.arange(len(self.masks), device=gain.device)
+            gain.masked_fill_(place < chosen[:, -1:], -torch.inf)
+        if remaining == 1:
+            most, last = gain.max(1)
+            node = (taken + most).argmax()
+            found = self.ids[torch.cat([chosen[node], last[node : node + 1]])]
+            self.best.improve(*_one(self.image, self.base - taken[node] - most[node], found))
+            return
+        # A later window takes at most its positive part of what is left now.
+        ceiling = (left.clamp(min=0) @ self.masks.T).flip(1).cummax(1).values.flip(1)
+        total = taken[:, None] + gain
+        bound = total + (remaining - 1) * ceiling
+        node, window = (self.base - bound < self.best.margin[self.image]).nonzero(as_tuple=True)
+        order = bound[node, window].sort(descending=True, stable=True).indices
+        for some in order.split(max(1, CHUNK_ELEMENTS // (4 * self.masks.shape[1]))):
+            n, w = node[some], window[some]
+            open_ = self.base - bound[n, w] < self.best.margin[self.image]
+            n, w = n[open_], w[open_]
+            if len(n):
+                further = torch.cat([chosen[n], w[:, None]], 1)
+                self.extend(outside[n] * (1 - self.masks[w]), total[n, w], further, remaining - 1)
+
+
+def _one(image: int, margin: Tensor, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One candidate in the form that `Best.improve` takes."""
+    return torch.full_like(windows[:1], image), margin[None], windows[None]
 
 
 def _top(values: Float[Tensor, "*batch windows"], count: int) -> Float[Tensor, "*batch"]:

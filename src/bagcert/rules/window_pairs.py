@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bagcert.grid import WindowBlock
 from bagcert.rules.windows import CHUNK_ELEMENTS, Best, Windows, chunks
 from bagcert.scores import tie_penalty
 
@@ -36,6 +35,7 @@ def worst_pairs(
         margin int64, and window indices: of the best pair found greedily unless the search finds a worse one.
     """
     every = torch.arange(len(levels), device=levels.device)
+    blocks = range(len(windows.blocks))
     classes = levels.shape[1]
     lead = levels[every, label][:, None] - levels
     base = lead.sum((2, 3)) - tie_penalty(label, classes)
@@ -53,12 +53,23 @@ def worst_pairs(
 
     open_ = floor[image, rival] < best.margin[image]
     image, rival = image[open_], rival[open_]
-    for first, block in enumerate(windows.blocks):
-        for second in range(first, len(windows.blocks)) if len(image) else ():
-            table = _PairTable.of(block, windows.blocks[second], first == second, levels)
-            starts = windows.starts[first], windows.starts[second]
-            for rows in chunks(len(image), table.elements_each):
-                _search(table, starts, lead, base, removed, positive, image[rows], rival[rows], best)
+    peaks = [(_peaks(windows, k, removed, image, rival), _peaks(windows, k, positive, image, rival)) for k in blocks]
+    for first in blocks:
+        for second in blocks[first:]:
+            (real, bound), (real2, bound2) = peaks[first], peaks[second]
+            most = torch.minimum(real.amax(1) + bound2.amax(1), bound.amax(1) + real2.amax(1))
+            (open_,) = (base[image, rival] - most < best.margin[image]).nonzero(as_tuple=True)
+            if not len(open_):
+                continue
+            table = _PairTable.of(windows, first, second, levels.dtype)
+            for rows in chunks(len(open_), table.elements_each):
+                some = open_[rows]
+                i, j = table.first, table.second
+                ceiling = torch.minimum(
+                    real[some][:, i] + bound2[some][:, j],
+                    bound[some][:, i] + real2[some][:, j],
+                )
+                _search(table, lead, base, image[some], rival[some], ceiling, best)
     return best.margin.long(), best.pair
 
 
@@ -90,7 +101,7 @@ class _PairTable:
         rows: [3 * pairs, map rows], for each pair the rows of i only, of both, of j only.
         cols: [3 * map columns, column pairs], stacked: columns of the first, of either, of the second.
         keep: which column pairs are windows of both blocks; None if all.
-        widths: column windows of the two blocks.
+        starts, widths: where the two blocks begin in the flat order, and their numbers of column windows.
     """
 
     first: Int[Tensor, " pairs"]
@@ -98,20 +109,23 @@ class _PairTable:
     rows: Float[Tensor, "3 pairs m"]
     cols: Float[Tensor, "n3 colpairs"]
     keep: Bool[Tensor, "pairs colpairs"] | None
+    starts: tuple[int, int]
     widths: tuple[int, int]
 
     @classmethod
-    def of(cls, block: WindowBlock, other: WindowBlock, same: bool, like: Tensor) -> "_PairTable":
+    def of(cls, windows: Windows, first: int, second: int, dtype: torch.dtype) -> "_PairTable":
         """Within one block i <= j is enough, since column pairs come in both orders."""
-        rows, cols, keep = (torch.as_tensor(t, device=like.device) for t in (block.rows, block.cols, block.keep))
-        rows2, cols2, keep2 = (torch.as_tensor(t, device=like.device) for t in (other.rows, other.cols, other.keep))
-        pairs = torch.ones(len(rows), len(rows2), dtype=torch.bool, device=like.device)
-        i, j = (pairs.triu() if same else pairs).nonzero(as_tuple=True)
+        block, other, device = windows.blocks[first], windows.blocks[second], windows.device
+        rows, cols, keep = (torch.as_tensor(t, device=device) for t in (block.rows, block.cols, block.keep))
+        rows2, cols2, keep2 = (torch.as_tensor(t, device=device) for t in (other.rows, other.cols, other.keep))
+        pairs = torch.ones(len(rows), len(rows2), dtype=torch.bool, device=device)
+        i, j = (pairs.triu() if first == second else pairs).nonzero(as_tuple=True)
         of_rows = torch.stack([rows[i] & ~rows2[j], rows[i] & rows2[j], rows2[j] & ~rows[i]])
-        a, b = torch.ones(len(cols), len(cols2), device=like.device).nonzero(as_tuple=True)
+        a, b = torch.ones(len(cols), len(cols2), device=device).nonzero(as_tuple=True)
         of_cols = torch.cat([cols[a], cols[a] | cols2[b], cols2[b]], 1).T.contiguous()
-        both = None if bool(keep.all() and keep2.all()) else keep[i][:, a] & keep2[j][:, b]
-        return cls(i, j, of_rows.to(like.dtype), of_cols.to(like.dtype), both, (len(cols), len(cols2)))
+        both = None if windows.gaps is None else keep[i][:, a] & keep2[j][:, b]
+        starts, widths = (windows.starts[first], windows.starts[second]), (len(cols), len(cols2))
+        return cls(i, j, of_rows.to(dtype), of_cols.to(dtype), both, starts, widths)
 
     @property
     def elements_each(self) -> int:
@@ -119,43 +133,40 @@ class _PairTable:
         return len(self.first) * self.cols.shape[0]
 
 
+def _peaks(
+    windows: Windows, block: int, values: Float[Tensor, "batch classes windows"], image: Tensor, rival: Tensor
+) -> Float[Tensor, "rows row_windows"]:
+    """The largest value over the column windows of each row window of a block, for each (image, rival)."""
+    height, width = windows.blocks[block].keep.shape
+    start = windows.starts[block]
+    peaks = values[..., start : start + height * width].unflatten(-1, (height, width)).amax(-1)
+    return peaks[image, rival]
+
+
 def _search(
     table: _PairTable,
-    starts: tuple[int, int],
-    lead: Tensor,
-    base: Tensor,
-    removed: Tensor,
-    positive: Tensor,
-    image: Tensor,
-    rival: Tensor,
+    lead: Float[Tensor, "batch classes m n"],
+    base: Float[Tensor, "batch classes"],
+    image: Int[Tensor, " rows"],
+    rival: Int[Tensor, " rows"],
+    ceiling: Float[Tensor, "rows pairs"],
     best: Best,
 ) -> None:
-    """Tries every window pair of two blocks that could leave less than the best margin so far."""
-    widths = table.widths
+    """Tries every window pair of two blocks that could leave less than the best margin so far.
 
-    def peaks(values: Tensor, which: int) -> Tensor:
-        """The maximum over the column windows of each row window, for each row."""
-        count = (table.first if which == 0 else table.second).max() + 1
-        part = values[image, rival, starts[which] : starts[which] + int(count) * widths[which]]
-        return part.unflatten(1, (int(count), widths[which])).amax(2)
-
-    i, j = table.first, table.second
-    ceiling = torch.minimum(
-        peaks(removed, 0)[:, i] + peaks(positive, 1)[:, j],
-        peaks(positive, 0)[:, i] + peaks(removed, 1)[:, j],
-    )
+    `ceiling` bounds what any pair of windows from a pair of row windows takes.
+    """
     row, pair = (base[image, rival][:, None] - ceiling < best.margin[image][:, None]).nonzero(as_tuple=True)
     if not len(row):
         return
     # [rows, 3, pairs, n]: row sums of the three parts of every pair of row windows
-    parts = (table.rows.flatten(0, 1) @ lead[image, rival]).unflatten(1, (3, len(i)))
-    for some in row.new_tensor(range(len(row))).split(max(1, CHUNK_ELEMENTS // table.cols.shape[1])):
+    parts = (table.rows.flatten(0, 1) @ lead[image, rival]).unflatten(1, (3, len(table.first)))
+    for some in torch.arange(len(row), device=row.device).split(max(1, CHUNK_ELEMENTS // table.cols.shape[1])):
         r, p = row[some], pair[some]
         taken = parts[r, :, p].flatten(1) @ table.cols
         if table.keep is not None:
             taken.masked_fill_(~table.keep[p], -torch.inf)
         most, column = taken.max(1)
-        windows = torch.stack(
-            [starts[0] + i[p] * widths[0] + column // widths[1], starts[1] + j[p] * widths[1] + column % widths[1]], 1
-        )
-        best.improve(image[r], base[image[r], rival[r]] - most, windows)
+        first = table.starts[0] + table.first[p] * table.widths[0] + column // table.widths[1]
+        second = table.starts[1] + table.second[p] * table.widths[1] + column % table.widths[1]
+        best.improve(image[r], base[image[r], rival[r]] - most, torch.stack([first, second], 1))

@@ -129,10 +129,10 @@ def majority(
 
 @dataclass
 class Best:
-    """The smallest margin found so far per image, and the pair that leaves it."""
+    """The smallest margin found so far per image, and the windows that leave it."""
 
     margin: Float[Tensor, " batch"]
-    pair: Int[Tensor, "batch 2"]
+    pair: Int[Tensor, "batch windows"]
 
     def improve(self, image: Tensor, margin: Tensor, pair: Tensor) -> Tensor:
         """Takes over what is strictly smaller; returns the one candidate taken per improved image."""

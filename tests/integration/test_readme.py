@@ -1,0 +1,60 @@
+"""What README shows is run: its Python as it stands, its commands where they need no download."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bagcert.recipe import shipped_recipes
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = [
+    line.split(" # ")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith("bagcert ")
+]
+OFFLINE = [command for command in COMMANDS if "--data cifar10" not in command]
+
+
+def test_readme_has_examples():
+    assert len(PYTHON) >= 2
+    assert len(OFFLINE) >= 3
+
+
+@pytest.mark.parametrize("example", PYTHON, ids=lambda text: text.strip().splitlines()[-1][:40])
+def test_python_example_runs(example):
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    if "certificate" in names:
+        assert names["certificate"].certified.any()
+        assert names["certificate"].worst_placement.shape[1:] == (2, 4)
+
+
+@pytest.mark.parametrize("command", OFFLINE)
+def test_command_runs(command, tmp_path):
+    photo = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.jpg")
+    words = [sys.executable, "-m", *shlex.split(command)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_commands_that_download_name_recipes_and_models_that_ship():
+    for command in COMMANDS:
+        if command.startswith("bagcert train "):
+            assert shlex.split(command)[2] in shipped_recipes()
+
+
+def test_tables_are_up_to_date():
+    script = ROOT / "tools" / "readme_tables.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

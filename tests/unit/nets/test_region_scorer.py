@@ -1,0 +1,349 @@
+"""Region scorers: heads, inputs, batching, and which modules of users are taken."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bagcert.errors import UnsoundError, UsageError
+from bagcert.nets import region_scorer
+from bagcert.nets.region_resnet import RegionResNet
+from bagcert.nets.region_scorer import RegionScorer
+
+SIZE = (8, 10)
+NAMES = ("a", "b", "c")
+
+
+def small_net(channels=3, classes=3):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, classes, 2, stride=2)
+    )
+
+
+def exact_net():
+    """Weights of few bits: on images of multiples of 1/256 every sum is exact in float32, in whatever order."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 2, stride=2))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        parameter.data = torch.randint(-4, 5, parameter.shape, generator=generator) / 4
+    return net
+
+
+def images(count=3, channels=3, seed=0):
+    return torch.randint(0, 257, (count, channels, *SIZE), generator=torch.Generator().manual_seed(seed)) / 256
+
+
+class Planted(nn.Module):
+    """Returns a given map, whatever the image."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = torch.tensor(values)
+
+    def forward(self, x):
+        return x[:, :1] * 0 + self.values[None, :, None, None]
+
+
+class TestHeads:
+    def test_binary_is_the_step(self):
+        score_map = RegionScorer(Planted([0.0, 1e-30, -1.0]), NAMES, SIZE, "binary").score_map(images())
+        assert (score_map.low, score_map.high) == (0, 1)
+        assert score_map.scores.shape == (3, 3, *SIZE)
+        assert score_map.scores[0, :, 4, 5].tolist() == [0, 1, 0]
+
+    def test_binary_counts_nan_as_off_and_infinity_as_on(self):
+        planted = Planted([float("nan"), float("inf"), -float("inf")])
+        scores = RegionScorer(planted, NAMES, SIZE, "binary").score_map(images()).scores
+        assert scores[1, :, 0, 0].tolist() == [0, 1, 0]
+
+    def test_fixed_point_rounds_after_scaling(self):
+        score_map = RegionScorer(Planted([0.26, -0.14, 0.0]), NAMES, SIZE, scale=10.0).score_map(images())
+        assert (score_map.low, score_map.high) == (-2047, 2047)
+        assert score_map.scores[0, :, 0, 0].tolist() == [3, -1, 0]
+
+    def test_fixed_point_clips_what_an_attacker_can_write(self):
+        for values, expected in (
+            ([float("nan"), float("inf"), -float("inf")], [-2047, 2047, -2047]),
+            ([1e30, -1e30, 3e38], [2047, -2047, 2047]),
+        ):
+            scores = RegionScorer(Planted(values), NAMES, SIZE, scale=100.0).score_map(images()).scores
+            assert scores.dtype == torch.int16
+            assert scores[0, :, 2, 3].tolist() == expected
+
+    @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+    def test_a_scale_that_is_no_scale_is_refused(self, scale):
+        with pytest.raises(UsageError, match="scale of the fixed-point head must be positive and finite"):
+            RegionScorer(small_net(), NAMES, SIZE, scale=scale)
+
+
+class TestInputs:
+    @pytest.mark.parametrize("head", ["binary", "fixed-point"])
+    def test_every_form_of_the_same_images_gives_the_same_map(self, head):
+        scorer = RegionScorer(small_net(), NAMES, SIZE, head, scale=500.0)
+        stored = np.random.default_rng(0).integers(0, 256, (4, *SIZE, 3), dtype=np.uint8)
+        as_float = stored.transpose(0, 3, 1, 2).astype(np.float32) / 255
+        forms = [stored, torch.from_numpy(stored), as_float, torch.from_numpy(as_float)]
+        first, *others = [scorer.score_map(form).scores for form in forms]
+        for other in others:
+            assert torch.equal(first, other)
+
+    def test_one_image_is_a_batch_of_one(self):
+        scorer = RegionScorer(small_net(), NAMES, SIZE)
+        assert len(scorer.score_map(images()[0])) == 1
+
+    def test_normalization_is_the_first_layer(self):
+        net, mean, std = small_net().eval(), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+        scorer = RegionScorer(net, NAMES, SIZE, mean=mean, std=std)
+        x = images()
+        by_hand = (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(scorer.real_scores(x), net(by_hand), atol=1e-5, rtol=1e-5)
+
+    def test_images_of_another_size_have_their_own_grid(self):
+        scorer = RegionScorer(small_net(), NAMES, SIZE)
+        score_map = scorer.score_map(torch.rand(1, 3, 12, 6))
+        assert score_map.grid.image_size == (12, 6)
+        assert score_map.grid.map_size == (6, 3)
+        assert scorer.grid().image_size == SIZE
+        assert scorer.grid((12, 6)) is score_map.grid  # derived once
+
+    def test_images_too_small_for_the_network_are_refused_in_a_sentence(self):
+        scorer = RegionScorer(nn.Conv2d(3, 3, 5), NAMES, SIZE)
+        with pytest.raises(UsageError, match="cannot be followed on an image of 3x4x9"):
+            scorer.score_map(torch.rand(1, 3, 4, 9))
+
+    def test_grey_images(self):
+        scorer = RegionScorer.from_module(small_net(1), NAMES, SIZE, scale=100.0, mean=(0.5,), std=(0.25,))
+        assert scorer.channels == 1
+        stored = np.random.default_rng(0).integers(0, 256, (4, *SIZE, 1), dtype=np.uint8)
+        as_float = stored.transpose(0, 3, 1, 2).astype(np.float32) / 255
+        first = scorer.score_map(stored).scores
+        for form in (torch.from_numpy(stored), as_float, torch.from_numpy(as_float)):
+            assert torch.equal(first, scorer.score_map(form).scores)
+        assert len(scorer.score_map(as_float[0])) == 1
+
+    def test_grey_and_rgb_are_not_confused(self):
+        grey = RegionScorer(small_net(1), NAMES, SIZE, mean=(0.5,), std=(0.25,))
+        with pytest.raises(UsageError, match="takes images of one channel"):
+            grey.score_map(images())
+        with pytest.raises(UsageError, match=r"must lie in \[0, 1\]"):
+            grey.score_map(images(channels=1) * 2)
+        with pytest.raises(UsageError, match=r"\[batch, 3, height, width\]"):
+            RegionScorer(small_net(), NAMES, SIZE).score_map(images(channels=1))
+        for scorer in (grey, RegionScorer(small_net(), NAMES, SIZE)):
+            with pytest.raises(UsageError, match="numpy array or a torch tensor, got list"):
+                scorer.score_map([[0.5]])
+
+
+class TestEvaluation:
+    def test_batching_changes_nothing(self, monkeypatch):
+        scorer = RegionScorer(exact_net(), NAMES, SIZE, scale=64.0)
+        x = images(7)
+        whole = scorer.score_map(x).scores
+        assert whole.unique().numel() > 50
+        for pixels in (1, 2 * SIZE[0] * SIZE[1], 3 * SIZE[0] * SIZE[1] + 1):
+            monkeypatch.setattr(region_scorer, "PIXELS_AT_ONCE", pixels)
+            assert torch.equal(scorer.score_map(x).scores, whole)
+        one_by_one = torch.cat([scorer.score_map(image).scores for image in x])
+        assert torch.equal(one_by_one, whole)
+
+    @pytest.mark.parametrize("part", ["scorer", "net", "batch norm"])
+    def test_train_mode_is_ended_wherever_it_is(self, part):
+        scorer = RegionScorer(small_net(), NAMES, SIZE).eval()
+        before = {name: value.clone() for name, value in scorer.state_dict().items()}
+        expected = scorer.score_map(images()).scores
+        {"scorer": scorer, "net": scorer.net, "batch norm": scorer.net[1]}[part].train()
+        assert torch.equal(scorer.score_map(images()).scores, expected)
+        assert not any(module.training for module in scorer.modules())
+        assert all(torch.equal(value, before[name]) for name, value in scorer.state_dict().items())
+
+    def test_no_gradients_are_kept(self):
+        assert not RegionScorer(small_net(), NAMES, SIZE).real_scores(images()).requires_grad
+
+    @pytest.mark.parametrize("head", ["binary", "fixed-point"])
+    def test_bfloat16_gives_valid_maps(self, head):
+        scorer = RegionScorer(small_net(), NAMES, SIZE, head, scale=300.0)
+        exact = scorer.real_scores(images())
+        scorer.autocast_dtype = torch.bfloat16
+        score_map = scorer.score_map(images())  # a ScoreMap checks its range and type
+        assert score_map.scores.dtype == torch.int16
+        z = scorer.real_scores(images())
+        assert z.dtype == torch.float32
+        torch.testing.assert_close(z, exact, atol=0.05, rtol=0.05)
+        assert not torch.equal(z, exact)  # it did run in bfloat16
+
+    def test_an_autocast_around_the_call_changes_nothing(self):
+        scorer = RegionScorer(small_net(), NAMES, SIZE)
+        expected = scorer.real_scores(images())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(scorer.real_scores(images()), expected)
+
+    def test_folding_leaves_sequentials_with_a_forward_of_their_own(self):
+        class Both(nn.Sequential):
+            def forward(self, x):
+                y = self[0](x)
+                return self[1](y) + y
+
+        torch.manual_seed(0)
+        net = Both(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+        nn.init.uniform_(net[1].weight, 0.5, 2.0)
+        scorer = RegionScorer(net, NAMES, SIZE)
+        expected = scorer.real_scores(images())
+        assert torch.equal(scorer.fold_batch_norm().real_scores(images()), expected)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.gate = nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.gate(self.pool(x)))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return self.attention(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
+
+
+class HandMadeAttention(nn.Module):
+    def forward(self, x):
+        tokens = x.flatten(2)
+        weights = (tokens.transpose(1, 2) @ tokens).softmax(-1)
+        return (tokens @ weights).reshape(x.shape)
+
+
+class ScaledDotProduct(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class AlwaysTraining(nn.Module):
+    """Batch norm on the statistics of the batch, whatever the mode."""
+
+    def forward(self, x):
+        return F.batch_norm(x, torch.zeros(6), torch.ones(6), training=True)
+
+
+class HiddenMean(nn.Module):
+    """Lets the whole map decide through a comparison, the way around every derivation by values."""
+
+    def forward(self, x):
+        return x + 1.0 if float(x.mean()) > 0 else x
+
+
+def with_layer(layer):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), layer, nn.Conv2d(6, 3, 1))
+
+
+class TestFromModule:
+    def test_a_plain_stack(self):
+        net = small_net()
+        scorer = RegionScorer.from_module(net, list(NAMES), list(SIZE), "binary")
+        assert scorer.net is net
+        assert scorer.class_names == NAMES
+        assert scorer.grid().map_size == (4, 5)
+        assert scorer.grid().receptive_field == (4, 4)
+        assert not net.training
+        assert scorer.score_map(images()).scores.shape == (3, 3, 4, 5)
+
+    @pytest.mark.parametrize("padded", [True, False])
+    def test_residuals_and_strides(self, padded):
+        torch.manual_seed(0)
+        net = RegionResNet(3, 8, ((3, 1, 0.5), (4, 2, 1.0)), (1, 3), padded)
+        scorer = RegionScorer.from_module(net, NAMES, (20, 24), mean=(0.5,) * 3, std=(0.2,) * 3)
+        assert scorer.grid().receptive_field == (10, 10)
+        assert scorer.score_map(torch.rand(2, 3, 20, 24)).grid is scorer.grid()
+
+    @pytest.mark.parametrize(
+        ("layer", "named"),
+        [
+            (SqueezeExcite(), r"layer '2.pool' \(AdaptiveAvgPool2d\) is not local: it pools over the whole map"),
+            (nn.GroupNorm(2, 6), r"layer '2' \(GroupNorm\) is not local"),
+            (nn.InstanceNorm2d(6), r"layer '2' \(InstanceNorm2d\) is not local"),
+            (nn.AdaptiveMaxPool2d(1), r"layer '2' \(AdaptiveMaxPool2d\) is not local"),
+            (Attention(), "not local"),
+            (HandMadeAttention(), "not local"),
+            (ScaledDotProduct(), "every position attends to every other"),
+            (nn.BatchNorm2d(6, track_running_stats=False), "statistics of the batch"),
+            (AlwaysTraining(), "statistics of the batch"),
+        ],
+        ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+    )
+    def test_layers_that_reach_across_the_map_are_refused_by_name(self, layer, named):
+        with pytest.raises(UnsoundError, match=named):
+            RegionScorer.from_module(with_layer(layer), NAMES, SIZE)
+
+    def test_global_pooling_and_classifiers_are_refused(self):
+        head = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE[0] * SIZE[1], 3))
+        with pytest.raises(UnsoundError, match=r"layer '1.0' \(Flatten\) is not local: it merges rows and columns"):
+            RegionScorer.from_module(nn.Sequential(nn.Conv2d(3, 3, 1), head), NAMES, SIZE)
+        with pytest.raises(UnsoundError, match=r"AdaptiveAvgPool2d"):
+            RegionScorer.from_module(nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1)), NAMES, SIZE)
+
+    def test_decisions_on_pixels_are_refused(self):
+        with pytest.raises(UsageError, match="lets values of the image decide"):
+            RegionScorer.from_module(with_layer(HiddenMean()), NAMES, SIZE)
+
+    def test_one_refused_module_leaves_the_next_alone(self):
+        net = with_layer(nn.GroupNorm(2, 6))
+        with pytest.raises(UnsoundError):
+            RegionScorer.from_module(net, NAMES, SIZE)
+        net[2] = nn.Identity()
+        assert RegionScorer.from_module(net, NAMES, SIZE).grid().receptive_field == (3, 3)
+
+    def test_class_names_have_to_match_the_output(self):
+        with pytest.raises(UsageError, match="the module has 3 output channels for 2 class names"):
+            RegionScorer.from_module(small_net(), ["a", "b"], SIZE)
+        with pytest.raises(UsageError, match="at least two class names, got 1"):
+            RegionScorer.from_module(small_net(classes=1), ["a"], SIZE)
+
+    def test_channels_have_to_match_mean_and_std(self):
+        message = "to have 1 channels, but got 3.*one channel for each value of mean and std, 3 here"
+        with pytest.raises(UsageError, match=message):
+            RegionScorer.from_module(small_net(1), NAMES, SIZE)
+        with pytest.raises(UsageError, match="to have 3 channels, but got 1.* 1 here"):
+            RegionScorer.from_module(small_net(), NAMES, SIZE, mean=(0.5,), std=(0.5,))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"head": "softmax"}, "a head is one of binary, fixed-point; got 'softmax'"),
+            ({"scale": 0.0}, "scale of the fixed-point head must be positive"),
+            ({"mean": (0.5,)}, "three values each .* got 1 and 3"),
+            ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "got 4 and 4"),
+            ({"std": (0.5, 0.0, 0.5)}, "std positive"),
+            ({"mean": (0.5, float("nan"), 0.5)}, "must be finite"),
+            ({"image_size": (0, 8)}, "each at least 1"),
+        ],
+    )
+    def test_arguments_out_of_range(self, options, message):
+        arguments = {"class_names": NAMES, "image_size": SIZE, **options}
+        with pytest.raises((UsageError, TypeError), match=message):
+            RegionScorer.from_module(small_net(), **arguments)
+
+    def test_other_precisions_are_refused(self):
+        with pytest.raises(UsageError, match="must be float32, got torch.float64"):
+            RegionScorer.from_module(small_net().double(), NAMES, SIZE)
+
+    def test_outputs_that_are_not_one_map_are_refused(self):
+        class Two(nn.Conv2d):
+            def forward(self, x):
+                return super().forward(x), x
+
+        with pytest.raises(UsageError, match="must return one map"):
+            RegionScorer.from_module(Two(3, 3, 1), NAMES, SIZE)
+
+    def test_weights_that_are_not_finite_are_refused(self):
+        net = nn.Conv2d(3, 3, 1)
+        nn.init.constant_(net.weight, float("inf"))
+        with pytest.raises(UsageError, match="not be finite|NaN"):
+            RegionScorer.from_module(net, NAMES, SIZE)
