@@ -20,7 +20,7 @@ from bagcert.certificate import Certificate
 from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.bagcert import BagCert
-from bagcert.errors import UsageError
+from bagcert.errors import UnreadableError, UsageError
 from bagcert.files import write_atomically
 from bagcert.preprocess import PhotoGeometry, Preprocessing
 from bagcert.records import ImageRecord, Record, Row, RunInfo, wilson_interval
@@ -34,10 +34,11 @@ READ_AT_ONCE = 64  # photos held at their stored size
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: the summary, and a record per image."""
+    """What an evaluation found: the summary, a record per image, and the images left out because they are damaged."""
 
     info: RunInfo
     records: list[ImageRecord]
+    errors: list[str]
 
 
 @dataclass
@@ -67,6 +68,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates every rule against every patch from one forward pass per image.
 
+    An image that cannot be read is left out, counted in `RunInfo.unreadable` and named in `Evaluation.errors`.
+
     Args:
         model: a loaded defence.
         data: a data set, or its name as in `bagcert.data.load_dataset`.
@@ -81,7 +84,7 @@ def evaluate(
 
     Raises:
         UsageError: classes of the data that the model does not know; a patch that does not fit.
-        UnreadableError: an image that cannot be read.
+        UnreadableError: the data set as a whole, or every image in it, cannot be read.
     """
     if batch_size < 1 or repeat < 1:
         raise UsageError(f"batch size and repeat must be at least 1, got {batch_size} and {repeat}")
@@ -96,13 +99,16 @@ def evaluate(
     for tally in tallies:
         get_rule(tally.rule)
     forward: list[float] = []
+    order: list[int] = []
+    errors: dict[int, str] = {}
     for run in range(repeat):
         forward.append(0.0)
         for tally in tallies:
             tally.seconds.append(0.0)
             tally.certificates.clear()
+        order.clear()
         clock = time.perf_counter()
-        for pixels, geometry in _batches(images, preprocessing, batch_size):
+        for indices, pixels, geometry in _batches(images, preprocessing, batch_size, errors):
             load_seconds += time.perf_counter() - clock if run == 0 else 0.0
             clock = time.perf_counter()
             score_map = geometry.score_map(model.score_map(pixels))
@@ -112,11 +118,14 @@ def evaluate(
                 clock = time.perf_counter()
                 tally.certificates.append(get_rule(tally.rule).certify(score_map, threat))
                 tally.seconds[-1] += _lap(clock, model)
-            on_progress(run * len(images) + sum(map(len, tallies[0].certificates)), repeat * len(images))
+            order += indices
+            on_progress(run * len(images) + len(order) + len(errors), repeat * len(images))
             clock = time.perf_counter()
+    if not order:
+        raise UnreadableError(f"no image of {images.name} can be read; the first: {errors[0]}")
     rows, columns = [], []
     for tally in tallies:
-        row, records = _row(tally, labels)
+        row, records = _row(tally, labels[order])
         rows.append(row)
         columns.append(records)
     info = RunInfo(
@@ -124,7 +133,7 @@ def evaluate(
         weights_sha256=model.weights_sha256,
         data=images.name,
         split=images.split,
-        images=len(images),
+        images=len(order),
         limit=limit,
         device=device_name(model),
         backend="torch",
@@ -137,13 +146,15 @@ def evaluate(
             "total": round(time.time() - psutil.Process().create_time(), 3),
         },
         results=rows,
+        unreadable=len(errors),
         repeat=repeat,
         batch_size=batch_size,
         peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         // (2**20 if sys.platform == "darwin" else 2**10),
     )
     lines = zip(*columns, strict=True)
-    return Evaluation(info, [ImageRecord(i, int(labels[i]), list(line)) for i, line in enumerate(lines)])
+    records = [ImageRecord(i, int(labels[i]), list(line)) for i, line in zip(order, lines, strict=True)]
+    return Evaluation(info, records, list(errors.values()))
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
@@ -190,19 +201,26 @@ def device_name(model: BagCert) -> str:
 
 
 def _batches(
-    images: ImageSet, preprocessing: Preprocessing, batch_size: int
-) -> Iterator[tuple[np.ndarray, PhotoGeometry]]:
-    """Network inputs uint8 [batch, h, w, 3] of consecutive images of one stored size, with that size's geometry."""
+    images: ImageSet, preprocessing: Preprocessing, batch_size: int, errors: dict[int, str]
+) -> Iterator[tuple[list[int], np.ndarray, PhotoGeometry]]:
+    """Numbers and network inputs uint8 [batch, h, w, 3] of consecutive images of one stored size, and its geometry.
 
-    def prepared() -> Iterator[tuple[tuple[tuple[int, int], int], np.ndarray]]:
+    What cannot be read goes into `errors` by its number.
+    """
+
+    def prepared() -> Iterator[tuple[tuple[tuple[int, int], int], int, np.ndarray]]:
         for start in range(0, len(images), READ_AT_ONCE):
-            for photo in images.read(range(start, min(start + READ_AT_ONCE, len(images)))):
-                yield (photo.stored_size, photo.orientation), preprocessing.apply(photo)
+            numbers = range(start, min(start + READ_AT_ONCE, len(images)))
+            for number, photo in zip(numbers, images.read_each(numbers), strict=True):
+                if isinstance(photo, UnreadableError):
+                    errors[number] = str(photo)
+                else:
+                    yield (photo.stored_size, photo.orientation), number, preprocessing.apply(photo)
 
     for (size, orientation), group in groupby(prepared(), key=lambda item: item[0]):
         geometry = preprocessing.geometry(size, orientation)
-        while batch := [pixels for _, pixels in islice(group, batch_size)]:
-            yield np.stack(batch), geometry
+        while batch := list(islice(group, batch_size)):
+            yield [number for _, number, _ in batch], np.stack([pixels for _, _, pixels in batch]), geometry
 
 
 def _threat(tally: _Tally, score_map: ScoreMap, placements: str | Path | None) -> PatchThreatModel:

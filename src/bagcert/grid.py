@@ -60,7 +60,7 @@ class RegionGrid:
 
     @classmethod
     def from_axis(cls, receptive_field: int, stride: int, start: int, image_size: tuple[int, int]) -> "RegionGrid":
-        """The grid of a plain stack of convolutions: region `a` sees `receptive_field` pixels from start + stride * a on.
+        """The grid of a plain stack: region `a` sees the `receptive_field` pixels from start + stride * a on.
 
         Regions go on as long as their first pixel plus `receptive_field` ends within the image plus the same
         margin `-start` at the far side; what lies outside the image is clipped.

@@ -79,10 +79,10 @@ class RunInfo:
     versions: dict[str, str]
     seconds: dict[str, float]
     results: list[Row]
+    unreadable: int = 0
     repeat: int = 1
     batch_size: int = 0
     peak_memory_mib: int = 0
-    command: str = ""
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_dict(self) -> dict[str, Any]:

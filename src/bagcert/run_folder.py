@@ -92,7 +92,7 @@ class RunFolder:
             raise UnreadableError(f"the checkpoint {path} is damaged: {reason}") from None
         write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
 
-    def log(self, **values: float) -> None:
+    def log(self, **values: int | float) -> None:
         """Adds a line to the metrics."""
         self._metrics.append(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **values}) + "\n")
         write_atomically(self.folder / METRICS, "".join(self._metrics).encode())

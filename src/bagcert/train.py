@@ -50,7 +50,7 @@ class Progress:
     steps: int
     epoch: int
     loss: float = math.nan
-    validation: dict[str, float] | None = None
+    validation: dict[str, int | float] | None = None
 
 
 def train(
@@ -296,7 +296,9 @@ def _validation_scores(scorer: RegionScorer, validation: ImageSet, limit: int, b
     return torch.cat([scorer.real_scores(pixels[i : i + batch]) for i in range(0, len(pixels), batch)])
 
 
-def _validate(scorer: RegionScorer, validation: ImageSet, recipe: Recipe, threat: PatchThreatModel) -> dict[str, float]:
+def _validate(
+    scorer: RegionScorer, validation: ImageSet, recipe: Recipe, threat: PatchThreatModel
+) -> dict[str, int | float]:
     """Clean and certified accuracy of what would ship, by the recipe's rule on held-out images."""
     z = _validation_scores(scorer, validation, recipe.train.validate_images)
     scorer.scale = _scale_of(z)

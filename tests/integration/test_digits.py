@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
 from bagcert.evaluate import evaluate
 
@@ -33,3 +34,16 @@ def test_shipped_digits_model_holds_what_its_results_say():
         assert row.clean_accuracy >= 0.95
         assert row.certified_accuracy >= floor
         assert row.certified_accuracy <= row.clean_accuracy
+
+
+def test_double_masking_certifies_whatever_the_vote_certifies_on_real_binary_maps():
+    model = load("digits")
+    model.scorer.head = "binary"  # the same network, its scores cut to [z > 0]
+    score_map = model.score_map(load_dataset("digits", "test").array())
+    for patch in ("1", "2", "1x3"):
+        vote = model.certify_scores(score_map, patch, "vote")
+        masking = model.certify_scores(score_map, patch, "double-masking")
+        assert vote.certified.any()
+        assert masking.certified[vote.certified].all()
+        assert (masking.prediction == vote.prediction)[vote.certified].all()
+        assert masking.certified.sum() > vote.certified.sum()

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.threat import PatchThreatModel, square
+from bagcert.threat import PatchThreatModel
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_notation(text, shapes, patches):
 
 @pytest.mark.parametrize(("share", "side"), [("1%", 23), ("2%", 32), ("3%", 39)])
 def test_percentages_of_224(share, side):
-    assert PatchThreatModel.parse(share, (224, 224)) == square(side, (224, 224))
+    assert PatchThreatModel.parse(share, (224, 224)) == PatchThreatModel((224, 224), ((side, side),))
 
 
 @pytest.mark.parametrize("share", ["4%", "1%", "25%", "9%"])
@@ -67,7 +67,7 @@ def test_nonsense_is_refused_by_name(text, message):
 
 
 def test_a_threat_model_passes_through():
-    threat = square(5, (32, 32))
+    threat = PatchThreatModel((32, 32), ((5, 5),))
     assert PatchThreatModel.parse(threat, (32, 32)) is threat
     with pytest.raises(UsageError, match=r"32x32 px.*the image has 32x40"):
         PatchThreatModel.parse(threat, (32, 40))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -221,9 +222,7 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(t
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
-def test_weights_that_break_under_a_finite_loss_are_not_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_break_under_a_finite_loss_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaking(recipe, scorer, threat):
         calls = iter(range(100))
 
@@ -329,9 +328,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence(changes: dict, device: str
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    steps: list[training.Progress] = []
     with pytest.raises(BagcertError) as error:
-        train(tiny.recipe(), tmp_path / "file", tiny.image_set(), device="cpu", on_progress=lambda at: pytest.fail())
+        train(tiny.recipe(), tmp_path / "file", tiny.image_set(), device="cpu", on_progress=steps.append)
     assert "cannot be written" in _sentence(error)
+    assert not steps
 
 
 def test_images_of_several_sizes_need_a_size_in_the_recipe(tmp_path: Path) -> None:
@@ -366,7 +367,7 @@ def test_the_learning_rate_peaks_after_the_warm_up_and_ends_at_zero(warmup: floa
     rates = [share(step) for step in range(201)]
     peak = max(0, round(200 * warmup) - 1)
     assert max(rates) == rates[peak] == 1
-    assert all(a < b for a, b in zip(rates[:peak], rates[1 : peak + 1], strict=True))
-    assert all(a >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(rates[: peak + 1]))
+    assert all(a >= b for a, b in pairwise(rates[peak:]))
     assert 0 <= rates[199] < 0.01
     assert rates[200] == pytest.approx(0, abs=1e-12)

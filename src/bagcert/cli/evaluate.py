@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bagcert.cli.console import fail, print_json, print_results, progress
+from bagcert.cli.console import fail, print_json, print_results, progress, warn
 from bagcert.cli.options import Device, Dtype, FailUnder, Fit, Json, Patches, Placements, Rules
 
 
@@ -72,6 +72,10 @@ def evaluate(
         print_json(evaluation.info.to_dict())
     else:
         print_results(evaluation.info)
+    for error in evaluation.errors:
+        warn(error)
+    if evaluation.errors:
+        fail(f"{len(evaluation.errors)} images could not be read and are left out of the figures", 5)
     if fail_under_certified is not None:
         for row in evaluation.info.results:
             if row.certified_accuracy < fail_under_certified:

@@ -105,7 +105,16 @@ class BagCert:
         Raises:
             UsageError: bad images, patch or rule.
         """
-        score_map = self.score_map(images)
+        return self.certify_scores(self.score_map(images), patch, rule, placements)
+
+    def certify_scores(
+        self,
+        score_map: ScoreMap,
+        patch: PatchLike | None = None,
+        rule: str | None = None,
+        placements: np.ndarray | str | Path | None = None,
+    ) -> Certificate:
+        """Like `certify`, from a score map at hand: further patches and rules cost no forward pass."""
         return get_rule(rule or self.rule).certify(score_map, self.threat(score_map, patch, placements))
 
     def threat(

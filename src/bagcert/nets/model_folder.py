@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.files import write_atomically
 from bagcert.nets import get_architecture
-from bagcert.nets.region_scorer import RegionScorer
+from bagcert.nets.region_scorer import RegionScorer, not_finite
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -60,7 +60,7 @@ def write_model(folder: Path, scorer: RegionScorer, config: ModelConfig) -> None
         BagcertError: the folder cannot be written, or the weights are not finite.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer.state_dict().items()}
-    if name := _not_finite(tensors):
+    if name := not_finite(tensors):
         raise BagcertError(f"tensor {name!r} has values that are not finite; nothing was written to {folder}")
     write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors))
     write_atomically(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
@@ -99,7 +99,7 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
             raise UnreadableError(
                 f"tensor {name!r} in {path} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
             )
-    if broken := _not_finite(tensors):
+    if broken := not_finite(tensors):
         raise UnreadableError(f"tensor {broken!r} in {path} has values that are not finite")
     scorer.to_empty(device="cpu")
     scorer.load_state_dict(tensors)
@@ -131,8 +131,3 @@ def read_config(folder: Path) -> ModelConfig:
 def weights_sha256(folder: Path) -> str:
     """The hash of the weights file, which names a model in records."""
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-
-
-def _not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
-    """The name of the first tensor with a NaN or an infinity."""
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)

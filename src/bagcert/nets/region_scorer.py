@@ -106,7 +106,7 @@ class RegionScorer(nn.Module):
 
         Raises:
             UnsoundError: a layer is not local (it is named), or the module reaches beyond its derived geometry.
-            UsageError: the module cannot be traced, is not float32, does not take images of `mean`'s channels, or
+            UsageError: the module cannot be traced, is not finite float32, does not take images of `mean`'s channels, or
                 its output does not fit `class_names`; or an argument is out of range.
         """
         scorer = cls(module, class_names, image_size, head, scale, mean, std).eval()
@@ -115,6 +115,8 @@ class RegionScorer(nn.Module):
             if weight.dtype != torch.float32:
                 raise UsageError(f"the module's weights must be float32, got {weight.dtype}; convert it with .float()")
             scorer.normalize.to(weight.device)
+        if broken := not_finite(module.state_dict()):
+            raise UsageError(f"tensor {broken!r} of the module has values that are not finite")
         try:
             grid = scorer.grid()
         except UsageError as error:
@@ -213,3 +215,8 @@ class RegionScorer(nn.Module):
         if isinstance(images, np.ndarray):
             return as_batch(np.repeat(images, 3, axis))[:, :1]
         return as_batch(images.repeat_interleave(3, axis))[:, :1]
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)

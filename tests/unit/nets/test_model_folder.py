@@ -118,7 +118,7 @@ class TestWeights:
     def test_values_that_are_not_finite(self, tmp_path, value):
         written(tmp_path)
         rewrite_tensors(tmp_path, lambda tensors: tensors["net.0.weight"].view(-1)[7:8].fill_(value))
-        with pytest.raises(UnreadableError, match="'net.0.weight' .* not finite"):
+        with pytest.raises(UnreadableError, match=r"'net.0.weight' .* not finite"):
             read_model(tmp_path)
 
     def test_large_finite_values_are_fine(self, tmp_path):
@@ -170,7 +170,7 @@ class TestConfig:
     def test_not_a_json_object(self, tmp_path, content):
         written(tmp_path)
         (tmp_path / CONFIG).write_bytes(content)
-        with pytest.raises(UnreadableError, match="is not a model config: [^:]"):
+        with pytest.raises(UnreadableError, match=r"is not a model config: [^:]"):
             read_config(tmp_path)
 
     @pytest.mark.parametrize("key", FACTS)
@@ -220,7 +220,7 @@ class TestConfig:
     def test_a_depth_the_architecture_cannot_have(self, tmp_path):
         written(tmp_path, architecture="resnet-rf9", depth=3)
         rewrite_config(tmp_path, depth=2)
-        with pytest.raises(UnreadableError, match="does not describe a network: .* at least 3 blocks, got 2"):
+        with pytest.raises(UnreadableError, match=r"does not describe a network: .* at least 3 blocks, got 2"):
             read_model(tmp_path)
 
     def test_a_config_that_claims_too_much_costs_nothing(self, tmp_path):

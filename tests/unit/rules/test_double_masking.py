@@ -36,6 +36,20 @@ def test_the_deployed_prediction_may_differ_from_the_plain_one():
     assert not found.certified.item()
 
 
+@pytest.mark.parametrize(
+    ("scores", "label"),
+    [
+        ([[6, 6, 0, 1, 2], [0, 6, 4, 2, 5], [0, 0, 5, 6, 6]], 2),
+        ([[3, 0, 4, 6, 5], [5, 7, 1, 4, 5], [7, 7, 3, 0, 6]], 2),
+        ([[6, 0, 5, 1, 0], [6, 4, 4, 3, 0], [3, 6, 2, 0, 5]], 1),
+    ],
+)
+def test_a_later_disagreer_decides_where_an_earlier_one_fails(scores, label):
+    """The earlier one beats the majority label under every second mask, but loses to a third label."""
+    literal = oracle.double_masking_prediction(np.array(scores)[:, None], list(np.eye(5, dtype=bool)[:, None]))
+    assert double_masking_prediction(row(*scores), square(1, (1, 5))).item() == literal == label
+
+
 def test_a_patch_as_large_as_the_image_certifies_nothing():
     score_map = row([9] * 5, [0] * 5)
     for rule in (double_masking, detection):
@@ -75,17 +89,21 @@ def test_an_empty_batch():
         assert double_masking_prediction(empty, threat).shape == (0,)
 
 
-@pytest.mark.parametrize("patch", ["3", "2x4", "3+1x6", "area:6"])
-def test_a_real_grid_against_every_pair(patch):
-    """Larger than the property tests: 8x10 regions, correlated scores, undecided first rounds."""
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("patch", ["3", "2x4", "3+1x6", "area:6", "allowed"])
+def test_a_real_grid_against_every_pair(patch, greedy, monkeypatch):
+    """Larger than the property tests, and with the search left to itself, since the greedy pair is mostly the worst."""
+    if not greedy:
+        monkeypatch.setattr("bagcert.rules.window_pairs._greedy", lambda *arguments: None)
     generator = np.random.default_rng(3)
     grid = RegionGrid.from_axis(4, 2, -1, (16, 20))
     noise = generator.normal(size=(5, 4, *grid.map_size)) + np.array([0.6, 0, 0, -0.4])[None, :, None, None]
     noise[0, 2, :4, :4] += 4
     scores = np.clip(np.round(noise * 3), -7, 7).astype(np.int16)
-    threat = PatchThreatModel.parse(patch, grid.image_size)
+    allowed = generator.random(grid.image_size) < 0.9 if patch == "allowed" else None
+    threat = PatchThreatModel.parse("3+2x4" if patch == "allowed" else patch, grid.image_size, allowed)
     found = double_masking(ScoreMap(torch.as_tensor(scores), -7, 7, grid), threat)
-    masks = oracle.mask_set(grid.rows_seen, grid.cols_seen, threat.shapes)
+    masks = oracle.mask_set(grid.rows_seen, grid.cols_seen, threat.shapes, allowed)
     flat = np.array(masks).reshape(len(masks), -1)
     for image in range(len(scores)):
         label = int(found.prediction[image])

@@ -1,0 +1,109 @@
+"""The layers of the package: imports point down only, and the other habits that a machine can hold."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "bagcert"
+MODULES = {
+    ".".join(("bagcert", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+EXEMPT = {"bagcert"}  # the front door names everything, and loads it on first use
+
+LEVELS = {
+    1: "errors files devices threat grid scores certificate records images",
+    2: "rules nets data losses recipe preprocess",
+    3: "defenses train run_folder",
+    4: "attacks export hub failsafe describe",
+    5: "evaluate engines",
+    6: "benchmark",
+    7: "report page",
+    8: "cli __main__",
+}
+LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
+
+SAME_LINE = {
+    ("threat", "errors"): "everything may raise the package's errors",
+    ("grid", "errors"): "likewise",
+    ("scores", "errors"): "likewise",
+    ("images", "errors"): "likewise",
+    ("devices", "errors"): "likewise",
+    ("files", "errors"): "likewise",
+    ("grid", "threat"): "the windows of a grid are those of a threat",
+    ("scores", "grid"): "a score map carries its grid",
+    ("certificate", "threat"): "a certificate says against what",
+    ("train", "run_folder"): "the folder of a run is the training's own, in a file of its own",
+    ("__main__", "cli"): "python -m bagcert is the command line",
+}
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """The modules a file imports, also inside functions; not those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield from _imports(other)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they point"
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                yield below if below in MODULES else str(node.module)
+        else:
+            yield from _imports(node)
+
+
+def _part(module: str) -> str:
+    """`bagcert.nets.probe` belongs to `nets`."""
+    return module.split(".")[1]
+
+
+PAIRS = sorted(
+    {
+        (_part(module), _part(target))
+        for module, path in MODULES.items()
+        if module not in EXEMPT
+        for target in _imports(ast.parse(path.read_text()))
+        if target.startswith("bagcert.") and _part(target) != _part(module)
+    }
+)
+
+
+def test_every_part_of_the_package_has_a_level() -> None:
+    assert {_part(module) for module in MODULES if module not in EXEMPT} <= LEVEL.keys()
+
+
+@pytest.mark.parametrize(("importer", "imported"), PAIRS, ids=[f"{a}-{b}" for a, b in PAIRS])
+def test_imports_point_to_a_lower_line(importer: str, imported: str) -> None:
+    assert LEVEL[imported] < LEVEL[importer] or (importer, imported) in SAME_LINE
+
+
+def test_the_list_of_exceptions_is_used_and_has_no_circle() -> None:
+    assert SAME_LINE.keys() <= set(PAIRS)
+    order = {
+        name: i
+        for i, name in enumerate(["errors", "files", "devices", "threat", "images", "grid", "scores", "certificate"])
+    }
+    order |= {"run_folder": 100, "train": 101, "cli": 102, "__main__": 103}
+    assert all(order[imported] < order[importer] for importer, imported in SAME_LINE)
+
+
+def test_rules_know_no_network_no_files_and_no_labels() -> None:
+    known = {"torch", "numpy", "jaxtyping", "dataclasses", "functools", "collections", "difflib", "itertools", "math"}
+    for module, path in MODULES.items():
+        if _part(f"{module}.") == "rules":
+            for target in _imports(ast.parse(path.read_text())):
+                assert target.split(".")[0] in {*known, "bagcert", "typing"}, f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_are_short_and_print_only_on_the_command_line(module: str) -> None:
+    text = MODULES[module].read_text()
+    assert len(text.splitlines()) <= 400
+    if not module.startswith("bagcert.cli"):
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        assert "print" not in [call.func.id for call in calls if isinstance(call.func, ast.Name)]
