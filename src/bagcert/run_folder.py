@@ -89,6 +89,8 @@ class RunFolder:
             raise
         except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
+            if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in the file
+                reason = "it holds more, or other things, than tensors and numbers"
             raise UnreadableError(f"the checkpoint {path} is damaged: {reason}") from None
         write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
 

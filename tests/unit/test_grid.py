@@ -3,7 +3,7 @@ import pytest
 
 from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
-from bagcert.threat import PatchThreatModel, square
+from bagcert.threat import PatchThreatModel
 from tests import oracle
 
 GRIDS = {
@@ -23,10 +23,10 @@ def test_the_numbers_of_the_papers_network():
     """r = 9, stride 1, 5x5 patch, 32x32 px: 28x28 placements reduce to 20x20 windows of 13x13 regions."""
     grid = RegionGrid.from_axis(9, 1, -4, (32, 32))
     assert (grid.map_size, grid.image_size, grid.receptive_field) == ((32, 32), (32, 32), (9, 9))
-    (block,) = grid.windows(square(5, (32, 32)))
+    (block,) = grid.windows(PatchThreatModel.parse(5, (32, 32)))
     assert block.keep.shape == (20, 20)
     assert (block.regions == 13 * 13).all()
-    (block,) = grid.windows(square(5, (32, 32)), maximal=False)
+    (block,) = grid.windows(PatchThreatModel.parse(5, (32, 32)), maximal=False)
     assert block.keep.shape == (28, 28)
 
 
@@ -57,7 +57,10 @@ def test_windows_are_those_of_the_definitions(grid, shapes, restricted):
 
 def test_each_window_names_an_admissible_placement_inside_it(grid):
     allowed = np.random.default_rng(8).random(grid.image_size) < 0.85
-    for threat in (square(2, grid.image_size), PatchThreatModel(grid.image_size, ((2, 2), (1, 3)), 1, allowed)):
+    for threat in (
+        PatchThreatModel.parse(2, grid.image_size),
+        PatchThreatModel(grid.image_size, ((2, 2), (1, 3)), 1, allowed),
+    ):
         reaches = {
             (shape, top, left): reach
             for (shape, top, left), reach in oracle.reaches(
@@ -102,6 +105,6 @@ def test_errors():
     with pytest.raises(UsageError, match="rows_seen"):
         RegionGrid(np.zeros((0, 3), bool), np.ones((1, 3), bool))
     with pytest.raises(UsageError, match="the grid for"):
-        GRIDS["padded"].windows(square(2, (9, 9)))
+        GRIDS["padded"].windows(PatchThreatModel.parse(2, (9, 9)))
     with pytest.raises(UsageError, match="2 shapes"):
         GRIDS["padded"].touched_rows("2x3+3x2")

@@ -106,8 +106,8 @@ class RegionScorer(nn.Module):
 
         Raises:
             UnsoundError: a layer is not local (it is named), or the module reaches beyond its derived geometry.
-            UsageError: the module cannot be traced, is not finite float32, does not take images of `mean`'s channels, or
-                its output does not fit `class_names`; or an argument is out of range.
+            UsageError: the module cannot be traced, its weights are not finite float32, it does not take images
+                of `mean`'s channels, or its output does not fit `class_names`; or an argument is out of range.
         """
         scorer = cls(module, class_names, image_size, head, scale, mean, std).eval()
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import bagcert
 from bagcert.defenses.bagcert import BagCert, load, model_folder, shipped_models
-from bagcert.errors import BagcertError, UnreadableError, UsageError
+from bagcert.errors import UnreadableError, UsageError
 from bagcert.nets.model_folder import CONFIG, WEIGHTS, ModelConfig, weights_sha256, write_model
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import RULES
@@ -100,7 +100,9 @@ class TestLoad:
             load(name)
 
     def test_a_file_is_not_a_model(self, folder):
-        with pytest.raises(UsageError, match="is a file; a model is the folder with model.safetensors and config.json"):
+        with pytest.raises(
+            UsageError, match=r"is a file; a model is the folder with model.safetensors and config.json"
+        ):
             load(folder / WEIGHTS)
 
     def test_an_empty_folder_is_not_a_model(self, tmp_path):
@@ -205,9 +207,9 @@ class TestDeployment:
         assert (two.margin <= one.margin).all()
         assert two.threat.patches == 2
 
-    @pytest.mark.parametrize("patch", ["five", "0", 0, 13, "13x2", "", "2x", -1, (1, 2, 3)])
+    @pytest.mark.parametrize("patch", ["five", "0", 0, 13, "13x2", "", "2x", -1])
     def test_bad_patches_are_refused(self, model, images, patch):
-        with pytest.raises((UsageError, TypeError), match=""):
+        with pytest.raises(UsageError, match=r"a patch .*(is written|at least|does not fit)"):
             model.certify(images, patch)
 
     def test_unknown_rules_are_refused(self, model, images):
@@ -288,4 +290,3 @@ def test_a_network_of_the_users_own_is_deployed_in_two_lines(images):
     assert own.name == "Sequential"
     assert own.config is None
     assert certificate.prediction.max() <= 1
-    assert issubclass(UsageError, BagcertError)

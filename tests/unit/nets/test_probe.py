@@ -59,6 +59,10 @@ def test_integer_outputs_are_compared():
     measured = probe_grid(net, (6, 7))
     assert derive_grid(net, (6, 7)).covers(measured)
     assert measured.receptive_field == (3, 3)
+    report = check_locality(net, (6, 7), derive_grid(net, (6, 7)))  # 4 + 5 region lines: the cheaper check
+    assert report.measured is None
+    with pytest.raises(UnsoundError, match="reaches beyond"):
+        check_locality(net, (6, 7), RegionGrid(np.eye(4, 6), np.eye(5, 7)))
 
 
 def test_a_local_net_does_not_leak():

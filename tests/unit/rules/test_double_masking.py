@@ -8,7 +8,7 @@ from bagcert.rules import windows as windows_module
 from bagcert.rules.detection import detection
 from bagcert.rules.double_masking import double_masking, double_masking_prediction
 from bagcert.scores import ScoreMap
-from bagcert.threat import PatchThreatModel, square
+from bagcert.threat import PatchThreatModel
 from tests import oracle
 
 GRID = RegionGrid.from_axis(1, 1, 0, (1, 5))
@@ -21,18 +21,20 @@ def row(*classes: list[int], high: int = 9) -> ScoreMap:
 def test_by_hand():
     # without its two strongest regions class 0 has 2 + 1 + 1 against 0 + 0 + 3
     score_map = row([4, 3, 2, 1, 1], [0, 0, 0, 0, 3])
-    found = double_masking(score_map, square(1, (1, 5)))
+    found = double_masking(score_map, PatchThreatModel.parse(1, (1, 5)))
     assert (found.prediction.item(), found.margin.item()) == (0, 1)
     assert found.worst_placement.tolist() == [[[0, 0, 1, 1], [0, 1, 1, 1]]]
-    assert detection(score_map, square(1, (1, 5))).margin.item() == 4
+    assert detection(score_map, PatchThreatModel.parse(1, (1, 5))).margin.item() == 4
 
 
 def test_the_deployed_prediction_may_differ_from_the_plain_one():
     # one region shouts for class 1; with any two regions left out, that one among them, class 0 stays ahead
     score_map = row([2, 2, 2, 2, 0], [0, 0, 0, 0, 9])
     assert score_map.predict().item() == 1
-    found = double_masking(score_map, square(1, (1, 5)))
-    assert found.prediction.item() == double_masking_prediction(score_map, square(1, (1, 5))).item() == 0
+    found = double_masking(score_map, PatchThreatModel.parse(1, (1, 5)))
+    assert (
+        found.prediction.item() == double_masking_prediction(score_map, PatchThreatModel.parse(1, (1, 5))).item() == 0
+    )
     assert not found.certified.item()
 
 
@@ -47,7 +49,7 @@ def test_the_deployed_prediction_may_differ_from_the_plain_one():
 def test_a_later_disagreer_decides_where_an_earlier_one_fails(scores, label):
     """The earlier one beats the majority label under every second mask, but loses to a third label."""
     literal = oracle.double_masking_prediction(np.array(scores)[:, None], list(np.eye(5, dtype=bool)[:, None]))
-    assert double_masking_prediction(row(*scores), square(1, (1, 5))).item() == literal == label
+    assert double_masking_prediction(row(*scores), PatchThreatModel.parse(1, (1, 5))).item() == literal == label
 
 
 def test_a_patch_as_large_as_the_image_certifies_nothing():

@@ -7,7 +7,7 @@ from bagcert.grid import RegionGrid
 from bagcert.rules import RULES
 from bagcert.rules.largest import covered_px, distinct_sides, largest_certifiable_px, largest_certified_px
 from bagcert.scores import ScoreMap
-from bagcert.threat import PatchThreatModel, square
+from bagcert.threat import PatchThreatModel
 
 
 def example(grid: RegionGrid) -> ScoreMap:
@@ -24,12 +24,12 @@ def score_map(request) -> ScoreMap:
 
 def test_every_side_is_tried(score_map):
     image_size = score_map.grid.image_size
-    label = RULES["double-masking"].predict(score_map, square(1, image_size))
+    label = RULES["double-masking"].predict(score_map, PatchThreatModel.parse(1, image_size))
     expected = {name: torch.zeros(len(score_map), dtype=torch.int64) for name in ("vote", "levine-feizi", "masked")}
     for side in range(1, min(image_size) + 1):
         for name in ("vote", "levine-feizi"):
-            expected[name][RULES[name].certify(score_map, square(side, image_size)).certified] = side
-        found = RULES["double-masking"].certify(score_map, square(side, image_size))
+            expected[name][RULES[name].certify(score_map, PatchThreatModel.parse(side, image_size)).certified] = side
+        found = RULES["double-masking"].certify(score_map, PatchThreatModel.parse(side, image_size))
         expected["masked"][found.certified & (found.prediction == label)] = side
     for name in ("vote", "levine-feizi"):
         assert torch.equal(largest_certified_px(score_map, name), expected[name])
@@ -41,7 +41,7 @@ def test_sides_with_the_same_windows_are_one(score_map):
     grid, sides = score_map.grid, distinct_sides(score_map.grid)
 
     def windows(side):
-        (block,) = grid.windows(square(side, grid.image_size))
+        (block,) = grid.windows(PatchThreatModel.parse(side, grid.image_size))
         return block.rows.tobytes(), block.cols.tobytes()
 
     changes = [s for s in range(1, min(grid.image_size) + 1) if s == 1 or windows(s) != windows(s - 1)]

@@ -4,7 +4,7 @@ from bagcert.grid import RegionGrid
 from bagcert.rules.levine_feizi import levine_feizi
 from bagcert.rules.vote import vote
 from bagcert.scores import ScoreMap
-from bagcert.threat import PatchThreatModel, square
+from bagcert.threat import PatchThreatModel
 
 GRID = RegionGrid.from_axis(1, 1, 0, (3, 4))  # one region per pixel
 
@@ -19,10 +19,10 @@ def score_map(*ones: int, high: int = 1) -> ScoreMap:
 
 def test_the_margin_by_hand():
     # 12 against 0: a 1x1 patch takes 2 of the lead (its own vote lost, the rival's won)
-    found = vote(score_map(12, 0), square(1, (3, 4)))
+    found = vote(score_map(12, 0), PatchThreatModel.parse(1, (3, 4)))
     assert (found.prediction.item(), found.margin.item(), found.certified.item()) == (0, 10, True)
     assert found.worst_placement.tolist() == [[0, 0, 1, 1]]
-    assert levine_feizi(score_map(12, 0), square(1, (3, 4))).margin.item() == 10
+    assert levine_feizi(score_map(12, 0), PatchThreatModel.parse(1, (3, 4))).margin.item() == 10
     assert vote(score_map(12, 0), PatchThreatModel.parse("2x3", (3, 4))).margin.item() == 0
     assert vote(score_map(0, 12), PatchThreatModel.parse("2x3", (3, 4))).margin.item() == -1  # class 0 wins the tie
 
@@ -40,7 +40,7 @@ def test_fewer_windows_than_patches():
 
 
 def test_ties_go_to_the_lowest_class():
-    found = vote(score_map(3, 5, 5), square(1, (3, 4)))
+    found = vote(score_map(3, 5, 5), PatchThreatModel.parse(1, (3, 4)))
     assert found.prediction.item() == 1
     assert found.margin.item() < 0
 
@@ -48,7 +48,7 @@ def test_ties_go_to_the_lowest_class():
 def test_an_empty_batch():
     empty = ScoreMap(torch.zeros(0, 3, 3, 4, dtype=torch.int16), 0, 1, GRID)
     for rule in (vote, levine_feizi):
-        found = rule(empty, square(1, (3, 4)))
+        found = rule(empty, PatchThreatModel.parse(1, (3, 4)))
         assert len(found) == 0
         assert found.worst_placement.shape == (0, 4)
 
@@ -58,5 +58,5 @@ def test_a_fixed_point_map_of_the_largest_span():
     scores = torch.full((1, 2, 40, 40), -2047, dtype=torch.int16)
     scores[0, 1] = 2047
     scores[0, 1, 0, 0] = 2046
-    found = vote(ScoreMap(scores, -2047, 2047, grid), square(1, (40, 40)))
+    found = vote(ScoreMap(scores, -2047, 2047, grid), PatchThreatModel.parse(1, (40, 40)))
     assert found.margin.item() == 1600 * 4094 - 1 - 2 * 4094 - 1
