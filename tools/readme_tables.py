@@ -65,6 +65,30 @@ def speed_lines() -> list[str]:
     ]
 
 
+def cost_table() -> list[str]:
+    path = ROOT / "results" / "speed" / "rule-cost.json"
+    if not path.exists():
+        return []
+    run = load(path)
+    lines = [
+        "",
+        "How the rules' cost grows, in milliseconds per image and as a share of the forward pass",
+        f"({run['threads']} CPU cores, float32; synthetic score maps; `python benchmarks/rule_cost.py`):",
+        "",
+        "| image, px | network | regions | classes | patch | forward | vote | double masking |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in run["results"]:
+        ms, share = row["ms_per_image"], row["share_of_forward"]
+        costs = [f"{ms[rule]:.3f} ({share[rule]:.1%})" for rule in ("vote", "double-masking")]
+        regions = "x".join(map(str, row["regions"]))
+        lines.append(
+            f"| {row['image_px']} | {row['architecture']} | {regions} | {row['classes']:,} | {row['patch']} "
+            f"| {ms['forward']:.2f} | {costs[0]} | {costs[1]} |"
+        )
+    return lines
+
+
 def soundness_lines() -> list[str]:
     path = ROOT / "results" / "agreement.json"
     if not path.exists():
@@ -84,7 +108,11 @@ def _area(row: dict[str, Any]) -> float:
 def render(readme: str) -> str:
     start, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
     return (
-        readme[:start] + "\n" + "\n".join([*accuracy_table(), *speed_lines(), *soundness_lines()]) + "\n" + readme[end:]
+        readme[:start]
+        + "\n"
+        + "\n".join([*accuracy_table(), *speed_lines(), *soundness_lines(), *cost_table()])
+        + "\n"
+        + readme[end:]
     )
 
 

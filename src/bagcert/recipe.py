@@ -169,7 +169,7 @@ def _keys() -> list[str]:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     """`a.b=c` into nested dicts; `c` is read as TOML where it is TOML, as text otherwise."""
-    key, separator, text = override.partition("=")
+    key, separator, text = (part.strip() for part in override.partition("="))
     if not separator or not key:
         raise UsageError(f"an override is written section.key=value, got {override!r}")
     if key not in _keys():
