@@ -1,5 +1,10 @@
 """Shapes written in signatures are checked at run time, here and only here."""
 
-from jaxtyping import install_import_hook
+import os
+
+# Test processes run side by side, so each keeps to one thread. Set before torch is imported, and inherited by commands.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("bagcert", "beartype.beartype")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from bagcert.data import load_dataset
@@ -47,3 +48,23 @@ def test_double_masking_certifies_whatever_the_vote_certifies_on_real_binary_map
         assert masking.certified[vote.certified].all()
         assert (masking.prediction == vote.prediction)[vote.certified].all()
         assert masking.certified.sum() > vote.certified.sum()
+
+
+@pytest.mark.parametrize("rule", ["double-masking", "vote"])
+def test_no_patch_pasted_anywhere_changes_a_certified_answer(rule):
+    model = load("digits")
+    if rule == "vote":
+        model.scorer.head = "binary"
+    images = load_dataset("digits", "test").array()
+    certificate = model.certify(images, 2, rule)
+    chosen = certificate.certified.nonzero()[:12, 0].tolist()
+    assert chosen
+    random = np.random.default_rng(0)
+    contents = [np.zeros((2, 2, 3)), np.full((2, 2, 3), 255), random.integers(0, 256, (2, 2, 3))]
+    for image in chosen:
+        attacked = np.repeat(images[image][None], 49 * len(contents), axis=0)
+        placements = [(top, left) for top in range(7) for left in range(7)]
+        for number, (top, left) in enumerate(placements):
+            for kind, content in enumerate(contents):
+                attacked[number * len(contents) + kind, top : top + 2, left : left + 2] = content
+        assert (model.predict(attacked, 2, rule) == certificate.prediction[image]).all()

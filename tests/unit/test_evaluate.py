@@ -1,6 +1,7 @@
 """Evaluation: figures that follow from the records, and records in the order of the data."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,9 @@ def _plain(label: int, size: tuple[int, int], orientation: int = 1) -> Photo:
 
 @pytest.fixture(scope="module")
 def images() -> ImageSet:
-    return tiny.image_set(60, tint=100)
+    found = tiny.image_set(60, tint=100)
+    mislabeled = np.where(np.arange(60) % 9 == 0, (found.labels + 1) % 3, found.labels)
+    return replace(found, labels=mislabeled)
 
 
 @pytest.fixture(scope="module")
@@ -220,14 +223,38 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict, images: I
     assert "\n" not in str(error.value)
 
 
-def test_unknown_data_and_unreadable_images() -> None:
+def test_unknown_data_name_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean digits"):
         evaluate(tiny.color_model(), "digit")
 
-    def broken(row: int) -> Photo:
-        raise UnreadableError("image 0 is cut short")
 
-    with pytest.raises(UnreadableError, match="cut short"):
+@pytest.mark.parametrize("batch_size", [1, 4, 60])
+def test_an_image_that_cannot_be_read_is_left_out_and_named(
+    batch_size: int, images: ImageSet, evaluation: module.Evaluation
+) -> None:
+    bad = (0, 7, 8, 59)
+
+    def source(row: int) -> Photo:
+        if row in bad:
+            raise UnreadableError(f"image {row} is cut short")
+        return images.source(row)
+
+    found = evaluate(
+        tiny.color_model(), replace(images, source=source), PATCHES, RULES, batch_size=batch_size, repeat=2
+    )
+    assert found.records == [record for record in evaluation.records if record.index not in bad]
+    assert found.errors == [f"image {row} is cut short" for row in bad]
+    assert (found.info.images, found.info.unreadable) == (56, 4)
+    right = [record.results[0].prediction == record.label for record in found.records]
+    assert found.info.results[0].clean_accuracy == sum(right) / 56
+    assert (evaluation.info.unreadable, evaluation.errors) == (0, [])
+
+
+def test_data_without_a_readable_image_are_an_error() -> None:
+    def broken(row: int) -> Photo:
+        raise UnreadableError(f"image {row} is cut short")
+
+    with pytest.raises(UnreadableError, match="no image of broken can be read; the first: image 0 is cut short"):
         evaluate(tiny.color_model(), ImageSet("broken", "test", np.zeros(3, dtype=np.int64), tiny.COLORS, broken))
 
 

@@ -35,10 +35,11 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         print(f"bagcert {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

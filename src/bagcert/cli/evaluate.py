@@ -35,10 +35,7 @@ def evaluate(
     fail_under_certified: FailUnder = None,
 ) -> None:
     """Clean and certified accuracy of a model on a data set, for every rule and patch from one forward pass."""
-    import shlex
-    import sys
     import time
-    from dataclasses import replace
 
     started = time.perf_counter()
     from bagcert.defenses.bagcert import load
@@ -64,8 +61,6 @@ def evaluate(
             model_seconds,
             report,
         )
-    command = shlex.join(["bagcert", *sys.argv[1:]])
-    evaluation = replace(evaluation, info=replace(evaluation.info, command=command))
     if out is not None:
         write_evaluation(evaluation, out)
     if json:
