@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -141,20 +142,37 @@ def exact_dtype(span: int, regions: int) -> torch.dtype:
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32, no gradients: inside, sums of integers are exact.
+    """No autocast, no gradients, full float32 products whatever the user has set: sums of integers are exact inside.
 
     Raises:
         BagcertError: this device does not count an all-ones map with one zero correctly.
     """
-    matmul = torch.backends.cuda.matmul
-    tf32 = matmul.allow_tf32
-    matmul.allow_tf32 = False
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            _check_counting(device.type)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_precision():
+        _check_counting(device.type)
+        yield
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Turns off TF32 and bfloat16 matrix products, which round integers above 2^11 and 2^8."""
+    homes = (torch.backends.cuda, torch.backends.mkldnn)
+    backends: list[Any] = [home.matmul for home in homes if hasattr(home, "matmul")]
+    if all(hasattr(backend, "fp32_precision") for backend in backends):
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
             yield
-    finally:
-        matmul.allow_tf32 = tf32
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+    else:  # torch before 2.9
+        legacy = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(legacy)
 
 
 def window_sums(maps: Tensor, block: WindowBlock) -> Tensor:

@@ -92,3 +92,15 @@ def test_exact_arithmetic_switches_autocast_off_and_puts_settings_back():
     with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic(torch.device("cpu")):
         assert (torch.ones(1, 32) @ ones @ torch.ones(32, 1)).item() == 1023
     assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_exact_arithmetic_overrides_and_restores_the_precision_of_products(setting):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        with exact_arithmetic(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
