@@ -5,6 +5,6 @@ import os
 # Test processes run side by side, so each keeps to one thread. Set before torch is imported, and inherited by commands.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook("bagcert", "beartype.beartype")
