@@ -2,9 +2,7 @@
 
 import json
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from bagcert.certificate import Certificate
 from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.bagcert import BagCert
+from bagcert.devices import peak_memory_mib
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.files import write_atomically
 from bagcert.preprocess import PhotoGeometry, Preprocessing
@@ -149,12 +148,11 @@ def evaluate(
         unreadable=len(errors),
         repeat=repeat,
         batch_size=batch_size,
-        peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        // (2**20 if sys.platform == "darwin" else 2**10),
+        peak_memory_mib=peak_memory_mib(),
     )
     lines = zip(*columns, strict=True)
-    records = [ImageRecord(i, int(labels[i]), list(line)) for i, line in zip(order, lines, strict=True)]
-    return Evaluation(info, records, list(errors.values()))
+    images_found = [ImageRecord(i, int(labels[i]), list(line)) for i, line in zip(order, lines, strict=True)]
+    return Evaluation(info, images_found, list(errors.values()))
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:

@@ -65,7 +65,7 @@ class PatchThreatModel:
             raise UsageError(f"the number of patches must be at least 1, got {self.patches}")
         if self.allowed is None:
             # Inside an image every placement of a smaller shape lies in one of the larger; under a mask it may not.
-            shapes = [s for s in shapes if not any(_inside(s, other) for other in shapes if other != s)]
+            shapes = _undominated(shapes)
         else:
             allowed = np.ascontiguousarray(self.allowed, dtype=bool)
             if allowed.shape != (height, width):
@@ -116,11 +116,7 @@ class PatchThreatModel:
             if len(text) != 2:
                 raise UsageError(f"a patch is a side or a (height, width) pair in px, got {text!r}")
             text = f"{text[0]}x{text[1]}"
-        notation = str(text).strip().lower().replace(" ", "")
-        patches, shapes_text = 1, notation
-        if match := _PATCHES.fullmatch(notation):
-            patches, shapes_text = int(match[1]), match[2]
-        shapes = [shape for part in shapes_text.split("+") for shape in _shapes(part, notation, image_size)]
+        patches, shapes, notation = _read_notation(str(text), image_size)
         if isinstance(allowed, str | Path):
             allowed = _read_mask(Path(allowed))
         return cls((image_size[0], image_size[1]), tuple(shapes), patches, allowed, notation)
@@ -167,8 +163,33 @@ class PatchThreatModel:
         return self.notation + ("" if self.allowed is None else " within the allowed placements")
 
 
-def _inside(shape: tuple[int, int], other: tuple[int, int]) -> bool:
-    return shape[0] <= other[0] and shape[1] <= other[1]
+def check_notation(text: str) -> None:
+    """Says whether a text is in the patch notation at all, whatever the image.
+
+    Raises:
+        UsageError: it is not.
+    """
+    _read_notation(text, (1, 1))
+
+
+def _read_notation(text: str, image_size: tuple[int, int]) -> tuple[int, list[tuple[int, int]], str]:
+    """How many patches, their shapes, and the text in its plain form."""
+    notation = text.strip().lower().replace(" ", "")
+    patches, shapes_text = 1, notation
+    if match := _PATCHES.fullmatch(notation):
+        patches, shapes_text = int(match[1]), match[2]
+    return patches, [s for part in shapes_text.split("+") for s in _shapes(part, notation, image_size)], notation
+
+
+def _undominated(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ascending shapes without those that lie inside another."""
+    kept: list[tuple[int, int]] = []
+    widest = 0
+    for shape in reversed(shapes):  # from the tallest on, a shape must be wider than all before it
+        if shape[1] > widest:
+            kept.append(shape)
+            widest = shape[1]
+    return kept[::-1]
 
 
 def _size(size: tuple[int, int]) -> str:

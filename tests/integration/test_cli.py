@@ -408,7 +408,7 @@ def test_certify_goes_on_after_a_bad_file_and_exits_with_5(home: Path, mixed: Pa
     lines = result.err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["Warning", "Warning", "Error"]
     assert str(mixed / "b.png") in lines[0]
-    assert lines[2] == "Error: 2 of 4 inputs could not be read"
+    assert lines[2] == "Error: 2 of 4 inputs could not be certified"
 
 
 def test_certify_prints_a_table(home: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +426,7 @@ def test_certify_without_a_readable_image(home: Path, tmp_path: Path) -> None:
     check_mistake(run(*certify, tmp_path), 5, "holds no images")
     result = run(*certify, tmp_path / "missing.png")
     assert (result.code, result.out) == (5, "")
-    assert result.err.splitlines()[-1] == "Error: 1 of 1 inputs could not be read"
+    assert result.err.splitlines()[-1] == "Error: 1 of 1 inputs could not be certified"
 
 
 def test_info_describes_a_model(home: Path) -> None:

@@ -55,7 +55,7 @@ def certify(
     else:
         _print(verdicts)
     if errors:
-        fail(f"{len(errors)} of {len(files)} inputs could not be read", 5)
+        fail(f"{len(errors)} of {len(files)} inputs could not be certified", max(error.exit_code for error in errors))
 
 
 def _print(verdicts: list) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from bagcert.data.folder import images_below
 from bagcert.defenses.bagcert import BagCert
-from bagcert.errors import UnreadableError
+from bagcert.errors import UnreadableError, UsageError
 from bagcert.images import Photo, read_image
 from bagcert.preprocess import Preprocessing
 from bagcert.records import Record
 from bagcert.rules import get_rule
 from bagcert.rules.largest import largest_certifiable_px, largest_certified_px
-from bagcert.threat import PatchThreatModel
+from bagcert.threat import PatchThreatModel, check_notation
 
 VOTES = ("vote", "levine-feizi")
 
@@ -49,6 +49,7 @@ class FileError:
 
     source: str
     error: str
+    exit_code: int
 
 
 def image_files(paths: Iterable[str | Path]) -> list[Path]:
@@ -71,7 +72,7 @@ def image_files(paths: Iterable[str | Path]) -> list[Path]:
 
 def certify_files(
     model: BagCert,
-    files: Iterable[Path],
+    files: Sequence[Path],
     patches: Sequence[str] = (),
     rules: Sequence[str] = (),
     fit: str = "squash",
@@ -79,19 +80,28 @@ def certify_files(
 ) -> Iterator[FileVerdict | FileError]:
     """A verdict per file; a file that cannot be read gives an error in its place and the rest go on.
 
+    So does, among several files, an image too small for a patch.
+
     Raises:
-        UsageError: a patch that does not fit into an image, an unknown rule.
+        UsageError: a patch outside the notation, an unknown rule; a patch that does not fit into the only image.
     """
     preprocessing = Preprocessing(model.image_size, fit)
     for rule in rules:
         get_rule(rule)
+    for patch in patches:
+        check_notation(patch)
     for file in files:
         try:
             photo = read_image(file)
         except UnreadableError as error:
-            yield FileError(str(file), str(error))
+            yield FileError(str(file), str(error), error.exit_code)
             continue
-        yield certify_photo(model, photo, preprocessing, patches, rules, placements)
+        try:
+            yield certify_photo(model, photo, preprocessing, patches, rules, placements)
+        except UsageError as error:
+            if len(files) == 1:
+                raise
+            yield FileError(str(file), f"{file}: {error}", error.exit_code)
 
 
 def certify_photo(

@@ -145,3 +145,17 @@ def test_every_rule_takes_a_mask_of_placements(rule: str, tmp_path: Path) -> Non
     assert all(2 <= place[0] <= 4 for place in np.reshape(inside.results[0].worst_placement, (-1, 4)))
     if rule in ("vote", "levine-feizi"):
         assert inside.largest_certified_px == anywhere.largest_certified_px
+
+
+def test_an_image_too_small_for_the_patch_is_an_error_in_its_place(tmp_path: Path) -> None:
+    small, large = _save(tmp_path / "small.png", size=(6, 6)), _save(tmp_path / "large.png", size=(20, 20))
+    first, second = certify_files(tiny.color_model(), [small, large], ["9"])
+    assert isinstance(first, FileError)
+    assert first.exit_code == 2
+    assert "small.png: a patch of 9x9 px does not fit into an image of 6x6 px" in first.error
+    assert isinstance(second, FileVerdict)
+
+
+def test_a_patch_outside_the_notation_stops_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="got 'five'"):
+        next(certify_files(tiny.color_model(), [tmp_path / "a.png", tmp_path / "b.png"], ["five"]))
