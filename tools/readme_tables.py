@@ -96,8 +96,10 @@ def soundness_lines() -> list[str]:
     run = load(path)
     return [
         "",
-        f"Rules against brute force: {run['cases']:,} random tiny cases, {run['disagreements']} disagreements, "
-        f"{run['broken_certificates']} certificates broken by exhaustive attack.",
+        f"Rules against brute force: {run['cases']:,} random tiny cases, {run['ties']:,} with ties, "
+        f"{run['disagreements']} disagreements; {run['attacked_certificates']:,} certificates attacked with all or "
+        f"extreme contents, {run['broken_certificates']} broken; {run['vote_certified_not_double_masking']} images "
+        "certified by the vote but not by double masking.",
     ]
 
 

@@ -84,7 +84,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     options = parser.parse_args()
     totals = count(options.cases, options.seed, options.attack_every)
-    print(json.dumps(totals) if options.json else "\n".join(f"{name:36}{value}" for name, value in totals.items()))
+    command = f"python -m tests.properties.agreement --cases {options.cases} --seed {options.seed}"
+    print(
+        json.dumps({"command": command, **totals})
+        if options.json
+        else "\n".join(f"{name:36}{value}" for name, value in totals.items())
+    )
 
 
 if __name__ == "__main__":
