@@ -75,9 +75,7 @@ def progress(what: str) -> Iterator[Report]:
 
 def print_results(info: RunInfo) -> None:
     """The table of an evaluation."""
-    table = Table(
-        title=escape(f"{info.model} on {info.data} ({info.split}, {info.images:,} images)"), title_justify="left"
-    )
+    table = Table()
     table.add_column("patch")
     table.add_column("rule")
     for column in ("clean", "certified", "certified, 95 % interval", "seconds"):
@@ -93,6 +91,8 @@ def print_results(info: RunInfo) -> None:
             f"{row.seconds:.2f}",
         )
     console = stdout()
+    title = f"{info.model} on {info.data} ({info.split}, {info.images:,} images)"
+    console.print(escape(title), soft_wrap=True)  # a table's own title would be cut to the table's width
     console.print(table)
     seconds = info.seconds
     console.print(
