@@ -31,7 +31,7 @@ from bagcert.devices import keep_freed_memory, resolve_device
 from bagcert.errors import BagcertError, UsageError
 from bagcert.nets import get_architecture
 from bagcert.nets.model_folder import ModelConfig, read_model, write_model
-from bagcert.nets.region_scorer import RegionScorer
+from bagcert.nets.region_scorer import RegionScorer, not_finite
 from bagcert.preprocess import Preprocessing
 from bagcert.recipe import Recipe
 from bagcert.rules import get_rule
@@ -147,7 +147,7 @@ def train(
             if saves or run.step % CHECK_LOSS_EVERY == 0:
                 progress.loss = running.item() / counted
                 running, counted = torch.zeros_like(running), 0
-                if not math.isfinite(progress.loss) or (saves and not _finite(scorer)):
+                if not math.isfinite(progress.loss) or (saves and not_finite(scorer.state_dict())):
                     raise BagcertError(
                         f"the loss or a weight is not finite at step {run.step} (epoch {epoch + 1}); the last good "
                         f"checkpoint is kept in {out}: try a lower optimizer.learning_rate or train.precision=fp32"
@@ -220,10 +220,6 @@ def _start_from(scorer: RegionScorer, folder: Path) -> None:
         if name not in given or name not in own or given[name].shape != own[name].shape:
             raise UsageError(f"the model in {folder} cannot start this recipe: tensor {name!r} does not fit")
         own[name].copy_(given[name])
-
-
-def _finite(scorer: RegionScorer) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in scorer.state_dict().values())
 
 
 def _objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel) -> Callable[[Tensor, Tensor], Tensor]:
