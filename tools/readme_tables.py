@@ -27,8 +27,8 @@ def accuracy_table() -> list[str]:
     lines = [
         "CIFAR-10, all 10,000 test images, native 32x32, trained from scratch, one forward pass per image. Certified",
         "accuracy is the share of images answered rightly *and* proved, with its 95 % interval. Each row:",
-        "`bagcert evaluate default --data data/cifar10 --patch PATCH --rule double-masking`, with CIFAR-10's Parquet files",
-        "in `data/cifar10`; its JSON is under `results/cifar10/`.",
+        "`bagcert evaluate default --data data/cifar10 --patch PATCH --rule double-masking`, with CIFAR-10's",
+        "Parquet files in `data/cifar10`; its JSON is under `results/cifar10/`.",
         "",
         "| patch, px | model | rule | clean | certified |",
         "|---|---|---|---|---|",
