@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bagcert.defenses.bagcert import model_folder
 from bagcert.errors import UnreadableError
-from bagcert.nets.model_folder import read_model, weights_sha256
+from bagcert.nets.model_folder import WEIGHTS, read_model, weights_sha256
 
 RESULTS = "results.json"
 
@@ -48,7 +48,7 @@ def describe(name: str) -> dict[str, Any]:
         "rule": config.rule,
         "patch": config.patch,
         "weights_sha256": weights_sha256(folder),
-        "weights_bytes": (folder / "model.safetensors").stat().st_size,
+        "weights_bytes": (folder / WEIGHTS).stat().st_size,
         "provenance": config.provenance,
         "recipe": config.recipe,
         "results": _results(folder / RESULTS),

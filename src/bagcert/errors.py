@@ -1,5 +1,8 @@
 """Errors a user can cause. Each carries the exit code the command line returns for it."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class BagcertError(Exception):
     """Something went wrong that is worth one clear sentence, not a traceback."""
@@ -23,3 +26,10 @@ class UnreadableError(BagcertError):
     """A file that is missing, truncated, of the wrong kind, or too large to be opened safely."""
 
     exit_code = 5
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a sentence about an unknown name: the known one nearest to it, or all of them."""
+    known = list(known)
+    near = get_close_matches(name, known, 1, cutoff)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"

@@ -3,14 +3,13 @@
 import json
 import tomllib
 from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bagcert.errors import UnreadableError, UsageError
+from bagcert.errors import UnreadableError, UsageError, nearest
 
 
 class _Section(BaseModel):
@@ -74,7 +73,7 @@ class AugmentSection(_Section):
     crop: int = Field(default=2, ge=0, description="px of padding before the random crop")
     crop_mode: Literal["reflect", "zero"] = "reflect"
     flip: bool = True
-    cutout: int = Field(default=0, ge=0, description="side in px of a square painted grey; 0 for none")
+    cutout: int = Field(default=0, ge=0, description="side in px of a square painted black; 0 for none")
 
 
 class TrainSection(_Section):
@@ -128,7 +127,7 @@ def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
     shipped = shipped_recipes()
     path = shipped.get(name_or_file, Path(name_or_file))
     if name_or_file not in shipped and path.suffix != ".toml":
-        raise UsageError(f"there is no recipe {name_or_file!r}{_nearest(name_or_file, shipped)}")
+        raise UsageError(f"there is no recipe {name_or_file!r}{nearest(name_or_file, shipped, 0.5)}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -153,7 +152,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             known = _keys() if "." in where else Recipe.model_fields
-            raise UsageError(f"a recipe has no key {where!r}{_nearest(where, known)}") from None
+            raise UsageError(f"a recipe has no key {where!r}{nearest(where, known, 0.5)}") from None
         if first["type"] == "missing":
             raise UsageError(f"a recipe needs the key {where!r}") from None
         raise UsageError(f"recipe key {where}: {first['msg'].lower()}, got {first.get('input')!r}") from None
@@ -173,7 +172,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UsageError(f"an override is written section.key=value, got {override!r}")
     if key not in _keys():
-        raise UsageError(f"a recipe has no key {key!r}{_nearest(key, _keys())}")
+        raise UsageError(f"a recipe has no key {key!r}{nearest(key, _keys(), 0.5)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -185,12 +184,6 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UsageError(f"recipe key {section}: it should be a section [{section}], got {values!r}")
     # A patch of 5 and a name of 1.10 are text, as they were written.
     values[last] = text if last in ("patch", "name") and not isinstance(value, str) else value
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = get_close_matches(name, known, 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
 
 
 def _toml(value: object) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def train(
     prepare = Preprocessing(recipe.model.image_size).apply if recipe.model.image_size else None
     images = torch.from_numpy(training.array(prepare)).permute(0, 3, 1, 2).contiguous().to(accelerator.device)
     labels = torch.from_numpy(training.labels).to(accelerator.device)
+    held_out = validation.array(prepare)
     config = _model_config(recipe, training, images)
     scorer = config.build()
     if init is not None:
@@ -154,7 +156,7 @@ def train(
                     )
             run.seconds = seconds_before + time.monotonic() - started
             if epoch_ends and ((epoch + 1) % recipe.train.validate_every == 0 or run.step == steps):
-                progress.validation = _validate(run.shipping, validation, recipe, threat)
+                progress.validation = _validate(run.shipping, held_out, validation.labels, recipe, threat)
                 if accelerator.is_main_process:
                     run.log(
                         epoch=epoch + 1,
@@ -169,7 +171,7 @@ def train(
                 raise BagcertError(f"interrupted at step {run.step} of {steps}; --resume goes on from {out}")
 
     if accelerator.is_main_process:
-        scale = _fixed_point_scale(run.shipping, validation)
+        scale = _scale_of(_validation_scores(run.shipping, held_out))
         provenance = _provenance(source, training, accelerator, run.seconds, limit)
         write_model(out, run.shipping, config.model_copy(update={"scale": scale, "provenance": provenance}))
         run.close()
@@ -278,6 +280,7 @@ def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
+@lru_cache(maxsize=1)  # asked at every step of an epoch
 def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
 
@@ -287,19 +290,18 @@ def _generator(device: torch.device, seed: int, step: int, process: int) -> torc
     return torch.Generator(device).manual_seed(mixed)
 
 
-def _validation_scores(scorer: RegionScorer, validation: ImageSet, limit: int, batch: int = 250) -> Tensor:
-    pixels = validation.take(limit).array(Preprocessing(scorer.image_size).apply)
+def _validation_scores(scorer: RegionScorer, pixels: np.ndarray, batch: int = 250) -> Tensor:
     return torch.cat([scorer.real_scores(pixels[i : i + batch]) for i in range(0, len(pixels), batch)])
 
 
 def _validate(
-    scorer: RegionScorer, validation: ImageSet, recipe: Recipe, threat: PatchThreatModel
+    scorer: RegionScorer, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, threat: PatchThreatModel
 ) -> dict[str, int | float]:
     """Clean and certified accuracy of what would ship, by the recipe's rule on held-out images."""
-    z = _validation_scores(scorer, validation, recipe.train.validate_images)
+    z = _validation_scores(scorer, pixels[: recipe.train.validate_images])
     scorer.scale = _scale_of(z)
     certificate = get_rule(recipe.defense.rule).certify(scorer.to_scores(z, threat.image_size), threat)
-    right = certificate.prediction.cpu() == torch.from_numpy(validation.labels[: len(z)])
+    right = certificate.prediction.cpu() == torch.from_numpy(labels[: len(z)])
     return {
         "validation_images": len(z),
         "clean_accuracy": right.float().mean().item(),
@@ -310,10 +312,6 @@ def _validate(
 def _scale_of(z: Tensor) -> float:
     """The largest score seen on validation images becomes the largest fixed-point score."""
     return FIXED_POINT_LIMIT / max(z.abs().max().item(), 1e-6)
-
-
-def _fixed_point_scale(scorer: RegionScorer, validation: ImageSet) -> float:
-    return _scale_of(_validation_scores(scorer, validation, len(validation)))
 
 
 def _provenance(

@@ -49,9 +49,9 @@ def _list(json: bool) -> None:
     from bagcert.nets import ARCHITECTURES
     from bagcert.recipe import shipped_recipes
 
-    models = list(shipped_models())
+    models = shipped_models()
     if json:
-        listing = {"models": models, "aliases": ALIASES, "recipes": list(shipped_recipes())}
+        listing = {"models": list(models), "aliases": ALIASES, "recipes": list(shipped_recipes())}
         print_json({**listing, "architectures": list(ARCHITECTURES)})
         return
     from rich.table import Table
@@ -62,7 +62,7 @@ def _list(json: bool) -> None:
     table = Table(title="Models", title_justify="left")
     for column in ("name", "alias", "classes", "rule", "patch, px", "architecture"):
         table.add_column(column)
-    for name, folder in shipped_models().items():
+    for name, folder in models.items():
         config = read_config(folder)
         alias = ", ".join(alias for alias, target in ALIASES.items() if target == name)
         table.add_row(name, alias, str(len(config.class_names)), config.rule, config.patch, config.architecture)

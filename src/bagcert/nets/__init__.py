@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from torch import nn
 
-from bagcert.errors import UsageError
+from bagcert.errors import UsageError, nearest
 from bagcert.nets.bagnet import BagNet
 from bagcert.nets.region_resnet import RegionResNet
 
@@ -88,7 +87,5 @@ def get_architecture(name: str) -> Architecture:
         UsageError: there is none of that name.
     """
     if name not in ARCHITECTURES:
-        near = get_close_matches(name, ARCHITECTURES, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(ARCHITECTURES)}"
-        raise UsageError(f"there is no architecture {name!r}{hint}")
+        raise UsageError(f"there is no architecture {name!r}{nearest(name, ARCHITECTURES)}")
     return ARCHITECTURES[name]
