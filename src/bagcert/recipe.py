@@ -59,8 +59,11 @@ class LossSection(_Section):
 class OptimizerSection(_Section):
     """Optimizer and schedule: linear warm-up, then cosine to zero."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = Field(default=2e-3, gt=0)
+    others_share: float = Field(
+        default=0.5, gt=0, description="for muon: learning rate of all that is no inner kernel, as a share"
+    )
     weight_decay: float = Field(default=0.01, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1, description="for sgd")
     warmup: float = Field(default=0.2, ge=0, lt=1, description="share of all steps")

@@ -33,6 +33,7 @@ from bagcert.errors import BagcertError, UsageError
 from bagcert.nets import get_architecture
 from bagcert.nets.model_folder import ModelConfig, read_model, write_model
 from bagcert.nets.region_scorer import RegionScorer, not_finite
+from bagcert.optimizers import MuonAdamW
 from bagcert.preprocess import Preprocessing
 from bagcert.recipe import Recipe
 from bagcert.rules import get_rule
@@ -253,6 +254,10 @@ def _optimizer(recipe: Recipe, scorer: RegionScorer) -> torch.optim.Optimizer:
     kernels = [p for p in scorer.parameters() if p.ndim > 1]
     others = [p for p in scorer.parameters() if p.ndim <= 1]
     groups = [{"params": kernels, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if section.name == "muon":
+        *inner, classifier = kernels
+        rate = section.learning_rate
+        return MuonAdamW(inner, [classifier, *others], rate, rate * section.others_share, section.weight_decay)
     if section.name == "sgd":
         return torch.optim.SGD(groups, section.learning_rate, momentum=section.momentum, nesterov=section.momentum > 0)
     return torch.optim.AdamW(groups, section.learning_rate)

@@ -104,7 +104,7 @@ def test_overrides_apply_in_order_and_touch_nothing_else() -> None:
         ("model.width=4", ["model.width", "greater than or equal to 8"]),
         ("model.image_size=16", ["model.image_size", "16"]),
         ("model.image_size=[16]", ["model.image_size"]),
-        ("optimizer.name=adam", ["optimizer.name", "'adamw' or 'sgd'", "'adam'"]),
+        ("optimizer.name=adam", ["optimizer.name", "'adamw', 'muon' or 'sgd'", "'adam'"]),
         ("optimizer.learning_rate=0", ["optimizer.learning_rate", "greater than 0"]),
         ("optimizer.learning_rate=nan", ["optimizer.learning_rate", "nan"]),
         ("optimizer.learning_rate=inf", ["optimizer.learning_rate", "inf"]),

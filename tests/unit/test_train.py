@@ -112,6 +112,14 @@ def test_a_run_that_died_anywhere_ends_with_the_weights_of_one_that_did_not(
     assert metrics == expected
 
 
+def test_both_halves_of_muon_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny.recipe(optimizer__name="muon")
+    train(recipe, tmp_path / "whole", tiny.image_set(), device="cpu")
+    folder = _stopped(tmp_path / "stopped", 6, recipe)
+    train(recipe, folder, tiny.image_set(), resume=True, device="cpu")
+    assert _weights(folder) == _weights(tmp_path / "whole")
+
+
 CLI_RECIPE = """
 name = "small"
 model = { architecture = "resnet-rf3", width = 8, depth = 1 }
@@ -245,6 +253,7 @@ def test_weights_that_break_under_a_finite_loss_are_not_saved(tmp_path: Path, mo
     "changes",
     [
         {"optimizer__name": "sgd", "optimizer__gradient_clip": 1.0},
+        {"optimizer__name": "muon", "optimizer__learning_rate": 0.02},
         {"loss__name": "margin", "model__head": "binary", "train__ema": 0.0},
         {"loss__name": "smooth-margin", "loss__one_hot_penalty": 0.1, "model__head": "binary"},
         {"loss__name": "double-masking", "model__head": "binary", "loss__label_smoothing": 0.1},

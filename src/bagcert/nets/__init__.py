@@ -59,6 +59,7 @@ def _bagnet(receptive_field: int) -> Callable[[int, int, int, bool], nn.Module]:
 _S1 = ((3, 1, 1.0),)
 _S2 = ((3, 1, 0.5), (4, 2, 1.0))
 _S2_RF8 = ((3, 1, 0.25), (4, 2, 1.0), (2, 1, 1.0))
+_S4_RF8 = ((4, 2, 0.25), (3, 2, 1.0))
 _S4 = ((3, 1, 0.25), (4, 2, 0.5), (4, 2, 1.0))
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -72,6 +73,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resnet-rf8s2": Architecture(_resnet(_S2_RF8, 0), (32, 32), 128, 4, 8, 2, "stride 2, a 2x2 then 1x1 blocks"),
     "resnet-rf10s2": Architecture(_resnet(_S2, 1), (32, 32), 128, 4, 10, 2, "stride 2, one 3x3 block"),
     "resnet-rf14s2": Architecture(_resnet(_S2, 2), (32, 32), 128, 5, 14, 2, "stride 2, two 3x3 blocks"),
+    "resnet-rf8s4": Architecture(_resnet(_S4_RF8, 0), (32, 32), 256, 6, 8, 4, "stride 4, 1x1 blocks only"),
     "resnet-rf12s4": Architecture(_resnet(_S4, 0), (64, 64), 192, 5, 12, 4, "stride 4, 1x1 blocks only"),
     "resnet-rf20s4": Architecture(_resnet(_S4, 1), (64, 64), 192, 5, 20, 4, "stride 4, one 3x3 block"),
     "bagnet9": Architecture(_bagnet(9), (224, 224), 64, 16, 9, 8, "BagNet-9"),
