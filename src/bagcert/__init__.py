@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BagCert": "bagcert.defenses.bagcert",
     "Certificate": "bagcert.certificate",
+    "FailSafe": "bagcert.failsafe",
     "PatchThreatModel": "bagcert.threat",
     "RegionGrid": "bagcert.grid",
     "RegionScorer": "bagcert.nets.region_scorer",
@@ -15,11 +16,12 @@ _HOMES = {
     "load": "bagcert.defenses.bagcert",
 }
 
-__all__ = ["BagCert", "Certificate", "PatchThreatModel", "RegionGrid", "RegionScorer", "ScoreMap", "load"]
+__all__ = ["BagCert", "Certificate", "FailSafe", "PatchThreatModel", "RegionGrid", "RegionScorer", "ScoreMap", "load"]
 
 if TYPE_CHECKING:
     from bagcert.certificate import Certificate
     from bagcert.defenses.bagcert import BagCert, load
+    from bagcert.failsafe import FailSafe
     from bagcert.grid import RegionGrid
     from bagcert.nets.region_scorer import RegionScorer
     from bagcert.scores import ScoreMap
