@@ -33,13 +33,21 @@ def main() -> None:
     parser.add_argument("--data", default="data/cifar10")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--limit", type=int, help="train on the first so many images only")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes that all rows share")
     parser.add_argument("--rows", type=int, nargs="*", help="only these rows, counted from 0")
     parser.add_argument("--out", type=Path, default=Path("results/ablations/cifar10-cpu.json"))
     arguments = parser.parse_args()
-    setting = {"recipe": arguments.recipe, "epochs": arguments.epochs, "limit": arguments.limit}
+    setting = {
+        "recipe": arguments.recipe,
+        "epochs": arguments.epochs,
+        "limit": arguments.limit,
+        "shared": arguments.set,
+    }
     result = {
         "command": f"python benchmarks/ablations.py --recipe {arguments.recipe} --data {arguments.data} "
-        f"--epochs {arguments.epochs}" + (f" --limit {arguments.limit}" if arguments.limit else ""),
+        f"--epochs {arguments.epochs}"
+        + (f" --limit {arguments.limit}" if arguments.limit else "")
+        + (f" --set {' '.join(arguments.set)}" if arguments.set else ""),
         "part": "validation",
         **setting,
         "device": f"cpu ({platform.machine()})",
@@ -64,7 +72,7 @@ def main() -> None:
 
 def judge(row: dict, arguments: argparse.Namespace) -> dict:
     """Trains one row and evaluates it on the held-out images against the recipe's own patch."""
-    recipe = load_recipe(arguments.recipe, [*row["set"], f"train.epochs={arguments.epochs}"])
+    recipe = load_recipe(arguments.recipe, [*arguments.set, *row["set"], f"train.epochs={arguments.epochs}"])
     patch = load_recipe(arguments.recipe).defense.patch
     source = load_dataset(arguments.data, "train", arguments.limit)
     held_out = source.split_off(recipe.data.validation, recipe.data.split_seed)[1]
