@@ -105,6 +105,30 @@ def soundness_lines() -> list[str]:
     ]
 
 
+def ablation_table() -> list[str]:
+    lines: list[str] = []
+    for path in sorted((ROOT / "results" / "ablations").glob("*.json")):
+        run = load(path)
+        shared = f" with `{' '.join(run['shared'])}`" if run["shared"] else ""
+        lines += [
+            "",
+            f"One change against the recipe `{run['recipe']}`{shared} at a time, {run['epochs']} epochs each, seed 0, "
+            f"on {run['results'][0]['images']:,} held-out training images:",
+            f"`{run['command']}`",
+            "",
+            "| change | million multiply-adds | clean | certified | by vote |",
+            "|---|---|---|---|---|",
+        ]
+        for row in run["results"]:
+            masking, vote = row["rules"]["double-masking"], row["rules"].get("vote")
+            by_vote = f"{vote['clean_accuracy']:.1%} / {vote['certified_accuracy']:.1%}" if vote else ""
+            lines.append(
+                f"| {row['name']} | {row['multiply_adds'] / 1e6:.0f} | {masking['clean_accuracy']:.1%} "
+                f"| {masking['certified_accuracy']:.1%} | {by_vote} |"
+            )
+    return lines
+
+
 def _area(row: dict[str, Any]) -> float:
     return row["patch"][0] * row["patch"][1] if row["patch"] else float("inf")
 
@@ -114,7 +138,7 @@ def render(readme: str) -> str:
     return (
         readme[:start]
         + "\n"
-        + "\n".join([*accuracy_table(), *speed_lines(), *soundness_lines(), *cost_table()])
+        + "\n".join([*accuracy_table(), *speed_lines(), *soundness_lines(), *cost_table(), *ablation_table()])
         + "\n"
         + readme[end:]
     )
