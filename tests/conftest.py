@@ -1,6 +1,7 @@
 """Shapes written in signatures are checked at run time, here and only here."""
 
 import os
+import tempfile
 
 # Test processes run side by side, so each keeps to one thread. Set before torch is imported, and inherited by commands.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,3 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from jaxtyping import install_import_hook
 
 install_import_hook("bagcert", "beartype.beartype")
+
+# Measurements of locality are kept for this run alone; commands started by tests inherit them.
+_cache = tempfile.TemporaryDirectory(prefix="bagcert-cache-")
+os.environ["BAGCERT_CACHE"] = _cache.name

@@ -1,6 +1,7 @@
 """Certificates: what a rule says of each image. They never see the true label."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -21,6 +22,8 @@ class Certificate:
         worst_placement: int64 [batch, 4] or [batch, windows, 4], each `[top, left, height, width]` in pixels:
             where a patch comes closest to changing the answer (two windows for double masking).
         rule, threat: what was asked.
+        locality: "exact", or "measured" where it rests on a measured tolerance: scores that may move outside a patch's
+            reach counted for the attacker. A measurement is no bound, hence the mark. METHOD section 3.6.
     """
 
     prediction: Int[Tensor, " batch"]
@@ -29,6 +32,7 @@ class Certificate:
     worst_placement: Int[Tensor, "batch *windows 4"]
     rule: str
     threat: PatchThreatModel
+    locality: Literal["exact", "measured"] = "exact"
 
     def __len__(self) -> int:
         """How many images."""

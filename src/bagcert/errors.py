@@ -1,7 +1,11 @@
 """Errors a user can cause. Each carries the exit code the command line returns for it."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What has no place in a name or a message: line ends, what moves a terminal's cursor, halves of characters."""
 
 
 class BagcertError(Exception):
@@ -33,3 +37,13 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     known = list(known)
     near = get_close_matches(name, known, 1, cutoff)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+
+
+def shown(text: object, limit: int = 200) -> str:
+    r"""A text that came out of a file, fit for a message: on one line, without control characters, not too long.
+
+    >>> shown("two\nlines"), shown("abcdef", 3)
+    ('two?lines', 'abc ...')
+    """
+    line = CONTROL.sub("?", str(text).strip())
+    return line if len(line) <= limit else line[:limit] + " ..."

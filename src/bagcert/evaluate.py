@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import groupby, islice
@@ -14,13 +15,14 @@ import numpy as np
 import psutil
 import torch
 
-from bagcert.certificate import Certificate
 from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.devices import peak_memory_mib
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.files import write_atomically
+from bagcert.evaluation_log import Batch, EvaluationLog, described, log_path
+from bagcert.files import remove_leftovers, write_atomically
+from bagcert.images import Photo
 from bagcert.preprocess import PhotoGeometry, Preprocessing
 from bagcert.records import ImageRecord, Record, Row, RunInfo, wilson_interval
 from bagcert.rules import get_rule
@@ -28,7 +30,7 @@ from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 
 LIBRARIES = ("bagcert", "torch", "numpy", "pillow")
-READ_AT_ONCE = 64  # photos held at their stored size
+READ_AT_ONCE = 64  # photos decoded side by side
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,11 @@ class Evaluation:
 
 @dataclass
 class _Tally:
-    """One rule against one threat, filled batch by batch."""
+    """One rule against one patch; the threat is parsed for the size of the images at hand."""
 
     rule: str
     notation: str
-    threat: PatchThreatModel | None
-    seconds: list[float]
-    certificates: list[Certificate]
+    threat: PatchThreatModel | None = None
 
 
 def evaluate(
@@ -64,6 +64,8 @@ def evaluate(
     repeat: int = 1,
     model_seconds: float = 0.0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    log: Path | None = None,
+    resume: bool = False,
 ) -> Evaluation:
     """Evaluates every rule against every patch from one forward pass per image.
 
@@ -80,9 +82,12 @@ def evaluate(
         repeat: whole passes; reported seconds are medians.
         model_seconds: already spent on loading the model, counted under `seconds.load`.
         on_progress: called with (images done, images in all).
+        log: a file for the records of each batch as soon as they are known, see `bagcert.evaluation_log`.
+        resume: go on after the last whole batch in `log`; figures and records are those of a run that was never
+            interrupted, and so are the seconds, which are kept with each batch.
 
     Raises:
-        UsageError: classes of the data that the model does not know; a patch that does not fit.
+        UsageError: classes of the data that the model does not know; a patch that does not fit; a `log` of another run.
         UnreadableError: the data set as a whole, or every image in it, cannot be read.
     """
     if batch_size < 1 or repeat < 1:
@@ -92,47 +97,64 @@ def evaluate(
     labels = labels_for(model, images)
     preprocessing = Preprocessing(model.image_size, fit)
     load_seconds = model_seconds + time.perf_counter() - started
-    tallies = [
-        _Tally(rule, patch, None, [], []) for patch in patches or (str(model.patch),) for rule in rules or (model.rule,)
-    ]
+    patches, rules = patches or (str(model.patch),), rules or (model.rule,)
+    tallies = [_Tally(rule, patch) for patch in patches for rule in rules]
     for tally in tallies:
         get_rule(tally.rule)
-    forward: list[float] = []
-    order: list[int] = []
+    records: list[ImageRecord] = []
     errors: dict[int, str] = {}
-    for run in range(repeat):
-        forward.append(0.0)
-        for tally in tallies:
-            tally.seconds.append(0.0)
-            tally.certificates.clear()
-        order.clear()
-        clock = time.perf_counter()
-        for indices, pixels, geometry in _batches(images, preprocessing, batch_size, errors):
-            load_seconds += time.perf_counter() - clock if run == 0 else 0.0
+    passes: list[list[float]] = []
+    journal = None
+    if log is not None:
+        run_now = described(
+            model,
+            images,
+            placements,
+            patches=list(patches),
+            rules=list(rules),
+            limit=limit,
+            fit=fit,
+            batch_size=batch_size,
+            device=device_name(model),
+            versions=versions(),
+        )
+        journal = EvaluationLog(log, run_now, resume)
+    with closing(journal) if journal else nullcontext():
+        for run in range(repeat):
+            lost: dict[int, str] = {}
+            seconds, done = [0.0] * (1 + len(tallies)), 0
+            if run == 0 and journal:
+                for batch in journal.batches:
+                    records += batch.records
+                    errors |= dict(batch.errors)
+                    seconds = [sum(pair) for pair in zip(seconds, batch.seconds, strict=True)]
+                done = records[-1].index + 1 if records else 0
             clock = time.perf_counter()
-            score_map = geometry.score_map(model.score_map(pixels))
-            forward[-1] += _lap(clock, model)
-            for tally in tallies:
-                threat = _threat(tally, score_map, placements)
+            for indices, pixels, geometry in _batches(images, preprocessing, batch_size, lost, done):
+                load_seconds += time.perf_counter() - clock if run == 0 else 0.0
+                found, laps = _certify(model, tallies, pixels, geometry, placements)
+                seconds = [sum(pair) for pair in zip(seconds, laps, strict=True)]
+                if run == 0:
+                    lines = [ImageRecord(i, int(labels[i]), line) for i, line in zip(indices, found, strict=True)]
+                    passed = [(i, sentence) for i, sentence in lost.items() if done <= i < indices[-1]]
+                    if journal:
+                        journal.append(Batch(lines, passed, laps))
+                    records += lines
+                done = indices[-1] + 1
+                on_progress(run * len(images) + done, repeat * len(images))
                 clock = time.perf_counter()
-                tally.certificates.append(get_rule(tally.rule).certify(score_map, threat))
-                tally.seconds[-1] += _lap(clock, model)
-            order += indices
-            on_progress(run * len(images) + len(order) + len(errors), repeat * len(images))
-            clock = time.perf_counter()
-    if not order:
+            if run == 0:
+                errors |= lost
+            passes.append(seconds)
+    if not records:
         raise UnreadableError(f"no image of {images.name} can be read; the first: {errors[0]}")
-    rows, columns = [], []
-    for tally in tallies:
-        row, records = _row(tally, labels[order])
-        rows.append(row)
-        columns.append(records)
+    forward, *each = (statistics.median(column) for column in zip(*passes, strict=True))
     info = RunInfo(
         model=model.name,
         weights_sha256=model.weights_sha256,
         data=images.name,
         split=images.split,
-        images=len(order),
+        images=len(records),
         limit=limit,
         device=device_name(model),
         backend="torch",
@@ -141,29 +163,34 @@ def evaluate(
         versions=versions(),
         seconds={
             "load": round(load_seconds, 3),
-            "forward": round(statistics.median(forward), 3),
+            "forward": round(forward, 3),
             "total": round(time.time() - psutil.Process().create_time(), 3),
         },
-        results=rows,
+        results=[_row(tally, records, column, each[column]) for column, tally in enumerate(tallies)],
         unreadable=len(errors),
         repeat=repeat,
         batch_size=batch_size,
         peak_memory_mib=peak_memory_mib(),
     )
-    lines = zip(*columns, strict=True)
-    images_found = [ImageRecord(i, int(labels[i]), list(line)) for i, line in zip(order, lines, strict=True)]
-    return Evaluation(info, images_found, list(errors.values()))
+    return Evaluation(info, records, [errors[number] for number in sorted(errors)])
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Writes the JSON, and beside it one line per image in `*.records.jsonl`; each whole or not at all.
 
+    The log of the run has then done its work and is removed, last of all.
+
     Raises:
         BagcertError: a file cannot be written.
     """
     records = "".join(record.to_json() + "\n" for record in evaluation.records)
-    write_atomically(path.with_suffix(".records.jsonl"), records.encode())
-    write_atomically(path, (json.dumps(evaluation.info.to_dict(), indent=2) + "\n").encode())
+    for target, content in (
+        (path.with_suffix(".records.jsonl"), records),
+        (path, json.dumps(evaluation.info.to_dict(), indent=2) + "\n"),
+    ):
+        remove_leftovers(target)
+        write_atomically(target, content.encode())
+    log_path(path).unlink(missing_ok=True)
 
 
 def labels_for(model: BagCert, images: ImageSet) -> np.ndarray:
@@ -199,26 +226,50 @@ def device_name(model: BagCert) -> str:
 
 
 def _batches(
-    images: ImageSet, preprocessing: Preprocessing, batch_size: int, errors: dict[int, str]
+    images: ImageSet, preprocessing: Preprocessing, batch_size: int, errors: dict[int, str], first: int
 ) -> Iterator[tuple[list[int], np.ndarray, PhotoGeometry]]:
     """Numbers and network inputs uint8 [batch, h, w, 3] of consecutive images of one stored size, and its geometry.
 
-    What cannot be read goes into `errors` by its number.
+    They begin with the image `first`. What cannot be read goes into `errors` by its number.
     """
 
+    def sized(photo: Photo) -> tuple[tuple[int, int], int, np.ndarray]:
+        return photo.stored_size, photo.orientation, preprocessing.apply(photo)
+
     def prepared() -> Iterator[tuple[tuple[tuple[int, int], int], int, np.ndarray]]:
-        for start in range(0, len(images), READ_AT_ONCE):
+        for start in range(first, len(images), READ_AT_ONCE):
             numbers = range(start, min(start + READ_AT_ONCE, len(images)))
-            for number, photo in zip(numbers, images.read_each(numbers), strict=True):
-                if isinstance(photo, UnreadableError):
-                    errors[number] = str(photo)
+            for number, found in zip(numbers, images.prepare_each(numbers, sized), strict=True):
+                if isinstance(found, UnreadableError):
+                    errors[number] = str(found)
                 else:
-                    yield (photo.stored_size, photo.orientation), number, preprocessing.apply(photo)
+                    size, orientation, pixels = found
+                    yield (size, orientation), number, pixels
 
     for (size, orientation), group in groupby(prepared(), key=lambda item: item[0]):
         geometry = preprocessing.geometry(size, orientation)
         while batch := list(islice(group, batch_size)):
             yield [number for _, number, _ in batch], np.stack([pixels for _, _, pixels in batch]), geometry
+
+
+def _certify(
+    model: BagCert,
+    tallies: Sequence[_Tally],
+    pixels: np.ndarray,
+    geometry: PhotoGeometry,
+    placements: str | Path | None,
+) -> tuple[list[list[Record]], list[float]]:
+    """The records of each image of a batch, a verdict per tally; seconds of the forward pass and of each tally."""
+    clock = time.perf_counter()
+    score_map = geometry.score_map(model.score_map(pixels))
+    laps, columns = [_lap(clock, model)], []
+    for tally in tallies:
+        threat = _threat(tally, score_map, placements)
+        clock = time.perf_counter()
+        certificate = get_rule(tally.rule).certify(score_map, threat)
+        laps.append(_lap(clock, model))
+        columns.append(Record.each(certificate))
+    return [list(line) for line in zip(*columns, strict=True)], laps
 
 
 def _threat(tally: _Tally, score_map: ScoreMap, placements: str | Path | None) -> PatchThreatModel:
@@ -235,30 +286,26 @@ def _lap(clock: float, model: BagCert) -> float:
     return time.perf_counter() - clock
 
 
-def _row(tally: _Tally, labels: np.ndarray) -> tuple[Row, list[Record]]:
-    parts = tally.certificates
-    prediction = torch.cat([part.prediction for part in parts]).cpu().numpy()
-    certified = torch.cat([part.certified for part in parts]).cpu().numpy()
+def _row(tally: _Tally, records: Sequence[ImageRecord], column: int, seconds: float) -> Row:
+    """The figures of one tally, from the records alone."""
+    results = [record.results[column] for record in records]
     # One patch size means the same in every image; a percentage does not where images differ in size.
-    sizes = {part.threat.patch for part in parts}
+    sizes = {tuple(result.patch) if result.patch else None for result in results}
     single = sizes.pop() if len(sizes) == 1 else None
-    patch = list(single) if single else None
-    threat = str(parts[0].threat)
-    right = prediction == labels
-    count = len(labels)
-    clean, proved = int(right.sum()), int((right & certified).sum())
-    row = Row(
+    count = len(records)
+    right = [result.prediction == record.label for result, record in zip(results, records, strict=True)]
+    clean = sum(right)
+    proved = sum(good and result.certified for good, result in zip(right, results, strict=True))
+    return Row(
         rule=tally.rule,
-        patch=patch,
-        threat=threat,
+        patch=list(single) if single else None,
+        threat=results[0].threat,
         clean_accuracy=clean / count,
         certified_accuracy=proved / count,
-        certified_share=float(certified.mean()),
+        certified_share=sum(result.certified for result in results) / count,
         interval95={
             "clean_accuracy": wilson_interval(clean, count),
             "certified_accuracy": wilson_interval(proved, count),
         },
-        seconds=round(statistics.median(tally.seconds), 4),
+        seconds=round(seconds, 4),
     )
-    records = [record for part in parts for record in Record.each(part)]
-    return row, records

@@ -1,10 +1,61 @@
-"""Writing files so that a crash, a full disk or a kill never leaves half of one."""
+"""Reading files that may be anything, and writing so that a crash, a full disk or a kill never leaves half of one."""
 
+import errno
+import io
 import os
+import stat
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from bagcert.errors import BagcertError
+
+RANDOM_LETTERS = 8  # of `tempfile`, at the end of a temporary name
+PREVIOUS = "previous"  # as many letters
+
+
+def open_regular(path: str | Path, limit_bytes: int | None = None) -> io.BufferedReader:
+    """Opens a regular file of at most `limit_bytes` for reading.
+
+    Anything else is refused after it was opened, so that nothing can be put in its place between the look and the
+    reading. A pipe is opened without waiting for whoever might write to it, and a device is never read.
+
+    Raises:
+        OSError: missing, not a regular file, too large; `strerror` says which.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"its name is no file name ({error})") from None
+    file = os.fdopen(descriptor, "rb") if not stat.S_ISDIR(os.fstat(descriptor).st_mode) else None
+    if file is None:
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    if limit_bytes is not None and found.st_size > limit_bytes:
+        file.close()
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than the limit of {limit_bytes:,}")
+    return file
+
+
+def read_regular(path: str | Path, limit_bytes: int) -> bytes:
+    """The content of a regular file, which may grow while it is read, but not beyond the limit.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    with open_regular(path, limit_bytes) as file:
+        parts, rest = [], limit_bytes + 1
+        while rest and (part := file.read(min(rest, 1 << 24))):  # memory is set aside for as much as is asked for
+            parts.append(part)
+            rest -= len(part)
+    if not rest:
+        raise OSError(errno.EFBIG, f"it grew beyond the limit of {limit_bytes:,} bytes")
+    return b"".join(parts)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -13,22 +64,70 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         BagcertError: it cannot be written; nothing half-written is left.
     """
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Writes files that mean something only together, each whole or not at all.
+
+    All are on the disk before the first takes its place. An older version of the last one is taken away before, so
+    that it never stands beside new versions of the others, whenever a kill comes.
+
+    Raises:
+        BagcertError: one cannot be written; nothing half-written is left.
+    """
+    staged: list[tuple[Path, Path]] = []
+    path = last = list(contents)[-1]
+    aside = last.with_name(f".{last.name}.{PREVIOUS}")
+    replaced = 0
+    try:
+        for path, content in contents.items():
+            staged.append((_stage(path, content), path))
+        if len(staged) > 1 and last.exists():
+            os.replace(last, aside)
+        for temporary, path in staged:
+            os.replace(temporary, path)
+            replaced += 1
+    except BaseException as error:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+        if not replaced and len(staged) > 1 and aside.exists():
+            os.replace(aside, last)
+        if isinstance(error, OSError):
+            raise BagcertError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise
+    if len(staged) > 1:
+        aside.unlink(missing_ok=True)
+
+
+def _stage(path: Path, content: bytes) -> Path:
+    """A file beside `path` with the content, on the disk, under a hidden name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise BagcertError(f"{path} cannot be written: {error.strerror or error}") from None
         raise
+    return temporary
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what a `write_atomically` to this path left behind when its process was killed.
+
+    Only for paths that no other process is writing to.
+    """
+    prefix = f".{path.name}."
+    with suppress(OSError):
+        for entry in list(os.scandir(path.parent)):
+            if entry.name.startswith(prefix) and len(entry.name) == len(prefix) + RANDOM_LETTERS:
+                os.unlink(entry.path)
 
 
 def require_writable(path: Path) -> None:

@@ -8,6 +8,7 @@ import io
 import os
 import threading
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,10 +20,22 @@ from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from bagcert.errors import UnreadableError, UsageError
+from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.files import open_regular
 
 MAX_IMAGE_PIXELS = 100_000_000
-"""Images of more pixels are refused before they are decoded (100 Mpx, 300 MB of RGB)."""
+"""Images of more pixels are refused before they are decoded (100 Mpx, 300 MB of RGB): a file of a few hundred bytes
+may claim any number."""
+
+MAX_IMAGE_BYTES = 1 << 29
+"""Larger files are refused before they are read: some decoders take in the whole file, and a file with holes takes no
+room on the disk. The largest image that is not refused, uncompressed, has 300 MB."""
+
+LARGE_IMAGE_PIXELS = 12_000_000
+"""Larger images are decoded one at a time, so that memory does not grow with the number of threads."""
+
+STRIP_ROWS = 256
+"""Rows whose mode is changed at a time, so that a change of mode needs little more memory than its result."""
 
 # Other formats Pillow knows run programs (EPS) or have no signature of their own (TGA).
 _FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "ICO")
@@ -41,6 +54,7 @@ _TURNS = {
 }
 
 _warnings_lock = threading.Lock()
+_large_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +119,8 @@ def read_image(image: str | Path | bytes | io.IOBase, name: str | None = None) -
         name: what messages call it; by default the path.
 
     Raises:
-        UnreadableError: missing, empty, truncated, not an image, a folder, of floating-point pixels, or of more
-            than MAX_IMAGE_PIXELS pixels.
+        UnreadableError: missing, empty, truncated, not an image, a folder, a pipe or device, of floating-point
+            pixels, of more than MAX_IMAGE_PIXELS pixels or MAX_IMAGE_BYTES bytes.
     """
     if isinstance(image, str | Path):
         name = name or str(image)
@@ -117,7 +131,11 @@ def read_image(image: str | Path | bytes | io.IOBase, name: str | None = None) -
         if not image:
             raise UnreadableError(f"{name} is empty (0 bytes)")
         image = io.BytesIO(image)
-    return _decode(image, name or str(getattr(image, "name", "image")))
+    name = name or str(getattr(image, "name", "image"))
+    if image.seekable():
+        _check_size(image.seek(0, os.SEEK_END), name)
+        image.seek(0)
+    return _decode(image, name)
 
 
 def as_batch(images: np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width"]:
@@ -165,19 +183,24 @@ def _check_layout(images: Tensor, channels: int, expected: str) -> None:
 
 def _open_file(path: str | Path, name: str) -> io.BufferedReader:
     try:
-        if os.path.isdir(path):
-            raise UnreadableError(f"{name} is a folder, not an image file")
-        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait forever
-            raise UnreadableError(f"{name} is not a regular file")
-        file = open(path, "rb")  # noqa: SIM115
+        file = open_regular(path)
     except FileNotFoundError:
         raise UnreadableError(f"there is no file {name}") from None
-    except (OSError, ValueError) as error:
-        raise UnreadableError(f"{name} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
-    if not os.fstat(file.fileno()).st_size:
+    except IsADirectoryError:
+        raise UnreadableError(f"{name} is a folder, not an image file") from None
+    except OSError as error:
+        raise UnreadableError(f"{name} cannot be opened: {error.strerror or error}") from error
+    size = os.fstat(file.fileno()).st_size
+    if not size or size > MAX_IMAGE_BYTES:
         file.close()
+        _check_size(size, name)
         raise UnreadableError(f"{name} is empty (0 bytes)")
     return file
+
+
+def _check_size(size: int, name: str) -> None:
+    if size > MAX_IMAGE_BYTES:
+        raise UnreadableError(f"{name} has {size:,} bytes and is refused; an image has at most {MAX_IMAGE_BYTES:,}")
 
 
 @cache
@@ -193,11 +216,11 @@ def _decode(file: io.IOBase, name: str) -> Photo:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(cast(IO[bytes], file), formats=_formats())
         with image:
-            width, height = image.size
-            if width * height > MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{height}x{width}")
-            image.load()
-            return Photo(_rgb(image, name), _orientation(image), name)
+            pixels = _checked_pixels(image)
+            with _large_lock if pixels > LARGE_IMAGE_PIXELS else nullcontext():
+                image.load()
+                _checked_pixels(image)  # an icon holds an image that may be larger than the icon said
+                return Photo(_rgb(image, name), _orientation(image), name)
     except UnreadableError:
         raise
     except UnidentifiedImageError:
@@ -205,22 +228,37 @@ def _decode(file: io.IOBase, name: str) -> Photo:
     except Image.DecompressionBombError:
         raise UnreadableError(f"{name} has more than {MAX_IMAGE_PIXELS:,} pixels and is refused") from None
     except Exception as error:  # decoders raise whatever they trip over in a broken file
-        raise UnreadableError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from error
+        reason = shown(error) or type(error).__name__
+        raise UnreadableError(f"{name} cannot be decoded: {reason}") from error
+
+
+def _checked_pixels(image: Image.Image) -> int:
+    pixels = image.size[0] * image.size[1]
+    if pixels > MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+    return pixels
 
 
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
     if image.mode == "F":
         raise UnreadableError(f"{name} has floating-point pixels, whose range is not known; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # I;16, I;16B; older Pillow opens 16-bit PNG as I
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise UnreadableError(f"{name} has pixels of more than 16 bits; save it with 8 or 16 bits")
         grey = (values >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB") if image.mode != "RGB" else image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return np.array(image)
+    width, height = image.size
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    for top in range(0, height, STRIP_ROWS):
+        strip = image.crop((0, top, width, min(top + STRIP_ROWS, height)))
+        if image.has_transparency_data:
+            strip = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        pixels[top : top + STRIP_ROWS] = np.asarray(strip.convert("RGB"))
+    return pixels
 
 
 def _orientation(image: Image.Image) -> int:

@@ -6,7 +6,7 @@ a patch on the stored photo can reach. Source: METHOD section 2 of the design no
 geometry".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -47,8 +47,8 @@ class PhotoGeometry:
 
     def score_map(self, scores: ScoreMap) -> ScoreMap:
         """The same scores over the stored photo: rows and columns of map and grid follow the stored axes."""
-        turned = scores.scores.transpose(2, 3) if self.swapped else scores.scores
-        return ScoreMap(turned, scores.low, scores.high, self.grid(scores.grid))
+        grid = self.grid(scores.grid)
+        return scores.turned(grid) if self.swapped else replace(scores, grid=grid)
 
 
 @dataclass(frozen=True)

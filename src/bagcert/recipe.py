@@ -1,15 +1,23 @@
 """Recipes: everything a training run needs to be repeated, as validated TOML."""
 
 import json
+import reprlib
 import tomllib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bagcert.errors import UnreadableError, UsageError, nearest
+from bagcert.errors import UnreadableError, UsageError, nearest, shown
+from bagcert.files import read_regular
+
+MAX_RECIPE_BYTES = 1 << 16
+"""A recipe has about one kilobyte; TOML nests as deep as a file is long."""
+
+
+Pixels = Annotated[int, Field(ge=1, le=16384)]
 
 
 class _Section(BaseModel):
@@ -29,10 +37,10 @@ class ModelSection(_Section):
     """The region scorer."""
 
     architecture: str = "resnet-rf10s2"
-    width: int | None = Field(default=None, ge=8, description="the architecture's own when absent")
-    depth: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=8, le=65536, description="the architecture's own when absent")
+    depth: int | None = Field(default=None, ge=1, le=4096)
     padded: bool = True
-    image_size: tuple[int, int] | None = Field(
+    image_size: tuple[Pixels, Pixels] | None = Field(
         default=None, description="images are squashed to it; their own when absent"
     )
     head: Literal["binary", "fixed-point"] = "fixed-point"
@@ -42,7 +50,7 @@ class DefenseSection(_Section):
     """What the model is deployed as: its default rule and patch, also what training aims at."""
 
     rule: str = "double-masking"
-    patch: str = "5"
+    patch: str = Field(default="5", max_length=1000)
 
 
 class LossSection(_Section):
@@ -73,17 +81,17 @@ class OptimizerSection(_Section):
 class AugmentSection(_Section):
     """Batched augmentation on the device."""
 
-    crop: int = Field(default=2, ge=0, description="px of padding before the random crop")
+    crop: int = Field(default=2, ge=0, le=16384, description="px of padding before the random crop")
     crop_mode: Literal["reflect", "zero"] = "reflect"
     flip: bool = True
-    cutout: int = Field(default=0, ge=0, description="side in px of a square painted black; 0 for none")
+    cutout: int = Field(default=0, ge=0, le=16384, description="side in px of a square painted black; 0 for none")
 
 
 class TrainSection(_Section):
     """The loop."""
 
-    epochs: int = Field(default=30, ge=1)
-    batch_size: int = Field(default=128, ge=2)
+    epochs: int = Field(default=30, ge=1, le=1_000_000)
+    batch_size: int = Field(default=128, ge=2, le=1_000_000)
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the weight average that ships; 0 for none")
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
@@ -96,7 +104,7 @@ class TrainSection(_Section):
 class Recipe(_Section):
     """A whole training run. `name` becomes the model's name."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     defense: DefenseSection = DefenseSection()
@@ -132,11 +140,11 @@ def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
     if name_or_file not in shipped and path.suffix != ".toml":
         raise UsageError(f"there is no recipe {name_or_file!r}{nearest(name_or_file, shipped, 0.5)}")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_regular(path, MAX_RECIPE_BYTES).decode())
     except OSError as error:
         raise UnreadableError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UnreadableError(f"the recipe {path} is not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
+        raise UnreadableError(f"the recipe {path} is not valid TOML: {shown(error)}") from None
     for override in overrides:
         _apply(values, override)
     return parse_recipe(values)
@@ -152,13 +160,15 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = shown(".".join(map(str, first["loc"])), 100)
         if first["type"] == "extra_forbidden":
             known = _keys() if "." in where else Recipe.model_fields
             raise UsageError(f"a recipe has no key {where!r}{nearest(where, known, 0.5)}") from None
         if first["type"] == "missing":
             raise UsageError(f"a recipe needs the key {where!r}") from None
-        raise UsageError(f"recipe key {where}: {first['msg'].lower()}, got {first.get('input')!r}") from None
+        raise UsageError(
+            f"recipe key {where}: {first['msg'].lower()}, got {shown(reprlib.repr(first.get('input')))}"
+        ) from None
 
 
 def _keys() -> list[str]:
@@ -178,13 +188,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"a recipe has no key {key!r}{nearest(key, _keys(), 0.5)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UsageError(f"recipe key {section}: it should be a section [{section}], got {values!r}")
+            raise UsageError(
+                f"recipe key {section}: it should be a section [{section}], got {shown(reprlib.repr(values))}"
+            )
     # A patch of 5 and a name of 1.10 are text, as they were written.
     values[last] = text if last in ("patch", "name") and not isinstance(value, str) else value
 

@@ -13,7 +13,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Record:
-    """What one rule says of one image against one threat."""
+    """What one rule says of one image against one threat; `locality` as in `Certificate`."""
 
     rule: str
     patch: list[int] | None
@@ -22,6 +22,7 @@ class Record:
     certified: bool
     margin: int
     worst_placement: list[Any]
+    locality: str = "exact"
 
     @classmethod
     def each(cls, certificate: "Certificate") -> "list[Record]":
@@ -29,9 +30,11 @@ class Record:
         patch = certificate.threat.patch
         threat = str(certificate.threat)
         columns = (certificate.prediction, certificate.certified, certificate.margin, certificate.worst_placement)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        shape = None if patch is None else list(patch)
         return [
-            cls(certificate.rule, None if patch is None else list(patch), threat, *values)
-            for values in zip(*(column.tolist() for column in columns), strict=True)
+            cls(certificate.rule, shape, threat, prediction, certified, margin, place, certificate.locality)
+            for prediction, certified, margin, place in rows
         ]
 
 

@@ -2,19 +2,26 @@
 
 import io
 import json
+import math
+import os
 import pickle
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bagcert.errors import UnreadableError, UsageError
-from bagcert.files import write_atomically
+from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.files import open_regular, read_regular, remove_leftovers, write_atomically
+from bagcert.nets.model_folder import CONFIG, WEIGHTS
 from bagcert.nets.region_scorer import RegionScorer
-from bagcert.recipe import Recipe
+from bagcert.recipe import MAX_RECIPE_BYTES, Recipe
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.toml"
+MAX_CHECKPOINT_BYTES = 1 << 33
+"""Four times the largest weights a model folder may have: weights, their average, and two moments of the optimizer."""
 
 
 class RunFolder:
@@ -62,6 +69,8 @@ class RunFolder:
             UnreadableError: the checkpoint is damaged.
         """
         path = self.folder / CHECKPOINT
+        for name in (CHECKPOINT, METRICS, RECIPE, WEIGHTS, CONFIG):
+            remove_leftovers(self.folder / name)
         if not resume:
             if path.exists():
                 raise UsageError(f"{self.folder} holds an unfinished run; go on with --resume or choose another --out")
@@ -70,29 +79,48 @@ class RunFolder:
             return
         if not path.exists():
             raise UsageError(f"{self.folder} holds no unfinished run to resume")
-        written = (self.folder / RECIPE).read_text() if (self.folder / RECIPE).exists() else ""
-        if written != self.recipe.to_toml():
+        if self._written_recipe() != self.recipe.to_toml():
             raise UsageError(f"the run in {self.folder} was started with another recipe; see its {RECIPE}")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state.get("steps", self.steps) != self.steps:
-                raise UsageError(
-                    f"the run in {self.folder} was started with other data or another limit: it has "
-                    f"{state['steps']} steps, this would have {self.steps}"
-                )
-            self.scorer.load_state_dict(state["model"])
-            self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.step, self.seconds, self._metrics = state["step"], state["seconds"], state["metrics"]
+            self._restore(_read_checkpoint(path))
         except UsageError:
             raise
-        except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+        except Exception as error:  # a damaged file can fail in any way
+            reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
             if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in the file
                 reason = "it holds more, or other things, than tensors and numbers"
-            raise UnreadableError(f"the checkpoint {path} is damaged: {reason}") from None
+            raise UnreadableError(f"the checkpoint {path} is damaged: {shown(reason)}") from None
         write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
+
+    def _written_recipe(self) -> str:
+        try:
+            return read_regular(self.folder / RECIPE, MAX_RECIPE_BYTES).decode(errors="replace")
+        except OSError:
+            return ""
+
+    def _restore(self, state: Any) -> None:
+        """Takes over a checkpoint, if all of it has the form of this run's own."""
+        own = self._state()
+        if not isinstance(state, dict) or not {*own, "steps"} <= state.keys():
+            raise ValueError("it is not the state of a run")
+        if state["steps"] != self.steps:
+            raise UsageError(
+                f"the run in {self.folder} was started with other data or another limit: it has "
+                f"{shown(state['steps'])} steps, this would have {self.steps}"
+            )
+        for name in ("model", "average", "schedule", "step", "seconds"):
+            _check_form(state[name], own[name], name)
+        _check_optimizer(state["optimizer"], self.optimizer)
+        metrics = state["metrics"]
+        if not isinstance(metrics, list) or not all(isinstance(line, str) for line in metrics):
+            raise ValueError("metrics is not a list of lines")
+        if not 0 <= state["step"] <= self.steps or not 0 <= state["seconds"] < math.inf:
+            raise ValueError("step or seconds is out of range")
+        self.scorer.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.seconds, self._metrics = state["step"], state["seconds"], metrics
 
     def log(self, **values: int | float) -> None:
         """Adds a line to the metrics."""
@@ -102,7 +130,11 @@ class RunFolder:
     def save(self) -> None:
         """Replaces the checkpoint, whole or not at all."""
         buffer = io.BytesIO()
-        state = {
+        torch.save(self._state(), buffer)
+        write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "model": self.scorer.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -112,9 +144,59 @@ class RunFolder:
             "seconds": self.seconds,
             "metrics": self._metrics,
         }
-        torch.save(state, buffer)
-        write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
 
     def close(self) -> None:
         """The run is finished: the checkpoint has done its work."""
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _read_checkpoint(path: Path) -> Any:
+    """Tensors, numbers, text, lists and dicts; nothing else is in it, and nothing of it is run.
+
+    Raises:
+        Exception: of many kinds; the file is not what `torch.save` writes.
+    """
+    with open_regular(path, MAX_CHECKPOINT_BYTES) as file:
+        size = os.fstat(file.fileno()).st_size
+        parts = zipfile.ZipFile(file).infolist()
+        # torch compresses nothing: a part larger than it is in the file would be a bomb.
+        if sum(part.file_size for part in parts) > size:
+            raise ValueError("its parts are larger than the file")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_form(found: Any, own: Any, where: str) -> None:
+    """Refuses what has other keys, lengths, shapes, dtypes or types than the state of this run."""
+    if isinstance(own, Tensor):
+        same = isinstance(found, Tensor) and (found.shape, found.dtype) == (own.shape, own.dtype)
+        same = same and (own.is_floating_point() or bool((found >= 0).all()))  # counters
+    elif isinstance(own, dict):
+        same = isinstance(found, dict) and found.keys() == own.keys()
+    elif isinstance(own, list | tuple):
+        same = isinstance(found, list | tuple) and len(found) == len(own)
+    elif isinstance(own, float):
+        same = type(found) in (int, float)
+    else:
+        same = type(found) is type(own)
+    if not same:
+        raise ValueError(f"{where} is not what this run has there")
+    for key in own if isinstance(own, dict) else range(len(own)) if isinstance(own, list | tuple) else ():
+        _check_form(found[key], own[key], f"{where}.{key}")
+
+
+def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer) -> None:
+    """The form of the settings is this run's own; what is kept for a parameter has its shape, or is one number."""
+    own = optimizer.state_dict()
+    if "param_groups" not in own:  # an optimizer made of several, named as in its state
+        _check_form(dict.fromkeys(found), dict.fromkeys(own), "optimizer")
+        for name in own:
+            _check_optimizer(found[name], getattr(optimizer, name))
+        return
+    _check_form(dict.fromkeys(found), dict.fromkeys(own), "optimizer")
+    _check_form(found["param_groups"], own["param_groups"], "optimizer.param_groups")
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    for number, kept in found["state"].items():
+        for name, value in kept.items():
+            if not isinstance(value, Tensor) or value.shape not in ((), shapes[number]) or value.is_sparse:
+                raise ValueError(f"optimizer.state.{number}.{name} is not what this run has there")

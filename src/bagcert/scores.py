@@ -4,17 +4,17 @@ Integers bounded by 2047 make every sum exact and independent of order, batch an
 prediction on attacked scores is the one the proof speaks of. Source: METHOD section 2 of the design notes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bagcert.errors import BagcertError, UsageError
+from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid, WindowBlock
 
 FIXED_POINT_LIMIT = 2047
@@ -28,15 +28,19 @@ class ScoreMap:
         scores: integers [batch, classes, rows, cols], each within [low, high].
         low, high: the declared range, which an attacker can reach but not leave.
         grid: which pixels each region sees.
+        slack: how far each score may be off wherever it is computed again, integers of the same shape, none below 0;
+            None where locality is exact. Rules count it for the attacker. METHOD section 3.6.
 
     Raises:
-        UsageError: scores are not integers, out of range, of fewer than two classes, or not on the grid.
+        UsageError: scores are not integers, out of range, of fewer than two classes, or not on the grid; a slack of
+            another shape, not of integers, or negative.
     """
 
     scores: Int[Tensor, "batch classes rows cols"]
     low: int
     high: int
     grid: RegionGrid
+    slack: Int[Tensor, "batch classes rows cols"] | None = None
 
     def __post_init__(self) -> None:
         if self.scores.dtype.is_floating_point or self.scores.dtype in (torch.bool, torch.complex64):
@@ -55,6 +59,13 @@ class ScoreMap:
                 f"scores must lie in [{self.low}, {self.high}], found "
                 f"[{int(self.scores.min())}, {int(self.scores.max())}]"
             )
+        if self.slack is not None:
+            if self.slack.shape != self.scores.shape or self.slack.dtype.is_floating_point:
+                raise UsageError(
+                    f"slack must be integers {list(self.scores.shape)}, got {self.slack.dtype} {list(self.slack.shape)}"
+                )
+            if self.slack.numel() and self.slack.min() < 0:
+                raise UsageError(f"slack must be at least 0, found {int(self.slack.min())}")
 
     def __len__(self) -> int:
         """How many images."""
@@ -62,7 +73,8 @@ class ScoreMap:
 
     def __getitem__(self, images: slice | Tensor) -> "ScoreMap":
         """The score maps of some of the images."""
-        return ScoreMap(self.scores[images], self.low, self.high, self.grid)
+        slack = None if self.slack is None else self.slack[images]
+        return replace(self, scores=self.scores[images], slack=slack)
 
     @property
     def span(self) -> int:
@@ -101,7 +113,26 @@ class ScoreMap:
 
     def transposed(self) -> "ScoreMap":
         """The same map with rows and columns swapped."""
-        return ScoreMap(self.scores.transpose(2, 3), self.low, self.high, self.grid.transposed())
+        return self.turned(self.grid.transposed())
+
+    def turned(self, grid: RegionGrid) -> "ScoreMap":
+        """Rows and columns swapped, on a grid of the swapped size."""
+        slack = None if self.slack is None else self.slack.transpose(2, 3)
+        return replace(self, scores=self.scores.transpose(2, 3), grid=grid, slack=slack)
+
+    def worst_case(self, prediction: Int[Tensor, " batch"]) -> "ScoreMap":
+        """Every score as bad for `prediction` as the slack allows: its own lower, all others higher, within the range.
+
+        Whatever a rule proves of `prediction` from sums of score differences on this map holds on every map within
+        the slack, since no difference is smaller there. It has no slack of its own.
+        """
+        if self.slack is None:
+            return self
+        own = torch.zeros(len(self), self.classes, 1, 1, dtype=torch.bool, device=self.scores.device)
+        own[torch.arange(len(self), device=own.device), prediction] = True
+        scores, slack = self.scores.long(), self.slack.long()
+        worst = torch.where(own, scores - slack, scores + slack).clamp(self.low, self.high)
+        return replace(self, scores=worst, slack=None)
 
 
 def quantize(z: Tensor, scale: float) -> Int[Tensor, "batch classes rows cols"]:
@@ -119,6 +150,32 @@ def quantize(z: Tensor, scale: float) -> Int[Tensor, "batch classes rows cols"]:
 def binarize(z: Tensor) -> Int[Tensor, "batch classes rows cols"]:
     """The binary head: the Heaviside step [z > 0] as int16, with NaN as 0."""
     return (z > 0).to(torch.int16)
+
+
+def slack_of(
+    z: Float[Tensor, "batch classes rows cols"], tolerance: float, head: Callable[[Tensor], Tensor], span: int
+) -> Int[Tensor, "batch classes rows cols"]:
+    """How many units each integer score may move when `z` moves by at most `tolerance`.
+
+    With H the head: max(H(z + tolerance) - H(z), H(z) - H(z - tolerance)), rounded outward. So a binary score with
+    |z| <= tolerance counts for the attacker, and a fixed-point score only where a rounding boundary is that near.
+    NaN may become anything: `span`.
+
+    Args:
+        z: real scores, float32.
+        tolerance: in units of `z`.
+        head: float32 scores to integers, never falling where `z` rises.
+        span: of the head's range.
+
+    >>> slack_of(torch.tensor([[[[0.2, -1e-4, float("nan")]]]]), 1e-3, binarize, 1).flatten().tolist()
+    [0, 1, 1]
+    """
+    exact = z.double()  # z + tolerance may round back to z in float32, so the next number beyond is taken
+    above = torch.nextafter((exact + tolerance).float(), torch.full_like(z, torch.inf))
+    below = torch.nextafter((exact - tolerance).float(), torch.full_like(z, -torch.inf))
+    scores = head(z)
+    slack = torch.maximum(head(above) - scores, scores - head(below))
+    return slack.masked_fill(z.isnan(), span)
 
 
 def lowest_argmax(values: Tensor) -> Tensor:
@@ -145,11 +202,21 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """No autocast, no gradients, full float32 products whatever the user has set: sums of integers are exact inside.
 
     Raises:
-        BagcertError: this device does not count an all-ones map with one zero correctly.
+        UnsoundError: this device does not count an all-ones map with one zero correctly.
     """
     with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_precision():
-        _check_counting(device.type)
+        _check_counting(str(device))
         yield
+
+
+def check_counting(device: torch.device) -> None:
+    """The self-test of `exact_arithmetic`, before anything rests on it.
+
+    Raises:
+        UnsoundError: this device does not count an all-ones map with one zero correctly.
+    """
+    with exact_arithmetic(device):
+        pass
 
 
 @contextmanager
@@ -191,14 +258,21 @@ def kept(block: WindowBlock, device: torch.device) -> Bool[Tensor, "row_windows 
 
 
 @cache
-def _check_counting(device_type: str) -> None:
-    side, device = 32, torch.device(device_type)
-    ones = torch.ones(side, side, device=device)
-    ones[0, 0] = 0
-    row = torch.ones(1, side, device=device)
-    for scale in (1, 4 * 2 * FIXED_POINT_LIMIT):
-        found = (row @ (ones * scale) @ row.T).item()
-        if found != (side * side - 1) * scale:
-            raise BagcertError(
-                f"device {device_type} counts {found} where {(side * side - 1) * scale} is right: not exact"
-            )
+def _check_counting(device_name: str) -> None:
+    """Counts an all-ones map with one zero as the rules do: by sums and by products, at the limits of both types."""
+    side, device = 32, torch.device(device_name)
+    types = (torch.float32,) if device.type == "mps" else (torch.float32, torch.float64)  # mps has no float64
+    for dtype in types:
+        ones = torch.ones(2, side, side, dtype=dtype, device=device)
+        ones[1, 0, 0] = 0
+        row = torch.ones(1, side, dtype=dtype, device=device)
+        for scale in (1, 4 * 2 * FIXED_POINT_LIMIT):
+            expected = [side * side * scale, (side * side - 1) * scale]
+            levels = ones * scale
+            for sums in (
+                levels.sum((1, 2)),
+                (row @ levels @ row.T).flatten(),
+                levels.flatten(1) @ row.new_ones(side**2),
+            ):
+                if (found := sums.tolist()) != expected:
+                    raise UnsoundError(f"device {device_name} counts {found} where {expected} is right: not exact")

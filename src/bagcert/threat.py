@@ -11,11 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bagcert.errors import UnreadableError, UsageError
+from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.files import open_regular
 
 NOTATION = "5, 2x8, 2%, 5+2x8 (either shape), area:25 (any rectangle of at most 25 px), 2*5 (two patches)"
 
 MASK_FORMATS = ("PNG", "BMP", "GIF", "JPEG", "TIFF", "WEBP")
+MAX_MASK_BYTES = 1 << 29
+MAX_MASK_PIXELS = 100_000_000
+"""A mask has the size of an image, so its limits are those of `bagcert.images`."""
 
 _SQUARE = re.compile(r"(\d+)")
 _RECTANGLE = re.compile(r"(\d+)x(\d+)")
@@ -221,9 +225,12 @@ def _read_mask(path: Path) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=MASK_FORMATS) as image:
+        with open_regular(path, MAX_MASK_BYTES) as file, Image.open(file, formats=MASK_FORMATS) as image:
+            if image.size[0] * image.size[1] > MAX_MASK_PIXELS:
+                raise ValueError(f"it has more than {MAX_MASK_PIXELS:,} pixels")
             return np.asarray(image.convert("L")) >= 128
     except FileNotFoundError:
         raise UnreadableError(f"there is no mask image {path}") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableError(f"the mask {path} cannot be read as an image: {error}") from error
+    except Exception as error:  # decoders raise whatever they trip over in a broken file
+        reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
+        raise UnreadableError(f"the mask {path} cannot be read as an image: {reason}") from error

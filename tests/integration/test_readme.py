@@ -15,18 +15,17 @@ from bagcert.recipe import shipped_recipes
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = [
-    line.split(" # ")[0].strip()
+BLOCKS = [
+    [line.split(" # ")[0].strip() for line in block.splitlines() if line.startswith("bagcert ")]
     for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.startswith("bagcert ")
 ]
-OFFLINE = [command for command in COMMANDS if "--data cifar10" not in command]
+COMMANDS = [command for block in BLOCKS for command in block]
+OFFLINE = [[command for command in block if "--data cifar10" not in command] for block in BLOCKS]
 
 
 def test_readme_has_examples():
     assert len(PYTHON) >= 2
-    assert len(OFFLINE) >= 3
+    assert sum(map(len, OFFLINE)) >= 3
 
 
 @pytest.mark.parametrize("example", PYTHON, ids=lambda text: text.strip().splitlines()[-1][:40])
@@ -38,14 +37,15 @@ def test_python_example_runs(example):
         assert names["certificate"].worst_placement.shape[1:] == (2, 4)
 
 
-@pytest.mark.parametrize("command", OFFLINE)
-def test_command_runs(command, tmp_path):
+@pytest.mark.parametrize("commands", list(filter(None, OFFLINE)), ids=lambda commands: commands[0])
+def test_commands_of_a_block_run_one_after_the_other(commands, tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.jpg")
-    words = [sys.executable, "-m", *shlex.split(command)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    for command in commands:
+        words = [sys.executable, "-m", *shlex.split(command)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        assert done.stdout.strip()
 
 
 def test_commands_that_download_name_recipes_and_models_that_ship():

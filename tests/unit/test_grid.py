@@ -34,6 +34,8 @@ def test_touched_is_which_regions_see_a_pixel(grid):
     for side in (1, 2, 3):
         for touched, seen in ((grid.touched_rows(side), grid.rows_seen), (grid.touched_cols(side), grid.cols_seen)):
             assert [tuple(line) for line in touched.tolist()] == oracle.lines(seen, side)
+    assert [tuple(line) for line in grid.touched_rows("2x3").tolist()] == oracle.lines(grid.rows_seen, 2)
+    assert [tuple(line) for line in grid.touched_cols("2x3").tolist()] == oracle.lines(grid.cols_seen, 3)
 
 
 @pytest.mark.parametrize("shapes", [((1, 1),), ((2, 3),), ((3, 2), (1, 4))])
@@ -99,6 +101,11 @@ def test_covers():
     assert large.covers(small)
     assert large.covers(large)
     assert not small.covers(large)
+    for mixed in (RegionGrid(large.rows_seen, small.cols_seen), RegionGrid(small.rows_seen, large.cols_seen)):
+        assert large.covers(mixed)
+        assert mixed.covers(small)
+        assert not mixed.covers(large)
+        assert not small.covers(mixed)
 
 
 def test_errors():

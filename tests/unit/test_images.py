@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.images import MAX_IMAGE_PIXELS, Photo, as_batch, read_image
+from bagcert.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, Photo, as_batch, read_image
 
 
 def _pixels(height: int = 7, width: int = 5) -> np.ndarray:
@@ -245,3 +247,74 @@ def test_read_only_and_reversed_arrays_are_taken() -> None:
 def test_other_arrays_are_refused(images: np.ndarray, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         as_batch(images)
+
+
+def _hollow(path: Path, head: bytes, size: int) -> Path:
+    """A file of that size with a head and nothing but a hole behind it, which takes no room on the disk."""
+    path.write_bytes(head)
+    os.truncate(path, size)
+    return path
+
+
+@pytest.mark.parametrize("head", [b"RIFF\xf8\xff\xff\xffWEBPVP8 ", _PICTURE, b"BM", b"II*\x00"])
+def test_files_too_large_for_an_image_are_refused_unread(head: bytes, tmp_path: Path) -> None:
+    path = _hollow(tmp_path / "large", head, MAX_IMAGE_BYTES + 1)
+    with pytest.raises(UnreadableError, match="has 536,870,913 bytes and is refused"):
+        read_image(path)
+    with open(path, "rb") as file, pytest.raises(UnreadableError, match="has 536,870,913 bytes and is refused"):
+        read_image(file)
+
+
+def test_an_icon_may_not_hold_a_larger_image_than_an_image_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    icon = bytearray(_encode(Image.fromarray(_pixels(40, 40)), "ICO", sizes=[(40, 40)]))
+    assert read_image(bytes(icon)).stored_size == (40, 40)
+    icon[6:8] = 16, 16  # it says it is smaller
+    monkeypatch.setattr("bagcert.images.MAX_IMAGE_PIXELS", 1000)
+    with (
+        pytest.warns(UserWarning, match="not the expected size"),
+        pytest.raises(UnreadableError, match="more than 1,000 pixels"),
+    ):
+        read_image(bytes(icon))
+
+
+def test_devices_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "zeros.png").symlink_to("/dev/zero")
+    with pytest.raises(UnreadableError, match="not a regular file"):
+        read_image(tmp_path / "zeros.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16"])
+def test_strips_join_without_a_seam(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(_pixels(50, 9))
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(450, dtype=np.uint16).reshape(50, 9) * 145)
+    elif mode in ("RGBA", "LA"):
+        image = image.convert("RGBA")
+        image.putalpha(Image.fromarray(np.arange(450, dtype=np.uint16).reshape(50, 9).astype(np.uint8)))
+    encoded = _encode(image if mode == "I;16" else image.convert(mode), "TIFF" if mode == "CMYK" else "PNG")
+    whole = read_image(encoded).pixels
+    monkeypatch.setattr("bagcert.images.STRIP_ROWS", 7)
+    np.testing.assert_array_equal(read_image(encoded).pixels, whole)
+
+
+MEMORY = """
+import io, resource, sys
+from PIL import Image
+from bagcert.images import read_image
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+small, large = io.BytesIO(), io.BytesIO()
+Image.new("RGBA", (64, 64), (1, 2, 3, 4)).save(small, "PNG")
+Image.new("RGBA", (5000, 4000), (1, 2, 3, 4)).save(large, "PNG", compress_level=1)
+before = peak()
+read_image(small.getvalue())
+read_image(large.getvalue())
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory has other units elsewhere")
+def test_memory_is_bounded_by_the_pixels() -> None:
+    """20 Mpx need 80 MB as RGBA, which Image.new above held as well, and 60 MB as RGB; no third copy is made."""
+    found = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=200)
+    assert float(found.stdout) < 100

@@ -1,11 +1,13 @@
 """Recipes: what ships is whole, what is wrong is named."""
 
+import os
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from bagcert.errors import UnreadableError, UsageError
+from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.nets import get_architecture
 from bagcert.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from bagcert.rules import get_rule
@@ -176,3 +178,42 @@ def test_a_recipe_does_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_recipe("digits").train.epochs = 3
     assert isinstance(load_recipe("digits"), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"x = " + b"[" * 30_000, "is not valid TOML"),
+        (b"x = " + b"{a=" * 15_000, "is not valid TOML"),
+        (b"x = " + b"9" * 5000, "is not valid TOML"),
+        (b"#" * (1 << 16) + b"\n", "more than the limit of 65,536"),
+        (b".".join([b"a"] * 20_000) + b" = 1", "needs the key 'name'"),
+        (b'name = "x"\ndata.' + b".".join([b"a"] * 20_000) + b" = 1", "no key 'data.a'"),
+        (b'name = "x"\ntrain.epochs.' + b".".join([b"a"] * 20_000) + b" = 1", "recipe key train.epochs"),
+        (b'name = "x"\n"a\\u001b[2J\\nb" = 1', "no key"),
+        (b'name = "x"\nmodel.image_size = [1000000000, 1000000000]', "recipe key model.image_size.0"),
+        (b'name = "x"\nmodel.width = 1000000000', "recipe key model.width"),
+        (b'name = "x"\naugment.crop = 1000000000', "recipe key augment.crop"),
+        (b'name = "' + b"x" * 300 + b'"', "recipe key name"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_hostile_files_are_told_in_one_sentence(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(content)
+    with pytest.raises(BagcertError, match=re.escape(reason)) as error:
+        load_recipe(str(tmp_path / "r.toml"))
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 700
+
+
+def test_an_override_may_be_anything() -> None:
+    for text in ("[" * 30_000, "9" * 5000):
+        with pytest.raises(UsageError, match=r"recipe key train\.epochs") as error:
+            load_recipe("digits", [f"train.epochs={text}"])
+        assert len(str(error.value)) < 500
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.toml")
+    with pytest.raises(UnreadableError, match="not a regular file"):
+        load_recipe(str(tmp_path / "r.toml"))

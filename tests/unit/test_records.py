@@ -36,7 +36,7 @@ ROW_KEYS = [
     "interval95",
     "seconds",
 ]
-RECORD_KEYS = ["rule", "patch", "threat", "prediction", "certified", "margin", "worst_placement"]
+RECORD_KEYS = ["rule", "patch", "threat", "prediction", "certified", "margin", "worst_placement", "locality"]
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(1, 7), (60, 100), (4567, 10_000), (1, 2), (9_999, 10_000)])

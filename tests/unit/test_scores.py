@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from bagcert.errors import UsageError
+from bagcert import scores
+from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid
 from bagcert.scores import (
     ScoreMap,
@@ -59,6 +60,7 @@ def test_sums_and_parts():
         (torch.zeros(1, 1, 3, 4, dtype=torch.int16), 0, 1, "two classes"),
         (torch.zeros(1, 2, 3, 4, dtype=torch.int16), 1, 1, "low < high"),
         (torch.full((1, 2, 3, 4), 2), 0, 1, r"found \[2, 2\]"),
+        (torch.full((1, 2, 3, 4), -1), 0, 1, r"found \[-1, -1\]"),
     ],
 )
 def test_what_is_no_score_map_is_refused(scores, low, high, message):
@@ -70,6 +72,8 @@ def test_heads():
     z = torch.tensor([0.0, -0.1, 0.1, float("nan"), float("inf"), -float("inf"), 0.25]).reshape(1, 1, 1, 7)
     assert binarize(z).flatten().tolist() == [0, 0, 1, 0, 1, 0, 1]
     assert quantize(z, 10.0).flatten().tolist() == [0, -1, 1, -2047, 2047, -2047, 2]
+    z = torch.tensor([0.26, -0.26, 204.66, 204.76, 300.0, -204.76, -300.0, 1e30, -1e30]).reshape(1, 1, 1, 9)
+    assert quantize(z, 10.0).flatten().tolist() == [3, -3, 2047, 2047, 2047, -2047, -2047, 2047, -2047]
 
 
 def test_window_sums_are_exact_at_the_limit_of_float32():
@@ -105,3 +109,19 @@ def test_exact_arithmetic_overrides_and_restores_the_precision_of_products(setti
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_which_float_type_is_exact():
+    assert exact_dtype(4094, 1024) == exact_dtype(1, 2**22 - 1) == torch.float32
+    assert exact_dtype(4094, 1025) == exact_dtype(1, 2**22) == torch.float64
+
+
+def test_a_device_that_cannot_count_is_refused(monkeypatch):
+    """Counting to what float32 cannot hold stands for hardware that rounds sooner than it should."""
+    scores._check_counting.cache_clear()
+    monkeypatch.setattr(scores, "FIXED_POINT_LIMIT", 10**6 + 1)
+    with pytest.raises(UnsoundError, match="not exact"), exact_arithmetic(torch.device("cpu")):
+        pass
+    monkeypatch.undo()
+    with exact_arithmetic(torch.device("cpu")):
+        pass

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +18,7 @@ from bagcert.threat import PatchThreatModel
         (" 2 X 8 ", ((2, 8),), 1),
         ("5+2x8", ((2, 8), (5, 5)), 1),
         ("5+2x2", ((5, 5),), 1),  # inside the larger one
+        ("5+2x5", ((5, 5),), 1),  # likewise, though as wide
         ("2*5", ((5, 5),), 2),
         ("3*5+2x8", ((2, 8), (5, 5)), 3),
         ("2.4%", ((5, 5),), 1),
@@ -52,6 +55,10 @@ def test_an_area_in_a_narrow_image_is_cut_to_it():
     [
         ("0", "at least 1x1"),
         ("33", "33x33 px does not fit into an image of 32x32"),
+        ("2x33", "2x33 px does not fit"),
+        ("33x2", "33x2 px does not fit"),
+        ("0x3", "at least 1x1"),
+        ("3x0", "at least 1x1"),
         ("0*5", "number of patches"),
         ("five", "'five'"),
         ("-3", "'-3'"),
@@ -101,6 +108,7 @@ def test_a_mask_image(tmp_path):
     Image.fromarray(mask).save(tmp_path / "mask.png")
     threat = PatchThreatModel.parse("2", (8, 8), tmp_path / "mask.png")
     assert threat.placements((2, 2)).sum() == 3 * 7
+    assert threat.placements((2, 2))[:3].all()  # the white part
     with pytest.raises(UsageError, match="no room"):
         PatchThreatModel.parse("5", (8, 8), tmp_path / "mask.png")
     with pytest.raises(UsageError, match="9x9 px like the image, got 8x8"):
@@ -113,3 +121,29 @@ def test_unreadable_masks(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UnreadableError, match="cannot be read"):
         PatchThreatModel.parse("2", (8, 8), tmp_path / "text.png")
+
+
+def test_threats_are_equal_only_where_the_same_attacks_are_possible():
+    """Geometry is cached per threat: two that are equal by mistake would share their windows."""
+    left, right = np.zeros((2, 6, 6), dtype=bool)
+    left[:, :3] = right[:, 3:] = True
+    threats = [
+        PatchThreatModel((6, 6), ((2, 2),)),
+        PatchThreatModel((6, 6), ((2, 2),), 2),
+        PatchThreatModel((6, 7), ((2, 2),)),
+        PatchThreatModel((6, 6), ((2, 3),)),
+        PatchThreatModel((6, 6), ((2, 2),), 1, left),
+        PatchThreatModel((6, 6), ((2, 2),), 1, right),
+    ]
+    assert all((a == b) == (a is b) for a in threats for b in threats)
+    assert PatchThreatModel((6, 6), ((2, 2),), 1, left) == PatchThreatModel((6, 6), ((2, 2),), 1, left.copy())
+
+
+def test_masks_that_are_no_files_or_too_large(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UnreadableError, match="it is not a regular file"):
+        PatchThreatModel.parse("2", (8, 8), tmp_path / "pipe.png")
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "mask.png")
+    monkeypatch.setattr("bagcert.threat.MAX_MASK_PIXELS", 63)
+    with pytest.raises(UnreadableError, match="more than 63 pixels"):
+        PatchThreatModel.parse("2", (8, 8), tmp_path / "mask.png")

@@ -326,7 +326,7 @@ def test_a_model_of_another_shape_cannot_start_a_run(whole: Path, tmp_path: Path
         ({"defense__patch": "five"}, "cpu", "five"),
         ({"defense__rule": "votes"}, "cpu", "did you mean 'vote'"),
         ({"model__architecture": "resnet-rf4"}, "cpu", "did you mean resnet-rf"),
-        ({"model__image_size": [0, 8]}, "cpu", "at least 1x1 px"),
+        ({"model__image_size": [0, 8]}, "cpu", "greater than or equal to 1"),
         ({}, "gpu", "'gpu'"),
         ({}, "cuda:99", "cuda:99"),
     ],

@@ -5,6 +5,7 @@ failed, 5 some inputs unreadable.
 """
 
 import os
+import signal
 import sys
 from contextlib import suppress
 from typing import Annotated
@@ -12,12 +13,15 @@ from typing import Annotated
 import typer
 
 from bagcert import __version__
+from bagcert.cli.attack import attack
 from bagcert.cli.certify import certify
 from bagcert.cli.console import fail
 from bagcert.cli.demo import demo
+from bagcert.cli.doctor import doctor
 from bagcert.cli.evaluate import evaluate
 from bagcert.cli.info import info
 from bagcert.cli.train import train
+from bagcert.cli.verify import verify
 from bagcert.errors import BagcertError, UsageError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -51,7 +55,7 @@ def _root(
     pass
 
 
-for command in (demo, train, evaluate, certify, info):
+for command in (demo, train, evaluate, certify, attack, verify, doctor, info):
     app.command()(command)
 
 
@@ -59,6 +63,7 @@ def main() -> None:
     """Runs the command line; a user's mistake is one sentence and an exit code, never a traceback."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: whole files, a sentence, exit code 1
     code = None
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)

@@ -1,5 +1,6 @@
 """`bagcert certify`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,29 +19,58 @@ def certify(
     device: Device = "auto",
     dtype: Dtype = "float32",
     json: Json = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Add to this file all that `bagcert verify` needs, image by image."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a --record that was interrupted, after its whole images.")
+    ] = False,
 ) -> None:
     """Classify images and prove, for each, which patches cannot change the answer.
 
     Patches and placements ([top, left, height, width]) are in pixels of the image file as stored.
     """
+    from contextlib import ExitStack
     from dataclasses import asdict
+
+    import torch
 
     from bagcert.defenses.bagcert import load
     from bagcert.engines.local import FileError, FileVerdict, certify_files, image_files
+    from bagcert.errors import UsageError
+    from bagcert.evaluate import device_name, versions
+    from bagcert.record_file import RecordFile
     from bagcert.records import SCHEMA_VERSION
 
+    if resume and record is None:
+        raise UsageError("--resume goes on with a --record; name the file")
     files = image_files(images)
     loaded = load(model, device, dtype)
     verdicts: list[FileVerdict] = []
     errors: list[FileError] = []
-    with progress("certifying") as report:
-        for found in certify_files(loaded, files, patch or (), rule or (), fit, placements):
+    with ExitStack() as stack, progress("certifying") as report:
+        records = None
+        if record is not None:
+            environment = {
+                "device": device_name(loaded),
+                "backend": "torch",
+                "dtype": dtype,
+                "threads": torch.get_num_threads(),
+                "versions": versions(),
+            }
+            records = RecordFile(record, loaded, rule or (), patch or (), environment, fit, placements, resume)
+            stack.enter_context(records)
+        kept = 0 if records is None else records.kept
+        for found in certify_files(loaded, files, patch or (), rule or (), fit, placements, records):
             if isinstance(found, FileError):
                 errors.append(found)
                 warn(found.error)
             else:
                 verdicts.append(found)
-            report(len(verdicts) + len(errors), len(files))
+            report(kept + len(verdicts) + len(errors), len(files))
+    if kept:
+        warn(f"{record} held {kept} of {len(files)} images already; they are not certified again, nor listed here")
     if json:
         print_json(
             {

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bagcert.errors import CONTROL
 from bagcert.records import RunInfo
 
 WIDTH_WHEN_PIPED = 120
@@ -102,4 +103,5 @@ def print_results(info: RunInfo) -> None:
 
 
 def _line(sentence: str) -> str:
-    return escape(" ".join(line.strip() for line in sentence.splitlines()))
+    joined = " ".join(line.strip() for line in sentence.splitlines())
+    return escape(CONTROL.sub("?", joined))  # names of files may hold what moves the cursor

@@ -32,6 +32,9 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE.json", help="Write the JSON here, and one record per image to FILE.records.jsonl."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last whole batch of an interrupted run with this --out.")
+    ] = False,
     fail_under_certified: FailUnder = None,
 ) -> None:
     """Clean and certified accuracy of a model on a data set, for every rule and patch from one forward pass."""
@@ -39,28 +42,39 @@ def evaluate(
 
     started = time.perf_counter()
     from bagcert.defenses.bagcert import load
+    from bagcert.errors import BagcertError, UsageError
     from bagcert.evaluate import evaluate as run
-    from bagcert.evaluate import write_evaluation
+    from bagcert.evaluate import log_path, write_evaluation
 
     if out is not None:
         check_output(out)
+    elif resume:
+        raise UsageError("--resume goes on with the run of an --out FILE.json, and none was given")
+    log = None if out is None else log_path(out)
     loaded = load(model, device, dtype)
     model_seconds = time.perf_counter() - started
-    with progress("evaluating") as report:
-        evaluation = run(
-            loaded,
-            data,
-            patch or (),
-            rule or (),
-            split,
-            limit,
-            batch_size,
-            placements,
-            fit,
-            repeat,
-            model_seconds,
-            report,
-        )
+    try:
+        with progress("evaluating") as report:
+            evaluation = run(
+                loaded,
+                data,
+                patch or (),
+                rule or (),
+                split,
+                limit,
+                batch_size,
+                placements,
+                fit,
+                repeat,
+                model_seconds,
+                report,
+                log,
+                resume,
+            )
+    except KeyboardInterrupt:
+        if log is None or not log.exists():
+            raise
+        raise BagcertError(f"interrupted; --resume goes on from {log}") from None
     if out is not None:
         write_evaluation(evaluation, out)
     if json:

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 
 from bagcert.data.image_set import ArraySource, ImageSet
-from bagcert.errors import UnreadableError, UsageError
+from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.files import read_regular
 from bagcert.images import Photo, read_image
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 HUB_ID = "uoft-cs/cifar10"
 _FILES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
 _INNER_FOLDER = "cifar-10-batches-py"
-_MAX_FILE_BYTES = 1 << 28
+MAX_FILE_BYTES = 1 << 28
+"""A batch has 31 MB; larger files are refused before they are read."""
 
 
 def load_cifar10(split: str = "test") -> ImageSet:
@@ -79,15 +81,11 @@ def _check_split(name: str, split: str) -> None:
 
 def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise UnreadableError(f"{path} is larger than any batch of CIFAR-10")
-        batch = _RestrictedUnpickler(path.read_bytes()).load()
-    except UnreadableError:
-        raise
+        batch = _RestrictedUnpickler(read_regular(path, MAX_FILE_BYTES)).load()
     except FileNotFoundError:
         raise UnreadableError(f"there is no file {path}") from None
     except Exception as error:  # a broken pickle can fail in any way
-        raise UnreadableError(f"{path} cannot be read as a CIFAR-10 batch: {_first_line(error)}") from error
+        raise UnreadableError(f"{path} cannot be read as a CIFAR-10 batch: {_first_line(error)}") from None
     batch = {_text(key): value for key, value in batch.items()} if isinstance(batch, dict) else {}
     data, labels = batch.get("data"), batch.get("labels")
     pixels = data.array if isinstance(data, _Array) else None
@@ -103,7 +101,7 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return shown((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _text(key: object) -> object:
@@ -127,7 +125,7 @@ class _Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
-        if not isinstance(dtype, _DType) or dtype.name not in ("u1", "uint8") or not isinstance(raw, bytes):
+        if not isinstance(dtype, _DType) or dtype.name not in ("u1", "uint8") or not isinstance(raw, bytes | bytearray):
             raise pickle.UnpicklingError("its array is not of uint8")
         self.array = np.frombuffer(raw, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
 
@@ -138,15 +136,8 @@ def _reconstruct(*_: object) -> _Array:
 
 def _from_buffer(raw: object, dtype: object, shape: object, order: object) -> _Array:
     array = _Array()
-    array.__setstate__((1, shape, dtype, order == "F", bytes(raw) if isinstance(raw, bytes | bytearray) else None))
+    array.__setstate__((1, shape, dtype, order == "F", raw))
     return array
-
-
-def _encode(text: object, encoding: object) -> bytes:
-    """How Python 3 writes bytes into the older protocols."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"it encodes text as {encoding!r}")
-    return text.encode("latin1")
 
 
 _ALLOWED: dict[tuple[str, str], Callable] = {
@@ -156,21 +147,83 @@ _ALLOWED: dict[tuple[str, str], Callable] = {
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy.core.numeric", "_frombuffer"): _from_buffer,
     ("numpy._core.numeric", "_frombuffer"): _from_buffer,
-    ("_codecs", "encode"): _encode,
 }
 
+_OPCODES = """
+    PROTO FRAME MARK STOP POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
+    BYTEARRAY8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 LIST EMPTY_LIST APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS
+    GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD
+"""
+"""What plain data need. Without sets, objects of classes, extensions and names outside the file."""
 
-class _RestrictedUnpickler(pickle.Unpickler):
+
+class _RestrictedUnpickler(pickle._Unpickler):
     """Arrays, bytes, text, numbers, lists and dicts. A pickle names functions to call; none that it names is called.
 
-    Every name it may use leads to a stand-in of this module; any other name is an error.
+    Every name it may use leads to a stand-in of this module; any other name is an error. The unpickler in Python is
+    used, not the one in C: that one takes up to 64 GiB of memory where ten bytes of a file ask for it.
     """
+
+    stack: list  # pickle's own, which its type stubs leave out
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
+        self.room = len(data)
 
     def find_class(self, module: str, name: str) -> Callable:
         """The stand-in for an allowed name."""
+        if (module, name) == ("_codecs", "encode"):
+            return self.encode
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not run")
+            raise pickle.UnpicklingError(f"it names {shown(module)}.{shown(name)}, which is not run")
         return _ALLOWED[module, name]
+
+    def encode(self, text: object, encoding: object) -> bytes:
+        """How Python 3 writes bytes into the older protocols. All of them together are no more than the file holds."""
+        if not isinstance(text, str) or encoding != "latin1":
+            raise pickle.UnpicklingError("it encodes text in another way than bytes are written")
+        self.room -= len(text)
+        if self.room < 0:
+            raise pickle.UnpicklingError("it uses the same text again and again")
+        return text.encode("latin1")
+
+
+def _build(unpickler: Any) -> None:
+    """The state of a stand-in; that of anything else would change this module."""
+    if not isinstance(unpickler.stack[-2], _Array | _DType):
+        raise pickle.UnpicklingError("it gives a state to what has none")
+    _LOADERS[pickle.BUILD[0]](unpickler)
+
+
+def _set_item(unpickler: Any) -> None:
+    _check_keys(unpickler.stack[-2:-1])
+    _LOADERS[pickle.SETITEM[0]](unpickler)
+
+
+def _set_items(unpickler: Any) -> None:
+    _check_keys(unpickler.stack[::2])
+    _LOADERS[pickle.SETITEMS[0]](unpickler)
+
+
+def _dict(unpickler: Any) -> None:
+    _check_keys(unpickler.stack[::2])
+    _LOADERS[pickle.DICT[0]](unpickler)
+
+
+def _check_keys(keys: list) -> None:
+    """A few bytes can nest tuples so deep that their hash takes years."""
+    if not all(isinstance(key, str | bytes | int) for key in keys):
+        raise pickle.UnpicklingError("a key is neither text nor a number")
+
+
+_LOADERS: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
+_RestrictedUnpickler.dispatch = {
+    code: _LOADERS[code] for code in (getattr(pickle, name)[0] for name in _OPCODES.split())
+}
+_RestrictedUnpickler.dispatch |= {
+    pickle.BUILD[0]: _build,
+    pickle.SETITEM[0]: _set_item,
+    pickle.SETITEMS[0]: _set_items,
+    pickle.DICT[0]: _dict,
+}

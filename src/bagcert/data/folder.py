@@ -1,5 +1,6 @@
 """Images in class folders: `root/class/image.jpg`, or `root/split/class/image.jpg`."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bagcert.data.image_set import ImageSet
-from bagcert.errors import UnreadableError, UsageError
+from bagcert.errors import CONTROL, UnreadableError, UsageError
 from bagcert.images import Photo, read_image
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jp2", ".mpo")
@@ -40,6 +41,9 @@ def load_folder(path: Path, split: str = "test") -> ImageSet:
     else:
         inside = "images but no class folders" if _images(path) else "no class folders"
         raise UnreadableError(f"{path} has {inside}; images are looked for in {path}/CLASS/ and {path}/SPLIT/CLASS/")
+    for name in class_names:
+        if CONTROL.search(name):
+            raise UnreadableError(f"{path} has a class folder whose name is no text: {name!r}")
     files, labels = [], []
     for label, name in enumerate(class_names):
         found = _images(root / name)
@@ -57,13 +61,27 @@ class _Files:
     def __call__(self, row: int) -> Photo:
         return read_image(self.files[row])
 
+    def fingerprint(self) -> bytes:
+        """Names, sizes and times of change of all files."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            try:
+                found = os.stat(file)
+                state = (found.st_size, found.st_mtime_ns)
+            except OSError:  # it is told when it is read
+                state = (-1, -1)
+            digest.update(repr((os.fsencode(file.name), state)).encode())
+        return digest.digest()
+
 
 def images_below(folder: Path) -> list[Path]:
     """The image files anywhere below a folder, sorted; hidden ones and links to folders are left out."""
-    found = [folder / name for name in _images(folder) if not (folder / name).is_dir()]
-    for name in _folders(folder):
-        if not (folder / name).is_symlink():
-            found += images_below(folder / name)
+    found: list[Path] = []
+    waiting = [folder]
+    while waiting:  # folders may lie deeper in each other than functions may
+        folder = waiting.pop()
+        found += [folder / name for name in _images(folder) if not (folder / name).is_dir()]
+        waiting += [folder / name for name in reversed(_folders(folder)) if not (folder / name).is_symlink()]
     return found
 
 

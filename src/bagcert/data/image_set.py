@@ -1,17 +1,21 @@
 """ImageSet: what every dataset is to the rest of the package. Images are decoded when they are asked for."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.images import Photo
+
+Prepared = TypeVar("Prepared")
 
 _CHUNK = 64
 
@@ -69,7 +73,18 @@ class ImageSet:
 
     def read_each(self, indices: Sequence[int] | np.ndarray) -> list[Photo | UnreadableError]:
         """Like `read`, with the error in place of each image that cannot be read."""
-        return _in_threads(self._read_one, self._checked(indices))
+        return self.prepare_each(indices, lambda photo: photo)
+
+    def prepare_each(
+        self, indices: Sequence[int] | np.ndarray, prepare: Callable[[Photo], Prepared]
+    ) -> list[Prepared | UnreadableError]:
+        """What `prepare` makes of each image; no more images are held as they are stored than there are threads."""
+
+        def one(index: int) -> Prepared | UnreadableError:
+            photo = self._read_one(index)
+            return photo if isinstance(photo, UnreadableError) else prepare(photo)
+
+        return _in_threads(one, self._checked(indices))
 
     def array(
         self, prepare: Callable[[Photo], np.ndarray] | None = None
@@ -137,6 +152,17 @@ class ImageSet:
         inverse = np.divide(1.0, counts, out=np.zeros(len(counts)), where=counts > 0)
         return (inverse / inverse[counts > 0].mean()).astype(np.float32)
 
+    def fingerprint(self) -> str:
+        """A hash that changes when the images do: of labels, classes, and the files or pixels the source reads.
+
+        Files count with name, size and time of change; they are not read. A source that does not say what it reads
+        counts with nothing.
+        """
+        digest = hashlib.sha256(repr((self.class_names, self.labels.tolist(), self._rows.tolist())).encode())
+        describe = getattr(self.source, "fingerprint", None)
+        digest.update(describe() if describe else b"")
+        return digest.hexdigest()
+
     @cached_property
     def _rows(self) -> np.ndarray:
         return np.arange(len(self)) if self.rows is None else self.rows
@@ -191,6 +217,10 @@ class ArraySource:
     def __call__(self, row: int) -> Photo:
         """The image of that number."""
         return Photo(self.pixels[row], source=f"{self.name} image {row}")
+
+    def fingerprint(self) -> bytes:
+        """A hash of the pixels."""
+        return hashlib.sha256(np.ascontiguousarray(self.pixels).data).digest()
 
 
 def _as_stored(photo: Photo) -> np.ndarray:

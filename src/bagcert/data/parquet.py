@@ -4,7 +4,9 @@ Read with pyarrow alone: 10,000 small images take about a second, and nothing is
 """
 
 import glob
+import io
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bagcert.data.image_set import ImageSet
-from bagcert.errors import UnreadableError, UsageError
+from bagcert.errors import CONTROL, UnreadableError, UsageError, shown
+from bagcert.files import open_regular
 from bagcert.images import Photo, read_image
 
 if TYPE_CHECKING:
@@ -25,6 +28,15 @@ IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
 CACHE_BYTES = 1 << 30
 """Encoded row groups are kept in memory up to this size; the one in use always is."""
+MAX_ROWS = 50_000_000
+"""More rows are refused before their labels are read: a run of equal labels takes no room in a file."""
+MAX_ROW_GROUP_BYTES = 1 << 32
+"""A row group of more encoded images is refused: it is read as a whole, and may be compressed to almost nothing."""
+MAX_CLASSES = 100_000
+"""A larger label is refused: it stands for that many classes, each with a name."""
+MAX_NAME_LENGTH = 1000
+READ_ROWS = 256
+"""Rows read before the bytes of a row group are counted anew."""
 
 
 def is_parquet(path: Path) -> bool:
@@ -58,7 +70,10 @@ def load_parquet(path: Path, split: str = "test") -> ImageSet:
         files, split = [path], "all"
     shards = _Shards(files)
     labels = np.concatenate(shards.labels)
-    names = shards.class_names or tuple(str(label) for label in range(max(0, *labels) + 1 if len(labels) else 1))
+    largest = int(labels.max(initial=0))
+    if largest >= MAX_CLASSES:
+        raise UnreadableError(f"{path} has the label {largest}; labels must be 0 to {MAX_CLASSES - 1:,}")
+    names = shards.class_names or tuple(str(label) for label in range(largest + 1))
     return ImageSet(str(path), split, labels, names, shards)
 
 
@@ -74,24 +89,29 @@ class _Shards:
         self._groups: list[tuple[Path, int]] = []
         self._kept: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
+        self._state: dict[Path, tuple[int, int]] = {}
         sizes = []
         for path in files:
-            with _reading(path), pq.ParquetFile(path) as file:
+            with _reading(path), open_regular(path) as raw, pq.ParquetFile(raw) as file:
+                self._state[path] = _state_of(raw)
                 schema = file.schema_arrow
                 _image_column(schema, path)
                 if LABEL_COLUMN not in schema.names or not pa.types.is_integer(schema.field(LABEL_COLUMN).type):
                     raise UnreadableError(
                         f"{path} has no integer column {LABEL_COLUMN!r}; its columns are "
-                        + ", ".join(f"{field.name} ({field.type})" for field in schema)
+                        + shown(", ".join(f"{field.name} ({field.type})" for field in schema))
                     )
+                rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                sizes += rows
+                if min(rows, default=0) < 0 or sum(sizes) > MAX_ROWS:
+                    raise UnreadableError(f"{path} makes the data {sum(sizes):,} rows long, more than {MAX_ROWS:,}")
                 labels = file.read([LABEL_COLUMN])[LABEL_COLUMN]
-                if labels.null_count:
-                    raise UnreadableError(f"{path}: {labels.null_count} of {len(labels)} labels are missing")
+                if labels.null_count or len(labels) != sum(rows):
+                    missing = labels.null_count + sum(rows) - len(labels)
+                    raise UnreadableError(f"{path}: {missing} of {sum(rows)} labels are missing")
                 self.labels.append(labels.to_numpy().astype(np.int64))
                 self.class_names = self.class_names or _class_names(schema.metadata)
-                for group in range(file.num_row_groups):
-                    self._groups.append((path, group))
-                    sizes.append(file.metadata.row_group(group).num_rows)
+                self._groups += [(path, group) for group in range(file.num_row_groups)]
         self._ends = np.cumsum(sizes, dtype=np.int64)
 
     def __call__(self, row: int) -> Photo:
@@ -106,20 +126,52 @@ class _Shards:
         return read_image(encoded, name)
 
     def _images(self, group: int) -> "pa.ChunkedArray":
-        import pyarrow.parquet as pq
-
         with self._lock:
             if group not in self._kept:
                 path, number = self._groups[group]
-                with _reading(path), pq.ParquetFile(path) as file:
-                    column, nested = _image_column(file.schema_arrow, path)
-                    images = file.read_row_group(number, [f"{column}.bytes" if nested else column])
-                    # A struct of one field comes back; flattening it leaves the bytes under one name.
-                    self._kept[group] = (images.flatten() if nested else images).column(0)
+                with _reading(path), open_regular(path) as raw:
+                    if _state_of(raw) != self._state[path]:
+                        raise UnreadableError(f"{path} was changed while it was in use")
+                    self._kept[group] = _read_group(raw, path, number)
                 while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > CACHE_BYTES:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(group)
             return self._kept[group]
+
+    def fingerprint(self) -> bytes:
+        """Names, sizes and times of the files, as they were opened."""
+        return repr([(path.name, *state) for path, state in self._state.items()]).encode()
+
+
+def _state_of(file: io.BufferedReader) -> tuple[int, int]:
+    """What changes when a file does: its size and the time of its last change."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
+def _read_group(raw: io.BufferedReader, path: Path, number: int) -> "pa.ChunkedArray":
+    """The encoded images of a row group.
+
+    They are read as a dictionary of distinct values, so that a value repeated a million times is held once.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(raw) as file:
+        column, nested = _image_column(file.schema_arrow, path)
+        name = f"{column}.bytes" if nested else column
+    chunks, size = [], 0
+    with pq.ParquetFile(raw, read_dictionary=[name]) as file:
+        for batch in file.iter_batches(READ_ROWS, [number], [name]):
+            # A struct of one field comes back; its field holds the bytes.
+            images = batch.column(0).field(0) if nested else batch.column(0)
+            chunks.append(images)
+            size += images.nbytes
+            if size > MAX_ROW_GROUP_BYTES:
+                raise UnreadableError(
+                    f"{path}: row group {number} holds more than {MAX_ROW_GROUP_BYTES:,} bytes of images"
+                )
+    return pa.chunked_array(chunks)
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -140,10 +192,10 @@ def _image_column(schema: "pa.Schema", path: Path) -> tuple[str, bool]:
             nested = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
             kind = kind.field("bytes").type if nested else kind
             if not pa.types.is_binary(kind) and not pa.types.is_large_binary(kind):
-                raise UnreadableError(f"{path}: column {name!r} must hold encoded images as bytes, found {kind}")
+                raise UnreadableError(f"{path}: column {name!r} must hold encoded images as bytes, found {shown(kind)}")
             return name, nested
     raise UnreadableError(
-        f"{path} has no image column ({' or '.join(IMAGE_COLUMNS)}); its columns are {', '.join(schema.names)}"
+        f"{path} has no image column ({' or '.join(IMAGE_COLUMNS)}); its columns are {shown(', '.join(schema.names))}"
     )
 
 
@@ -151,9 +203,17 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
     """The names the hub writes into the schema, or none if they are not there in the form it writes."""
     try:
         features: Any = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(str(name) for name in features[LABEL_COLUMN]["names"])
-    except (KeyError, TypeError, ValueError):
+        names = features[LABEL_COLUMN]["names"]
+    except (LookupError, TypeError, ValueError, RecursionError):
         return ()
+    usable = isinstance(names, list) and len(names) <= MAX_CLASSES
+    if not usable or not all(map(_is_name, names)):
+        return ()
+    return tuple(names)
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and len(name) <= MAX_NAME_LENGTH and not CONTROL.search(name)
 
 
 def _is_glob(path: Path) -> bool:
@@ -169,4 +229,5 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UnreadableError(f"there is no file {path}") from None
     except (pa.ArrowException, OSError, MemoryError) as error:
-        raise UnreadableError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
+        raise UnreadableError(f"{path} cannot be read as Parquet: {reason}") from error

@@ -13,10 +13,11 @@ from torch import Tensor
 from bagcert.certificate import Certificate
 from bagcert.devices import keep_freed_memory, resolve_device
 from bagcert.errors import UnreadableError, UsageError
+from bagcert.locality import LocalityReport, cached_report, require_local
 from bagcert.nets.model_folder import CONFIG, WEIGHTS, ModelConfig, read_model, weights_sha256
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
-from bagcert.scores import ScoreMap
+from bagcert.scores import ScoreMap, check_counting
 from bagcert.threat import PatchThreatModel
 
 ALIASES = {"default": "cifar10-cpu"}
@@ -38,6 +39,8 @@ class BagCert:
         config: where it comes from, for loaded models.
         weights_sha256: of the weights file, for loaded models.
 
+    `locality` is what `check_locality` found, None before it is asked; `load` asks.
+
     >>> model = load("digits")
     >>> model.image_size, len(model.class_names)
     ((8, 8), 10)
@@ -57,6 +60,7 @@ class BagCert:
         self.patch = patch
         self.config = config
         self.weights_sha256 = weights_sha256
+        self.locality: LocalityReport | None = None
         self.name = config.name if config else type(scorer.net).__name__
 
     @property
@@ -72,6 +76,20 @@ class BagCert:
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
         """Integer scores of a batch: uint8 [batch, height, width, 3] or float [batch, 3, height, width] in [0, 1]."""
         return self.scorer.score_map(images)
+
+    def check_locality(self, portable: bool = False) -> "BagCert":
+        """Measures what moves outside a patch's reach on this device, or recalls it, and guards against that.
+
+        Args:
+            portable: as for `load`.
+
+        Raises:
+            UnsoundError: more moves than a guard could make good.
+        """
+        self.locality = cached_report(self, thorough=portable)
+        require_local(self.locality, portable)
+        self.scorer.tolerance = self.locality.tolerance(portable)
+        return self
 
     def predict(
         self,
@@ -127,14 +145,33 @@ class BagCert:
         return PatchThreatModel.parse(chosen, score_map.grid.image_size, placements)
 
 
-def load(name: str | Path = "default", device: str = "auto", dtype: str = "float32") -> BagCert:
+def load(
+    name: str | Path = "default",
+    device: str = "auto",
+    dtype: str = "float32",
+    portable: bool = False,
+    checked: bool = True,
+) -> BagCert:
     """A model by shipped name (`default`, `digits`, ...), folder, or hub id (`owner/name`).
 
     Batch norm is folded into the convolutions. Nothing in the model is executed as code.
 
+    That the device counts exactly and that scores outside a patch's reach stand still is measured, the latter once
+    per model, device and dtype (`bagcert.locality`). Where they move a little, scores that could be another integer
+    count for the attacker and certificates are marked `locality: measured`.
+
+    Args:
+        name: as above.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: float32 or bfloat16.
+        portable: certificates are to hold as well where the attacked image is seen in another batch size or with
+            another number of threads, whose kernels may round otherwise: that drift is guarded against, too.
+        checked: False leaves the measurement out, for whoever measures next.
+
     Raises:
         UsageError: no such model, device or dtype.
         UnreadableError: the files are damaged or not what they should be.
+        UnsoundError: on this device sums are not exact, or scores move where they must not.
     """
     if dtype not in DTYPES:
         raise UsageError(f"a dtype is one of {', '.join(DTYPES)}; got {dtype!r}")
@@ -150,7 +187,9 @@ def load(name: str | Path = "default", device: str = "auto", dtype: str = "float
         raise UnreadableError(f"{folder / CONFIG} cannot be deployed: {error}") from None
     scorer.fold_batch_norm().to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scorer.autocast_dtype = DTYPES[dtype]
-    return BagCert(scorer, config.rule, config.patch, config, weights_sha256(folder))
+    check_counting(target)
+    model = BagCert(scorer, config.rule, config.patch, config, weights_sha256(folder))
+    return model.check_locality(portable) if checked else model
 
 
 def shipped_models() -> dict[str, Path]:

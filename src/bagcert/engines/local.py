@@ -4,11 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bagcert.certificate_records import certificate_record
 from bagcert.data.folder import images_below
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.images import Photo, read_image
 from bagcert.preprocess import Preprocessing
+from bagcert.record_file import RecordFile
 from bagcert.records import Record
 from bagcert.rules import get_rule
 from bagcert.rules.largest import largest_certifiable_px, largest_certified_px
@@ -77,13 +79,16 @@ def certify_files(
     rules: Sequence[str] = (),
     fit: str = "squash",
     placements: str | Path | None = None,
+    record: RecordFile | None = None,
 ) -> Iterator[FileVerdict | FileError]:
     """A verdict per file; a file that cannot be read gives an error in its place and the rest go on.
 
-    So does, among several files, an image too small for a patch.
+    So does, among several files, an image too small for a patch. With `record`, an image it holds already is left
+    out, and the certificates of every other are in it before the verdict is given.
 
     Raises:
         UsageError: a patch outside the notation, an unknown rule; a patch that does not fit into the only image.
+        BagcertError: the record cannot be written.
     """
     preprocessing = Preprocessing(model.image_size, fit)
     for rule in rules:
@@ -91,13 +96,15 @@ def certify_files(
     for patch in patches:
         check_notation(patch)
     for file in files:
+        if record is not None and record.holds(str(file)):
+            continue
         try:
             photo = read_image(file)
         except UnreadableError as error:
             yield FileError(str(file), str(error), error.exit_code)
             continue
         try:
-            yield certify_photo(model, photo, preprocessing, patches, rules, placements)
+            yield certify_photo(model, photo, preprocessing, patches, rules, placements, record)
         except UsageError as error:
             if len(files) == 1:
                 raise
@@ -111,11 +118,13 @@ def certify_photo(
     patches: Sequence[str] = (),
     rules: Sequence[str] = (),
     placements: str | Path | None = None,
+    record: RecordFile | None = None,
 ) -> FileVerdict:
-    """The verdict on one photo, against each patch by each rule."""
+    """The verdict on one photo, against each patch by each rule; also put into `record`."""
     geometry = preprocessing.geometry(photo.stored_size, photo.orientation)
     score_map = geometry.score_map(model.score_map(preprocessing.apply(photo)[None]))
     results: list[Record] = []
+    records = []
     largest = (0, 0)
     for rule in rules or (model.rule,):
         for notation in patches or (str(model.patch),):
@@ -129,6 +138,11 @@ def certify_photo(
                     int(largest_certifiable_px(score_map, certificate.prediction)[0]),
                 )
             results += Record.each(certificate)
+            if record is not None:
+                environment = record.environment
+                records.append(certificate_record(model, preprocessing, photo, score_map, certificate, environment))
+    if record is not None:
+        record.append(records)
     first = results[0]
     return FileVerdict(
         source=photo.source,

@@ -5,18 +5,35 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from bagcert.errors import BagcertError, UnreadableError, UsageError
-from bagcert.files import write_atomically
+from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, shown
+from bagcert.files import read_regular, write_together
 from bagcert.nets import get_architecture
 from bagcert.nets.region_scorer import RegionScorer, not_finite
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
+MAX_WEIGHTS_BYTES = 1 << 31
+"""Weights are read into memory as a whole; half a billion float32 values are more than any region scorer needs."""
+MAX_CONFIG_BYTES = 1 << 24
+"""100,000 class names and a recipe fit well."""
+
+
+def _without_controls(text: str) -> str:
+    if CONTROL.search(text):
+        raise ValueError("a name must not hold control characters")
+    return text
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(values, allow_nan=False)  # what is printed as JSON later must not fail then
+    return values
+
+
+Name = Annotated[str, Field(max_length=1000), AfterValidator(_without_controls)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
 
@@ -25,14 +42,14 @@ class ModelConfig(BaseModel):
     """What `config.json` holds: how to build the net, what it is deployed as, and where it comes from.
 
     Limits, so that a damaged or hostile file costs no more than an error: width 65536, depth 4096, image sides
-    16384 px, 100000 classes.
+    16384 px, 100000 classes, names of 1000 characters on one line.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     format: Literal[1] = 1
-    name: str
-    architecture: str
+    name: Name
+    architecture: Name
     width: int = Field(ge=1, le=65536)
     depth: int = Field(ge=1, le=4096)
     padded: bool = True
@@ -40,12 +57,12 @@ class ModelConfig(BaseModel):
     scale: float = Field(gt=0, allow_inf_nan=False)
     mean: list[Finite] = Field(min_length=3, max_length=3)
     std: list[Annotated[Finite, Field(gt=0)]] = Field(min_length=3, max_length=3)
-    class_names: list[str] = Field(min_length=2, max_length=100_000)
+    class_names: list[Name] = Field(min_length=2, max_length=100_000)
     image_size: tuple[Pixels, Pixels]
-    rule: str
-    patch: str
-    recipe: dict[str, Any] = {}
-    provenance: dict[str, Any] = {}
+    rule: Name
+    patch: Name
+    recipe: Annotated[dict[str, Any], AfterValidator(_as_json)] = {}
+    provenance: Annotated[dict[str, Any], AfterValidator(_as_json)] = {}
 
     def build(self) -> RegionScorer:
         """The scorer with fresh weights."""
@@ -54,7 +71,7 @@ class ModelConfig(BaseModel):
 
 
 def write_model(folder: Path, scorer: RegionScorer, config: ModelConfig) -> None:
-    """Writes both files, each whole or not at all.
+    """Writes both files, each whole or not at all, and never one beside the other of another model.
 
     Raises:
         BagcertError: the folder cannot be written, or the weights are not finite.
@@ -62,8 +79,8 @@ def write_model(folder: Path, scorer: RegionScorer, config: ModelConfig) -> None
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer.state_dict().items()}
     if name := not_finite(tensors):
         raise BagcertError(f"tensor {name!r} has values that are not finite; nothing was written to {folder}")
-    write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors))
-    write_atomically(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
+    text = config.model_dump_json(indent=2) + "\n"
+    write_together({folder / WEIGHTS: safetensors.torch.save(tensors), folder / CONFIG: text.encode()})
 
 
 def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
@@ -76,25 +93,29 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
     config = read_config(folder)
     path = folder / WEIGHTS
     try:
-        tensors = safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load(read_regular(path, MAX_WEIGHTS_BYTES))
     except FileNotFoundError:
         raise UnreadableError(f"the model folder {folder} has no {WEIGHTS}") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UnreadableError(f"{path} is not a whole safetensors file: {error}") from None
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # the library's own, and whatever a dtype leads to that it or torch does not have
+        raise UnreadableError(f"{path} is not a whole safetensors file: {shown(error)}") from None
     try:
         # Shapes first, without memory: the config may claim more than the file has.
         with torch.device("meta"):
             scorer = config.build()
     except UsageError as error:
-        raise UnreadableError(f"{folder / CONFIG} does not describe a network: {error}") from None
+        raise UnreadableError(f"{folder / CONFIG} does not describe a network: {shown(error)}") from None
     expected = scorer.state_dict()
     for what, names in (
         ("lacks", expected.keys() - tensors.keys()),
         ("has the unknown", tensors.keys() - expected.keys()),
     ):
         if names:
-            raise UnreadableError(f"{path} {what} tensor {sorted(names)[0]!r} (and {len(names) - 1} more)")
-    for name, tensor in tensors.items():
+            raise UnreadableError(f"{path} {what} tensor {shown(sorted(names)[0])!r} (and {len(names) - 1} more)")
+    for name, tensor in sorted(tensors.items()):
+        if tensor.dtype != expected[name].dtype:
+            raise UnreadableError(f"tensor {name!r} in {path} is {tensor.dtype}, expected {expected[name].dtype}")
         if tensor.shape != expected[name].shape:
             raise UnreadableError(
                 f"tensor {name!r} in {path} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
@@ -114,7 +135,8 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / CONFIG
     try:
-        config = ModelConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        text = read_regular(path, MAX_CONFIG_BYTES).decode()
+        config = ModelConfig.model_validate(json.loads(text))
         get_architecture(config.architecture)
     except OSError as error:
         raise UnreadableError(
@@ -124,7 +146,7 @@ def read_config(folder: Path) -> ModelConfig:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             error = ValueError(": ".join([*filter(None, [".".join(map(str, first["loc"]))]), first["msg"].lower()]))
-        raise UnreadableError(f"{path} is not a model config: {error}") from None
+        raise UnreadableError(f"{path} is not a model config: {shown(error)}") from None
     return config
 
 

@@ -28,7 +28,7 @@ CONTENTS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class LocalityReport:
+class ProbeReport:
     """What the two probes found.
 
     Attributes:
@@ -106,7 +106,7 @@ def check_locality(
     as_is: bool = False,
     patch: tuple[int, int] | None = None,
     seed: int = 0,
-) -> LocalityReport:
+) -> ProbeReport:
     """Measures a network against a declared grid.
 
     The structural probe takes whichever is fewer forward passes: one per pixel row and column (`probe_grid`), or
@@ -148,7 +148,7 @@ def check_locality(
             _largest_leak(module, image, declared, shape, places, content, random, batch_size)
             for content in CONTENTS.values()
         ]
-    return LocalityReport(True, max(leaks), measured, len(leaks) * len(places))
+    return ProbeReport(True, max(leaks), measured, len(leaks) * len(places))
 
 
 def _sees_more(

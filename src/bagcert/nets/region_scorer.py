@@ -16,7 +16,7 @@ from bagcert.grid import RegionGrid
 from bagcert.images import as_batch
 from bagcert.nets.geometry import derive_grid
 from bagcert.nets.probe import check_locality
-from bagcert.scores import FIXED_POINT_LIMIT, ScoreMap, binarize, quantize
+from bagcert.scores import FIXED_POINT_LIMIT, ScoreMap, binarize, quantize, slack_of
 
 Head = Literal["binary", "fixed-point"]
 HEADS: tuple[Head, ...] = ("binary", "fixed-point")
@@ -50,6 +50,11 @@ class RegionScorer(nn.Module):
         head: "binary" (scores `[z > 0]`, range [0, 1]) or "fixed-point" (`clip(round(z * scale), ±2047)`).
         scale: of the fixed-point head.
         mean, std: per channel, applied as the first layer; three values for RGB images, one for grey ones.
+
+    Attributes:
+        autocast_dtype: what the net computes in; None is float32.
+        tolerance: how far `z` may move where it should stand still, as measured on this device; score maps carry what
+            that does to each score as their slack. 0 where locality is exact.
 
     Source: Metzen & Yatsura, ICLR 2021, section 3; METHOD section 2 of the design notes.
     """
@@ -86,6 +91,7 @@ class RegionScorer(nn.Module):
         self.head = head
         self.scale = float(scale)
         self.autocast_dtype: torch.dtype | None = None
+        self.tolerance = 0.0
         self._grids: dict[tuple[int, int], RegionGrid] = {}
 
     @classmethod
@@ -160,7 +166,10 @@ class RegionScorer(nn.Module):
 
     def real_scores(self, images: object) -> Float[Tensor, "batch classes rows cols"]:
         """`z` in float32, in eval mode, without gradients, in the dtype the scorer was loaded for."""
-        batch = self._as_batch(images)
+        return self.forward_batch(self._as_batch(images))
+
+    def forward_batch(self, batch: Float[Tensor, "batch channels height width"]) -> Tensor:
+        """`real_scores` of a batch that is what it should be, or, for probes of locality, deliberately is not."""
         self.eval()  # all of it: one batch norm left in train mode would leak across the map
         dtype = self.autocast_dtype
         parts = batch.split(max(1, PIXELS_AT_ONCE // (batch.shape[2] * batch.shape[3])))
@@ -185,9 +194,14 @@ class RegionScorer(nn.Module):
 
     def to_scores(self, z: Float[Tensor, "batch classes rows cols"], image_size: tuple[int, int]) -> ScoreMap:
         """The head: integers with their range and geometry, from real scores of images of `image_size`."""
-        if self.head == "binary":
-            return ScoreMap(binarize(z), 0, 1, self.grid(image_size))
-        return ScoreMap(quantize(z, self.scale), -FIXED_POINT_LIMIT, FIXED_POINT_LIMIT, self.grid(image_size))
+        low, high = (0, 1) if self.head == "binary" else (-FIXED_POINT_LIMIT, FIXED_POINT_LIMIT)
+        scores = self.integers(z)
+        slack = slack_of(z, self.tolerance, self.integers, high - low) if self.tolerance > 0 else None
+        return ScoreMap(scores, low, high, self.grid(image_size), slack)
+
+    def integers(self, z: Float[Tensor, "batch classes rows cols"]) -> Tensor:
+        """The head alone: int16 of the same shape, never falling where `z` rises."""
+        return binarize(z) if self.head == "binary" else quantize(z, self.scale)
 
     def fold_batch_norm(self) -> "RegionScorer":
         """Folds every batch norm into the convolution before it, in place; for inference only."""

@@ -3,12 +3,14 @@
 import torch
 
 from bagcert.certificate import Certificate
+from bagcert.rules.guard import guarded
 from bagcert.rules.union_masking import Unions
 from bagcert.rules.windows import Windows, chunks, per_image
 from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 
 
+@guarded
 def detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     """Certifies that an attack changes the plain prediction only with an alert.
 

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bagcert.certificate import Certificate
+from bagcert.rules.guard import guarded
 from bagcert.rules.union_masking import union_double_masking, union_prediction
 from bagcert.rules.window_pairs import worst_pairs
 from bagcert.rules.windows import CHUNK_ELEMENTS, Windows, chunks, majority, per_image
@@ -12,6 +13,7 @@ from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalt
 from bagcert.threat import PatchThreatModel
 
 
+@guarded
 def double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     """Certifies the double-masking prediction: every pair of masks leaves it on top.
 

@@ -3,11 +3,13 @@
 import torch
 
 from bagcert.certificate import Certificate
+from bagcert.rules.guard import guarded
 from bagcert.rules.windows import Windows
 from bagcert.scores import ScoreMap, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 
 
+@guarded
 def levine_feizi(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     """Certifies the plain sum by counting: margin = min over c != y of T_c - 1[c < y] - 2 u K max |R|.
 

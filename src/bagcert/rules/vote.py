@@ -5,11 +5,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bagcert.certificate import Certificate
+from bagcert.rules.guard import guarded
 from bagcert.rules.windows import Windows, chunks, per_image
 from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 
 
+@guarded
 def vote(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     """Certifies the plain sum: margin = min over windows R and c != y of T_c - sum_R(u + s_y - s_c) - 1[c < y].
 

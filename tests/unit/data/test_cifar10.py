@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bagcert.data import load_dataset
+from bagcert.data import cifar10, load_dataset
 from bagcert.data.cifar10 import CLASS_NAMES, load_cifar10, load_pickles
 from bagcert.errors import UnreadableError, UsageError
 
@@ -167,3 +167,56 @@ def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
         load_dataset("cifar10")
     with pytest.raises(UsageError, match="no split 'val'"):
         load_dataset("cifar10", "val")
+
+
+def _refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "test_batch").write_bytes(content)
+    with pytest.raises(UnreadableError, match=reason) as caught:
+        load_pickles(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory has other units elsewhere")
+def test_a_number_in_a_pickle_takes_no_memory(tmp_path: Path) -> None:
+    """The C unpickler makes a table as long as the largest number under which something is remembered."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _refused(tmp_path, b"\x80\x02}r\x00\x00\x00\x02.", "no `data` of uint8")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+@pytest.mark.timeout(20)
+def test_a_key_whose_hash_takes_years_is_refused(tmp_path: Path) -> None:
+    nested = b")q\x00" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(99))
+    for content in (b"}" + nested + b"Ns.", b"}(" + nested + b"Nu.", b"(" + nested + b"Nd."):
+        _refused(tmp_path, b"\x80\x02" + content, "a key is neither text nor a number")
+
+
+def test_a_text_in_a_pickle_is_not_multiplied(tmp_path: Path) -> None:
+    text = b"X\x00\x10\x00\x00" + b"a" * 4096 + b"q\x00X\x06\x00\x00\x00latin1q\x01"
+    once = b"c_codecs\nencode\nh\x00h\x01\x86R"
+    _refused(tmp_path, b"\x80\x02(" + text + once * 1000 + b"t.", "it uses the same text again and again")
+
+
+def test_what_a_pickle_may_name_cannot_be_changed_by_it(tmp_path: Path) -> None:
+    change = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n}X\x01\x00\x00\x00aNsb."
+    _refused(tmp_path, change, "it gives a state to what has none")
+    assert not hasattr(cifar10._reconstruct, "a")
+
+
+@pytest.mark.parametrize("opcode", [b"\x8f", b"\x82\x01", b"Pname\n", b"(ios\nsystem\n", b")\x81", b"\x97"])
+def test_a_pickle_has_no_sets_extensions_or_objects(opcode: bytes, tmp_path: Path) -> None:
+    _refused(tmp_path, b"\x80\x04" + opcode + b".", "cannot be read as a CIFAR-10 batch")
+
+
+def test_large_files_and_pipes_are_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "test_batch"
+    path.write_bytes(b"x")
+    os.truncate(path, cifar10.MAX_FILE_BYTES + 1)
+    with pytest.raises(UnreadableError, match="more than the limit of 268,435,456"):
+        load_pickles(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UnreadableError, match="not a regular file"):
+        load_pickles(tmp_path)

@@ -1,5 +1,7 @@
 """Class folders: both layouts, class order over splits, and folders that are none."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from PIL import Image
 
 from bagcert.data import load_dataset
+from bagcert.data.folder import images_below
 from bagcert.errors import UnreadableError, UsageError
 
 
@@ -71,3 +74,43 @@ def test_loops_of_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "cat" / "again").symlink_to(tmp_path)
     (tmp_path / "self").symlink_to(tmp_path / "self")
     assert len(load_dataset(tmp_path)) == 1
+
+
+def test_folders_may_lie_deeper_than_functions_may(tmp_path: Path) -> None:
+    deep = tmp_path
+    for _ in range(1100):
+        deep = deep / "d"
+        os.mkdir(deep)
+    _image(tmp_path / "1.png")
+    os.link(tmp_path / "1.png", deep / "2.png")
+    try:
+        assert images_below(tmp_path) == [tmp_path / "1.png", deep / "2.png"]
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # shutil does not go that deep
+
+
+def test_names_of_classes_hold_no_control_characters(tmp_path: Path) -> None:
+    _image(tmp_path / "a\x1b[2J" / "1.png")
+    with pytest.raises(UnreadableError, match="whose name is no text") as error:
+        load_dataset(tmp_path)
+    assert str(error.value).isprintable()
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path: Path) -> None:
+    _image(tmp_path / "a" / "1.png")
+    os.mkfifo(tmp_path / "a" / "2.png")
+    found = load_dataset(tmp_path).read_each([0, 1])
+    assert "2.png is not a regular file" in str(found[1]) or "it is not a regular file" in str(found[1])
+
+
+def test_the_fingerprint_changes_with_the_files(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        _image(tmp_path / "a" / f"{name}.png")
+    same = load_dataset(tmp_path).fingerprint()
+    assert load_dataset(tmp_path).fingerprint() == same
+    images = load_dataset(tmp_path)
+    os.utime(tmp_path / "a" / "1.png", ns=(5, 5))
+    assert load_dataset(tmp_path).fingerprint() != same
+    (tmp_path / "a" / "2.png").rename(tmp_path / "a" / "3.png")
+    assert "there is no file" in str(images.read_each([1])[0])
+    assert images.fingerprint() != load_dataset(tmp_path).fingerprint()

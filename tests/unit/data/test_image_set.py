@@ -1,5 +1,7 @@
 """ImageSet: lazy reading, subsets, fixed splits, class weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from bagcert.data.image_set import ArraySource
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.images import Photo
 from bagcert.preprocess import Preprocessing
+from tests import tiny
 
 
 def _set(counts: tuple[int, ...] = (30, 20, 10)) -> ImageSet:
@@ -120,3 +123,31 @@ def test_bad_sets_are_refused() -> None:
         ImageSet("x", "test", np.array([0, 3]), ("a", "b"), images.source)
     with pytest.raises(UnreadableError, match="image 0 has label -1"):
         ImageSet("x", "test", np.array([-1, 0]), ("a", "b"), images.source)
+
+
+def test_the_fingerprint_is_of_labels_classes_and_pixels() -> None:
+    images = tiny.image_set(6)
+    same = images.fingerprint()
+    assert tiny.image_set(6).fingerprint() == same
+    others = [
+        tiny.image_set(6, seed=1),
+        tiny.image_set(6, tint=61),
+        tiny.image_set(7),
+        replace(images, labels=images.labels[::-1].copy()),
+        replace(images, class_names=("a", "b", "c")),
+        images.subset([0, 1, 2, 3, 5, 4]),
+    ]
+    assert len({same, *(each.fingerprint() for each in others)}) == 1 + len(others)
+
+
+def test_each_image_is_prepared_where_it_is_read() -> None:
+    def source(row: int) -> Photo:
+        if row == 3:
+            raise UnreadableError("no image 3")
+        return tiny.image_set(6).source(row)
+
+    images = replace(tiny.image_set(6), source=source)
+    found = images.prepare_each([5, 3, 0], lambda photo: photo.pixels.sum())
+    expected = tiny.image_set(6).array().sum((1, 2, 3))
+    assert [found[0], found[2]] == [expected[5], expected[0]]
+    assert isinstance(found[1], UnreadableError)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +146,83 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     with pytest.raises(UnreadableError, match=r"loop\.parquet"):
         load_dataset(loop)
+
+
+def test_an_image_repeated_a_thousand_times_is_held_once(tmp_path: Path) -> None:
+    image = _png(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
+    for nested in (True, False):
+        images = pa.array([{"bytes": image}] * 1000) if nested else pa.array([image] * 1000)
+        table = pa.table({"image": images, "label": [0] * 1000})
+        path = tmp_path / f"{nested}.parquet"
+        pq.write_table(table, path, dictionary_pagesize_limit=1 << 24)
+        assert path.stat().st_size < 2 * len(image)
+        found = load_dataset(path)
+        assert [photo.stored_size for photo in found.read([0, 500, 999])] == [(200, 200)] * 3
+        (kept,) = found.source._kept.values()
+        assert kept.nbytes < 10 * len(image)
+
+
+def test_more_rows_or_bytes_than_the_limits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _write(tmp_path / "a.parquet", _pixels(6), [0] * 6, row_group_size=3)
+    monkeypatch.setattr(parquet, "MAX_ROWS", 5)
+    with pytest.raises(UnreadableError, match="6 rows long, more than 5"):
+        load_dataset(path)
+    monkeypatch.setattr(parquet, "MAX_ROWS", 6)
+    monkeypatch.setattr(parquet, "MAX_ROW_GROUP_BYTES", 100)
+    found = load_dataset(path).read_each([5])
+    assert "row group 1 holds more than 100 bytes of images" in str(found[0])
+
+
+def test_a_label_does_not_make_a_trillion_classes(tmp_path: Path) -> None:
+    for label in (10**12, parquet.MAX_CLASSES):
+        with pytest.raises(UnreadableError, match=f"has the label {label}; labels must be 0 to 99,999"):
+            load_dataset(_write(tmp_path / "a.parquet", _pixels(2), [0, label]))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b"[" * 100_000,
+        b"{",
+        b'{"info": {"features": {"label": {"names": "ab"}}}}',
+        b'{"info": {"features": {"label": {"names": {"a": 1, "b": 2}}}}}',
+        b'{"info": {"features": {"label": {"names": ["a", "\\u001b[2J"]}}}}',
+        b'{"info": {"features": {"label": {"names": ["a", "\\ud800"]}}}}',
+        b'{"info": {"features": {"label": {"names": ["a", 1]}}}}',
+        b'{"info": {"features": [[]]}}',
+    ],
+)
+def test_names_in_another_form_than_the_hubs_are_no_names(metadata: bytes, tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.parquet", _pixels(2), [0, 1])
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": metadata}), path)
+    assert load_dataset(path).class_names == ("0", "1")
+
+
+def test_column_names_are_shown_on_one_line(tmp_path: Path) -> None:
+    table = pa.table({"a\nb\x1b[2J" + "c" * 5000: [1]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UnreadableError, match="no image column") as error:
+        load_dataset(tmp_path / "a.parquet")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.parquet")
+    with pytest.raises(UnreadableError, match="not a regular file"):
+        load_dataset(tmp_path / "a.parquet")
+
+
+def test_a_file_that_changes_or_vanishes_in_use_is_told(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.parquet", _pixels(6), [0] * 6, row_group_size=3)
+    images = load_dataset(path)
+    same = images.fingerprint()
+    images.read([0])
+    _write(path, _pixels(6, seed=1), [0] * 6, row_group_size=3)
+    os.utime(path, ns=(0, 0))
+    assert load_dataset(path).fingerprint() != same
+    found = images.read_each([0, 3])
+    assert not isinstance(found[0], UnreadableError)
+    assert "a.parquet was changed while it was in use" in str(found[1])
+    path.unlink()
+    assert f"there is no file {path}" in str(images.read_each([3])[0])

@@ -10,8 +10,11 @@ from bagcert.engines.local import FileError, FileVerdict, certify_files, certify
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.images import Photo
 from bagcert.preprocess import Preprocessing
+from bagcert.record_file import RecordFile
+from bagcert.record_lines import from_line
 from bagcert.rules import get_rule
 from bagcert.threat import PatchThreatModel
+from bagcert.verify import verify_record
 from tests import tiny
 
 
@@ -159,3 +162,46 @@ def test_an_image_too_small_for_the_patch_is_an_error_in_its_place(tmp_path: Pat
 def test_a_patch_outside_the_notation_stops_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="got 'five'"):
         next(certify_files(tiny.color_model(), [tmp_path / "a.png", tmp_path / "b.png"], ["five"]))
+
+
+def _record_file(path: Path, resume: bool = False) -> RecordFile:
+    environment = {"device": "cpu", "backend": "torch", "dtype": "float32", "threads": 1, "versions": {}}
+    return RecordFile(path, tiny.color_model(), ["vote", "detection"], ["2"], environment, resume=resume)
+
+
+def test_certificates_are_in_the_record_before_the_verdict_is_given(tmp_path: Path) -> None:
+    files = [_save(tmp_path / f"{label}.png", label, (10 + label, 12)) for label in range(3)]
+    (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:60])
+    files.insert(1, tmp_path / "cut.png")
+    path = tmp_path / "r.jsonl"
+
+    def certify(record: RecordFile) -> list[FileVerdict | FileError]:
+        found, before = [], record.kept * 2
+        for verdict in certify_files(tiny.color_model(), files, ["2"], ["vote", "detection"], record=record):
+            found.append(verdict)
+            verdicts = [each for each in found if isinstance(each, FileVerdict)]
+            records = list(map(from_line, path.read_bytes().splitlines(keepends=True)))[before:]
+            assert [each["source"] for each in records[::2]] == [each.source for each in verdicts]
+            for verdict, record_pair in zip(verdicts, zip(records[::2], records[1::2], strict=True), strict=True):
+                for result, written in zip(verdict.results, record_pair, strict=True):
+                    assert (result.rule, result.prediction) == (written["rule"], written["verdict"]["prediction"])
+                    assert (result.certified, result.margin) == (
+                        written["verdict"]["certified"],
+                        written["verdict"]["margin"],
+                    )
+                    assert verify_record(written).ok
+        return found
+
+    with _record_file(path) as record:
+        whole_run = certify(record)
+    whole = path.read_bytes()
+    assert [type(each) for each in whole_run] == [FileVerdict, FileError, FileVerdict, FileVerdict]
+    path.write_bytes(whole[: whole.index(b"\n") + 1])  # killed between the two records of the first image
+    with _record_file(path, resume=True) as record:
+        assert certify(record) == whole_run
+    assert path.read_bytes() == whole
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4]) + lines[4][:70])
+    with _record_file(path, resume=True) as record:
+        assert certify(record) == [whole_run[1], whole_run[3]]  # what could not be read is tried again, and told again
+    assert path.read_bytes() == whole

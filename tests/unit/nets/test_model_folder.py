@@ -286,3 +286,72 @@ class TestWriting:
         assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
         with pytest.raises(UnreadableError, match=f"no readable {CONFIG}"):
             read_model(tmp_path)
+
+    def test_a_kill_between_the_files_never_leaves_two_models_mixed(self, tmp_path, monkeypatch):
+        written(tmp_path)
+        other = config_of(name="other", scale=3.0)
+        replaced = os.replace
+
+        def killed_at_the_config(source, target):
+            if Path(target).name == CONFIG:
+                raise KeyboardInterrupt
+            replaced(source, target)
+
+        monkeypatch.setattr(files.os, "replace", killed_at_the_config)
+        with pytest.raises(KeyboardInterrupt):
+            write_model(tmp_path, other.build(), other)
+        monkeypatch.undo()
+        with pytest.raises(UnreadableError, match=f"no readable {CONFIG}"):
+            read_model(tmp_path)
+
+
+class TestHostile:
+    @pytest.mark.parametrize("where", ["name", "architecture", "rule", "patch"])
+    def test_names_that_would_move_a_cursor_are_refused(self, tmp_path, where):
+        written(tmp_path)
+        rewrite_config(tmp_path, **{where: "tiny\x1b[2J\nsecond line"})
+        with pytest.raises(UnreadableError, match="control characters") as caught:
+            read_model(tmp_path)
+        assert "\x1b" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_a_config_as_large_as_no_config_is_not_read(self, tmp_path, monkeypatch):
+        written(tmp_path)
+        monkeypatch.setattr("bagcert.nets.model_folder.MAX_CONFIG_BYTES", 100)
+        with pytest.raises(UnreadableError, match=f"no readable {CONFIG}|{CONFIG}"):
+            read_config(tmp_path)
+
+    def test_weights_as_large_as_no_weights_are_not_read(self, tmp_path, monkeypatch):
+        written(tmp_path)
+        monkeypatch.setattr("bagcert.nets.model_folder.MAX_WEIGHTS_BYTES", 100)
+        with pytest.raises(UnreadableError, match=WEIGHTS):
+            read_model(tmp_path)
+
+    def test_a_pipe_in_place_of_a_file_does_not_hang(self, tmp_path):
+        written(tmp_path)
+        (tmp_path / WEIGHTS).unlink()
+        os.mkfifo(tmp_path / WEIGHTS)
+        with pytest.raises(UnreadableError, match=WEIGHTS):
+            read_model(tmp_path)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32])
+    def test_tensors_of_another_type_are_refused(self, tmp_path, dtype):
+        written(tmp_path)
+        rewrite_tensors(tmp_path, lambda tensors: tensors.update({k: v.to(dtype) for k, v in tensors.items()}))
+        with pytest.raises(UnreadableError, match=f"is {dtype}, expected torch.float32"):
+            read_model(tmp_path)
+
+    @pytest.mark.parametrize("length", [0, 7, 8, 2**40, 2**63])
+    def test_headers_that_claim_another_length_are_refused(self, tmp_path, length):
+        written(tmp_path)
+        content = (tmp_path / WEIGHTS).read_bytes()
+        (tmp_path / WEIGHTS).write_bytes(length.to_bytes(8, "little") + content[8:])
+        with pytest.raises(UnreadableError, match="not a whole safetensors file"):
+            read_model(tmp_path)
+
+    def test_facts_that_cannot_be_printed_as_json_are_refused(self, tmp_path):
+        written(tmp_path)
+        text = (tmp_path / CONFIG).read_text().replace('"provenance": {', '"provenance": {"seconds": NaN')
+        (tmp_path / CONFIG).write_text(text)
+        with pytest.raises(UnreadableError, match=CONFIG):
+            read_config(tmp_path)

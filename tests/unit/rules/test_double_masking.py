@@ -132,3 +132,72 @@ def test_chunks_change_nothing(monkeypatch):
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one.margin, other.margin)
         assert torch.equal(one.prediction, other.prediction)
+
+
+@pytest.mark.parametrize(
+    ("patch", "scores", "label"),
+    [
+        # a disagreer that only ties with a third, lower class under some pair does not pass
+        ("1", [[1, 1, 4, 6, 1], [1, 6, 3, 4, 4], [5, 6, 0, 3, 5]], 2),
+        ("2*1", [[1, 1, 4, 1, 2, 1], [0, 4, 1, 1, 3, 3], [1, 1, 6, 6, 0, 0]], 2),
+        # one that ties with the majority label passes, being the lower class
+        ("1", [[4, 0, 3, 0, 5], [3, 2, 2, 5, 4]], 0),
+        ("2*1", [[2, 0, 3, 4, 2, 3], [1, 4, 4, 2, 4, 0]], 0),
+        # one with a pair that leaves nothing does not pass
+        ("1x2", [[0, 0, 1, 1], [9, 0, 0, 0]], 1),
+        ("2*1", [[0, 2, 0, 4], [5, 4, 0, 3]], 1),
+        ("2*1", [[3, 5, 0, 5], [6, 3, 0, 5], [3, 0, 3, 0]], 1),
+        # the majority label counts where nobody passes, not the plain one
+        ("1x2", [[2, 1, 0, 0], [0, 0, 0, 3]], 1),
+        # masks over everything have no label: the plain prediction
+        ("1x5", [[0, 0, 0, 0, 0], [9, 9, 9, 9, 9]], 1),
+        ("2*1x5", [[0, 0, 0, 0, 0], [9, 9, 9, 9, 9]], 1),
+        ("2*1x3", [[0, 0, 0, 0, 0], [9, 9, 9, 9, 9]], 1),
+    ],
+)
+def test_the_second_round_by_example(patch, scores, label):
+    grid = RegionGrid.from_axis(1, 1, 0, (1, len(scores[0])))
+    threat = PatchThreatModel.parse(patch, grid.image_size)
+    masks = oracle.unions(oracle.mask_set(grid.rows_seen, grid.cols_seen, threat.shapes), threat.patches)
+    assert oracle.double_masking_prediction(np.array(scores)[:, None], masks) == label
+    score_map = ScoreMap(torch.tensor([[[c] for c in scores]], dtype=torch.int16), 0, 9, grid)
+    assert double_masking_prediction(score_map, threat).item() == label
+    assert double_masking(score_map, threat).prediction.item() == label
+
+
+def test_windows_that_are_not_allowed_have_no_say():
+    """Two allowed regions of five, and one no patch reaches: masks elsewhere would call for class 0."""
+    grid = RegionGrid(np.ones((1, 1), dtype=bool), np.eye(6, 5, dtype=bool))
+    threat = PatchThreatModel((1, 5), ((1, 1),), 1, np.array([[True, True, False, False, False]]))
+    scores = [[0, 0, 0, 0, 0, 9], [1, 1, 3, 3, 3, 0]]
+    assert oracle.double_masking_prediction(np.array(scores)[:, None], list(np.eye(6, dtype=bool)[:2, None])) == 1
+    score_map = ScoreMap(torch.tensor([[[c] for c in scores]]), 0, 9, grid)
+    assert double_masking_prediction(score_map, threat).item() == 1
+
+
+def test_the_worst_unions_are_not_always_the_greedy_ones():
+    grid = RegionGrid.from_axis(1, 1, 0, (1, 9))
+    scores = [[3, 3, 7, 8, 5, 4, 6, 8, 6], [0, 0, 3, 2, 1, 4, 0, 5, 0]]
+    found = double_masking(
+        ScoreMap(torch.tensor([[[c] for c in scores]]), 0, 9, grid), PatchThreatModel.parse("2*1x2", (1, 9))
+    )
+    assert (found.prediction.item(), found.margin.item()) == (0, 3)  # greedily 4
+    taken = {cell for _, left, _, width in found.worst_placement[0].tolist() for cell in range(left, left + width)}
+    assert sum(scores[0][cell] - scores[1][cell] for cell in range(9) if cell not in taken) == 3
+
+
+def test_several_patches_against_a_lower_class_and_over_everything():
+    score_map = row([0, 0, 0, 0, 0], [4, 3, 2, 1, 1])
+    found = double_masking(score_map, PatchThreatModel.parse("2*1", (1, 5)))
+    assert (found.prediction.item(), found.margin.item()) == (1, 0)  # 1 is left, and the tie rule takes it
+    for patch in ("2*1x3", "2*1x5"):
+        found = double_masking(row([9] * 5, [0] * 5), PatchThreatModel.parse(patch, (1, 5)))
+        assert (found.prediction.item(), found.certified.item()) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("labels", "label"),
+    [([0, 1, 1, 0], 0), ([2, 2, 1, 1], 1), ([2, 1, -1, -1], 1), ([-1, -1, 2, -1], 2), ([-1, -1, -1, -1], 7)],
+)
+def test_majority(labels, label):
+    assert windows_module.majority(torch.tensor([labels]), 3, torch.tensor([7])).tolist() == [label]

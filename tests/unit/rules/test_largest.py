@@ -77,7 +77,11 @@ def test_two_patches():
     two = PatchThreatModel.parse("2*1", (6, 6))
     found = largest_certified_px(score_map, "vote", two)
     assert bool((found <= largest_certified_px(score_map, "vote")).all())
-    assert bool((found[RULES["vote"].certify(score_map, two).certified] >= 1).all())
+    expected = torch.zeros_like(found)
+    for side in range(1, 7):
+        expected[RULES["vote"].certify(score_map, PatchThreatModel((6, 6), ((side, side),), 2)).certified] = side
+    assert torch.equal(found, expected)
+    assert expected.any()
 
 
 def test_what_is_missing_is_named():
@@ -95,3 +99,17 @@ def test_a_photo_needs_few_window_sets():
         for region in range(16):
             axis[region, max(0, region * step - step) : (region + 2) * step] = True
     assert len(distinct_sides(RegionGrid(rows, cols))) < 64
+
+
+def test_a_patch_as_tall_as_the_image():
+    """A long image: the largest square there is holds two of twelve columns, and is certified."""
+    grid = RegionGrid.from_axis(1, 1, 0, (2, 12))
+    scores = torch.zeros(1, 2, 2, 12, dtype=torch.int16)
+    scores[0, 0] = 1
+    assert largest_certified_px(ScoreMap(scores, 0, 1, grid), "vote").tolist() == [2]
+
+
+def test_certifiable_is_said_of_the_label_asked_for():
+    score_map = example(RegionGrid.from_axis(1, 1, 0, (6, 6)))
+    assert bool((largest_certifiable_px(score_map, torch.ones(12, dtype=torch.int64))[:3] > 0).all())
+    assert not largest_certifiable_px(score_map, torch.zeros(12, dtype=torch.int64))[:3].any()

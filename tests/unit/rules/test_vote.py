@@ -1,3 +1,5 @@
+import numpy as np
+import pytest
 import torch
 
 from bagcert.grid import RegionGrid
@@ -60,3 +62,52 @@ def test_a_fixed_point_map_of_the_largest_span():
     scores[0, 1, 0, 0] = 2046
     found = vote(ScoreMap(scores, -2047, 2047, grid), PatchThreatModel.parse(1, (40, 40)))
     assert found.margin.item() == 1600 * 4094 - 1 - 2 * 4094 - 1
+
+
+def test_the_worst_placement_is_where_most_can_be_taken():
+    """Class 1 holds every region but one, the last: elsewhere a patch takes 1 from the lead, there 2."""
+    found = vote(score_map(12, 11), PatchThreatModel.parse(1, (3, 4)))
+    assert (found.prediction.item(), found.margin.item()) == (0, -1)
+    assert found.worst_placement.tolist() == [[2, 3, 1, 1]]
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_sums_beyond_float32(label):
+    """A lead of one unit in fifty million, which float32 cannot tell from a tie."""
+    high = 2**22
+    scores = torch.full((1, 2, 3, 4), high)
+    scores[0, 1 - label, 0, 0] -= 1
+    found = vote(ScoreMap(scores, 0, high, GRID), PatchThreatModel.parse(1, (3, 4)))
+    assert (found.prediction.item(), found.margin.item()) == (label, 1 - (high + 1) - label)
+    assert levine_feizi(ScoreMap(scores, 0, high, GRID), PatchThreatModel.parse(1, (3, 4))).prediction.item() == label
+
+
+def test_the_most_dangerous_rival_need_not_be_the_runner_up():
+    """Class 1 is nearer in sum, but holds something everywhere; class 2 has regions left to win."""
+    scores = torch.tensor([[3] * 12, [2] * 12, [3] * 7 + [2] + [0] * 4]).reshape(1, 3, 3, 4)
+    found = vote(ScoreMap(scores, 0, 3, GRID), PatchThreatModel.parse(1, (3, 4)))
+    assert (found.prediction.item(), found.margin.item()) == (0, (36 - 23) - (3 + 3))  # 8 against the runner-up
+    assert found.worst_placement.tolist() == [[2, 0, 1, 1]]
+
+
+def test_placements_that_are_not_allowed_cost_nothing():
+    """From the corner a patch reaches four regions of the padded map, elsewhere up to nine."""
+    grid = RegionGrid.from_axis(3, 1, -1, (5, 5))
+    allowed = np.zeros((5, 5), dtype=bool)
+    allowed[0, 0] = True
+    scores = torch.zeros(1, 2, 5, 5, dtype=torch.int16)
+    scores[0, 0] = 1
+    for rule in (vote, levine_feizi):
+        found = rule(ScoreMap(scores, 0, 1, grid), PatchThreatModel((5, 5), ((1, 1),), 1, allowed))
+        assert found.margin.item() == 25 - 2 * 4
+        assert found.worst_placement.tolist() == [[0, 0, 1, 1]]
+
+
+def test_counting_regions_by_hand():
+    """The largest reach is in the middle of the padded map, and two patches count twice."""
+    grid = RegionGrid.from_axis(3, 1, -1, (5, 5))
+    scores = torch.zeros(1, 2, 5, 5, dtype=torch.int16)
+    scores[0, 1] = 3
+    score_map = ScoreMap(scores, 0, 3, grid)
+    assert levine_feizi(score_map, PatchThreatModel.parse(1, (5, 5))).margin.item() == 75 - 1 - 2 * 3 * 9
+    assert levine_feizi(score_map, PatchThreatModel.parse("2*1", (5, 5))).margin.item() == 75 - 1 - 2 * 3 * 2 * 9

@@ -1,0 +1,164 @@
+"""The victim: a deployed defence on a batch of images. Success is decided here, at the front door, and nowhere else."""
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+from bagcert.attacks.patches import paste, stays_inside
+from bagcert.certificate import Certificate
+from bagcert.errors import BagcertError, UsageError
+from bagcert.rules import RULES
+from bagcert.threat import PatchThreatModel
+
+LIBRARY = 64  # contents kept for transfer
+AT_ONCE = 256  # patched images per call of the defence
+
+
+@runtime_checkable
+class Defense(Protocol):
+    """What can be attacked: predictions and certificates of uint8 images, never with a label."""
+
+    name: str
+    rule: str
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One per class index."""
+
+    def predict(self, images: np.ndarray | Tensor, patch: PatchThreatModel, rule: str) -> Tensor:
+        """What the deployed rule answers on each image."""
+
+    def certify(self, images: np.ndarray | Tensor, patch: PatchThreatModel, rule: str) -> Certificate:
+        """Prediction and proof for each image."""
+
+
+def check_images(images: object) -> None:
+    """Says whether images can be attacked.
+
+    Raises:
+        UsageError: not a uint8 array [batch, height, width, channels], or empty.
+    """
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+        form = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise UsageError(f"attacked images must be a uint8 array [batch, height, width, channels], got {form}")
+
+
+class Victim:
+    """A defence deployed with one rule against one threat, on a batch of images, and what attacks have done to it.
+
+    An image is broken when a patched uint8 image that differs from it only inside admissible placements gets another
+    answer than it. Under a rule that detects, an answer with an alert breaks nothing.
+
+    Args:
+        defense: with `predict` and `certify`.
+        images: uint8 [batch, height, width, channels].
+        threat: what the attacker may do, for images of this size.
+        rule: the deployed rule.
+        library: contents uint8 [patches, height, width, channels] found on other images; grows here.
+
+    Attributes:
+        prediction, certified, worst_placement: of the clean images.
+        broken: boolean [batch].
+        attempts: int64 [batch], patched images that the rule was asked about.
+        attack, placement, patched, patched_prediction: of the first success on each image; None, or unset, without.
+
+    Raises:
+        UsageError: images of another form.
+    """
+
+    def __init__(
+        self,
+        defense: Defense,
+        images: np.ndarray,
+        threat: PatchThreatModel,
+        rule: str,
+        library: list[Tensor] | None = None,
+    ) -> None:
+        check_images(images)
+        self.defense, self.threat, self.rule = defense, threat, rule
+        self.images = torch.from_numpy(np.array(images))
+        self.detects = rule in RULES and RULES[rule].guarantee == "detection"
+        clean = defense.certify(images, threat, rule)
+        self.prediction, self.certified = clean.prediction.cpu(), clean.certified.cpu()
+        worst = clean.worst_placement.cpu()
+        self.worst_placement = worst[:, None] if worst.ndim == 2 else worst
+        batch = len(images)
+        self.broken = torch.zeros(batch, dtype=torch.bool)
+        self.attempts = torch.zeros(batch, dtype=torch.int64)
+        self.attack: list[str | None] = [None] * batch
+        self.placement: list[list[list[int]] | None] = [None] * batch
+        self.patched: dict[int, np.ndarray] = {}
+        self.patched_prediction = self.prediction.clone()
+        self.library: list[Tensor] = [] if library is None else library
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self.images)
+
+    @property
+    def open(self) -> Int[Tensor, " open"]:
+        """The images not broken so far."""
+        return (~self.broken).nonzero()[:, 0]
+
+    def count(self, image: Int[Tensor, " rows"]) -> None:
+        """Counts one patched image for each row."""
+        self.attempts.scatter_add_(0, image, torch.ones_like(image))
+
+    def submit(
+        self,
+        attack: str,
+        image: Int[Tensor, " rows"],
+        contents: UInt8[Tensor, "rows patches height width channels"],
+        placements: Int[Tensor, "rows patches 4"],
+        counted: bool = False,
+    ) -> Bool[Tensor, " rows"]:
+        """Puts patched images before the defence; returns which of them get another answer than their originals.
+
+        Args:
+            attack: the name of the attack, for the record.
+            counted: these were counted already, when a score map of theirs was put to the rule.
+
+        Raises:
+            BagcertError: a patched image differs outside the threat: a mistake in the attack, never a success.
+        """
+        changed = torch.zeros(len(image), dtype=torch.bool)
+        for start in range(0, len(image), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            changed[some] = self._submit(attack, image[some], contents[some], placements[some])
+        if not counted:
+            self.count(image)
+        return changed
+
+    def remember(self, contents: UInt8[Tensor, "rows patches height width channels"]) -> None:
+        """Keeps some contents for transfer to other images, the newest."""
+        self.library.extend(contents[-LIBRARY:].unbind(0))
+        del self.library[:-LIBRARY]
+
+    def _submit(self, attack: str, image: Tensor, contents: Tensor, placements: Tensor) -> Tensor:
+        originals = self.images[image]
+        patched = paste(originals, contents, placements)
+        inside = stays_inside(self.threat, originals, patched, placements)
+        if not bool(inside.all()):
+            row = int((~inside).nonzero()[0, 0])
+            raise BagcertError(
+                f"the {attack} attack left its threat {self.threat} at the placement {placements[row].tolist()}; "
+                "this is a mistake in the attack"
+            )
+        answers = self.defense.predict(patched.numpy(), self.threat, self.rule).cpu()
+        changed = answers != self.prediction[image]
+        if self.detects and bool(changed.any()):
+            (rows,) = changed.nonzero(as_tuple=True)
+            unnoticed = self.defense.certify(patched[rows].numpy(), self.threat, self.rule).certified.cpu()
+            changed[rows] = unnoticed
+        for row in changed.nonzero()[:, 0].tolist():
+            i = int(image[row])
+            if not self.broken[i]:
+                self.broken[i] = True
+                self.attack[i] = attack
+                self.placement[i] = placements[row].tolist()
+                self.patched[i] = patched[row].numpy().copy()
+                self.patched_prediction[i] = answers[row]
+        return changed

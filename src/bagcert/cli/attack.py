@@ -1,0 +1,236 @@
+"""`bagcert attack`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bagcert.cli.console import fail, print_json, progress, stdout
+from bagcert.cli.options import Device, Dtype, Json, Patches, Rules
+
+if TYPE_CHECKING:
+    from bagcert.attacks.bracket import AttackInfo
+
+
+def attack(
+    model: Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, cifar10 (from the hub), or a path: class folders, Parquet files, CIFAR-10's pickles."
+        ),
+    ],
+    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
+    patch: Patches = None,
+    rule: Rules = None,
+    allowed: Annotated[
+        str | None,
+        typer.Option(metavar="MASK.png", help="An image whose white part is where patches may lie. Default: anywhere."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images, in data-set order.")] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ATTACK", help="random, gradient, score-map or transfer. Repeat for several. Default: all."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each gradient ascent.")] = 40,
+    restarts: Annotated[int, typer.Option(min=1, help="Restarts of the gradient attack at each placement.")] = 2,
+    placements: Annotated[
+        str,
+        typer.Option(metavar="K", help="How many placements are attacked per image, the most promising first, or all."),
+    ] = "8",
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images attacked together.")] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    json: Json = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the JSON here.")] = None,
+    records: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Write one record per image here: what broke it, where.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the successful adversarial images here, as PNG.")
+    ] = None,
+) -> None:
+    """Attack a model with patches: accuracy under attack, and a test that no certificate breaks.
+
+    The attacks know the defence. An image that is certified and yet broken is written down with its patch, and the
+    exit code is 4.
+    """
+    import time
+
+    started = time.perf_counter()
+    import torch
+
+    from bagcert.attacks import ATTACKS, get_attack
+    from bagcert.attacks.bracket import AttackInfo, bracket
+    from bagcert.attacks.settings import Settings
+    from bagcert.data import load_dataset
+    from bagcert.defenses.bagcert import load
+    from bagcert.evaluate import device_name, labels_for, versions
+    from bagcert.rules import get_rule
+
+    settings = Settings(steps, restarts, _count(placements), seed)
+    for path, suffix in ((out, ".json"), (records, ".jsonl")):
+        if path is not None:
+            _check_output(path, suffix)
+    _check_folder(save)
+    for name in attack or ():
+        get_attack(name)
+    for name in rule or ():
+        get_rule(name)
+    loaded = load(model, device, dtype)
+    images = load_dataset(data, split, limit)
+    labels = labels_for(loaded, images)
+    rules = sorted(dict.fromkeys(rule or (loaded.rule,)), key=lambda name: name != loaded.rule)
+    patches = list(dict.fromkeys(patch or (str(loaded.patch),)))
+    load_seconds = time.perf_counter() - started
+    total = len(images) * len(rules) * len(patches)
+    about = {"model": loaded.name, "weights_sha256": loaded.weights_sha256, "data": images.name, "split": images.split}
+    with progress("attacking") as report:
+        found = bracket(
+            loaded,
+            _batches(images, labels, loaded.image_size, batch_size),
+            patches,
+            rules,
+            attack or (),
+            settings,
+            allowed,
+            save,
+            about,
+            lambda done, broken: report(int(done), total, f"{broken} broken"),
+        )
+    info = AttackInfo(
+        model=loaded.name,
+        weights_sha256=loaded.weights_sha256,
+        data=images.name,
+        split=images.split,
+        images=len(found.records),
+        limit=limit,
+        device=device_name(loaded),
+        dtype=str(loaded.scorer.autocast_dtype or torch.float32).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        versions=versions(),
+        seconds={
+            "load": round(load_seconds, 3),
+            "total": round(time.perf_counter() - started, 3),
+        },
+        seed=seed,
+        attack={
+            "attacks": list(attack or ATTACKS),
+            "steps": steps,
+            "restarts": restarts,
+            "placements": placements if settings.placements is None else settings.placements,
+            "batch_size": batch_size,
+        },
+        results=found.rows,
+    )
+    _write(info, found.records, out, records)
+    if json:
+        print_json(info.to_dict())
+    else:
+        _print(info)
+    if found.broken_certificates:
+        fail(
+            f"{found.broken_certificates} certificates are broken: an attack changed the answer on images certified "
+            f"against it; images, patches and verdicts are in {found.alarm_folder}",
+            4,
+        )
+
+
+def _count(text: str) -> int | None:
+    from bagcert.errors import UsageError
+
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--placements is a number of placements, at least 1, or all; got {text!r}")
+    return int(text)
+
+
+def _check_output(path: Path, suffix: str) -> None:
+    """Refuses an output path before the work, not after it."""
+    from bagcert.errors import UsageError
+    from bagcert.files import require_writable
+
+    if path.is_dir():
+        raise UsageError(f"the output {path} is a folder; a file was expected")
+    if path.suffix != suffix:
+        raise UsageError(f"the output must be a {suffix} file, got {path}")
+    require_writable(path)
+
+
+def _check_folder(path: Path | None) -> None:
+    from bagcert.errors import UsageError
+    from bagcert.files import require_writable
+
+    if path is not None:
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"--save is a folder for images, but {path} is a file")
+        require_writable(path / "image.png")
+
+
+def _batches(images, labels, size: tuple[int, int], batch_size: int):
+    """(numbers, uint8 images, labels), all of the network's size.
+
+    Raises:
+        UsageError: an image of another size; its patch would have to be chosen before it is resized.
+        UnreadableError: an image that cannot be read.
+    """
+    import numpy as np
+
+    from bagcert.errors import UsageError
+
+    for start in range(0, len(images), batch_size):
+        numbers = list(range(start, min(start + batch_size, len(images))))
+        photos = images.read(numbers)
+        for photo in photos:
+            height, width = photo.stored_size
+            if (height, width) != size or photo.orientation != 1:
+                turned = " and turned by EXIF" if photo.orientation != 1 else ""
+                raise UsageError(
+                    f"{photo.source} is {height}x{width} px{turned}; attacks need upright images of the network's "
+                    f"{size[0]}x{size[1]} px, since the patch is put on what the network sees"
+                )
+        yield numbers, np.stack([photo.pixels for photo in photos]), labels[numbers]
+
+
+def _write(info: "AttackInfo", images: list, out: Path | None, records: Path | None) -> None:
+    import json
+
+    from bagcert.files import write_atomically
+
+    if records is not None:
+        write_atomically(records, "".join(image.to_json() + "\n" for image in images).encode())
+    if out is not None:
+        write_atomically(out, (json.dumps(info.to_dict(), indent=2) + "\n").encode())
+
+
+def _print(info: "AttackInfo") -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("patch")
+    table.add_column("rule")
+    for column in ("clean", "attacked", "certified", "attempts", "broken certificates"):
+        table.add_column(column, justify="right")
+    for row in info.results:
+        broken = row.broken_certificates
+        table.add_row(
+            row.threat,
+            row.rule,
+            f"{row.clean_accuracy:.1%}",
+            f"{row.attacked_accuracy:.1%}",
+            f"{row.certified_accuracy:.1%}",
+            f"{row.attempts:,}",
+            f"[red]{broken}[/]" if broken else "0",
+        )
+    console = stdout()
+    console.print(escape(f"{info.model} on {info.data} ({info.split}, {info.images:,} images)"), soft_wrap=True)
+    console.print(table)
+    console.print(
+        f"{', '.join(info.attack['attacks'])}; {info.seconds['total']:.1f} s in all "
+        f"({info.device}, {info.dtype}, {info.threads} threads)"
+    )

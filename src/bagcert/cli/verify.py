@@ -1,0 +1,124 @@
+"""`bagcert verify`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bagcert.cli.console import fail, print_json, progress, stdout, warn
+from bagcert.cli.options import Device, Json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bagcert.verify import Verdict
+
+MOST_CHARACTERS = 500
+EXIT_CODES = {"proof": 4, "record": 5, "image": 5, "limit": 1}  # the first that occurs counts
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Records, as `bagcert certify --record` writes.")],
+    model: Annotated[
+        str | None, typer.Option(help="Compute scores and geometry again by this model, from the image files.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the image files are, by name. Default: where they were certified."),
+    ] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Recheck certificate records by a second program that goes through every placement, class and pair of masks.
+
+    Without --model it proves the verdicts from the recorded scores and geometry; with it, these are checked, too.
+    """
+    from bagcert.errors import UnreadableError, UsageError
+    from bagcert.record_lines import from_line, lines
+    from bagcert.records import SCHEMA_VERSION
+    from bagcert.verify import Verdict, verify_record
+
+    if images is not None and model is None:
+        raise UsageError("--images are for computing the scores again; name the --model")
+    again = None if model is None else _recomputing(model, images, device)
+    total = sum(1 for _ in lines(file))
+    if not total:
+        raise UnreadableError(f"{file} holds no records")
+    results: list[dict[str, Any]] = []
+    with progress("verifying") as report:
+        for number, line in enumerate(lines(file), 1):
+            record = None
+            try:
+                record = from_line(line)
+                verdict = verify_record(record)
+                if verdict.ok and again is not None:
+                    verdict = again(record)
+            except ValueError as error:
+                verdict = Verdict(False, str(error), "record")
+            results.append(_result(number, record, verdict))
+            if not verdict.ok and not json:
+                warn(_sentence(results[-1]))
+            report(number, total)
+    bad = [result for result in results if not result["verified"]]
+    certified = sum(result["certified"] is True for result in results if result["verified"])
+    if json:
+        print_json(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "file": str(file),
+                "model": model,
+                "records": len(results),
+                "verified": len(results) - len(bad),
+                "certified": certified,
+                "results": results,
+            }
+        )
+    else:
+        basis = "given the recorded scores and geometry" if model is None else f"scores and geometry as of {model}"
+        held = len(results) - len(bad)
+        stdout().print(
+            f"{held} of {len(results)} records hold, {basis}: {certified} certified, {held - certified} not",
+            soft_wrap=True,
+            markup=False,
+        )
+    if bad:
+        code = next(code for fault, code in EXIT_CODES.items() if any(result["fault"] == fault for result in bad))
+        fail(f"{len(bad)} of {len(results)} records are not verified; {_sentence(bad[0])}", code)
+
+
+def _recomputing(name: str, images: Path | None, device: str) -> "Callable[[dict[str, Any]], Verdict]":
+    """Checks a record against the model, loaded once for each dtype that records have."""
+    from functools import cache
+
+    from bagcert.defenses.bagcert import DTYPES, load
+    from bagcert.recompute import image_path, recompute
+    from bagcert.verify import Verdict
+
+    loaded = cache(lambda dtype: load(name, device, dtype))
+    loaded("float32")  # a model that is not there is told first
+
+    def check(record: dict[str, Any]) -> Verdict:
+        dtype = record["environment"]["dtype"]
+        if dtype not in DTYPES:
+            return Verdict(False, f"its dtype is {dtype!r}, known are {' and '.join(DTYPES)}", "record")
+        return recompute(record, loaded(dtype), image_path(record, images))
+
+    return check
+
+
+def _result(number: int, record: dict[str, Any] | None, verdict: "Verdict") -> dict[str, Any]:
+    found: dict[str, Any] = {"line": number}
+    if record is None:
+        found |= dict.fromkeys(("source", "rule", "threat", "prediction", "certified", "margin", "locality"))
+    else:
+        said = {name: record["verdict"][name] for name in ("prediction", "certified", "margin")}
+        notation = record["threat"]["notation"]
+        found |= {"source": record["source"], "rule": record["rule"], "threat": notation, **said}
+        found["locality"] = record["locality"]
+    reason = verdict.reason[:MOST_CHARACTERS]  # which may quote what a hostile record holds
+    return {**found, "verified": verdict.ok, "fault": verdict.fault or None, "reason": reason}
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    source = "" if result["source"] is None else f" ({result['source']}, {result['rule']}, {result['threat']})"
+    return f"line {result['line']}{source}: {result['reason']}"

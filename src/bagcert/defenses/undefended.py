@@ -1,0 +1,116 @@
+"""Any ordinary classifier as a defence that defends nothing: what attacks are measured on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bagcert.certificate import Certificate
+from bagcert.errors import UsageError
+from bagcert.images import as_batch
+from bagcert.scores import lowest_argmax
+from bagcert.threat import PatchThreatModel
+
+RULE = "none"
+_AT_ONCE = 256
+
+
+class Undefended:
+    """A plain classifier behind the interface of a defence: it predicts, and certifies nothing.
+
+    Args:
+        model: images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; normalization is its own layer.
+            It is put into eval mode.
+        class_names: one per logit.
+        image_size: (height_px, width_px) it is meant for.
+        name: for tables.
+
+    Raises:
+        UsageError: fewer than two classes.
+
+    >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> defense = Undefended(model, ("red", "green", "blue"), (8, 8))
+    >>> defense.predict(np.full((1, 8, 8, 3), (0, 9, 0), dtype=np.uint8)).tolist()
+    [1]
+    """
+
+    rule = RULE
+    weights_sha256 = ""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str],
+        image_size: tuple[int, int],
+        name: str = "undefended",
+    ) -> None:
+        if len(class_names) < 2:
+            raise UsageError(f"a classifier needs at least two class names, got {len(class_names)}")
+        self.model = model.eval()
+        self.class_names = tuple(class_names)
+        self.image_size = (image_size[0], image_size[1])
+        self.name = name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        weight = next(self.model.parameters(), None)
+        return torch.device("cpu") if weight is None else weight.device
+
+    def logits(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+        """Logits of images in [0, 1], differentiable.
+
+        Raises:
+            UsageError: the model does not give one logit per class name.
+        """
+        logits = self.model(images)
+        if logits.ndim != 2 or logits.shape[1] != len(self.class_names):
+            raise UsageError(
+                f"the model must give [batch, {len(self.class_names)}] logits for its class names, "
+                f"got {list(logits.shape)}"
+            )
+        return logits
+
+    def predict(
+        self,
+        images: np.ndarray | Tensor,
+        patch: object = None,
+        rule: str | None = None,
+        placements: object = None,
+    ) -> Int[Tensor, " batch"]:
+        """The class with the largest logit, the lowest index among equals; whatever the patch.
+
+        Raises:
+            UsageError: bad images, or a rule other than "none".
+        """
+        if rule not in (None, RULE):
+            raise UsageError(f"an undefended classifier has no rule {rule!r}; leave it out, or give {RULE!r}")
+        self.model.eval()
+        with torch.no_grad():
+            parts = [self.logits(part.to(self.device)).float() for part in as_batch(images).split(_AT_ONCE)]
+        return lowest_argmax(torch.cat(parts))
+
+    def certify(
+        self,
+        images: np.ndarray | Tensor,
+        patch: "int | str | tuple[int, int] | PatchThreatModel" = 1,
+        rule: str | None = None,
+        placements: np.ndarray | str | None = None,
+    ) -> Certificate:
+        """The prediction with no proof at all: nothing is certified, the margin is -1 throughout.
+
+        `worst_placement` is the first admissible one.
+
+        Raises:
+            UsageError: bad images or patch, or a rule other than "none".
+        """
+        prediction = self.predict(images, rule=rule)
+        height, width = as_batch(images[:1]).shape[2:]
+        threat = PatchThreatModel.parse(patch, (height, width), placements)
+        shape = next(shape for shape in threat.shapes if threat.placements(shape).any())
+        top, left = np.argwhere(threat.placements(shape))[0]
+        worst = torch.tensor([[int(top), int(left), *shape]], device=prediction.device).repeat(len(prediction), 1)
+        none = torch.zeros_like(prediction, dtype=torch.bool)
+        return Certificate(prediction, none, torch.full_like(prediction, -1), worst, RULE, threat)

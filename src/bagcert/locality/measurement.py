@@ -1,0 +1,201 @@
+"""Measuring a region scorer."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bagcert.errors import BagcertError, UnsoundError, UsageError
+from bagcert.grid import RegionGrid
+from bagcert.locality.backend import Backend, precision, torch_backend
+from bagcert.locality.overflow import activation_bound
+from bagcert.locality.probes import Change, Prober, clean_images, places_for, thread_counts
+from bagcert.locality.report import Footprint, LocalityReport, Probe
+from bagcert.nets.probe import probe_grid
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.threat import PatchThreatModel
+
+BATCH_SIZES = (1, 7, 64)  # from the smallest, which has kernels of its own, to one that fills the threads
+MORE_BATCH_SIZES = (2, 8, 16, 33)  # for drift alone
+SHORT_BATCH = 16
+SHORT_PIXELS = 2**18  # in the batch of the short check, so that large images do not make loading long
+RANDOM_PLACES = 4
+MOST_ALONE = 4  # places at which one image alone is attacked by gradient
+MOST_SHAPES = 3
+
+
+def measure(
+    model: Any,
+    patch: object = None,
+    grid: RegionGrid | None = None,
+    images: Float[Tensor, "images channels height width"] | None = None,
+    thorough: bool = True,
+    seed: int = 0,
+) -> LocalityReport:
+    """What of a model's score map moves that should stand still, on its device and in its dtype.
+
+    Structural: NaN in pixel rows and columns, compared with the declared geometry. Numerical: NaN, random, extreme
+    and adversarial contents under patches at the corners, edges, middle and random places, in several batch sizes;
+    other images in the batch; other batch sizes and numbers of threads.
+
+    Args:
+        model: a defense, or a region scorer.
+        patch: the patches to try, in the notation of `PatchThreatModel.parse`; the defense's own when absent, or a
+            quarter of each side.
+        grid: the declared geometry; derived from the layers when absent.
+        images: clean images in [0, 1] to try besides noise and grey.
+        thorough: False is the short check at load: a tenth of the cost, no gradients, no drift.
+        seed: of contents and places.
+
+    Returns:
+        The report. A network that is not local by its layers gets one that refuses and says why.
+
+    Raises:
+        UsageError: the network cannot be followed, or the patch does not fit.
+    """
+    scorer: RegionScorer = getattr(model, "scorer", model)
+    size = scorer.image_size
+    shapes = shapes_for(model, patch, size)
+    name = getattr(model, "name", type(scorer.net).__name__)
+    facts: dict[str, Any] = {
+        "model": name,
+        "backend": "torch",
+        "device": device_name(scorer.device),
+        "dtype": str(scorer.autocast_dtype or torch.float32).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "image_size": size,
+        "patches": shapes,
+        "thorough": thorough,
+    }
+    refusal = dynamic_quantization(scorer)
+    try:
+        backend = torch_backend(scorer, grid)
+    except UnsoundError as error:
+        return LocalityReport(
+            footprint="unmeasured", probes=(), largest_score=0.0, refusal=refusal or str(error), **facts
+        )
+    footprint: Footprint = "unmeasured"
+    if thorough and not refusal:
+        with precision(scorer):
+            footprint = compare_footprint(scorer, backend.grid)
+    probes, largest = run_probes(backend, shapes, images, thorough, seed)
+    report = LocalityReport(footprint=footprint, probes=probes, largest_score=largest, refusal=refusal, **facts)
+    if not report.nan_spreads:
+        return report
+    return replace(report, activation_bound=_proved_bound(scorer, backend.grid))
+
+
+def run_probes(
+    backend: Backend,
+    shapes: tuple[tuple[int, int], ...],
+    images: Float[Tensor, "images channels height width"] | None,
+    thorough: bool,
+    seed: int = 0,
+) -> tuple[tuple[Probe, ...], float]:
+    """The numerical probes, and the largest score seen."""
+    random = torch.Generator().manual_seed(seed)
+    size = backend.grid.image_size
+    fixed = backend.batch_size
+    large = fixed or (max(BATCH_SIZES) if thorough else max(4, min(SHORT_BATCH, SHORT_PIXELS // (size[0] * size[1]))))
+    clean = clean_images(size, backend.channels, max(large, SHORT_BATCH), random)
+    if images is not None and len(images):
+        own = images[: len(clean) // 2].cpu().float()
+        clean = torch.cat([clean[: len(clean) - len(own)], own])
+    places = places_for(size, shapes, random, RANDOM_PLACES)
+    prober = Prober(backend, clean, places if thorough else places[:large], random)
+    nan = ("NaN",) if backend.takes_nan else ()
+    probes = []
+
+    def add(found: dict[str, Change], batch_size: int) -> None:
+        for name, change in found.items():
+            probes.append(change.probe(f"{name}, batch of {batch_size}", "NaN" if name == "NaN" else "leak"))
+
+    if thorough:
+        for batch_size in [fixed] if fixed else BATCH_SIZES:
+            add(prober.contents(batch_size, ("random", "extreme", *nan)), batch_size)
+        for batch_size, some in [(fixed, places)] if fixed else [(1, places[-MOST_ALONE:]), (SHORT_BATCH, places)]:
+            climber = Prober(backend, clean, some, random, prober.seen)
+            add({"adversarial": climber.adversarial(batch_size)}, batch_size)
+    else:
+        add(prober.contents(large, ("mixed", *nan)), large)
+        if not fixed:  # one image is enough to meet the kernels for one image
+            add(Prober(backend, clean[1:], places[-1:], random, prober.seen).contents(1, ("mixed",)), 1)
+    if large > 1:
+        add({"other neighbours": prober.neighbours(large, thorough)}, large)
+    if thorough:
+        add_drift(prober, probes, large)
+    return tuple(probes), prober.largest_score
+
+
+def add_drift(prober: Prober, probes: list[Probe], reference: int) -> None:
+    """Other batch sizes than `reference`, other numbers of threads than now."""
+    backend, now = prober.backend, torch.get_num_threads()
+    if backend.batch_size is None:
+        for batch_size in sorted({*BATCH_SIZES, *MORE_BATCH_SIZES} - {reference}):
+            change = prober.batch_size(batch_size, reference)
+            probes.append(change.probe(f"batch of {batch_size} instead of {reference}", "drift"))
+    if backend.threads is not None:
+        for count in thread_counts(now):
+            change = prober.threads(count, (1, reference) if backend.batch_size is None else (reference,))
+            probes.append(change.probe(f"{count} threads instead of {now}", "drift"))
+
+
+def _proved_bound(scorer: RegionScorer, declared: RegionGrid) -> float | None:
+    """The activation bound, if the layers themselves are proved to stay within the declared geometry."""
+    try:
+        local = declared.covers(scorer.grid())
+    except BagcertError:
+        return None
+    bound = activation_bound(scorer) if local else math.inf
+    return bound if math.isfinite(bound) else None
+
+
+def require_local(report: LocalityReport, portable: bool = False) -> None:
+    """Refuses a model whose certificates would mean nothing here.
+
+    Raises:
+        UnsoundError: the report says so; the sentence says what moved.
+    """
+    if report.consequence == "refused":
+        raise UnsoundError(f"{report.model} is not local on {report.device} in {report.dtype}: {report.reason}")
+    if portable and report.across_configurations == "refused":
+        raise UnsoundError(
+            f"{report.model} on {report.device} in {report.dtype}: scores move by {report.drift_z:g} from one batch "
+            "size or number of threads to another, too much for certificates that hold across them"
+        )
+
+
+def compare_footprint(scorer: RegionScorer, declared: RegionGrid) -> Footprint:
+    """What NaN in each row and column of pixels reaches, against what is declared."""
+    try:
+        measured = probe_grid(scorer, declared.image_size, scorer.channels)
+    except UsageError:  # NaN without NaN in the image: a large weight, say; the numerical probes decide
+        return "unmeasured"
+    if not declared.covers(measured):
+        return "larger"
+    return "equal" if measured.covers(declared) else "inside"
+
+
+def dynamic_quantization(scorer: RegionScorer) -> str:
+    """A reason to refuse where a layer takes its range from the whole map at run time; "" if none does."""
+    for name, part in scorer.named_modules():
+        if "quantized.dynamic" in type(part).__module__:
+            return f"{name} ({type(part).__name__}) is quantized dynamically: its range is that of the whole batch"
+    return ""
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the name of the accelerator."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def shapes_for(model: Any, patch: object, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """The largest few shapes of the patch asked for, or of the model's own."""
+    chosen = patch if patch is not None else getattr(model, "patch", None)
+    if chosen is None:
+        return ((max(1, size[0] // 4), max(1, size[1] // 4)),)
+    shapes = PatchThreatModel.parse(chosen, size).shapes  # type: ignore[arg-type]
+    return tuple(sorted(shapes, key=lambda shape: -shape[0] * shape[1])[:MOST_SHAPES])

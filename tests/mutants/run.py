@@ -1,0 +1,92 @@
+"""Makes every mistake of the table in a copy of the sources, one at a time; the fast tests must notice each.
+
+python -m tests.mutants.run --json --out mutants.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.mutants.copies import PASSED, Mutant, StaleMutantError, Trial, run, server
+from tests.mutants.table import MUTANTS
+
+# The quickest first: a mutant is done with at its first failure.
+FAST_TESTS = [
+    "tests/unit/test_threat.py",
+    "tests/unit/test_grid.py",
+    "tests/unit/test_scores.py",
+    "tests/unit/rules/test_vote.py",
+    "tests/proofs/test_theorem_cases.py",
+    "tests/unit/rules/test_double_masking.py",
+    "tests/unit/rules/test_largest.py",
+    "tests/properties/test_exactness.py::test_agreement_script",
+    "tests/proofs/test_double_masking_exhaustive.py::test_every_binary_map_under_every_attack[2x4-1x2]",
+]
+
+
+def result(trials: dict[str, Trial], stale: list[str], seconds: float) -> dict:
+    """The score: `broken` are mutants under which the tests could not even start, which proves nothing."""
+    killed = sum(trial.killed for trial in trials.values())
+    return {
+        "command": "python -m tests.mutants.run",
+        "mutants": len(trials) + len(stale),
+        "killed": killed,
+        "survived": [name for name, trial in trials.items() if trial.code == PASSED],
+        "stale": stale,
+        "broken": [name for name, trial in trials.items() if not trial.killed and trial.code != PASSED],
+        "killers": {name: trial.failure for name, trial in trials.items() if trial.killed},
+        "seconds": round(seconds, 1),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="mutants at once")
+    parser.add_argument("--only", default="", help="mutants whose name or file contains this")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--out", type=Path, help="a file to write the same JSON to")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if any(options.only in text for text in (m.name, *(edit[0] for edit in m.edits)))]
+    started, context = time.monotonic(), server()
+    sound = run(context, None, FAST_TESTS, timeout_s=1800)
+    if sound.code != PASSED:
+        print(f"{sound.output}\nThe tests fail on the sources as they are; mutants prove nothing.", file=sys.stderr)
+        return 1
+
+    def trial(mutant: Mutant) -> Trial | None:
+        try:
+            found = run(context, mutant, FAST_TESTS, timeout_s=60 + 10 * sound.seconds)
+        except StaleMutantError as error:
+            print(f"stale     {error}", file=sys.stderr, flush=True)
+            return None
+        verdict = "killed" if found.killed else "SURVIVED" if found.code == PASSED else "broken"
+        print(f"{verdict:9} {found.seconds:5.1f} s  {mutant.name}  {found.failure}", file=sys.stderr, flush=True)
+        if verdict == "broken":
+            print(found.output, file=sys.stderr)
+        return found
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        trials = dict(zip([mutant.name for mutant in chosen], pool.map(trial, chosen), strict=True))
+    stale = [name for name, found in trials.items() if found is None]
+    done = {name: found for name, found in trials.items() if found is not None}
+    score = result(done, stale, time.monotonic() - started)
+    if options.out:
+        options.out.write_text(json.dumps(score, indent=2) + "\n")
+    if options.json:
+        print(json.dumps(score))
+    else:
+        print(f"{score['killed']} of {score['mutants']} mutants killed in {score['seconds']:.0f} s")
+        for kind in ("survived", "stale", "broken"):
+            print("".join(f"{kind}: {name}\n" for name in score[kind]), end="")
+    return int(score["killed"] < score["mutants"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+"""The mistakes: what is wrong, and the edit that makes it. Mutants that change no answer are not listed."""
+
+from tests.mutants.copies import Mutant
+
+THREAT = {
+    "the last row is no placement": [
+        (
+            "np.ones((self.image_size[0] - h + 1, self.image_size[1] - w + 1)",
+            "np.ones((self.image_size[0] - h, self.image_size[1] - w + 1)",
+        )
+    ],
+    "the last column is no placement": [
+        (
+            "np.ones((self.image_size[0] - h + 1, self.image_size[1] - w + 1)",
+            "np.ones((self.image_size[0] - h + 1, self.image_size[1] - w)",
+        )
+    ],
+    "tops without the last": [("self.image_size[0] - shape[0] + 1", "self.image_size[0] - shape[0]")],
+    "lefts without the last": [("self.image_size[1] - shape[1] + 1", "self.image_size[1] - shape[1]")],
+    "one forbidden pixel under a patch is allowed": [("integral[:-h, :-w]) == 0", "integral[:-h, :-w]) <= 1")],
+    "the part of a mask image that is forbidden counts as allowed": [(">= 128", "< 128")],
+    "several patches read as one": [
+        ("patches, shapes_text = int(match[1]), match[2]", "patches, shapes_text = 1, match[2]")
+    ],
+    "height and width swapped": [
+        ("return [(int(match[1]), int(match[2]))]", "return [(int(match[2]), int(match[1]))]")
+    ],
+    "percentages rounded down": [("math.ceil(", "math.floor(")],
+    "areas without the tallest rectangle": [("range(1, min(height, area) + 1)", "range(1, min(height, area))")],
+    "smaller shapes dropped under a mask, where they may fit alone": [
+        ("if self.allowed is None:\n            # Inside", "if shapes:\n            # Inside")
+    ],
+    "shapes dropped though they are wider than the taller ones": [("if shape[1] > widest:", "if widest == 0:")],
+    "equally wide shapes kept though they lie in another": [("if shape[1] > widest:", "if shape[1] >= widest:")],
+    "threats equal whatever their allowed placements, so that cached windows are mixed up": [
+        (
+            "return (self.image_size, self.shapes, self.patches, mask)",
+            "return (self.image_size, self.shapes, self.patches, mask is None)",
+        )
+    ],
+    "threats equal whatever their number of patches": [
+        ("return (self.image_size, self.shapes, self.patches, mask)", "return (self.image_size, self.shapes, mask)")
+    ],
+    "a patch wider than the image is accepted": [("if h > height or w > width:", "if h > height and w > width:")],
+    "a patch of height 0 is accepted": [("if h < 1 or w < 1:", "if h < 1 and w < 1:")],
+}
+
+GRID = {
+    "the last region is missing": [("// stride + 1", "// stride")],
+    "receptive fields one pixel short": [("pixel < first + receptive_field", "pixel < first + receptive_field - 1")],
+    "receptive fields start one pixel late": [("(pixel >= first)", "(pixel > first)")],
+    "no padding at the far side": [("pixels - 2 * start - receptive_field", "pixels - start - receptive_field")],
+    "regions counted as if padding were not clipped": [("first = start + stride", "first = abs(start) + stride")],
+    "patches one pixel smaller than declared": [
+        ("return count[side:] > count[:-side]", "return count[side - 1 : -1] > count[:-side]")
+    ],
+    "the last placement of an axis is missing": [
+        ("return count[side:] > count[:-side]", "return count[side:-1] > count[: -side - 1]")
+    ],
+    "regions touched only where they see the whole patch": [
+        ("return count[side:] > count[:-side]", "return count[side:] >= count[:-side] + side")
+    ],
+    "strided windows hold too few positions": [
+        ("return count[side:] > count[:-side]", "return count[side:] > count[:-side] + (seen.sum(1) > 1)")
+    ],
+    "touched columns from the height of the patch": [("self._shape(patch)[1]", "self._shape(patch)[0]")],
+    "minimal windows instead of maximal ones": [("inside.sum(1) == 1", "inside.sum(0) == 1")],
+    "the last maximal window dropped": [
+        (
+            "is_maximal = inside.sum(1) == 1",
+            "is_maximal = (inside.sum(1) == 1) & (np.arange(len(inside)) < max(1, len(inside) - 1))",
+        )
+    ],
+    "windows kept though they lie in another": [("is_maximal = inside.sum(1) == 1", "is_maximal = inside.sum(1) >= 1")],
+    "inside and outside confused": [("counts.sum(1)[:, None]", "counts.sum(1)[None, :]")],
+    "windows in another order than placements": [("order = np.argsort(first)", "order = np.argsort(-first)")],
+    "runs of equal lines end only where every region changes": [
+        ("(touched[1:] != touched[:-1]).any(1)", "(touched[1:] != touched[:-1]).all(1)")
+    ],
+    "all windows kept where placements are restricted": [
+        ("keep = np.zeros(size, dtype=bool)", "keep = np.ones(size, dtype=bool)")
+    ],
+    "only the first shape of a set": [("for shape in threat.shapes:", "for shape in threat.shapes[:1]:")],
+    "only the last shape of a set": [("for shape in threat.shapes:", "for shape in threat.shapes[-1:]:")],
+    "resizing narrows what a pixel reaches": [("inner.astype(np.float32)) > 0", "inner.astype(np.float32)) > 1")],
+    "a grid covers another if it does in one direction": [("and not (other.cols_seen", "or not (other.cols_seen")],
+    "a transposed grid is the same grid": [
+        ("RegionGrid(self.cols_seen, self.rows_seen)", "RegionGrid(self.rows_seen, self.cols_seen)")
+    ],
+    "the witness of a window is the placement that reaches least": [
+        ("order = np.lexsort((-touched.sum(1), window_of))", "order = np.lexsort((touched.sum(1), window_of))")
+    ],
+    "windows one row smaller than they are": [
+        ("np.outer(self.rows.sum(1), self.cols.sum(1))", "np.outer(self.rows.sum(1) - 1, self.cols.sum(1))")
+    ],
+    "a threat for another image size is accepted": [
+        ("if threat.image_size != grid.image_size:", "if threat.image_size < grid.image_size:")
+    ],
+}
+
+TIE_PENALTY = "device=prediction.device)[None, :] < prediction[:, None]"
+HIGHEST = "return values.shape[1] - 1 - values.flip(1).max(1).indices"
+
+SCORES = {
+    "ties to the highest class in the prediction": [("return values.max(1).indices", HIGHEST)],
+    "ties to the wrong side in the margin": [(TIE_PENALTY, TIE_PENALTY.replace("<", ">"))],
+    "ties to the highest class in both": [
+        ("return values.max(1).indices", HIGHEST),
+        (TIE_PENALTY, TIE_PENALTY.replace("<", ">")),
+    ],
+    "ties cost nothing in the margin": [(TIE_PENALTY, TIE_PENALTY.replace("<", "< 0 *"))],
+    "the range of scores taken for its upper end": [("return self.high - self.low", "return self.high")],
+    "class sums in 16 bits": [("dtype=torch.int64)\n\n    def predict", "dtype=torch.int16)\n\n    def predict")],
+    "float32 sums beyond 2^24": [
+        (
+            "return torch.float32 if 4 * span * regions < 2**24 else torch.float64",
+            "return torch.float32",
+        )
+    ],
+    "float32 sums up to four times what is exact": [("if 4 * span * regions < 2**24", "if span * regions < 2**24")],
+    "large scores rounded before they are shifted": [
+        ("if max(abs(self.low), abs(self.high)) < 2**24:", "if self.low <= self.high:")
+    ],
+    "levels do not start at 0": [
+        ("return scores.to(self.exact_dtype) - self.low", "return scores.to(self.exact_dtype)")
+    ],
+    "NaN quantized to the highest score": [("nan=-FIXED_POINT_LIMIT", "nan=FIXED_POINT_LIMIT")],
+    "infinity quantized to the lowest score": [("posinf=FIXED_POINT_LIMIT", "posinf=-FIXED_POINT_LIMIT")],
+    "the clip forgotten": [(".clamp(-FIXED_POINT_LIMIT, FIXED_POINT_LIMIT)", "")],
+    "the clip at one end only": [(".clamp(-FIXED_POINT_LIMIT, FIXED_POINT_LIMIT)", ".clamp(max=FIXED_POINT_LIMIT)")],
+    "scores cut off instead of rounded": [("scaled.round()", "scaled.trunc()")],
+    "the scale forgotten": [("z.float() * scale", "z.float()")],
+    "a score of exactly 0 counts as 1": [("return (z > 0)", "return (z >= 0)")],
+    "NaN counts as 1": [("return (z > 0)", "return (~(z <= 0))")],
+    "scores below their range accepted": [("self.low <= self.scores.min() and self.scores.max()", "self.scores.max()")],
+    "scores above their range accepted": [
+        ("self.low <= self.scores.min() and self.scores.max() <= self.high", "self.low <= self.scores.min()")
+    ],
+    "rules under the autocast of the caller": [("torch.autocast(device.type, enabled=False), ", "")],
+    "reduced precision of products left on": [('backend.fp32_precision = "ieee"', "pass")],
+    "devices that cannot count trusted": [
+        ("if (found := sums.tolist()) != expected:", "if not (found := sums.tolist()):")
+    ],
+}
+
+WINDOWS = {
+    "an empty remainder counts as agreement": [
+        ("missing.sum(1, keepdim=True)).any(1)", "missing.sum(1, keepdim=True)).all(1)")
+    ],
+    "gaps between allowed windows count as windows": [
+        ("return values if self.gaps is None else values.masked_fill(self.gaps, fill)", "return values")
+    ],
+    "majority ties to the highest class": [
+        (
+            "lowest_argmax(counts[:, 1:])",
+            "classes - 1 - lowest_argmax(counts[:, 1:].flip(1))",
+        )
+    ],
+    "majority ties to the label seen first": [
+        (
+            "lowest_argmax(counts[:, 1:])",
+            "labels.gather(1, lowest_argmax(counts.gather(1, labels + 1) * (labels >= 0))[:, None])[:, 0]",
+        )
+    ],
+    "no label counts as a label in the majority": [
+        ("lowest_argmax(counts[:, 1:]), otherwise", "lowest_argmax(counts).sub(1).clamp(min=0), otherwise")
+    ],
+    "the last image forgotten": [("range(0, count, step)", "range(0, count - 1, step)")],
+    "the worst of the margins found, not the least": [('margin, "amin")', 'margin, "amax")')],
+}
+
+LEAD = "_own(sums, label) - sums - tie_penalty(label, score_map.classes)"
+
+VOTE = {
+    ">= for >: certified at margin -1": [("margin >= 0", "margin >= -1")],
+    "> for >=: a margin of 0 is refused": [("margin >= 0", "margin > 0")],
+    "ties forgotten in the margin of the vote": [(LEAD, "_own(sums, label) - sums")],
+    "window damage without u": [("_own(sums, label) + span * windows.sizes", "_own(sums, label) + 0 * windows.sizes")],
+    "u halved": [("+ span * windows.sizes", "+ span * windows.sizes // 2")],
+    "the runner-up only": [
+        (
+            "margin[images], rival = left.min(1)",
+            "rival = sums.scatter(1, label[:, None], -1).max(1).indices; margin[images] = _own(left, rival)[:, 0]",
+        )
+    ],
+    "what the rival holds in the window forgotten": [
+        ("windows.sizes)[:, None] - sums", "windows.sizes)[:, None] - 0 * sums")
+    ],
+    "what the label holds in the window forgotten": [("(_own(sums, label) + span", "(0 * _own(sums, label) + span")],
+    "the last window missing": [
+        ("damage.amax(2, keepdim=True)", "damage[..., : max(1, damage.shape[2] - 1)].amax(2, keepdim=True)")
+    ],
+    "the first window missing": [
+        ("damage.amax(2, keepdim=True)", "damage[..., min(1, damage.shape[2] - 1) :].amax(2, keepdim=True)")
+    ],
+    "the weakest window": [("damage.amax(2, keepdim=True)", "damage.amin(2, keepdim=True)")],
+    "K patches counted as one": [("_largest(damage, threat.patches)", "_largest(damage, 1)")],
+    "maximal windows where placements are restricted": [("maximal=threat.allowed is None", "maximal=True")],
+    "the label its own rival": [("left.scatter_(1, label[:, None], torch.iinfo(torch.int64).max)", "pass")],
+    "the worst placement is the best one": [
+        (".sort(dim=1, descending=True, stable=True)", ".sort(dim=1, descending=False, stable=True)")
+    ],
+    "sums in half precision": [("sums = levels.sum((2, 3))\n", "sums = levels.half().sum((2, 3)).float()\n")],
+}
+
+LEVINE_FEIZI = {
+    "factor 1 for 2": [("lead.amin(1) - 2 * score_map.span", "lead.amin(1) - 1 * score_map.span")],
+    "counting: K patches counted as one": [("* threat.patches * sizes", "* sizes")],
+    "counting: u forgotten": [("2 * score_map.span * threat", "2 * threat")],
+    "counting: ties forgotten": [(" - tie_penalty(prediction, score_map.classes)", "")],
+    "counting: the first window for the largest": [
+        ("largest = lowest_argmax(sizes[None])", "largest = torch.tensor([0])")
+    ],
+    "counting: gaps count as windows": [(".masked_fill(~windows.keep, -1)", "")],
+}
+
+DETECTION = {
+    "detection ignores alerts": [("score_map.classes) - most", "score_map.classes)")],
+    "detection: ties forgotten": [(" - tie_penalty(label, score_map.classes) - most", " - most")],
+    "detection: a mask over everything raises no alert": [("margin.clamp_(max=-1)", "pass")],
+    "detection: several patches treated as one": [
+        ("if threat.patches > 1 else None", "if threat.patches > 2 else None")
+    ],
+    "detection: the weakest mask": [(".max(2)\n            left", ".min(2)\n            left")],
+}
+
+DOUBLE_MASKING = {
+    "two windows that cover the map certify": [("margin.clamp_(max=-1)", "pass")],
+    "a disagreer passes though a pair leaves nothing": [
+        (
+            "open_ = (first >= 0) & (first != answer[:, None]) & ~windows.completed",
+            "open_ = (first >= 0) & (first != answer[:, None])",
+        )
+    ],
+    "a mask over everything has a label": [
+        ("unlabelled = ~windows.keep | (windows.sizes == levels[0, 0].numel())", "unlabelled = ~windows.keep")
+    ],
+    "gaps vote in the first round": [("unlabelled = ~windows.keep | ", "unlabelled = ")],
+    "the plain prediction for the majority": [
+        ("answer = majority(first, levels.shape[1], lowest_argmax(total))", "answer = lowest_argmax(total)")
+    ],
+    "no second round": [
+        (
+            "open_ = (first >= 0) & (first != answer[:, None]) & ~windows.completed",
+            "open_ = torch.zeros_like(first, dtype=torch.bool)",
+        )
+    ],
+    "a disagreer passes against any rival, not all": [("penalty).all(1)", "penalty).any(1)")],
+    "ties forgotten in the second round": [
+        (
+            "penalty = tie_penalty(k, levels.shape[1]).to(levels.dtype)",
+            "penalty = 0 * tie_penalty(k, levels.shape[1]).to(levels.dtype)",
+        )
+    ],
+    "ties to the wrong side against the majority": [("(c < k).to(levels.dtype)", "(c > k).to(levels.dtype)")],
+    "a lead must be more than the tie rule asks": [("- worst >= penalty", "- worst > penalty")],
+    "the second mask that helps most, not the one that hurts most": [("-torch.inf).amax(-1)", "torch.inf).amin(-1)")],
+    "the first mask forgotten in the second round": [
+        ("outside = ~windows.masks[mask]", "outside = windows.masks[mask] > 1")
+    ],
+    "the prediction and certificate of the plain sum": [
+        ("label = _prediction(windows, levels, sums)", "label = lowest_argmax(levels.sum((2, 3)))")
+    ],
+    "two patches masked as one": [
+        (
+            "    if threat.patches > 1:\n        return union_double_masking",
+            "    if threat.patches > 2:\n        return union_double_masking",
+        )
+    ],
+}
+
+WINDOW_PAIRS = {
+    "single masks only": [
+        (
+            "image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)\n    _greedy",
+            "image, rival = (floor < floor).nonzero(as_tuple=True)\n    _greedy",
+        )
+    ],
+    "a floor without the second mask": [("floor = base - single - positive.amax(2)", "floor = base - single")],
+    "a bound from signed sums": [("windows.sums(lead.clamp(min=0))", "windows.sums(lead)")],
+    "pairs: ties forgotten": [("base = lead.sum((2, 3)) - tie_penalty(label, classes)", "base = lead.sum((2, 3))")],
+    "pairs of one shape only": [("for second in blocks[first:]:", "for second in blocks[first : first + 1]:")],
+    "pairs from the same rows left out": [("pairs.triu()", "pairs.triu(1)")],
+    "what both windows hold counted twice": [("rows2[j] & ~rows[i]]", "rows2[j]]")],
+    "columns of both windows for those of either": [("cols[a] | cols2[b]", "cols[a] & cols2[b]")],
+    "gaps in pairs": [("if table.keep is not None:", "if table.keep is None:")],
+    "the search ends with the greedy pair": [
+        ("open_ = floor[image, rival] < best.margin[image]", "open_ = floor[image, rival] < floor[image, rival]")
+    ],
+    "pairs: the label its own rival": [("base[every, label] = torch.inf", "pass")],
+}
+
+UNION_MASKING = {
+    "unions without repetition": [
+        (
+            "list(combinations_with_replacement(kept, threat.patches))",
+            "list(__import__('itertools').combinations(kept, threat.patches))",
+        )
+    ],
+    "unions: two that cover the map certify": [("margin.clamp_(max=-1)", "pass")],
+    "unions: a floor of K windows for 2K": [("_top(positive, 2 * patches)", "_top(positive, patches)")],
+    "unions: a search of K windows for 2K": [("nothing, 2 * patches)", "nothing, patches)")],
+    "unions: a mask over everything has a label": [(".masked_fill(unions.masks.all(1), -1)", "")],
+    "unions: a disagreer passes though a pair leaves nothing": [(" & ~unions.completed\n", "\n")],
+    "unions: ties to the wrong side against the majority": [(">= int(common < label)", ">= int(common > label)")],
+    "unions: ties forgotten in the second round": [
+        ("left = (lead * unions.outside[row]).sum(1) - penalty", "left = (lead * unions.outside[row]).sum(1)")
+    ],
+    "unions: the second mask that helps most": [
+        ("unions.sums(lead * unions.outside[row]).max(1)", "unions.sums(lead * unions.outside[row]).min(1)")
+    ],
+    "unions: ties forgotten in the margin": [
+        ("base = lead.sum(2) - tie_penalty(label, levels.shape[1])", "base = lead.sum(2)")
+    ],
+    "unions: a bound that forgets the last window": [("(remaining - 1) * ceiling", "(remaining - 2) * ceiling")],
+    "unions: no limit on their number": [("if count > MOST_UNIONS:", "if count < 0:")],
+}
+
+LARGEST = {
+    "largest certified side off by one": [("*(side - 1 for side in sides[1:])", "*(side for side in sides[1:])")],
+    "largest certified side one window set too small": [
+        (", device=device)[low]", ", device=device)[(low - 1).clamp(min=0)]")
+    ],
+    "the largest side never tried": [
+        ("high = torch.full_like(low, len(sides))", "high = torch.full_like(low, len(sides) - 1)")
+    ],
+    "certifiable with another label than the deployed one": [(" & (found.prediction == label[open_])", "")],
+    "certifiable: the smallest side first": [
+        ("in reversed(list(zip(sides, last_px, strict=True))):", "in list(zip(sides, last_px, strict=True)):")
+    ],
+    "largest: several patches counted as one": [("threat.patches if threat else 1", "1")],
+    "largest: a masking rule is worth its masks on every image": [
+        ("return certificate.certified.long() *", "return torch.ones_like(certificate.margin) *")
+    ],
+    "covered where one reach is": [("if not covered.all():", "if not covered.any():")],
+    "covered in rows or columns": [
+        ("rows @ mask.keep @ cols.T", "(rows.any(1)[:, None] & mask.keep.any()) | cols.any(1)[None]")
+    ],
+    "a masked square covered where none fits": [("if _has_room(threat, middle) and _covers(", "if _covers(")],
+}
+
+MUTANTS = [
+    Mutant(name, tuple((file, text, replacement) for text, replacement in edits))
+    for file, mistakes in {
+        "threat.py": THREAT,
+        "grid.py": GRID,
+        "scores.py": SCORES,
+        "rules/windows.py": WINDOWS,
+        "rules/vote.py": VOTE,
+        "rules/levine_feizi.py": LEVINE_FEIZI,
+        "rules/detection.py": DETECTION,
+        "rules/double_masking.py": DOUBLE_MASKING,
+        "rules/window_pairs.py": WINDOW_PAIRS,
+        "rules/union_masking.py": UNION_MASKING,
+        "rules/largest.py": LARGEST,
+    }.items()
+    for name, edits in mistakes.items()
+]

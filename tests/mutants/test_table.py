@@ -1,0 +1,63 @@
+"""The mutants fit the sources as they are, and the copies are what the tests run against."""
+
+from collections import Counter
+
+import pytest
+
+from tests.mutants.copies import FAILED, PASSED, SOURCE, Mutant, StaleMutantError, run, server
+from tests.mutants.run import FAST_TESTS, result
+from tests.mutants.table import MUTANTS
+
+QUICK = ["tests/unit/test_threat.py::test_the_last_row_and_column_are_placements"]
+
+
+def named(name: str) -> Mutant:
+    (found,) = (mutant for mutant in MUTANTS if mutant.name == name)
+    return found
+
+
+def test_every_mutant_fits_the_sources_exactly_once_and_is_python():
+    for mutant in MUTANTS:
+        changed = {file: (SOURCE / "bagcert" / file).read_text() for file, _, _ in mutant.edits}
+        for file, text, replacement in mutant.edits:
+            assert changed[file].count(text) == 1, f"{mutant.name}: stale, {text!r}"
+            changed[file] = changed[file].replace(text, replacement)
+        for file, source in changed.items():
+            assert source != (SOURCE / "bagcert" / file).read_text(), mutant.name
+            compile(source, file, "exec")
+
+
+def test_names_say_which_mutant_is_meant():
+    assert len(MUTANTS) >= 50
+    assert Counter(mutant.name for mutant in MUTANTS).most_common(1)[0][1] == 1
+    assert len({mutant.edits for mutant in MUTANTS}) == len(MUTANTS)
+    assert {edit[0].split("/")[0] for mutant in MUTANTS for edit in mutant.edits} == {
+        "threat.py",
+        "grid.py",
+        "scores.py",
+        "rules",
+    }
+
+
+def test_the_tests_run_against_a_copy_and_notice_what_is_wrong_with_it():
+    context = server(preload=False)
+    mutant = named("the last row is no placement")
+    trial = run(context, mutant, QUICK)
+    assert (trial.code, trial.killed) == (FAILED, True)
+    assert trial.failure.startswith(QUICK[0])
+    sound = run(context, None, QUICK)
+    assert (sound.code, sound.killed) == (PASSED, False)
+    assert "placements" in (SOURCE / "bagcert/threat.py").read_text()  # untouched
+    score = result({mutant.name: trial, "harmless": sound}, ["gone"], 1.0)
+    assert (score["mutants"], score["killed"], score["survived"]) == (3, 1, ["harmless"])
+    assert (score["stale"], score["broken"]) == (["gone"], [])
+
+
+def test_a_mutant_whose_text_is_gone_is_stale():
+    with pytest.raises(StaleMutantError, match=r"0 times in threat\.py"):
+        Mutant("old", (("threat.py", "no such line", ""),)).apply(SOURCE / "bagcert")
+
+
+def test_the_fast_tests_are_there():
+    root = SOURCE.parent
+    assert all((root / test.split("::")[0]).exists() for test in FAST_TESTS)

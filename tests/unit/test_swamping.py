@@ -1,0 +1,186 @@
+"""Swamping: whatever numbers a net puts out under a patch, certified predictions stand.
+
+The net here hands its output to the attacker: where red and green differ it adds 1e30, infinities of both signs, or a
+product with a subnormal weight; neighbouring pixels of both kinds cancel to NaN.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bagcert import scores as scores_module
+from bagcert.defenses.bagcert import BagCert, load
+from bagcert.errors import UnsoundError
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.rules import RULES
+from tests import oracle
+
+SIZE, PATCH = (7, 8), 2
+NAMES = ("blue", "not blue", "neither")
+SCALE = 1500.0
+# What the attacker's signal of 1e30 is multiplied by, and what it then adds to each class.
+SWAMPS = {
+    "1e30": (1.0, (1.0, 1.0, -1.0)),
+    "infinities and NaN": (1e30, (1.0, -1.0, 1.0)),
+    "of one sign": (1.0, (1e30, 1e30, 1e30)),
+    "subnormal": (1.0, (1e-40, -1e-40, 1e-45)),
+}
+
+
+def swamped_model(swamp, strength, head, dtype=None, rule="vote"):
+    """Class scores are the mean over 3x3 px of how blue, how little blue and a constant, plus the swamp."""
+    gain, added = swamp
+    first = nn.Conv2d(3, 2, 1, bias=False)
+    first.weight.data = torch.tensor([[0.0, 0.0, 1.0], [strength, -strength, 0.0]])[:, :, None, None]
+    middle = nn.Conv2d(2, 2, 1, bias=False)
+    middle.weight.data = torch.tensor([[1.0, 0.0], [0.0, gain]])[:, :, None, None]
+    second = nn.Conv2d(2, 3, 3, padding=1)
+    second.weight.data = torch.zeros(3, 2, 3, 3)
+    second.weight.data[:, 0] = torch.tensor([1.0, -1.0, 0.0])[:, None, None] / 9
+    second.weight.data[:, 1] = torch.tensor(added)[:, None, None]
+    second.bias.data = torch.tensor([-0.4, 0.4, -0.3])
+    net = nn.Sequential(first, middle, second)
+    scorer = RegionScorer(net, NAMES, SIZE, head, SCALE)
+    scorer.autocast_dtype = dtype
+    return BagCert(scorer, rule, PATCH)
+
+
+def clean_images():
+    """Red equals green to the last bit, so the swamp is dry: blue, not blue, and in the last image one wet pixel."""
+    images = torch.full((3, 3, *SIZE), 0.25)
+    images[0, 2], images[1, 2], images[2, 2] = 0.95, 0.0, 1.0
+    images[2, 0, 6, 7] = 0.75
+    return images
+
+
+def contents():
+    """Red minus green under the patch: up, down, both, hardly."""
+    up = torch.tensor([1.0, 0.0, 0.5])[:, None, None].expand(3, PATCH, PATCH)
+    down = torch.tensor([0.0, 1.0, 0.5])[:, None, None].expand(3, PATCH, PATCH)
+    checkers = torch.where(torch.tensor([[True, False], [False, True]]), up, down)
+    halves = torch.where(torch.tensor([[True, True], [False, False]]), up, down)
+    hardly = torch.tensor([0.25, 0.25 + 2**-20, 0.0])[:, None, None].expand(3, PATCH, PATCH)
+    return [up, down, checkers, halves, hardly]
+
+
+def attacked(image):
+    """Every content at every placement."""
+    found = []
+    for content in contents():
+        for top in range(SIZE[0] - PATCH + 1):
+            for left in range(SIZE[1] - PATCH + 1):
+                changed = image.clone()
+                changed[:, top : top + PATCH, left : left + PATCH] = content
+                found.append(changed)
+    return torch.stack(found)
+
+
+def integers(z, head):
+    """The heads once more, in numpy."""
+    z = z.numpy().astype(np.float64)
+    if head == "binary":
+        return np.where(np.isnan(z), 0, z > 0).astype(int)
+    # The product is one of float32.
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = (z.astype(np.float32) * np.float32(SCALE)).astype(np.float64)
+    return np.rint(np.clip(np.where(np.isnan(scaled), -np.inf, scaled), -2047, 2047)).astype(int)
+
+
+def holds(model, head):
+    """Certifies the clean images by every rule, and attacks what is certified; returns how many attempts and z seen."""
+    images, attempts = clean_images(), 0
+    grid = model.scorer.grid()
+    masks = oracle.mask_set(grid.rows_seen, grid.cols_seen, [(PATCH, PATCH)])
+    changed = [attacked(image) for image in images]
+    z = [model.scorer.real_scores(batch) for batch in changed]
+    for rule in RULES:
+        certificate = model.certify(images, rule=rule)
+        if rule == "double-masking":
+            assert bool(certificate.certified[:2].all())
+        for i, batch in enumerate(changed):
+            found = model.predict(batch, rule=rule)
+            maps = integers(z[i], head)
+            if rule == "double-masking":
+                expected = [oracle.double_masking_prediction(scores, masks) for scores in maps]
+            else:
+                expected = [oracle.plain_prediction(scores) for scores in maps]
+            assert found.tolist() == expected
+            if not certificate.certified[i]:
+                continue
+            kept = found == certificate.prediction[i]
+            if rule == "detection":
+                kept |= ~model.certify(batch, rule=rule).certified
+            assert bool(kept.all())
+            attempts += len(batch)
+    return attempts, torch.cat(z)
+
+
+@pytest.mark.parametrize("head", ["fixed-point", "binary"])
+@pytest.mark.parametrize("swamp", SWAMPS)
+def test_certified_predictions_stand_in_float32(swamp, head):
+    model = swamped_model(SWAMPS[swamp], 1e30, head).check_locality()
+    attempts, z = holds(model, head)
+    assert attempts > 400
+    if swamp == "1e30":
+        assert z.abs().max() > 1e29
+    elif swamp == "subnormal":
+        assert not z.isnan().any()
+    else:
+        assert z.isinf().any()
+        assert bool(z.isnan().any()) == (swamp == "infinities and NaN")
+
+
+@pytest.mark.parametrize("head", ["fixed-point", "binary"])
+@pytest.mark.parametrize("swamp", SWAMPS)
+def test_in_bfloat16_they_stand_or_the_model_is_refused(swamp, head):
+    """Some kernels multiply neighbours by zero, which turns infinities far from the patch into NaN."""
+    model = swamped_model(SWAMPS[swamp], 1e30, head, torch.bfloat16)
+    try:
+        model.check_locality()
+    except UnsoundError:
+        return
+    assert holds(model, head)[0] > 400
+
+
+@pytest.mark.parametrize("head", ["fixed-point", "binary"])
+def test_in_bfloat16_huge_finite_scores_are_no_reason_to_refuse(head):
+    model = swamped_model((1.0, (1.0, 1e10, -1e10)), 1e18, head, torch.bfloat16).check_locality()
+    attempts, z = holds(model, head)
+    assert attempts > 400
+    assert z.abs().max() > 1e27
+    assert z.isfinite().all()
+
+
+class TestCounting:
+    @pytest.fixture(autouse=True)
+    def _forget(self):
+        scores_module._check_counting.cache_clear()
+        yield
+        scores_module._check_counting.cache_clear()
+
+    @pytest.mark.parametrize("operation", ["product", "sum"])
+    def test_a_backend_that_counts_wrongly_is_refused_at_load(self, monkeypatch, operation):
+        """As if it counted in bfloat16 whatever it is told."""
+        if operation == "product":
+            exact = torch.Tensor.__matmul__
+            monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: exact(a.bfloat16(), b.bfloat16()).to(a.dtype))
+        else:
+            exact = torch.Tensor.sum
+            monkeypatch.setattr(
+                torch.Tensor, "sum", lambda a, *args, **kwargs: exact(a, *args, **kwargs).bfloat16().to(a.dtype)
+            )
+        with pytest.raises(UnsoundError, match="device cpu counts"):
+            load("digits", device="cpu")
+        with pytest.raises(UnsoundError, match="device cpu counts"):  # a failure is not remembered as a success
+            load("digits", device="cpu")
+
+    def test_and_fine_where_it_counts_right(self):
+        scores_module.check_counting(torch.device("cpu"))
+
+    def test_the_largest_number_that_rules_form_is_tried(self, monkeypatch):
+        """float32 counts right up to 2^24, and this is wrong only near it."""
+        exact = torch.Tensor.__matmul__
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: exact(a, b) // 2 * 2)
+        with pytest.raises(UnsoundError, match="counts"):
+            scores_module.check_counting(torch.device("cpu"))

@@ -1,0 +1,100 @@
+"""Measures what `results/soundness.json` says: how often certificates, rules and loaders were tried, and what gave way.
+
+    python tools/soundness.py                      # every part
+    python tools/soundness.py mutants faults       # these parts; the others keep their last figures
+
+Exit code 1 when anything gave way.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bagcert.evaluate import versions
+from bagcert.files import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "results" / "soundness.json"
+
+# Each writes one JSON document to OUT; beside it, what must be zero or empty in that document.
+ATTACK = "bagcert attack default --data data/cifar10 --limit 1000 --patch {} --steps 20 --restarts 1 --json --out OUT"
+PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "agreement": (
+        "python -m tests.properties.agreement --cases 3000 --json",
+        ("disagreements", "broken_certificates", "vote_certified_not_double_masking"),
+    ),
+    "mutants": ("python -m tests.mutants.run --out OUT", ("survived",)),
+    "faults": (
+        "python -m tests.faults.run --kills 50 --out OUT",
+        ("incomplete", "differing", "half_written_accepted"),
+    ),
+    "fuzz": ("python -m tests.fuzz.run --seconds 3600 --out OUT", ("crashes",)),
+    "attack-2x2": (ATTACK.format(2), ("broken_certificates",)),
+    "attack-5x5": (ATTACK.format(5), ("broken_certificates",)),
+}
+
+
+def gave_way(document: Any, names: tuple[str, ...]) -> int:
+    """How much stands under these names, anywhere in the document."""
+    if isinstance(document, list):
+        return sum(gave_way(item, names) for item in document)
+    if not isinstance(document, dict):
+        return 0
+    return sum(
+        (len(value) if isinstance(value, list | dict) else int(value)) if key in names else gave_way(value, names)
+        for key, value in document.items()
+    )
+
+
+def measure(part: str) -> dict[str, Any]:
+    """Runs one part; its document, with the command and the seconds it took."""
+    command, names = PARTS[part]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        words = [str(out) if word == "OUT" else word for word in shlex.split(command)]
+        if words[0] == "python":
+            words[0] = sys.executable
+        else:
+            words[:1] = [sys.executable, "-m", words[0]]
+        started = time.monotonic()
+        run = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=False)
+        seconds = time.monotonic() - started
+        text = out.read_text() if out.exists() else run.stdout.decode()
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError:
+        sys.exit(f"{command} gave no JSON (exit code {run.returncode})")
+    return {
+        "command": command.replace("OUT", f"{part}.json"),
+        "exit_code": run.returncode,
+        "seconds": round(seconds, 1),
+        "gave_way": gave_way(document, names),
+        "result": document,
+    }
+
+
+def main() -> int:
+    """Measures the parts that were asked for and keeps the rest."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}")
+    parts = parser.parse_args().parts or list(PARTS)
+    if unknown := sorted(set(parts) - PARTS.keys()):
+        parser.error(f"there is no part {unknown[0]!r}; parts are {', '.join(PARTS)}")
+    kept = json.loads(OUT.read_text())["parts"] if OUT.exists() else {}
+    for part in parts:
+        print(f"{part} ...", file=sys.stderr, flush=True)
+        kept[part] = measure(part)
+        document = {"versions": versions(), "parts": {name: kept[name] for name in PARTS if name in kept}}
+        write_atomically(OUT, (json.dumps(document, indent=2) + "\n").encode())
+        print(f"{part}: gave way {kept[part]['gave_way']}, {kept[part]['seconds']} s", flush=True)
+    return int(any(kept[part]["gave_way"] or kept[part]["exit_code"] for part in parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
