@@ -21,7 +21,7 @@ from bagcert import cli
 from bagcert.recipe import load_recipe
 from tests import tiny
 
-COMMANDS = ("demo", "train", "evaluate", "certify", "info")
+COMMANDS = ("demo", "train", "evaluate", "certify", "attack", "verify", "doctor", "info")
 
 RECIPE = """
 name = "tiny"
