@@ -116,6 +116,7 @@ def evaluate(
             fit=fit,
             batch_size=batch_size,
             device=device_name(model),
+            threads=torch.get_num_threads(),
             versions=versions(),
         )
         journal = EvaluationLog(log, run_now, resume)

@@ -66,7 +66,7 @@ def described(model: BagCert, images: ImageSet, placements: str | Path | None, *
     return {
         "model": model.name,
         "weights": weights.hexdigest(),
-        "head": [model.scorer.head, model.scorer.scale, str(model.scorer.autocast_dtype)],
+        "head": [model.scorer.head, model.scorer.scale, model.scorer.tolerance, str(model.scorer.autocast_dtype)],
         "classes": list(model.class_names),
         "data": images.name,
         "split": images.split,

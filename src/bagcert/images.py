@@ -34,8 +34,8 @@ room on the disk. The largest image that is not refused, uncompressed, has 300 M
 LARGE_IMAGE_PIXELS = 12_000_000
 """Larger images are decoded one at a time, so that memory does not grow with the number of threads."""
 
-STRIP_ROWS = 256
-"""Rows whose mode is changed at a time, so that a change of mode needs little more memory than its result."""
+STRIP_PIXELS = 1 << 21
+"""Pixels whose mode is changed at a time, so that a change of mode needs little more memory than its result."""
 
 # Other formats Pillow knows run programs (EPS) or have no signature of their own (TGA).
 _FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "ICO")
@@ -242,23 +242,28 @@ def _checked_pixels(image: Image.Image) -> int:
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
     if image.mode == "F":
         raise UnreadableError(f"{name} has floating-point pixels, whose range is not known; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # I;16, I;16B; older Pillow opens 16-bit PNG as I
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise UnreadableError(f"{name} has pixels of more than 16 bits; save it with 8 or 16 bits")
-        grey = (values >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "RGB" and not image.has_transparency_data:
         return np.array(image)
     width, height = image.size
     pixels = np.empty((height, width, 3), dtype=np.uint8)
-    for top in range(0, height, STRIP_ROWS):
-        strip = image.crop((0, top, width, min(top + STRIP_ROWS, height)))
-        if image.has_transparency_data:
-            strip = strip.convert("RGBA")
-            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
-        pixels[top : top + STRIP_ROWS] = np.asarray(strip.convert("RGB"))
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = _strip(strip, image.has_transparency_data, name)
     return pixels
+
+
+def _strip(strip: Image.Image, transparent: bool, name: str) -> np.ndarray:
+    """Rows of an image as uint8 [rows, width, 3], or [rows, width, 1] where it is grey."""
+    if strip.mode.startswith("I"):  # I;16, I;16B; older Pillow opens 16-bit PNG as I
+        values = np.asarray(strip)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise UnreadableError(f"{name} has pixels of more than 16 bits; save it with 8 or 16 bits")
+        return (values >> 8).astype(np.uint8)[:, :, None]
+    if transparent:
+        strip = strip.convert("RGBA")
+        strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+    return np.asarray(strip.convert("RGB"))
 
 
 def _orientation(image: Image.Image) -> int:

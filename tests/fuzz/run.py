@@ -37,7 +37,12 @@ def fuzz(name: str, seconds: int, crashes: Path) -> dict[str, Any]:
                 break
             run = [sys.executable, "-m", "tests.fuzz.one", name, str(crashes), corpus]
             limits = [f"-max_total_time={left}", f"-timeout={LONGEST_SECONDS}", f"-rss_limit_mb={MOST_MEMORY_MIB}"]
-            more = [f"-max_len={LONGEST_INPUT}", "-print_final_stats=1", f"-artifact_prefix={crashes}/{name}-"]
+            more = [
+                f"-report_slow_units={LONGEST_SECONDS}",
+                f"-max_len={LONGEST_INPUT}",
+                "-print_final_stats=1",
+                f"-artifact_prefix={crashes}/{name}-",
+            ]
             done = subprocess.run([*run, *limits, *more], stderr=subprocess.PIPE, text=True, errors="replace")
             counts = re.findall(r"number_of_executed_units: *(\d+)", done.stderr) or re.findall(
                 r"^#(\d+)", done.stderr, re.M

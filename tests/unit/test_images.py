@@ -293,7 +293,7 @@ def test_strips_join_without_a_seam(mode: str, monkeypatch: pytest.MonkeyPatch) 
         image.putalpha(Image.fromarray(np.arange(450, dtype=np.uint16).reshape(50, 9).astype(np.uint8)))
     encoded = _encode(image if mode == "I;16" else image.convert(mode), "TIFF" if mode == "CMYK" else "PNG")
     whole = read_image(encoded).pixels
-    monkeypatch.setattr("bagcert.images.STRIP_ROWS", 7)
+    monkeypatch.setattr("bagcert.images.STRIP_PIXELS", 70)
     np.testing.assert_array_equal(read_image(encoded).pixels, whole)
 
 
