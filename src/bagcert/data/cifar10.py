@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
-        self.room = len(data)
+        self.size = self.room = len(data)
 
     def find_class(self, module: str, name: str) -> Callable:
         """The stand-in for an allowed name."""
@@ -211,6 +212,14 @@ def _dict(unpickler: Any) -> None:
     _LOADERS[pickle.DICT[0]](unpickler)
 
 
+def _byte_array(unpickler: Any) -> None:
+    """Python's own sets aside as much memory as the file says before it looks whether the file has as much."""
+    (length,) = struct.unpack("<Q", unpickler.read(8))
+    if length > unpickler.size:
+        raise pickle.UnpicklingError("it is cut short")
+    unpickler.append(bytearray(unpickler.read(length)))
+
+
 def _check_keys(keys: list) -> None:
     """A few bytes can nest tuples so deep that their hash takes years."""
     if not all(isinstance(key, str | bytes | int) for key in keys):
@@ -223,6 +232,7 @@ _RestrictedUnpickler.dispatch = {
 }
 _RestrictedUnpickler.dispatch |= {
     pickle.BUILD[0]: _build,
+    pickle.BYTEARRAY8[0]: _byte_array,
     pickle.SETITEM[0]: _set_item,
     pickle.SETITEMS[0]: _set_items,
     pickle.DICT[0]: _dict,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bagcert.data.image_set import ImageSet
-from bagcert.errors import CONTROL, UnreadableError, UsageError, shown
+from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, shown
 from bagcert.files import open_regular
 from bagcert.images import Photo, read_image
 
@@ -121,7 +121,7 @@ class _Shards:
         row -= int(self._ends[group - 1]) if group else 0
         name = f"{path} row {row}" + (f" of row group {number}" if number else "")
         encoded = self._images(group)[row].as_py()
-        if encoded is None:
+        if not isinstance(encoded, bytes):
             raise UnreadableError(f"{name} has no image bytes")
         return read_image(encoded, name)
 
@@ -132,7 +132,10 @@ class _Shards:
                 with _reading(path), open_regular(path) as raw:
                     if _state_of(raw) != self._state[path]:
                         raise UnreadableError(f"{path} was changed while it was in use")
-                    self._kept[group] = _read_group(raw, path, number)
+                    images = _read_group(raw, path, number)
+                    if len(images) != self._ends[group] - (self._ends[group - 1] if group else 0):
+                        raise UnreadableError(f"{path}: row group {number} holds {len(images)} images, not one per row")
+                    self._kept[group] = images
                 while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > CACHE_BYTES:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(group)
@@ -171,7 +174,9 @@ def _read_group(raw: io.BufferedReader, path: Path, number: int) -> "pa.ChunkedA
                 raise UnreadableError(
                     f"{path}: row group {number} holds more than {MAX_ROW_GROUP_BYTES:,} bytes of images"
                 )
-    return pa.chunked_array(chunks)
+    found = pa.chunked_array(chunks, chunks[0].type if chunks else pa.binary())
+    found.validate(full=True)  # an index into the dictionary may lead anywhere
+    return found
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -222,12 +227,12 @@ def _is_glob(path: Path) -> bool:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    import pyarrow as pa
-
     try:
         yield
+    except BagcertError:
+        raise
     except FileNotFoundError:
         raise UnreadableError(f"there is no file {path}") from None
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except Exception as error:  # names that are no text, types without a reader: each fails in its own way
         reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
         raise UnreadableError(f"{path} cannot be read as Parquet: {reason}") from error

@@ -178,11 +178,18 @@ def _refused(tmp_path: Path, content: bytes, reason: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory has other units elsewhere")
 def test_a_number_in_a_pickle_takes_no_memory(tmp_path: Path) -> None:
-    """The C unpickler makes a table as long as the largest number under which something is remembered."""
+    """The C unpickler makes a table as long as the largest number under which something is remembered.
+
+    Python's makes an array of bytes as long as the file says before it looks whether the file has them.
+    """
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _refused(tmp_path, b"\x80\x02}r\x00\x00\x00\x02.", "no `data` of uint8")
+    for opcode in (b"\x96", b"\x8e", b"\x8d"):
+        _refused(tmp_path, b"\x80\x05" + opcode + (1 << 31).to_bytes(8, "little") + b"x.", "cannot be read")
+    for opcode in (b"B", b"X", b"T", b"\x8b"):
+        _refused(tmp_path, b"\x80\x05" + opcode + (0x7FFFFFFF).to_bytes(4, "little") + b"x.", "cannot be read")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
 

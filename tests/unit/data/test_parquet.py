@@ -226,3 +226,13 @@ def test_a_file_that_changes_or_vanishes_in_use_is_told(tmp_path: Path) -> None:
     assert "a.parquet was changed while it was in use" in str(found[1])
     path.unlink()
     assert f"there is no file {path}" in str(images.read_each([3])[0])
+
+
+def test_a_column_whose_name_is_no_text_is_told(tmp_path: Path) -> None:
+    table = pa.table({"image": [_png(_pixels(1)[0])], "label": [0], "zzzz": [1]})
+    file = io.BytesIO()
+    pq.write_table(table, file, store_schema=False)
+    (tmp_path / "a.parquet").write_bytes(file.getvalue().replace(b"zzzz", b"\x8d" * 4))
+    with pytest.raises(UnreadableError, match="cannot be read as Parquet: 'utf-8' codec") as error:
+        load_dataset(tmp_path / "a.parquet")
+    assert "\n" not in str(error.value)
