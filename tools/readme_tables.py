@@ -92,17 +92,38 @@ def cost_table() -> list[str]:
 
 
 def soundness_lines() -> list[str]:
-    path = ROOT / "results" / "agreement.json"
-    if not path.exists():
-        return []
-    run = load(path)
-    return [
-        "",
-        f"Rules against brute force: {run['cases']:,} random tiny cases, {run['ties']:,} with ties, "
-        f"{run['disagreements']} disagreements; {run['attacked_certificates']:,} certificates attacked with all or "
-        f"extreme contents, {run['broken_certificates']} broken; {run['vote_certified_not_double_masking']} images "
-        "certified by the vote but not by double masking.",
-    ]
+    """One line: how often rules, certificates, running commands and loaders were tried, and what gave way."""
+    path = ROOT / "results" / "soundness.json"
+    parts = {name: part["result"] for name, part in load(path)["parts"].items()} if path.exists() else {}
+    said = []
+    if run := parts.get("agreement"):
+        said.append(
+            f"rules against brute force on {run['cases']:,} tiny cases ({run['ties']:,} with ties): "
+            f"{run['disagreements']} disagreements, {run['attacked_certificates']:,} certificates attacked with all or "
+            f"extreme contents, {run['broken_certificates']} broken"
+        )
+    attacks = [parts[name] for name in ("attack-2x2", "attack-5x5") if name in parts]
+    if attacks:
+        each = ", ".join(
+            f"{row['threat']} px: {row['certified_accuracy']:.1%} certified, {row['attacked_accuracy']:.1%} under "
+            f"attack, {row['clean_accuracy']:.1%} clean"
+            for run in attacks
+            for row in run["results"]
+        )
+        tried = sum(row["certified_attempts"] for run in attacks for row in run["results"])
+        broken = sum(row["broken_certificates"] for run in attacks for row in run["results"])
+        said.append(
+            f"`cifar10-cpu` attacked on {attacks[0]['images']:,} test images ({each}): {tried:,} attempts on certified "
+            f"images, {broken} broken"
+        )
+    if run := parts.get("mutants"):
+        said.append(f"{run['killed']} of {run['mutants']} planted mistakes caught by the tests")
+    if run := parts.get("faults"):
+        gave_way = run["incomplete"] + run["differing"] + run["half_written_accepted"]
+        said.append(f"{sum(run['kills'].values())} runs killed at random moments and resumed, {gave_way} incomplete or different")
+    if run := parts.get("fuzz"):
+        said.append(f"{run['executions']:,} hostile inputs to the loaders, {run['crashes']} crashes")
+    return ["", f"Soundness, by `tools/soundness.py`: {'; '.join(said)}."] if said else []
 
 
 def ablation_table() -> list[str]:

@@ -53,7 +53,10 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Row:
-    """One rule against one threat over a data set. Accuracies are fractions of all images."""
+    """One rule against one threat over a data set. Accuracies are fractions of all images.
+
+    The last four are as in `bagcert.attacks.bracket.AttackRow`, None where the images were not attacked.
+    """
 
     rule: str
     patch: list[int] | None
@@ -63,11 +66,18 @@ class Row:
     certified_share: float
     interval95: dict[str, list[float]]
     seconds: float
+    attacked_accuracy: float | None = None
+    attempts: int | None = None
+    certified_attempts: int | None = None
+    broken_certificates: int | None = None
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A whole evaluation, as `bagcert evaluate --json` prints it."""
+    """A whole evaluation, as `bagcert evaluate --json` prints it.
+
+    `attack` says how the images were attacked, None if they were not.
+    """
 
     model: str
     weights_sha256: str
@@ -86,12 +96,23 @@ class RunInfo:
     repeat: int = 1
     batch_size: int = 0
     peak_memory_mib: int = 0
+    attack: dict[str, Any] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, the schema version first."""
+        """Ready for JSON, the schema version first; nothing is said of attacks where there were none."""
         values = asdict(self)
+        values["results"] = [_without_attack(row) if self.attack is None else row for row in values["results"]]
+        if self.attack is None:
+            del values["attack"]
         return {"schema_version": values.pop("schema_version"), **values}
+
+
+ATTACK_FIGURES = ("attacked_accuracy", "attempts", "certified_attempts", "broken_certificates")
+
+
+def _without_attack(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ATTACK_FIGURES}
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> list[float]:

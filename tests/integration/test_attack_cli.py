@@ -11,7 +11,7 @@ from PIL import Image
 from bagcert.rules import RULES, Rule, vote
 from tests.integration.test_cli import check_mistake, run
 
-QUICK = ("digits", "--data", "digits", "--limit", 4, "--steps", 3, "--restarts", 1, "--placements", 2)
+QUICK = ("digits", "--data", "digits", "--limit", 4, "--steps", 3, "--restarts", 1, "--attacked-placements", 2)
 QUICK = (*QUICK, "--device", "cpu")
 
 
@@ -81,7 +81,10 @@ def test_a_table_for_people() -> None:
         assert word in result.out
 
 
-def test_a_broken_certificate_exits_with_4_and_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def lying_vote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vote rule certifies everything."""
+
     def certifies_everything(score_map, threat):
         found = vote.vote(score_map, threat)
         object.__setattr__(found, "certified", torch.ones_like(found.certified))
@@ -89,6 +92,11 @@ def test_a_broken_certificate_exits_with_4_and_is_saved(tmp_path: Path, monkeypa
 
     fake = Rule("vote", certifies_everything, lambda scores, threat: scores.predict(), "recovery", "a lie")
     monkeypatch.setitem(RULES, "vote", fake)
+
+
+def test_a_broken_certificate_exits_with_4_and_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying_vote: None
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("attack", *QUICK, "--rule", "vote", "--patch", "4", "--attack", "gradient", "--json")
     assert result.code == 4
@@ -101,12 +109,43 @@ def test_a_broken_certificate_exits_with_4_and_is_saved(tmp_path: Path, monkeypa
     assert {path.suffix for path in saved} == {".json", ".png"}
 
 
+def test_evaluate_brackets_the_robust_accuracy(tmp_path: Path) -> None:
+    """`evaluate --attack` gives each row the figures of `attack` with default settings, and keeps its own."""
+    asked = ("digits", "--data", "digits", "--limit", 3, "--device", "cpu", "--patch", "1", "--patch", "2", "--json")
+    plain = json.loads(run("evaluate", *asked).out)
+    out = tmp_path / "both.json"
+    result = run("evaluate", *asked, "--attack", "--out", out)
+    assert (result.code, result.err) == (0, "")
+    document = json.loads(result.out)
+    assert json.loads(out.read_text()) == document
+    attacked = json.loads(run("attack", *asked).out)
+    assert document["attack"] == {**attacked["attack"], "seed": 0}
+    assert "attack" not in plain
+    for row, without, figures in zip(document["results"], plain["results"], attacked["results"], strict=True):
+        assert {**without, "seconds": 0} == {name: {**row, "seconds": 0}[name] for name in without}
+        assert {**figures, **row} == {**row, **figures}  # they agree on every figure both have
+        assert row["certified_accuracy"] <= row["attacked_accuracy"] <= row["clean_accuracy"]
+        assert row["certified_attempts"] > 0
+
+
+def test_evaluate_with_an_attack_that_breaks_a_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying_vote: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ("digits", "--data", "digits", "--limit", 2, "--device", "cpu", "--rule", "vote", "--patch", "4")
+    result = run("evaluate", *asked, "--attack")
+    assert result.code == 4
+    assert "attacked" in result.out
+    assert "certificates are broken" in result.err
+    assert list((tmp_path / "bagcert-broken-1").iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--attack", "gradint"), ("no attack 'gradint'", "did you mean gradient?")),
-        (("--placements", "few"), ("--placements", "at least 1, or all", "'few'")),
-        (("--placements", "0"), ("--placements", "'0'")),
+        (("--attacked-placements", "few"), ("--attacked-placements", "at least 1, or all", "'few'")),
+        (("--attacked-placements", "0"), ("--attacked-placements", "'0'")),
         (("--rule", "votes"), ("no rule 'votes'",)),
         (("--patch", "9"), ("9x9 px does not fit into an image of 8x8 px",)),
         (("--out", "figures.txt"), ("must be a .json file", "figures.txt")),

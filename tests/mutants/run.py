@@ -22,6 +22,7 @@ FAST_TESTS = [
     "tests/unit/test_grid.py",
     "tests/unit/test_scores.py",
     "tests/unit/rules/test_vote.py",
+    "tests/unit/rules/test_guard.py",
     "tests/proofs/test_theorem_cases.py",
     "tests/unit/rules/test_double_masking.py",
     "tests/unit/rules/test_largest.py",

@@ -98,6 +98,20 @@ GRID = {
     ],
 }
 
+GUARD = {
+    "slack forgotten": [
+        ("worst = certify(score_map.worst_case(found.prediction), threat)", "worst = found"),
+    ],
+    "the certificate of another label, on the worst map": [
+        ("margin = torch.where(same, worst.margin, found.margin.clamp(max=-1))", "margin = worst.margin"),
+    ],
+    "a label that slack can turn keeps its margin": [("found.margin.clamp(max=-1)", "found.margin")],
+    "the prediction of the worst map": [
+        ("found.prediction,\n            margin >= 0", "worst.prediction,\n            margin >= 0")
+    ],
+    "a measured certificate called exact": [('"measured",\n', '"exact",\n')],
+}
+
 TIE_PENALTY = "device=prediction.device)[None, :] < prediction[:, None]"
 HIGHEST = "return values.shape[1] - 1 - values.flip(1).max(1).indices"
 
@@ -138,6 +152,15 @@ SCORES = {
     ],
     "rules under the autocast of the caller": [("torch.autocast(device.type, enabled=False), ", "")],
     "reduced precision of products left on": [('backend.fp32_precision = "ieee"', "pass")],
+    "slack helps the label": [
+        ("torch.where(own, scores - slack, scores + slack)", "torch.where(own, scores + slack, scores - slack)")
+    ],
+    "slack counted for the label only": [("scores - slack, scores + slack)", "scores - slack, scores)")],
+    "slack counted for the rivals only": [("torch.where(own, scores - slack, ", "torch.where(own, scores, ")],
+    "slack upwards only": [
+        ("torch.maximum(head(above) - scores, scores - head(below))", "head(above) - scores"),
+    ],
+    "NaN has no slack": [("return slack.masked_fill(z.isnan(), span)", "return slack")],
     "devices that cannot count trusted": [
         ("if (found := sums.tolist()) != expected:", "if not (found := sums.tolist()):")
     ],
@@ -283,7 +306,7 @@ WINDOW_PAIRS = {
     "pairs from the same rows left out": [("pairs.triu()", "pairs.triu(1)")],
     "what both windows hold counted twice": [("rows2[j] & ~rows[i]]", "rows2[j]]")],
     "columns of both windows for those of either": [("cols[a] | cols2[b]", "cols[a] & cols2[b]")],
-    "gaps in pairs": [("if table.keep is not None:", "if table.keep is None:")],
+    "gaps in pairs": [("if table.keep is not None:", "if table.keep is not None and not len(r):")],
     "the search ends with the greedy pair": [
         ("open_ = floor[image, rival] < best.margin[image]", "open_ = floor[image, rival] < floor[image, rival]")
     ],
@@ -346,6 +369,7 @@ MUTANTS = [
         "grid.py": GRID,
         "scores.py": SCORES,
         "rules/windows.py": WINDOWS,
+        "rules/guard.py": GUARD,
         "rules/vote.py": VOTE,
         "rules/levine_feizi.py": LEVINE_FEIZI,
         "rules/detection.py": DETECTION,

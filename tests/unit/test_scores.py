@@ -12,6 +12,7 @@ from bagcert.scores import (
     exact_dtype,
     lowest_argmax,
     quantize,
+    slack_of,
     tie_penalty,
     window_sums,
 )
@@ -125,3 +126,8 @@ def test_a_device_that_cannot_count_is_refused(monkeypatch):
     monkeypatch.undo()
     with exact_arithmetic(torch.device("cpu")):
         pass
+
+
+def test_slack_is_what_either_direction_and_nan_can_do():
+    z = torch.tensor([0.2, -0.2, 1e-4, -1e-4, 0.0, float("nan")]).reshape(1, 1, 1, 6)
+    assert slack_of(z, 1e-3, binarize, 1).flatten().tolist() == [0, 0, 1, 1, 1, 1]

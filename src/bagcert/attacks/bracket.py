@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bagcert.attacks import attack
+from bagcert.attacks import ATTACKS, attack
 from bagcert.attacks.result import AttackRecord, AttackResult, save_broken, write_png
 from bagcert.attacks.settings import Settings
 from bagcert.attacks.victim import Defense
-from bagcert.errors import UnreadableError
+from bagcert.data.image_set import ImageSet
+from bagcert.errors import UnreadableError, UsageError
 from bagcert.records import SCHEMA_VERSION
 from bagcert.threat import PatchThreatModel
 
@@ -195,6 +196,48 @@ def bracket(
     lines = zip(indices, labels, *columns, strict=True)
     records = [ImageAttacks(int(index), int(label), list(results)) for index, label, *results in lines]
     return Bracket([tally.row() for tally in tallies], records, folder)
+
+
+def described(attacks: Sequence[str], settings: Settings, batch_size: int) -> dict[str, Any]:
+    """How a data set was attacked, for the JSON of a run."""
+    return {
+        "attacks": list(attacks or ATTACKS),
+        "steps": settings.steps,
+        "restarts": settings.restarts,
+        "placements": "all" if settings.placements is None else settings.placements,
+        "batch_size": batch_size,
+    }
+
+
+def upright_batches(
+    images: ImageSet,
+    labels: np.ndarray,
+    size: tuple[int, int],
+    batch_size: int,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Images of a data set for `bracket`, with their labels; all must have the network's `size`.
+
+    Args:
+        numbers: of the images; all of them when absent.
+
+    Raises:
+        UsageError: an image of another size; its patch would have to be chosen before it is resized.
+        UnreadableError: an image that cannot be read.
+    """
+    chosen = list(range(len(images)) if numbers is None else numbers)
+    for start in range(0, len(chosen), batch_size):
+        batch = chosen[start : start + batch_size]
+        photos = images.read(batch)
+        for photo in photos:
+            height, width = photo.stored_size
+            if (height, width) != size or photo.orientation != 1:
+                turned = " and turned by EXIF" if photo.orientation != 1 else ""
+                raise UsageError(
+                    f"{photo.source} is {height}x{width} px{turned}; attacks need upright images of the network's "
+                    f"{size[0]}x{size[1]} px, since the patch is put on what the network sees"
+                )
+        yield batch, np.stack([photo.pixels for photo in photos]), labels[batch]
 
 
 def _name(index: int, record: AttackRecord) -> str:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bagcert.cli.console import fail, print_json, progress, stdout
-from bagcert.cli.options import Device, Dtype, Json, Patches, Rules
+from bagcert.cli.console import check_output, fail, print_json, progress, stdout
+from bagcert.cli.options import Device, Dtype, Json, Patches, Placements, Rules
 
 if TYPE_CHECKING:
-    from bagcert.attacks.bracket import AttackInfo
+    from bagcert.attacks.bracket import AttackInfo, Bracket
 
 
 def attack(
@@ -23,10 +23,7 @@ def attack(
     split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
     patch: Patches = None,
     rule: Rules = None,
-    allowed: Annotated[
-        str | None,
-        typer.Option(metavar="MASK.png", help="An image whose white part is where patches may lie. Default: anywhere."),
-    ] = None,
+    placements: Placements = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images, in data-set order.")] = None,
     attack: Annotated[
         list[str] | None,
@@ -36,7 +33,7 @@ def attack(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each gradient ascent.")] = 40,
     restarts: Annotated[int, typer.Option(min=1, help="Restarts of the gradient attack at each placement.")] = 2,
-    placements: Annotated[
+    attacked_placements: Annotated[
         str,
         typer.Option(metavar="K", help="How many placements are attacked per image, the most promising first, or all."),
     ] = "8",
@@ -63,18 +60,18 @@ def attack(
     started = time.perf_counter()
     import torch
 
-    from bagcert.attacks import ATTACKS, get_attack
-    from bagcert.attacks.bracket import AttackInfo, bracket
+    from bagcert.attacks import get_attack
+    from bagcert.attacks.bracket import AttackInfo, bracket, described, upright_batches
     from bagcert.attacks.settings import Settings
     from bagcert.data import load_dataset
     from bagcert.defenses.bagcert import load
     from bagcert.evaluate import device_name, labels_for, versions
     from bagcert.rules import get_rule
 
-    settings = Settings(steps, restarts, _count(placements), seed)
+    settings = Settings(steps, restarts, _count(attacked_placements), seed)
     for path, suffix in ((out, ".json"), (records, ".jsonl")):
         if path is not None:
-            _check_output(path, suffix)
+            check_output(path, suffix)
     _check_folder(save)
     for name in attack or ():
         get_attack(name)
@@ -91,12 +88,12 @@ def attack(
     with progress("attacking") as report:
         found = bracket(
             loaded,
-            _batches(images, labels, loaded.image_size, batch_size),
+            upright_batches(images, labels, loaded.image_size, batch_size),
             patches,
             rules,
             attack or (),
             settings,
-            allowed,
+            placements,
             save,
             about,
             lambda done, broken: report(int(done), total, f"{broken} broken"),
@@ -117,13 +114,7 @@ def attack(
             "total": round(time.perf_counter() - started, 3),
         },
         seed=seed,
-        attack={
-            "attacks": list(attack or ATTACKS),
-            "steps": steps,
-            "restarts": restarts,
-            "placements": placements if settings.placements is None else settings.placements,
-            "batch_size": batch_size,
-        },
+        attack=described(attack or (), settings, batch_size),
         results=found.rows,
     )
     _write(info, found.records, out, records)
@@ -131,6 +122,11 @@ def attack(
         print_json(info.to_dict())
     else:
         _print(info)
+    alarm(found)
+
+
+def alarm(found: "Bracket") -> None:
+    """Ends with exit code 4 if a certificate is broken."""
     if found.broken_certificates:
         fail(
             f"{found.broken_certificates} certificates are broken: an attack changed the answer on images certified "
@@ -145,20 +141,8 @@ def _count(text: str) -> int | None:
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--placements is a number of placements, at least 1, or all; got {text!r}")
+        raise UsageError(f"--attacked-placements is a number of placements, at least 1, or all; got {text!r}")
     return int(text)
-
-
-def _check_output(path: Path, suffix: str) -> None:
-    """Refuses an output path before the work, not after it."""
-    from bagcert.errors import UsageError
-    from bagcert.files import require_writable
-
-    if path.is_dir():
-        raise UsageError(f"the output {path} is a folder; a file was expected")
-    if path.suffix != suffix:
-        raise UsageError(f"the output must be a {suffix} file, got {path}")
-    require_writable(path)
 
 
 def _check_folder(path: Path | None) -> None:
@@ -169,31 +153,6 @@ def _check_folder(path: Path | None) -> None:
         if path.exists() and not path.is_dir():
             raise UsageError(f"--save is a folder for images, but {path} is a file")
         require_writable(path / "image.png")
-
-
-def _batches(images, labels, size: tuple[int, int], batch_size: int):
-    """(numbers, uint8 images, labels), all of the network's size.
-
-    Raises:
-        UsageError: an image of another size; its patch would have to be chosen before it is resized.
-        UnreadableError: an image that cannot be read.
-    """
-    import numpy as np
-
-    from bagcert.errors import UsageError
-
-    for start in range(0, len(images), batch_size):
-        numbers = list(range(start, min(start + batch_size, len(images))))
-        photos = images.read(numbers)
-        for photo in photos:
-            height, width = photo.stored_size
-            if (height, width) != size or photo.orientation != 1:
-                turned = " and turned by EXIF" if photo.orientation != 1 else ""
-                raise UsageError(
-                    f"{photo.source} is {height}x{width} px{turned}; attacks need upright images of the network's "
-                    f"{size[0]}x{size[1]} px, since the patch is put on what the network sees"
-                )
-        yield numbers, np.stack([photo.pixels for photo in photos]), labels[numbers]
 
 
 def _write(info: "AttackInfo", images: list, out: Path | None, records: Path | None) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from rich.console import Console
@@ -50,6 +51,18 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
+def check_output(path: Path, suffix: str = ".json") -> None:
+    """Refuses an output path before the work, not after it."""
+    from bagcert.errors import UsageError
+    from bagcert.files import require_writable
+
+    if path.is_dir():
+        raise UsageError(f"the output {path} is a folder; a file was expected")
+    if path.suffix != suffix:
+        raise UsageError(f"the output must be a {suffix} file, got {path}")
+    require_writable(path)
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Report]:
     """A progress bar on stderr with the time left; silent when stderr is no terminal."""
@@ -79,7 +92,8 @@ def print_results(info: RunInfo) -> None:
     table = Table()
     table.add_column("patch")
     table.add_column("rule")
-    for column in ("clean", "certified", "certified, 95 % interval", "seconds"):
+    attacked = ("attacked",) if info.attack else ()
+    for column in ("clean", *attacked, "certified", "certified, 95 % interval", "seconds"):
         table.add_column(column, justify="right")
     for row in info.results:
         low, high = row.interval95["certified_accuracy"]
@@ -87,6 +101,7 @@ def print_results(info: RunInfo) -> None:
             row.threat,
             row.rule,
             f"{row.clean_accuracy:.1%}",
+            *(() if row.attacked_accuracy is None else (f"{row.attacked_accuracy:.1%}",)),
             f"{row.certified_accuracy:.1%}",
             f"{low:.1%} to {high:.1%}",
             f"{row.seconds:.2f}",
@@ -100,6 +115,12 @@ def print_results(info: RunInfo) -> None:
         f"forward pass {seconds['forward']:.1f} s, loading {seconds['load']:.1f} s, {seconds['total']:.1f} s in all "
         f"({info.device}, {info.dtype}, {info.threads} threads)"
     )
+    if info.attack:
+        attempts, certified, broken = (
+            sum(getattr(row, name) or 0 for row in info.results)
+            for name in ("attempts", "certified_attempts", "broken_certificates")
+        )
+        console.print(f"{attempts:,} attempts, {certified:,} of them on certified images; {broken} certificates broken")
 
 
 def _line(sentence: str) -> str:

@@ -57,6 +57,9 @@ def test_a_masking_defense_is_worth_what_its_masks_cover():
     assert covered == 3  # 2 px and 3 px reach the same regions of stride 2
     assert torch.equal(largest_certified_px(score_map, "double-masking", threat), found.certified * covered)
     assert torch.equal(largest_certified_px(score_map, "detection", threat, found), found.certified * covered)
+    one_region = torch.zeros_like(score_map.scores)
+    one_region[:, 1, 2, 2] = 1  # a mask over it leaves class 0
+    assert not largest_certified_px(ScoreMap(one_region, 0, 1, grid), "double-masking", threat).any()
     assert covered_px(grid, PatchThreatModel.parse("2+1x9", grid.image_size)) == 3
     assert covered_px(grid, PatchThreatModel.parse("1x9", grid.image_size)) == 1
 
@@ -67,6 +70,7 @@ def test_allowed_placements():
     allowed[:3] = True
     threat = PatchThreatModel((6, 6), ((2, 2),), 1, allowed)
     assert covered_px(grid, threat) == 2
+    assert covered_px(grid, PatchThreatModel((6, 6), ((3, 3),), 1, allowed)) == 3  # no larger one has room
     with pytest.raises(UsageError, match="placements"):
         largest_certified_px(example(grid), "vote", threat)
 
