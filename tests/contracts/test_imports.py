@@ -15,10 +15,10 @@ EXEMPT = {"bagcert"}  # the front door names everything, and loads it on first u
 
 LEVELS = {
     1: "errors files devices threat grid scores certificate records images verify",
-    2: "rules nets data losses optimizers recipe preprocess record_lines",
+    2: "rules nets data losses optimizers recipe preprocess record_lines image_records",
     3: "defenses train run_folder locality",
     4: "attacks export hub failsafe evaluation_log certificate_records record_file describe",
-    5: "evaluate engines recompute",
+    5: "evaluate engines recompute compare",
     6: "benchmark",
     7: "report page",
     8: "cli __main__",

@@ -15,6 +15,7 @@ import typer
 from bagcert import __version__
 from bagcert.cli.attack import attack
 from bagcert.cli.certify import certify
+from bagcert.cli.compare import compare
 from bagcert.cli.console import fail
 from bagcert.cli.demo import demo
 from bagcert.cli.doctor import doctor
@@ -55,7 +56,7 @@ def _root(
     pass
 
 
-for command in (demo, train, evaluate, certify, attack, verify, doctor, info):
+for command in (demo, train, evaluate, compare, certify, attack, verify, doctor, info):
     app.command()(command)
 
 

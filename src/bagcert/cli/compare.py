@@ -1,0 +1,78 @@
+"""`bagcert compare`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bagcert.cli.console import print_json, stdout
+from bagcert.cli.options import Json
+
+if TYPE_CHECKING:
+    from bagcert.compare import Comparison
+
+
+def compare(
+    first: Annotated[
+        Path, typer.Argument(metavar="A.records.jsonl", help="Records of one run, as evaluate --out writes them.")
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B.records.jsonl", help="Records of another, on the same images.")],
+    patch: Annotated[
+        str | None, typer.Option(metavar="PATCH", help="Which patch, where the runs have several in common.")
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RULE", help="Which rule, where a run has several. Twice: the first run's, the second's."),
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="How many of the images that changed to list.")] = 10,
+    json: Json = False,
+) -> None:
+    """Say whether two evaluations of the same images differ, and list the images that changed.
+
+    McNemar's exact test and a paired bootstrap, for clean and certified accuracy.
+    """
+    from bagcert.compare import compare as run
+    from bagcert.errors import UsageError
+    from bagcert.image_records import read_image_records
+
+    rules = rule or []
+    if len(rules) > 2:
+        raise UsageError(f"--rule is given once for both runs, or twice; got {len(rules)}")
+    pair = (rules[0], rules[-1]) if rules else (None, None)
+    found = run(read_image_records(first), read_image_records(second), pair, patch)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _print(found, show)
+
+
+def _print(found: "Comparison", show: int) -> None:
+    from rich.table import Table
+
+    console = stdout()
+    console.print(f"{found.images:,} images in both runs; {found.rules[0]} and {found.rules[1]} against {found.threat}")
+    table = Table()
+    table.add_column("accuracy")
+    for column in ("first", "second", "difference", "95 % interval", "only first", "only second", "p (McNemar)"):
+        table.add_column(column, justify="right")
+    for test in found.tests:
+        low, high = test.interval95
+        table.add_row(
+            test.measure,
+            f"{test.first:.1%}",
+            f"{test.second:.1%}",
+            f"{test.difference:+.1%}",
+            f"{low:+.1%} to {high:+.1%}",
+            f"{test.only_first:,}",
+            f"{test.only_second:,}",
+            f"{test.p_value:.2g}",
+        )
+    console.print(table)
+    for change in found.changed[:show]:
+        before, after = (
+            f"{prediction}{' certified' if certified else ''}"
+            for prediction, certified in zip(change["prediction"], change["certified"], strict=True)
+        )
+        console.print(f"image {change['index']} (label {change['label']}): {before} -> {after}")
+    if len(found.changed) > show:
+        console.print(f"... {len(found.changed):,} images changed; --json lists all")
