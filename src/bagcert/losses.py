@@ -5,6 +5,7 @@ All take region scores [batch, classes, rows, cols] and labels [batch] and give 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -47,6 +48,42 @@ def smooth_margin_loss(
     return F.cross_entropy(temperature * shifted, labels, reduction="none", label_smoothing=label_smoothing)
 
 
+def cross_entropy_loss(
+    scores: Float[Tensor, "batch classes rows cols"], labels: Int[Tensor, " batch"], label_smoothing: float = 0.0
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy of the mean scores: how a classifier is trained that aims at no certificate."""
+    return F.cross_entropy(mean_scores(scores), labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def masked_features_loss(
+    scores: Float[Tensor, "batch classes rows cols"],
+    labels: Int[Tensor, " batch"],
+    windows: Float[Tensor, "windows rows cols"],
+    generator: torch.Generator,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy of the mean of what is left when one random window is taken out of each map.
+
+    Args:
+        windows: as `window_masks` gives them; each is equally likely.
+        generator: on the device of the scores.
+
+    Source: Xiang et al., "PatchGuard", USENIX Security 2021, section 4.
+    """
+    drawn = torch.randint(0, len(windows), (len(scores),), generator=generator, device=scores.device)
+    return F.cross_entropy(
+        _kept_means(scores, 1 - windows[drawn]), labels, reduction="none", label_smoothing=label_smoothing
+    )
+
+
+def window_masks(windows: Sequence[WindowBlock], device: torch.device) -> Float[Tensor, "windows rows cols"]:
+    """1 in the regions of each window, 0 elsewhere."""
+    masks = [
+        np.outer(block.rows[row], block.cols[col]) for block in windows for row, col in np.argwhere(block.keep).tolist()
+    ]
+    return torch.as_tensor(np.stack(masks), dtype=torch.float32, device=device)
+
+
 def one_hot_penalty(scores: Float[Tensor, "batch classes rows cols"]) -> Float[Tensor, " batch"]:
     """Mean over regions of how many classes beyond one are on: `max(0, sum_c s_c - 1)`."""
     return (scores.float().sum(1) - 1).clamp(min=0).mean((1, 2))
@@ -67,10 +104,15 @@ def double_masking_loss(
     """
     scores = scores.float()
     keep = two_worst_windows_removed(scores.detach(), labels, windows)
-    kept = (scores * keep[:, None]).sum((2, 3)) / keep.sum((1, 2)).clamp(min=1)[:, None]
+    kept = _kept_means(scores, keep)
     loss = F.cross_entropy(temperature * kept, labels, reduction="none", label_smoothing=label_smoothing)
     full = F.cross_entropy(temperature * scores.mean((2, 3)), labels, reduction="none", label_smoothing=label_smoothing)
     return loss + full_weight * full
+
+
+def _kept_means(scores: Tensor, keep: Tensor) -> Tensor:
+    """Mean scores [batch, classes] over the regions where `keep` [batch, rows, cols] is 1."""
+    return (scores.float() * keep[:, None]).sum((2, 3)) / keep.sum((1, 2)).clamp(min=1)[:, None]
 
 
 @torch.no_grad()

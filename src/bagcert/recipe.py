@@ -56,7 +56,7 @@ class DefenseSection(_Section):
 class LossSection(_Section):
     """The objective, METHOD section 4."""
 
-    name: Literal["margin", "smooth-margin", "double-masking"] = "double-masking"
+    name: Literal["margin", "smooth-margin", "double-masking", "cross-entropy", "masked-features"] = "double-masking"
     margin: float = Field(default=0.4, gt=0, le=1, description="M of the two margin losses")
     temperature: float = Field(default=12.0, gt=0, description="tau of the smooth margin loss")
     full_weight: float = Field(default=0.3, ge=0, description="weight of the unmasked term of the double-masking loss")
@@ -85,6 +85,16 @@ class AugmentSection(_Section):
     crop_mode: Literal["reflect", "zero"] = "reflect"
     flip: bool = True
     cutout: int = Field(default=0, ge=0, le=16384, description="side in px of a square painted black; 0 for none")
+    cutout_candidates: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="random squares per image, of which the one with the largest loss is painted",
+    )
+    ablation: Literal["none", "column", "row", "block"] = Field(
+        default="none", description="hide all but a random band or block, as derandomized smoothing does"
+    )
+    ablation_size: int = Field(default=4, ge=1, le=16384, description="px of the band or the block's side")
 
 
 class TrainSection(_Section):

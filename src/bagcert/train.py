@@ -43,6 +43,9 @@ from bagcert.threat import PatchThreatModel
 
 CHECK_LOSS_EVERY = 20
 
+Objective = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""Real scores, labels and a source of random choices to one loss per image."""
+
 
 @dataclass
 class Progress:
@@ -99,7 +102,7 @@ def train(
     if init is not None:
         _start_from(scorer, init)
     threat = PatchThreatModel.parse(recipe.defense.patch, config.image_size)
-    objective = _objective(recipe, scorer, threat)
+    objective = _objective(recipe, scorer, threat, accelerator.device)
     class_weights = torch.ones(len(training.class_names))
     if recipe.data.class_weights:
         class_weights = torch.as_tensor(training.class_weights(), dtype=torch.float32)
@@ -126,11 +129,16 @@ def train(
             index = order[position * batch_size : (position + 1) * batch_size]
             index = index[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
             generator = _generator(accelerator.device, recipe.train.seed, run.step, accelerator.process_index)
-            batch = augment(images[index], recipe, generator).float() / 255
+            batch = augment(images[index], recipe, generator)
+            with autocast:
+                batch = hardest_cutout(batch, labels[index], recipe, generator, scorer, objective)
+            batch = batch.float() / 255
+            if recipe.augment.ablation != "none":
+                batch = random_ablation(batch, recipe.augment.ablation, recipe.augment.ablation_size, generator)
             model.train()
             with autocast:
                 z = forward(batch.contiguous(memory_format=torch.channels_last))
-            loss = objective(z, labels[index])
+            loss = objective(z, labels[index], generator)
             weight = class_weights[labels[index]]
             loss = (loss * weight).sum() / weight.sum()
             optimizer.zero_grad(set_to_none=True)
@@ -185,9 +193,34 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
         images = random_crop(images, recipe.augment.crop, generator, recipe.augment.crop_mode)
     if recipe.augment.flip:
         images = random_flip(images, generator)
-    if recipe.augment.cutout:
+    if recipe.augment.cutout and recipe.augment.cutout_candidates == 1:
         images = cutout(images, recipe.augment.cutout, generator)
     return images
+
+
+@torch.no_grad()
+def hardest_cutout(
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    generator: torch.Generator,
+    scorer: RegionScorer,
+    objective: Objective,
+) -> Tensor:
+    """Of `cutout_candidates` random squares in each image the one whose loss is largest; uint8 as before.
+
+    Source: the greedy worst-mask cutout of Saha et al., "Revisiting Image Classifier Training for Improved Certified
+    Robust Defense against Adversarial Patches", TMLR 2023, with random candidates for their mask sets.
+    """
+    if not recipe.augment.cutout or recipe.augment.cutout_candidates == 1:
+        return images
+    scorer.eval()  # candidates must not count in the batch statistics
+    candidates, values = [], []
+    for _ in range(recipe.augment.cutout_candidates):
+        candidates.append(cutout(images, recipe.augment.cutout, generator))
+        values.append(objective(scorer(candidates[-1].float() / 255), labels, generator))
+    worst = torch.stack(values).argmax(0)
+    return torch.stack(candidates)[worst, torch.arange(len(images), device=images.device)]
 
 
 def _model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelConfig:
@@ -225,17 +258,21 @@ def _start_from(scorer: RegionScorer, folder: Path) -> None:
         own[name].copy_(given[name])
 
 
-def _objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel) -> Callable[[Tensor, Tensor], Tensor]:
-    """Real scores and labels to one loss per image."""
+def _objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel, device: torch.device) -> Objective:
     loss = recipe.loss
     windows = scorer.grid().windows(threat)
+    masks = losses.window_masks(windows, device) if loss.name == "masked-features" else torch.empty(0)
 
-    def objective(z: Tensor, labels: Tensor) -> Tensor:
+    def objective(z: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         scores = losses.straight_through(z.float()) if recipe.model.head == "binary" else z.float()
         if loss.name == "margin":
             value = losses.margin_loss(scores, labels, loss.margin)
         elif loss.name == "smooth-margin":
             value = losses.smooth_margin_loss(scores, labels, loss.margin, loss.temperature, loss.label_smoothing)
+        elif loss.name == "cross-entropy":
+            value = losses.cross_entropy_loss(scores, labels, loss.label_smoothing)
+        elif loss.name == "masked-features":
+            value = losses.masked_features_loss(scores, labels, masks, generator, loss.label_smoothing)
         else:
             temperature = loss.temperature if recipe.model.head == "binary" else 1.0
             value = losses.double_masking_loss(

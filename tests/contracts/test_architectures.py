@@ -31,8 +31,9 @@ def seeded(name, width=WIDTH, depth=None, padded=True):
 
 
 def own_size(name):
-    """The architecture's image size; of the large ones a part that still holds whole receptive fields."""
-    return tuple(min(side, 64) for side in ARCHITECTURES[name].image_size)
+    """The architecture's image size; of the large ones a part, of all enough to hold whole receptive fields."""
+    receptive_field, stride = declared_geometry(name)
+    return tuple(max(min(side, 64), receptive_field + 3 * stride) for side in ARCHITECTURES[name].image_size)
 
 
 def declared_geometry(name):

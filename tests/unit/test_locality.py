@@ -291,7 +291,10 @@ class TestGuard:
         grid = RegionGrid.from_axis(2, 1, 0, (5, 5))
         threat = PatchThreatModel.parse("1", (5, 5))
         masks = oracle.mask_set(grid.rows_seen, grid.cols_seen, threat.shapes)
-        answers = {"double-masking": lambda scores: oracle.double_masking_prediction(scores, masks)}
+        answers = {
+            "double-masking": lambda scores: oracle.double_masking_prediction(scores, masks),
+            "robust-masking": lambda scores: oracle.robust_masking_prediction(scores, masks),
+        }
         answer = answers.get(rule, oracle.plain_prediction)
         scores = random.integers(low, high + 1, (12, 3, 4, 4))
         scores[random.random(scores.shape) < 0.6] = low

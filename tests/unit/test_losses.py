@@ -212,3 +212,34 @@ def test_the_loss_of_an_image_does_not_depend_on_its_batch(name):
     assert together.shape == (BATCH,)
     alone = torch.cat([loss(scores[i : i + 1], labels[i : i + 1]) for i in range(BATCH)])
     torch.testing.assert_close(together, alone)
+
+
+def test_cross_entropy_is_that_of_the_mean_scores():
+    scores = scores_of(5)
+    expected = [cross_entropy(image.mean((1, 2)), label, 0.1) for image, label in zip(scores, LABELS, strict=True)]
+    close(losses.cross_entropy_loss(*torches(scores), 0.1), expected)
+
+
+class TestMaskedFeaturesLoss:
+    def test_one_window_is_left_out_of_each_image(self):
+        """Every value is that of one window, and over many draws each window comes up."""
+        scores, windows = scores_of(6), windows_of()
+        boxes = boxes_of(windows)
+        table = np.empty((BATCH, len(boxes)))
+        for image, label in enumerate(LABELS):
+            for number, box in enumerate(boxes):
+                kept = np.array([[(a, b) not in box for b in range(COLS)] for a in range(ROWS)])
+                table[image, number] = cross_entropy(scores[image][:, kept].mean(1), label)
+        masks = losses.window_masks(windows, torch.device("cpu"))
+        generator, seen = torch.Generator().manual_seed(0), set()
+        for _ in range(60):
+            values = losses.masked_features_loss(*torches(scores), masks, generator).numpy()
+            gaps = np.abs(table - values[:, None])
+            assert gaps.min(1).max() < 1e-5
+            seen |= set(gaps.argmin(1).tolist())
+        assert seen == set(range(len(boxes)))
+
+    def test_the_masks_are_the_windows(self):
+        masks = losses.window_masks(windows_of(), torch.device("cpu"))
+        found = [{tuple(place) for place in mask.nonzero().tolist()} for mask in masks]
+        assert found == boxes_of(windows_of())

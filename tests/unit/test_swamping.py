@@ -103,6 +103,8 @@ def holds(model, head):
             maps = integers(z[i], head)
             if rule == "double-masking":
                 expected = [oracle.double_masking_prediction(scores, masks) for scores in maps]
+            elif rule == "robust-masking":
+                expected = [oracle.robust_masking_prediction(scores, masks) for scores in maps]
             else:
                 expected = [oracle.plain_prediction(scores) for scores in maps]
             assert found.tolist() == expected

@@ -16,8 +16,10 @@ import torch
 
 from bagcert import train as training
 from bagcert.data import load_dataset
+from bagcert.data.augment import cutout
 from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.errors import BagcertError, UnreadableError, UsageError
+from bagcert.losses import cross_entropy_loss
 from bagcert.nets.model_folder import read_model
 from bagcert.recipe import load_recipe
 from bagcert.train import train
@@ -271,6 +273,44 @@ def test_every_objective_and_option_lowers_the_loss(
     scorer, config = read_model(tmp_path)
     assert config.recipe["train"]["epochs"] == 8
     assert scorer.image_size == tuple(changes.get("model__image_size", (8, 8)))
+
+
+def test_the_hardest_of_several_cutouts_is_painted() -> None:
+    """Worked out one image and one candidate at a time, with the same draws."""
+    recipe = tiny.recipe(augment__cutout=3, augment__cutout_candidates=4)
+    scorer, labels = tiny.color_model().scorer, torch.tensor([0, 1, 2, 1])
+    images = torch.from_numpy(tiny.pixels(labels.numpy())).permute(0, 3, 1, 2).contiguous()
+
+    def objective(z, labels, generator):
+        return cross_entropy_loss(z, labels)
+
+    found = training.hardest_cutout(images, labels, recipe, torch.Generator().manual_seed(3), scorer, objective)
+    draws = torch.Generator().manual_seed(3)
+    candidates = [cutout(images, 3, draws) for _ in range(4)]
+    for i, label in enumerate(labels):
+        values = [objective(scorer(each[i : i + 1].float() / 255), label[None], None).item() for each in candidates]
+        assert len(set(values)) > 1
+        assert torch.equal(found[i], candidates[values.index(max(values))][i])
+    untouched = training.hardest_cutout(images, labels, tiny.recipe(), draws, scorer, objective)
+    assert torch.equal(untouched, images)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss__name": "cross-entropy"},
+        {"loss__name": "masked-features"},
+        {"augment__cutout": 2, "augment__cutout_candidates": 2},
+    ],
+)
+def test_how_other_defenses_are_trained_resumes_to_the_same_weights(tmp_path: Path, changes: dict) -> None:
+    recipe = tiny.recipe(**changes)
+    train(recipe, tmp_path / "whole", tiny.image_set(), device="cpu")
+    folder = _stopped(tmp_path / "killed", 5, recipe)
+    train(recipe, folder, tiny.image_set(), resume=True, device="cpu")
+    assert _weights(folder) == _weights(tmp_path / "whole")
+    train(tiny.recipe(), tmp_path / "plain", tiny.image_set(), device="cpu")
+    assert _weights(folder) != _weights(tmp_path / "plain")
 
 
 def test_cutout_and_class_weights_change_the_weights(tmp_path: Path) -> None:

@@ -9,20 +9,22 @@ from bagcert.errors import UsageError, nearest
 from bagcert.nets.bagnet import BagNet
 from bagcert.nets.region_resnet import RegionResNet
 
+Build = Callable[..., nn.Module]
+
 
 @dataclass(frozen=True)
 class Architecture:
     """A named member of a family of nets.
 
     Attributes:
-        build: (classes, width, depth, padded) to a module that maps normalized images to region scores.
+        build: (classes, width, depth, padded, channels=3) to a module that maps normalized images to region scores.
         image_size: (height_px, width_px) it is meant for; other sizes work.
         width, depth: what is used when a recipe does not say.
         receptive_field_px, stride_px: declared; a test measures them.
         summary: one line for tables.
     """
 
-    build: Callable[[int, int, int, bool], nn.Module]
+    build: Build
     image_size: tuple[int, int]
     width: int
     depth: int
@@ -36,22 +38,23 @@ def _require_depth(depth: int, least: int) -> None:
         raise UsageError(f"this architecture needs a depth of at least {least} blocks, got {depth}")
 
 
-def _resnet(stem: tuple[tuple[int, int, float], ...], looks_around: int) -> Callable[[int, int, int, bool], nn.Module]:
+def _resnet(stem: tuple[tuple[int, int, float], ...], looks_around: int) -> Build:
     """`depth` residual blocks, of which `looks_around` evenly spaced ones have a 3x3 kernel."""
 
-    def build(classes: int, width: int, depth: int, padded: bool) -> nn.Module:
+    def build(classes: int, width: int, depth: int, padded: bool, channels: int = 3) -> nn.Module:
         _require_depth(depth, max(1, looks_around))
         step = depth / looks_around if looks_around else 0
         around = {int((i + 0.5) * step) for i in range(looks_around)}
-        return RegionResNet(classes, width, stem, tuple(3 if i in around else 1 for i in range(depth)), padded)
+        blocks = tuple(3 if i in around else 1 for i in range(depth))
+        return RegionResNet(classes, width, stem, blocks, padded, channels)
 
     return build
 
 
-def _bagnet(receptive_field: int) -> Callable[[int, int, int, bool], nn.Module]:
-    def build(classes: int, width: int, depth: int, padded: bool) -> nn.Module:
+def _bagnet(receptive_field: int) -> Build:
+    def build(classes: int, width: int, depth: int, padded: bool, channels: int = 3) -> nn.Module:
         _require_depth(depth, 1)
-        return BagNet(classes, width, receptive_field, depth / 16)
+        return BagNet(classes, width, receptive_field, depth / 16, channels)
 
     return build
 
@@ -74,6 +77,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resnet-rf10s2": Architecture(_resnet(_S2, 1), (32, 32), 128, 4, 10, 2, "stride 2, one 3x3 block"),
     "resnet-rf14s2": Architecture(_resnet(_S2, 2), (32, 32), 128, 5, 14, 2, "stride 2, two 3x3 blocks"),
     "resnet-rf8s4": Architecture(_resnet(_S4_RF8, 0), (32, 32), 256, 6, 8, 4, "stride 4, 1x1 blocks only"),
+    "resnet-rf36s4": Architecture(
+        _resnet(_S4, 3), (32, 32), 192, 6, 36, 4, "stride 4; every region sees a whole 32x32"
+    ),
     "resnet-rf12s4": Architecture(_resnet(_S4, 0), (64, 64), 192, 5, 12, 4, "stride 4, 1x1 blocks only"),
     "resnet-rf20s4": Architecture(_resnet(_S4, 1), (64, 64), 192, 5, 20, 4, "stride 4, one 3x3 block"),
     "bagnet9": Architecture(_bagnet(9), (224, 224), 64, 16, 9, 8, "BagNet-9"),

@@ -44,11 +44,13 @@ class BagNet(nn.Sequential):
         width: channels of the first stage (64 in the paper).
         receptive_field: 9, 17 or 33.
         depth: how many blocks each stage has, as a share of ResNet-50's 3, 4, 6, 3 (1.0 in the paper).
+        inputs: channels of the image.
     """
 
-    def __init__(self, classes: int, width: int, receptive_field: int, depth: float = 1.0) -> None:
+    def __init__(self, classes: int, width: int, receptive_field: int, depth: float = 1.0, inputs: int = 3) -> None:
         stages_that_look_around = {9: 2, 17: 3, 33: 4}[receptive_field]
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 1, bias=False), *conv_bn(width, width, 3), nn.ReLU(inplace=True)]
+        layers: list[nn.Module] = [nn.Conv2d(inputs, width, 1, bias=False), *conv_bn(width, width, 3)]
+        layers.append(nn.ReLU(inplace=True))
         channels = width
         for stage, (stride, blocks) in enumerate(zip(STAGE_STRIDES, STAGE_DEPTHS, strict=True)):
             stage_width = width * 2**stage

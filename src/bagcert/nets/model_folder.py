@@ -55,8 +55,8 @@ class ModelConfig(BaseModel):
     padded: bool = True
     head: Literal["binary", "fixed-point"]
     scale: float = Field(gt=0, allow_inf_nan=False)
-    mean: list[Finite] = Field(min_length=3, max_length=3)
-    std: list[Annotated[Finite, Field(gt=0)]] = Field(min_length=3, max_length=3)
+    mean: list[Finite] = Field(min_length=3, max_length=6)
+    std: list[Annotated[Finite, Field(gt=0)]] = Field(min_length=3, max_length=6)
     class_names: list[Name] = Field(min_length=2, max_length=100_000)
     image_size: tuple[Pixels, Pixels]
     rule: Name
@@ -66,7 +66,8 @@ class ModelConfig(BaseModel):
 
     def build(self) -> RegionScorer:
         """The scorer with fresh weights."""
-        net = get_architecture(self.architecture).build(len(self.class_names), self.width, self.depth, self.padded)
+        architecture, channels = get_architecture(self.architecture), len(self.mean)
+        net = architecture.build(len(self.class_names), self.width, self.depth, self.padded, channels)
         return RegionScorer(net, self.class_names, self.image_size, self.head, self.scale, self.mean, self.std)
 
 

@@ -40,6 +40,7 @@ class RegionResNet(nn.Sequential):
         stem: (kernel, stride, share of `width`) of each stem convolution.
         blocks: kernel of each residual block.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
+        channels: of the input.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class RegionResNet(nn.Sequential):
         stem: tuple[tuple[int, int, float], ...],
         blocks: tuple[int, ...],
         padded: bool = True,
+        channels: int = 3,
     ) -> None:
         layers: list[nn.Module] = []
-        channels = 3
         for kernel, stride, share in stem:
             # The last one hands its channels to the blocks, so it has their width, however small.
             outputs = width if share == 1 else max(8, round(width * share))

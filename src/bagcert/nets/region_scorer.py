@@ -49,7 +49,8 @@ class RegionScorer(nn.Module):
         image_size: (height_px, width_px) the net is meant for.
         head: "binary" (scores `[z > 0]`, range [0, 1]) or "fixed-point" (`clip(round(z * scale), ±2047)`).
         scale: of the fixed-point head.
-        mean, std: per channel, applied as the first layer; three values for RGB images, one for grey ones.
+        mean, std: per channel, applied as the first layer; three values for RGB images, one for grey ones, six for
+            ablated ones `[x, 1 - x]` (`bagcert.defenses.derandomized_smoothing`), which only `forward` takes.
 
     Attributes:
         autocast_dtype: what the net computes in; None is float32.
@@ -78,9 +79,9 @@ class RegionScorer(nn.Module):
             raise UsageError(f"a region scorer needs at least two class names, got {len(class_names)}")
         if len(image_size) != 2 or min(image_size) < 1:
             raise UsageError(f"an image size is (height_px, width_px), each at least 1, got {tuple(image_size)}")
-        if len(mean) != len(std) or len(mean) not in (1, 3):
+        if len(mean) != len(std) or len(mean) not in (1, 3, 6):
             raise UsageError(
-                f"mean and std have three values each (RGB) or one each (grey), got {len(mean)} and {len(std)}"
+                f"mean and std have three values (RGB), one (grey) or six (ablated RGB), got {len(mean)} and {len(std)}"
             )
         if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
             raise UsageError(f"mean and std must be finite and std positive, got {tuple(mean)} and {tuple(std)}")
@@ -221,6 +222,8 @@ class RegionScorer(nn.Module):
         """Float images in [0, 1] with the network's channels; grey ones are checked as RGB of three equal channels."""
         if not isinstance(images, np.ndarray | Tensor):
             raise UsageError(f"images must be a numpy array or a torch tensor, got {type(images).__name__}")
+        if self.channels == 6:
+            raise UsageError("this network scores ablated images only; deploy it as derandomized smoothing")
         if self.channels == 3 or images.ndim < 3:
             return as_batch(images)
         axis = images.ndim - (1 if images.dtype in (np.uint8, torch.uint8) else 3)

@@ -199,7 +199,7 @@ class TestConfig:
             ({"mean": [0.5, float("nan"), 0.5]}, "mean.1: input should be a finite number"),
             ({"mean": [0.5]}, "mean: list should have at least 3 items"),
             ({"std": [0.5, 0.0, 0.5]}, "std.1: input should be greater than 0"),
-            ({"std": [0.5] * 4}, "std: list should have at most 3 items"),
+            ({"std": [0.5] * 4}, "mean and std have three values .* got 3 and 4"),
             ({"class_names": ["one"]}, "class_names: list should have at least 2 items"),
             ({"class_names": "cats"}, "class_names: input should be a valid list"),
             ({"class_names": ["x"] * 100_001}, "class_names: list should have at most 100000 items"),
