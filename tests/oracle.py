@@ -3,7 +3,9 @@
 Slow and literal on purpose. A map is an integer array [classes, rows, cols]; a mask is a boolean [rows, cols].
 """
 
+from fractions import Fraction
 from itertools import combinations_with_replacement, product
+from math import floor
 
 import numpy as np
 
@@ -120,6 +122,15 @@ def double_masking_prediction(scores, masks):
     return majority
 
 
+def robust_masking_prediction(scores, masks, threshold=0):
+    sums = []
+    for c in range(len(scores)):
+        evidence = np.maximum(scores[c].astype(object), 0)
+        total, most = evidence.sum(), max(evidence[mask].sum() for mask in masks)
+        sums.append(total - most if most > Fraction(threshold) * total else total)
+    return argmax(sums)
+
+
 # ---------------------------------------------------------------- certificates: (prediction, margin)
 
 
@@ -172,6 +183,23 @@ def detection(scores, masks):
             left = int(difference[~mask].sum()) - (1 if c < label else 0)
             margin = left if margin is None else min(margin, left)
             if mask.all():
+                margin = min(margin, -1)
+    return label, margin
+
+
+def robust_masking(scores, masks, threshold=0):
+    label = robust_masking_prediction(scores, masks, threshold)
+    evidence = np.maximum(scores.astype(object), 0)
+    margin = None
+    for mask in masks:
+        lower = min(evidence[label][~(mask | other)].sum() for other in masks)
+        for c in range(len(scores)):
+            if c == label:
+                continue
+            upper = Fraction(int(evidence[c][~mask].sum())) / (1 - Fraction(threshold))
+            left = int(lower) - floor(upper) - (1 if c < label else 0)
+            margin = left if margin is None else min(margin, left)
+            if any((mask | other).all() for other in masks):
                 margin = min(margin, -1)
     return label, margin
 

@@ -55,6 +55,16 @@ def cross_entropy_loss(
     return F.cross_entropy(mean_scores(scores), labels, reduction="none", label_smoothing=label_smoothing)
 
 
+def clipped_loss(
+    scores: Float[Tensor, "batch classes rows cols"],
+    labels: Int[Tensor, " batch"],
+    temperature: float = 12.0,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, " batch"]:
+    """`CE(tau * mean of tanh(0.05 z - 1))`: scores as Clipped BagNet deploys them (Zhang et al., DLS 2020)."""
+    return cross_entropy_loss(temperature * torch.tanh(0.05 * scores.float() - 1), labels, label_smoothing)
+
+
 def masked_features_loss(
     scores: Float[Tensor, "batch classes rows cols"],
     labels: Int[Tensor, " batch"],

@@ -167,6 +167,10 @@ class PatchThreatModel:
         return self.notation + ("" if self.allowed is None else " within the allowed placements")
 
 
+PatchLike = int | str | tuple[int, int] | PatchThreatModel
+"""What `PatchThreatModel.parse` takes."""
+
+
 def check_notation(text: str) -> None:
     """Says whether a text is in the patch notation at all, whatever the image.
 

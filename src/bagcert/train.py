@@ -28,6 +28,7 @@ from bagcert import losses
 from bagcert.data import load_dataset
 from bagcert.data.augment import cutout, random_crop, random_flip
 from bagcert.data.image_set import ImageSet
+from bagcert.defenses.derandomized_smoothing import ablate, random_positions
 from bagcert.devices import keep_freed_memory, resolve_device
 from bagcert.errors import BagcertError, UsageError
 from bagcert.nets import get_architecture
@@ -38,8 +39,8 @@ from bagcert.preprocess import Preprocessing
 from bagcert.recipe import Recipe
 from bagcert.rules import get_rule
 from bagcert.run_folder import RunFolder
-from bagcert.scores import FIXED_POINT_LIMIT
 from bagcert.threat import PatchThreatModel
+from bagcert.validation import scale_of, validate, validation_scores
 
 CHECK_LOSS_EVERY = 20
 
@@ -134,7 +135,8 @@ def train(
                 batch = hardest_cutout(batch, labels[index], recipe, generator, scorer, objective)
             batch = batch.float() / 255
             if recipe.augment.ablation != "none":
-                batch = random_ablation(batch, recipe.augment.ablation, recipe.augment.ablation_size, generator)
+                positions = random_positions(len(batch), (batch.shape[2], batch.shape[3]), generator)
+                batch = ablate(batch, positions, recipe.augment.ablation, recipe.augment.ablation_size)
             model.train()
             with autocast:
                 z = forward(batch.contiguous(memory_format=torch.channels_last))
@@ -165,7 +167,7 @@ def train(
                     )
             run.seconds = seconds_before + time.monotonic() - started
             if epoch_ends and ((epoch + 1) % recipe.train.validate_every == 0 or run.step == steps):
-                progress.validation = _validate(run.shipping, held_out, validation.labels, recipe, threat)
+                progress.validation = validate(run.shipping, held_out, validation.labels, recipe, threat)
                 if accelerator.is_main_process:
                     run.log(
                         epoch=epoch + 1,
@@ -180,7 +182,7 @@ def train(
                 raise BagcertError(f"interrupted at step {run.step} of {steps}; --resume goes on from {out}")
 
     if accelerator.is_main_process:
-        scale = _scale_of(_validation_scores(run.shipping, held_out))
+        scale = 1.0 if config.ablated else scale_of(validation_scores(run.shipping, held_out))
         provenance = _provenance(source, training, accelerator, run.seconds, limit)
         write_model(out, run.shipping, config.model_copy(update={"scale": scale, "provenance": provenance}))
         run.close()
@@ -227,6 +229,10 @@ def _model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelCo
     architecture = get_architecture(recipe.model.architecture)
     get_rule(recipe.defense.rule)
     pixels = images.float().div_(255) if len(images) <= 10_000 else images[:: len(images) // 10_000].float().div_(255)
+    mean = [round(value, 4) for value in pixels.mean((0, 2, 3)).tolist()]
+    std = [round(max(value, 1e-3), 4) for value in pixels.std((0, 2, 3)).tolist()]
+    if recipe.augment.ablation != "none":  # `[x, 1 - x]`, in which hidden is 0 and stays 0
+        mean, std = [0.0] * 6, [1.0] * 6
     return ModelConfig(
         name=recipe.name,
         architecture=recipe.model.architecture,
@@ -235,8 +241,8 @@ def _model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelCo
         padded=recipe.model.padded,
         head=recipe.model.head,
         scale=1.0,
-        mean=[round(value, 4) for value in pixels.mean((0, 2, 3)).tolist()],
-        std=[round(max(value, 1e-3), 4) for value in pixels.std((0, 2, 3)).tolist()],
+        mean=mean,
+        std=std,
         class_names=list(training.class_names),
         image_size=(images.shape[2], images.shape[3]),
         rule=recipe.defense.rule,
@@ -271,6 +277,8 @@ def _objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel, d
             value = losses.smooth_margin_loss(scores, labels, loss.margin, loss.temperature, loss.label_smoothing)
         elif loss.name == "cross-entropy":
             value = losses.cross_entropy_loss(scores, labels, loss.label_smoothing)
+        elif loss.name == "clipped":
+            value = losses.clipped_loss(scores, labels, loss.temperature, loss.label_smoothing)
         elif loss.name == "masked-features":
             value = losses.masked_features_loss(scores, labels, masks, generator, loss.label_smoothing)
         else:
@@ -330,30 +338,6 @@ def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 def _generator(device: torch.device, seed: int, step: int, process: int) -> torch.Generator:
     mixed = int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(mixed)
-
-
-def _validation_scores(scorer: RegionScorer, pixels: np.ndarray, batch: int = 250) -> Tensor:
-    return torch.cat([scorer.real_scores(pixels[i : i + batch]) for i in range(0, len(pixels), batch)])
-
-
-def _validate(
-    scorer: RegionScorer, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, threat: PatchThreatModel
-) -> dict[str, int | float]:
-    """Clean and certified accuracy of what would ship, by the recipe's rule on held-out images."""
-    z = _validation_scores(scorer, pixels[: recipe.train.validate_images])
-    scorer.scale = _scale_of(z)
-    certificate = get_rule(recipe.defense.rule).certify(scorer.to_scores(z, threat.image_size), threat)
-    right = certificate.prediction.cpu() == torch.from_numpy(labels[: len(z)])
-    return {
-        "validation_images": len(z),
-        "clean_accuracy": right.float().mean().item(),
-        "certified_accuracy": (right & certificate.certified.cpu()).float().mean().item(),
-    }
-
-
-def _scale_of(z: Tensor) -> float:
-    """The largest score seen on validation images becomes the largest fixed-point score."""
-    return FIXED_POINT_LIMIT / max(z.abs().max().item(), 1e-6)
 
 
 def _provenance(

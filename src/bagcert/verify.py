@@ -107,12 +107,6 @@ class _Claim:
         """The regions of two lines, 0 or 1, flattened."""
         return np.outer(self.reaches[shape].lines[0][i], self.reaches[shape].lines[1][j]).ravel()
 
-    def lead(self, label: int, keep: np.ndarray) -> tuple[float, float]:
-        """The least lead of the label in what masks keep, and -1 where one keeps nothing, which proves nothing."""
-        sums = keep @ self.scores.reshape(len(self.scores), -1).T
-        lead = np.delete(sums[:, [label]] - sums - (np.arange(len(self.scores)) < label), label, 1)
-        return lead.min(), inf if keep.any(1).all() else -1.0
-
 
 def _shapes(notation: str, patches: int, height: int, width: int, anywhere: bool) -> list[list[int]]:
     """The shapes meant by 5, 2x8, 2%, 5+2x8, area:25 or 2*5, without those inside another if they may lie anywhere."""
@@ -169,18 +163,19 @@ def _vote(claim: _Claim) -> tuple[int, float, float]:
     return label, min(margins), min(attained)
 
 
-def _masking(claim: _Claim) -> tuple[int, float, float]:
-    """Every mask, for double-masking every pair of masks, must leave the label on top; K patches: unions of K masks."""
-    masks: list[tuple] = []  # in the order (shape, top, left); every reach lies in one, the first maximal one
-    for shape, reach in claim.reaches.items():
+def _masks(claim: _Claim) -> tuple[int, float, float]:
+    """One mask (detection) or any two must leave the label on top; K patches: the masks are unions of K masks."""
+    double, robust, masks = claim.rule == "double-masking", claim.rule == "robust-masking", list[tuple]()
+    for shape, reach in claim.reaches.items():  # in the order (shape, top, left); every reach lies in a maximal one
         rows, cols = ((inside & most).argmax(1) for inside, most in zip(reach.inside, reach.maximal, strict=True))
         masks += [(shape, i, j) for i, j in sorted({(rows[a], cols[b]) for a, b in np.argwhere(reach.kept)})]
     count = comb(len(masks) + claim.patches - 1, claim.patches)
     _need(count**2 * claim.scores.size <= MOST_WORK, f"{count:,} masks are too many to go through in pairs", "limit")
-    single = [1 - claim.cells(*mask) for mask in masks]
-    outside = np.array([np.prod(each, axis=0) for each in combinations_with_replacement(single, claim.patches)])
-    flat, label = claim.scores.reshape(len(claim.scores), -1).T, int(claim.scores.sum((1, 2)).argmax())
-    if claim.rule == "double-masking":
+    off = {mask: 1 - claim.cells(*mask) for mask in masks}
+    outside = np.array([np.prod(each, axis=0) for each in combinations_with_replacement(off.values(), claim.patches)])
+    flat = (claim.scores.clip(0) if robust else claim.scores).reshape(len(claim.scores), -1).T
+    label = int(((outside @ flat).min(0) if robust else flat.sum(0)).argmax())  # robust: each less its strongest mask
+    if double:
         first = np.where(outside.any(1), (outside @ flat).argmax(1), -1)  # -1: no label where no region is left
         label = common = int(np.bincount(first[first >= 0]).argmax()) if (first >= 0).any() else label
         for keep, other in zip(outside, first, strict=True):
@@ -188,12 +183,17 @@ def _masking(claim: _Claim) -> tuple[int, float, float]:
             if other not in (-1, common) and second.any(1).all() and ((second @ flat).argmax(1) == other).all():
                 label = int(other)
                 break
-    rounds = (outside * keep for keep in outside) if claim.rule == "double-masking" else [outside]
-    least, empty = np.min([claim.lead(label, keep) for keep in rounds], axis=0)
-    every = list(zip(masks, single, strict=True))
-    holders = [[k for m, k in every if m[0] == at[0] and not (k * claim.cells(*at)).any()] for at in claim.worst]
+
+    def lead(keep: np.ndarray) -> tuple[float, float]:  # the label's least, and -1 where nothing is left to prove it
+        own = outside * keep if robust else keep  # robust: what is left of the label loses its strongest mask as well
+        left = own @ flat[:, [label]] - keep @ flat - (np.arange(flat.shape[1]) < label)
+        return np.delete(left, label, 1).min(), inf if own.any(1).all() else -1.0
+
+    rounds = ((keep[None] if robust else outside * keep) for keep in outside) if double or robust else [outside]
+    least, empty = np.min([lead(keep) for keep in rounds], axis=0)
+    holders = [[k for m, k in off.items() if m[0] == at[0] and not (k * claim.cells(*at)).any()] for at in claim.worst]
     tries = islice(product(*holders), MOST_TRIES)
-    return label, min(least, empty), min(empty, *(claim.lead(label, np.prod(each, axis=0)[None])[0] for each in tries))
+    return label, min(least, empty), min(empty, *(lead(np.prod(each, axis=0)[None])[0] for each in tries))
 
 
-_RULES = {"vote": _vote, "levine-feizi": _vote, "double-masking": _masking, "detection": _masking}
+_RULES = {"vote": _vote, "levine-feizi": _vote, "double-masking": _masks, "detection": _masks, "robust-masking": _masks}

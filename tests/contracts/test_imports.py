@@ -14,10 +14,10 @@ MODULES = {
 EXEMPT = {"bagcert"}  # the front door names everything, and loads it on first use
 
 LEVELS = {
-    1: "errors files devices threat grid scores certificate records images verify",
-    2: "rules nets data losses optimizers recipe preprocess record_lines image_records",
-    3: "defenses train run_folder locality",
-    4: "attacks export hub failsafe evaluation_log certificate_records record_file describe",
+    1: "errors extras files devices threat grid scores certificate records images verify",
+    2: "backends rules nets data losses optimizers recipe preprocess record_lines image_records gallery_file",
+    3: "defenses train run_folder validation locality model_card",
+    4: "attacks gallery export hub failsafe evaluation_log certificate_records record_file describe",
     5: "evaluate engines recompute compare",
     6: "benchmark",
     7: "report page",
@@ -32,14 +32,19 @@ SAME_LINE = {
     ("images", "errors"): "likewise",
     ("devices", "errors"): "likewise",
     ("files", "errors"): "likewise",
+    ("extras", "errors"): "likewise",
     ("images", "files"): "how a file is opened safely",
     ("threat", "files"): "likewise",
     ("grid", "threat"): "the windows of a grid are those of a threat",
     ("scores", "grid"): "a score map carries its grid",
     ("certificate", "threat"): "a certificate says against what",
+    ("train", "defenses"): "ablated images are made by the defense that votes on them",
+    ("train", "validation"): "the training's own, in a file of its own",
+    ("validation", "defenses"): "ablated images are judged by the defense that votes on them",
     ("train", "run_folder"): "the folder of a run is the training's own, in a file of its own",
     ("defenses", "locality"): "a loaded defense is measured before it certifies",
     ("record_file", "certificate_records"): "a file of those records",
+    ("export", "certificate_records"): "geometry and threat are written as in records",
     ("__main__", "cli"): "python -m bagcert is the command line",
 }
 
@@ -90,14 +95,18 @@ def test_the_list_of_exceptions_is_used_and_has_no_circle() -> None:
     assert SAME_LINE.keys() <= set(PAIRS)
     order = {
         name: i
-        for i, name in enumerate(["errors", "files", "devices", "threat", "images", "grid", "scores", "certificate"])
+        for i, name in enumerate(
+            ["errors", "extras", "files", "devices", "threat", "images", "grid", "scores", "certificate"]
+        )
     }
     order |= {
         "locality": 98,
         "defenses": 99,
         "certificate_records": 99,
         "record_file": 100,
+        "export": 100,
         "run_folder": 100,
+        "validation": 100,
         "train": 101,
         "cli": 102,
         "__main__": 103,

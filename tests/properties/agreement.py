@@ -22,6 +22,7 @@ def expected(case: Case, image: int) -> dict[str, tuple[int, int]]:
         "levine-feizi": oracle.levine_feizi(scores, windows, low, high, patches),
         "double-masking": oracle.double_masking(scores, masks),
         "detection": oracle.detection(scores, masks),
+        "robust-masking": oracle.robust_masking(scores, masks),
     }
 
 

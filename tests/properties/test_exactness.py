@@ -100,7 +100,9 @@ def test_only_differences_of_scores_matter(case, offset):
     shift = offset * 1000
     score_map = case.score_map
     moved = ScoreMap(score_map.scores.long() + shift, score_map.low + shift, score_map.high + shift, score_map.grid)
-    for rule in RULES.values():
+    for name, rule in RULES.items():
+        if name == "robust-masking":  # whose evidence starts at 0
+            continue
         before, after = rule.certify(score_map, case.threat), rule.certify(moved, case.threat)
         assert torch.equal(before.margin, after.margin)
         assert torch.equal(before.prediction, after.prediction)

@@ -220,6 +220,13 @@ def test_cross_entropy_is_that_of_the_mean_scores():
     close(losses.cross_entropy_loss(*torches(scores), 0.1), expected)
 
 
+def test_clipped_is_the_cross_entropy_of_squeezed_scores():
+    scores = 40 * scores_of(5)
+    squeezed = 12 * np.tanh(0.05 * scores - 1)
+    expected = [cross_entropy(image.mean((1, 2)), label, 0.1) for image, label in zip(squeezed, LABELS, strict=True)]
+    close(losses.clipped_loss(*torches(scores), 12.0, 0.1), expected)
+
+
 class TestMaskedFeaturesLoss:
     def test_one_window_is_left_out_of_each_image(self):
         """Every value is that of one window, and over many draws each window comes up."""

@@ -233,10 +233,10 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(t
 
 
 def test_weights_that_break_under_a_finite_loss_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaking(recipe, scorer, threat):
+    def breaking(recipe, scorer, threat, device):
         calls = iter(range(100))
 
-        def objective(z, labels):
+        def objective(z, labels, generator):
             if next(calls) < 5:
                 return z.square().mean((1, 2, 3))
             return (z * 0).abs().sqrt().mean((1, 2, 3))  # 0, with the gradient inf * 0
@@ -300,6 +300,8 @@ def test_the_hardest_of_several_cutouts_is_painted() -> None:
     [
         {"loss__name": "cross-entropy"},
         {"loss__name": "masked-features"},
+        {"loss__name": "clipped"},
+        {"loss__name": "cross-entropy", "augment__ablation": "column", "augment__ablation_size": 3},
         {"augment__cutout": 2, "augment__cutout_candidates": 2},
     ],
 )

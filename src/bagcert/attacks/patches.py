@@ -24,6 +24,23 @@ def every_placement(threat: PatchThreatModel) -> Int[Tensor, "placements 4"]:
     return _every_placement(threat)
 
 
+def nearest_placements(threat: PatchThreatModel, rectangles: Int[Tensor, "*rows 4"]) -> Int[Tensor, "*rows 4"]:
+    """The admissible placement nearest to the middle of each rectangle: itself where it is one.
+
+    Certificates of masking on pixels name masks, which are larger than patches.
+    """
+    shapes = torch.tensor(threat.shapes)
+    flat = rectangles.reshape(-1, 4)
+    foreign = ~(flat[:, None, 2:] == shapes).all(2).any(1) | (threat.allowed is not None)
+    distinct, which = flat[foreign].unique(dim=0, return_inverse=True)
+    places = every_placement(threat)
+    middle, others = (torch.cat([2 * one[:, :2] + one[:, 2:], one[:, 2:]], 1).double() for one in (distinct, places))
+    nearest = flat.clone()
+    distances = torch.cdist(middle, others, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest[foreign] = places[distances.min(1).indices][which]
+    return nearest.view_as(rectangles)
+
+
 def random_placements(
     threat: PatchThreatModel, count: int, generator: torch.Generator
 ) -> Int[Tensor, "count patches 4"]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
-from bagcert.attacks.patches import paste, stays_inside
+from bagcert.attacks.patches import nearest_placements, paste, stays_inside
 from bagcert.certificate import Certificate
 from bagcert.errors import BagcertError, UsageError
 from bagcert.rules import RULES
@@ -80,11 +80,12 @@ class Victim:
         check_images(images)
         self.defense, self.threat, self.rule = defense, threat, rule
         self.images = torch.from_numpy(np.array(images))
-        self.detects = rule in RULES and RULES[rule].guarantee == "detection"
+        guarantee = RULES[rule].guarantee if rule in RULES else getattr(defense, "guarantee", "recovery")
+        self.detects = guarantee == "detection"
         clean = defense.certify(images, threat, rule)
         self.prediction, self.certified = clean.prediction.cpu(), clean.certified.cpu()
         worst = clean.worst_placement.cpu()
-        self.worst_placement = worst[:, None] if worst.ndim == 2 else worst
+        self.worst_placement = nearest_placements(threat, worst[:, None] if worst.ndim == 2 else worst)
         batch = len(images)
         self.broken = torch.zeros(batch, dtype=torch.bool)
         self.attempts = torch.zeros(batch, dtype=torch.int64)

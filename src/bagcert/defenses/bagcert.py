@@ -7,26 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from bagcert.certificate import Certificate
+from bagcert.backends import fastest_backend, get_runner
+from bagcert.defenses.score_map_defense import ScoreMapDefense
 from bagcert.devices import keep_freed_memory, resolve_device
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.locality import LocalityReport, cached_report, require_local
+from bagcert.locality.cache import cache_folder
 from bagcert.nets.model_folder import CONFIG, WEIGHTS, ModelConfig, read_model, weights_sha256
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap, check_counting
-from bagcert.threat import PatchThreatModel
+from bagcert.threat import PatchLike, PatchThreatModel
 
 ALIASES = {"default": "cifar10-cpu"}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
-PatchLike = int | str | tuple[int, int] | PatchThreatModel
 
-
-class BagCert:
+class BagCert(ScoreMapDefense):
     """A certified defence: predictions with a proof that no patch of the given size changes them.
 
     One forward pass gives a score map; the rule reads prediction and certificate from it. Source: Metzen &
@@ -56,6 +55,7 @@ class BagCert:
     ) -> None:
         get_rule(rule)
         self.scorer = scorer.eval()
+        self.class_names, self.image_size = scorer.class_names, scorer.image_size
         self.rule = rule
         self.patch = patch
         self.config = config
@@ -64,14 +64,9 @@ class BagCert:
         self.name = config.name if config else type(scorer.net).__name__
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """One per class index."""
-        return self.scorer.class_names
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height_px, width_px) the network is meant for."""
-        return self.scorer.image_size
+    def backend(self) -> str:
+        """What computes the forward pass: torch, onnxruntime or openvino."""
+        return self.scorer.backend
 
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
         """Integer scores of a batch: uint8 [batch, height, width, 3] or float [batch, 3, height, width] in [0, 1]."""
@@ -91,59 +86,6 @@ class BagCert:
         self.scorer.tolerance = self.locality.tolerance(portable)
         return self
 
-    def predict(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
-    ) -> Int[Tensor, " batch"]:
-        """What the deployed rule answers on each image, as in `certify`.
-
-        For double masking this depends on `patch` and `placements`.
-        """
-        score_map = self.score_map(images)
-        return get_rule(rule or self.rule).predict(score_map, self.threat(score_map, patch, placements))
-
-    def certify(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
-    ) -> Certificate:
-        """Prediction, proof, margin and worst placement for each image.
-
-        Args:
-            images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
-            patch: an attacker in the notation of `PatchThreatModel.parse`; the deployed patch when absent.
-            rule: a name from `bagcert.rules.RULES`; the deployed rule when absent.
-            placements: where patches may lie, a boolean [height, width] or a mask image; everywhere when absent.
-
-        Raises:
-            UsageError: bad images, patch or rule.
-        """
-        return self.certify_scores(self.score_map(images), patch, rule, placements)
-
-    def certify_scores(
-        self,
-        score_map: ScoreMap,
-        patch: PatchLike | None = None,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
-    ) -> Certificate:
-        """Like `certify`, from a score map at hand: further patches and rules cost no forward pass."""
-        return get_rule(rule or self.rule).certify(score_map, self.threat(score_map, patch, placements))
-
-    def threat(
-        self, score_map: ScoreMap, patch: PatchLike | None = None, placements: np.ndarray | str | Path | None = None
-    ) -> PatchThreatModel:
-        """The threat model for images of the map's size."""
-        chosen = self.patch if patch is None else patch
-        if isinstance(chosen, PatchThreatModel) and placements is not None:
-            raise UsageError("a threat model has its own allowed placements; give them there, not beside it")
-        return PatchThreatModel.parse(chosen, score_map.grid.image_size, placements)
-
 
 def load(
     name: str | Path = "default",
@@ -151,6 +93,7 @@ def load(
     dtype: str = "float32",
     portable: bool = False,
     checked: bool = True,
+    backend: str = "torch",
 ) -> BagCert:
     """A model by shipped name (`default`, `digits`, ...), folder, or hub id (`owner/name`).
 
@@ -167,15 +110,18 @@ def load(
         portable: certificates are to hold as well where the attacked image is seen in another batch size or with
             another number of threads, whose kernels may round otherwise: that drift is guarded against, too.
         checked: False leaves the measurement out, for whoever measures next.
+        backend: what computes the forward pass, on the CPU: torch, onnxruntime or openvino; or auto, the fastest of
+            those installed. Locality is measured on that backend; heads and rules are the same on all.
 
     Raises:
-        UsageError: no such model, device or dtype.
+        UsageError: no such model, device, dtype or backend, or its libraries are not installed.
         UnreadableError: the files are damaged or not what they should be.
         UnsoundError: on this device sums are not exact, or scores move where they must not.
     """
     if dtype not in DTYPES:
         raise UsageError(f"a dtype is one of {', '.join(DTYPES)}; got {dtype!r}")
-    target = resolve_device(device)
+    chosen = fastest_backend(device, dtype) if backend == "auto" else backend
+    target = resolve_device("cpu" if device == "auto" and chosen != "torch" else device)
     if target.type == "cpu":
         keep_freed_memory()
     folder = model_folder(name)
@@ -188,6 +134,8 @@ def load(
     scorer.fold_batch_norm().to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scorer.autocast_dtype = DTYPES[dtype]
     check_counting(target)
+    cache = cache_folder()
+    scorer.runner = get_runner(chosen, scorer, DTYPES[dtype], None if cache is None else cache / "onnx")
     model = BagCert(scorer, config.rule, config.patch, config, weights_sha256(folder))
     return model.check_locality(portable) if checked else model
 

@@ -37,6 +37,7 @@ class Undefended:
     """
 
     rule = RULE
+    guarantee = "none"
     weights_sha256 = ""
 
     def __init__(
@@ -58,6 +59,10 @@ class Undefended:
         """Where the weights are."""
         weight = next(self.model.parameters(), None)
         return torch.device("cpu") if weight is None else weight.device
+
+    def forward_passes(self, threat: PatchThreatModel | None = None, certify: bool = True) -> int:
+        """Passes through the network per image."""
+        return 1
 
     def logits(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Logits of images in [0, 1], differentiable.

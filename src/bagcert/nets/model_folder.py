@@ -64,6 +64,11 @@ class ModelConfig(BaseModel):
     recipe: Annotated[dict[str, Any], AfterValidator(_as_json)] = {}
     provenance: Annotated[dict[str, Any], AfterValidator(_as_json)] = {}
 
+    @property
+    def ablated(self) -> bool:
+        """Whether the net takes ablated images, as derandomized smoothing makes them."""
+        return len(self.mean) == 6
+
     def build(self) -> RegionScorer:
         """The scorer with fresh weights."""
         architecture, channels = get_architecture(self.architecture), len(self.mean)

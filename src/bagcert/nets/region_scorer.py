@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from bagcert.images import as_batch
 from bagcert.nets.geometry import derive_grid
 from bagcert.nets.probe import check_locality
 from bagcert.scores import FIXED_POINT_LIMIT, ScoreMap, binarize, quantize, slack_of
+
+if TYPE_CHECKING:
+    from bagcert.backends.runner import Runner
 
 Head = Literal["binary", "fixed-point"]
 HEADS: tuple[Head, ...] = ("binary", "fixed-point")
@@ -56,6 +59,7 @@ class RegionScorer(nn.Module):
         autocast_dtype: what the net computes in; None is float32.
         tolerance: how far `z` may move where it should stand still, as measured on this device; score maps carry what
             that does to each score as their slack. 0 where locality is exact.
+        runner: computes `z` in the network's place, see `bagcert.backends`; None is torch.
 
     Source: Metzen & Yatsura, ICLR 2021, section 3; METHOD section 2 of the design notes.
     """
@@ -93,6 +97,7 @@ class RegionScorer(nn.Module):
         self.scale = float(scale)
         self.autocast_dtype: torch.dtype | None = None
         self.tolerance = 0.0
+        self.runner: Runner | None = None
         self._grids: dict[tuple[int, int], RegionGrid] = {}
 
     @classmethod
@@ -154,6 +159,11 @@ class RegionScorer(nn.Module):
         """Where the weights are."""
         return self.normalize.mean.device
 
+    @property
+    def backend(self) -> str:
+        """What computes `z`: torch, or the name of the runner's."""
+        return "torch" if self.runner is None else self.runner.name
+
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Real-valued scores `z` [batch, classes, rows, cols] of images in [0, 1]."""
         return self.net(self.normalize(images))
@@ -174,6 +184,8 @@ class RegionScorer(nn.Module):
         self.eval()  # all of it: one batch norm left in train mode would leak across the map
         dtype = self.autocast_dtype
         parts = batch.split(max(1, PIXELS_AT_ONCE // (batch.shape[2] * batch.shape[3])))
+        if self.runner is not None:
+            return torch.cat([self.runner(part) for part in parts])
         with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             scores = [self(part.to(self.device, memory_format=torch.channels_last)).float() for part in parts]
         return torch.cat(scores)

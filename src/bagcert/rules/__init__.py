@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
-from bagcert.rules import detection, double_masking, levine_feizi, vote
+from bagcert.rules import detection, double_masking, levine_feizi, robust_masking, vote
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 
@@ -64,6 +64,13 @@ RULES: dict[str, Rule] = {
             plain_prediction,
             "detection",
             "the same answer with any one window left out; an attack may cause an alert instead of a wrong answer",
+        ),
+        Rule(
+            "robust-masking",
+            robust_masking.robust_masking,
+            robust_masking.robust_masking_prediction,
+            "recovery",
+            "most evidence with the strongest window of each class left out, as PatchGuard does",
         ),
     )
 }

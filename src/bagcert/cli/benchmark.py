@@ -1,0 +1,107 @@
+"""`bagcert benchmark`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bagcert.cli.console import print_json, progress, stdout
+from bagcert.cli.options import Device, Json
+
+if TYPE_CHECKING:
+    from bagcert.benchmark import BenchmarkRow
+
+
+def benchmark(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Results, records, plots and trained networks go here.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, cifar10 (from the hub), or a path: class folders, Parquet files, CIFAR-10's pickles."
+        ),
+    ] = None,
+    defenses: Annotated[
+        str, typer.Option(metavar="NAMES", help="Names with commas between them, or all; see bagcert info.")
+    ] = "all",
+    patch: Annotated[
+        list[str] | None, typer.Option(metavar="PATCH", help="As in evaluate. Repeat for several. Default: 2 and 5.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N test images, in data-set order.")] = None,
+    train_limit: Annotated[int | None, typer.Option(min=1, help="Train on the first N images only.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of every training. Default: what suits the size of the images.")
+    ] = None,
+    multiply_adds: Annotated[
+        int | None, typer.Option(min=1, help="Of one pass of every network, in place of what suits the images.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all trainings and choices.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="On digits, against 1 and 2 px, in a few minutes: does everything run?")
+    ] = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Certified defences side by side: trained with one budget, measured in one run.
+
+    Trains what is missing, evaluates every defence against every patch, writes a JSON for each, prints the table and
+    draws the plots. What DIR holds already is kept, so an interrupted run goes on.
+    """
+    from bagcert.benchmark import benchmark as run
+    from bagcert.errors import UsageError
+    from bagcert.report.benchmark_plots import draw
+
+    if quick and data not in (None, "digits"):
+        raise UsageError(f"--quick is on digits, and --data {data} was given; leave one of them out")
+    if data is None and not quick:
+        raise UsageError("a benchmark needs --data, or --quick")
+    names = [] if defenses == "all" else [name.strip() for name in defenses.split(",")]
+    patches = patch or (["1", "2"] if quick else ["2", "5"])
+    with progress("benchmark") as report:
+        rows = run(
+            data or "digits",
+            out,
+            patches,
+            names,
+            limit or (150 if quick else None),
+            train_limit,
+            epochs or (8 if quick else None),
+            multiply_adds,
+            seed,
+            device,
+            lambda what, done, total: report(done, total, what),
+        )
+    plots = draw(rows, out)
+    if json:
+        print_json([row.to_dict() for row in rows])
+        return
+    _print(rows)
+    stdout().print(f"Results and networks are in {out}; plots: {', '.join(path.name for path in plots)}")
+
+
+def _print(rows: "list[BenchmarkRow]") -> None:
+    from rich.table import Table
+
+    console = stdout()
+    for patch in dict.fromkeys(row.patch for row in rows):
+        some = [row for row in rows if row.patch == patch]
+        console.print(f"{some[0].data} ({some[0].split}), patch {patch}, {some[0].device}, {some[0].threads} threads")
+        table = Table()
+        table.add_column("defense", no_wrap=True)
+        table.add_column("guarantee")
+        for column in ("clean", "certified", "images", "passes", "images/s predict", "certify", "MiB", "training s"):
+            table.add_column(column, justify="right")
+        for row in sorted(some, key=lambda row: -row.certified_accuracy):
+            passes, speed = row.forward_passes, row.images_per_second
+            table.add_row(
+                row.defense,
+                row.guarantee,
+                f"{row.clean_accuracy:.1%}",
+                f"{row.certified_accuracy:.1%}",
+                f"{row.images:,}",
+                f"{passes['predict']:,} / {passes['certify']:,}",
+                f"{speed['predict']:,.0f}",
+                f"{speed['certify']:,.0f}",
+                f"{row.peak_memory_mib:,}",
+                f"{row.training_seconds:,.0f}",
+            )
+        console.print(table)

@@ -1,0 +1,184 @@
+"""Interval bound propagation against patches: how far can the logits of a small network move?
+
+Source: Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020; Gowal et al., 2018 (the last layer merged
+into the difference of classes).
+
+Guarantee: recovery. Where the lower bound of z_y - z_c is positive for every other class c and every placement of the
+patch, no content of it changes the prediction y. The bound is incomplete: what it does not certify may be robust.
+
+Different from the publication: every placement is bounded, the last row and column included, several patches and
+shapes as well, and rounding is counted: see `bagcert.defenses.interval_layers`. Training on the bound is left out.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bagcert.certificate import Certificate
+from bagcert.defenses.interval_layers import Box, flat_layers, last_layer, margin_bounds, through
+from bagcert.defenses.pixel_masks import covered, unions
+from bagcert.defenses.question import read_question
+from bagcert.defenses.undefended import Undefended
+from bagcert.errors import UsageError
+from bagcert.scores import exact_arithmetic, lowest_argmax
+from bagcert.threat import PatchLike, PatchThreatModel
+
+RULE = "interval-bounds"
+MOST_BOXES = 20_000
+UNITS_PER_LOGIT = 1000
+_LIMIT = 2**53  # of margins: beyond, float64 holds no single units
+
+
+class IntervalBounds:
+    """A small network that certifies itself: intervals of its activations for each placement of the patch.
+
+    The network is copied in float64, so that a prediction is rounded by far less than what the bound allows for;
+    weights trained later need a new `IntervalBounds`.
+
+    Args:
+        model: `nn.Sequential` of Conv2d, Linear, ReLU, Flatten, AvgPool2d, BatchNorm2d and the package's
+            `Normalize` (Identity and Dropout do nothing), from images [batch, 3, height, width] in [0, 1] to logits.
+        class_names: one per logit.
+        image_size: (height_px, width_px) it is meant for.
+        patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
+        name: for tables.
+        batch_size: boxes propagated at once.
+
+    Raises:
+        UsageError: a layer that cannot be bounded, fewer than two classes, or a patch that does not fit.
+
+    >>> model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
+    >>> defense = IntervalBounds(model, ("red", "green", "blue"), (8, 8), patch=2)
+    >>> image = np.full((1, 8, 8, 3), (0, 51, 0), dtype=np.uint8)
+    >>> defense.certify(image).margin.tolist()  # 0.2 * 60 / 64 - 4 / 64 logits, less a little for rounding
+    [124]
+    """
+
+    rule = RULE
+    weights_sha256 = ""
+    guarantee = "recovery"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str],
+        image_size: tuple[int, int],
+        patch: PatchLike = 5,
+        name: str = "interval-bounds",
+        batch_size: int = 256,
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"the batch size must be at least 1, got {batch_size}")
+        flat_layers(model)
+        weight = next(model.parameters(), None)
+        home = "cpu" if weight is None or weight.device.type == "mps" else weight.device  # mps has no float64
+        exact = deepcopy(model).to(home, torch.float64)
+        classifier = Undefended(exact, class_names, image_size, name)
+        self.classifier = classifier
+        self.class_names, self.image_size, self.name = classifier.class_names, classifier.image_size, name
+        self.layers = flat_layers(exact)
+        self.patch = patch
+        self.batch_size = batch_size
+        self._boxes(PatchThreatModel.parse(patch, self.image_size))
+
+    def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
+        """One for the answer; for the certificate one more per placement, each of about three plain passes."""
+        return 1 + (len(self._boxes(threat)) if certify else 0)
+
+    def predict(
+        self,
+        images: np.ndarray | Tensor,
+        patch: PatchLike | None = None,
+        rule: str | None = None,
+        placements: np.ndarray | str | Path | None = None,
+    ) -> Int[Tensor, " batch"]:
+        """The class with the largest logit in float64, the lowest index among equals; whatever the patch.
+
+        Raises:
+            UsageError: as for `certify`.
+        """
+        batch, _ = self._asked(images, patch, rule, placements)
+        return self._labels(batch)
+
+    def certify(
+        self,
+        images: np.ndarray | Tensor,
+        patch: PatchLike | None = None,
+        rule: str | None = None,
+        placements: np.ndarray | str | Path | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Certificate:
+        """Prediction and proof for each image.
+
+        The margin is floor(1000 * the least lower bound of z_y - z_c), at least 0 where that bound is positive
+        (certified) and at most -1 elsewhere. `worst_placement` is where it is least, the first such placement:
+        [batch, 4], for K patches [batch, K, 4].
+
+        Args:
+            images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
+            patch: an attacker in the notation of `PatchThreatModel.parse`; the deployed patch when absent.
+            rule: "interval-bounds" or nothing.
+            placements: where patches may lie, as for `BagCert.certify`.
+            on_progress: called with (boxes propagated, boxes in all), over all images.
+
+        Raises:
+            UsageError: bad images or patch, another rule, or several patches with more than 20,000 unions of
+                placements.
+        """
+        batch, threat = self._asked(images, patch, rule, placements)
+        label = self._labels(batch)
+        boxes = self._boxes(threat).to(batch.device)
+        total = len(batch) * len(boxes)
+        bounds = torch.empty(total, dtype=torch.float64, device=batch.device)
+        with exact_arithmetic(batch.device):
+            for some in torch.arange(total, device=batch.device).split(self.batch_size):
+                image, box = some // len(boxes), some % len(boxes)
+                bounds[some] = self._lower_bounds(batch[image], boxes[box], label[image])
+                on_progress(int(some[-1]) + 1, total)
+        least, at = (-bounds.unflatten(0, (len(batch), len(boxes)))).max(1)  # the first of equals
+        units = torch.floor(-least * UNITS_PER_LOGIT).clamp(-_LIMIT, _LIMIT).long()
+        certified = least < 0
+        margin = torch.where(certified, units.clamp(min=0), units.clamp(max=-1))
+        worst = boxes[at]
+        return Certificate(label, certified, margin, worst[:, 0] if threat.patches == 1 else worst, RULE, threat)
+
+    def _asked(
+        self,
+        images: np.ndarray | Tensor,
+        patch: PatchLike | None,
+        rule: str | None,
+        placements: np.ndarray | str | Path | None,
+    ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel]:
+        batch, threat = read_question(images, self.patch, patch, RULE, rule, placements, self.classifier.device)
+        return batch.double(), threat
+
+    def _labels(self, batch: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, " batch"]:
+        self.classifier.model.eval()
+        with exact_arithmetic(batch.device):
+            return torch.cat([lowest_argmax(self.classifier.logits(some)) for some in batch.split(self.batch_size)])
+
+    def _boxes(self, threat: PatchThreatModel) -> Int[Tensor, "boxes patches 4"]:
+        """`[top, left, height, width]` of the patches of every attack."""
+        rectangles: list[tuple[int, ...]] = []
+        for shape in threat.shapes:
+            rectangles += [(top, left, *shape) for top, left in np.argwhere(threat.placements(shape)).tolist()]
+        return unions(rectangles, threat.patches, MOST_BOXES, "interval bounds are for few placements and one patch")
+
+    def _lower_bounds(
+        self,
+        images: Float[Tensor, "rows 3 height width"],
+        boxes: Int[Tensor, "rows patches 4"],
+        label: Int[Tensor, " rows"],
+    ) -> Float[Tensor, " rows"]:
+        """The least of z_y - z_c over all other classes c and contents of the patches, from below."""
+        hidden = covered(boxes, (images.shape[2], images.shape[3]))[:, None]
+        box = Box(images.masked_fill(hidden, 0.5), 0.5 * hidden.expand_as(images).double())
+        layers, last = last_layer(self.layers)
+        for layer in layers:
+            box = through(layer, box)
+        return margin_bounds(box, last, label)

@@ -1,0 +1,164 @@
+"""Layers on boxes: how far the activations of a network can move when its input moves within a box.
+
+A box is a centre and a radius per activation, in float64. Affine layers y = A x + b take the centre to A c + b and the
+radius to |A| r, ReLU takes both ends of the interval.
+
+Rounding. Where n products and a bias are summed in floating point with unit roundoff u, in any order and with or
+without fused operations, the result is off by at most g(n + 1) * (|A| |x| + |b|), where g(k) = k u / (1 - k u)
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Each affine layer widens its box by twice
+g(n + 2) * (|A| (|c| + r) + |b|) for the u of float32, 2^-24, and by what underflow may lose. Then the activations as
+computed lie in the boxes as computed:
+- by a plain float32 forward pass that sums products and does not overflow (not through Winograd or FFT, nor TF32);
+- and with a factor of 2^29 to spare by the float64 forward pass that `IntervalBounds.predict` makes, by any algorithm;
+- the second half of the slack outweighs the float64 rounding of centre, radius and slack themselves by as much.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bagcert.errors import UsageError
+from bagcert.nets.region_scorer import Normalize
+
+_UNIT_ROUNDOFF = 2.0**-24
+_SMALLEST_NORMAL = 2.0**-126
+_IGNORED = (nn.Identity, nn.Dropout, nn.Dropout2d)  # do nothing in eval mode
+_BOUNDED = (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten, nn.AvgPool2d, nn.BatchNorm2d, Normalize)
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """Intervals [center - radius, center + radius] of activations, float64, one box per row."""
+
+    center: Float[Tensor, "rows *shape"]
+    radius: Float[Tensor, "rows *shape"]
+
+
+def flat_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a network in order, nested sequences opened, those without effect left out.
+
+    Raises:
+        UsageError: not an `nn.Sequential`, or a layer whose bound is unknown, which is named.
+    """
+    if type(model) is not nn.Sequential:
+        raise UsageError(f"interval bounds need the layers in an nn.Sequential, got {type(model).__name__}")
+    layers = []
+    for name, layer in model.named_modules(remove_duplicate=False):  # one ReLU may stand at several places
+        if type(layer) is nn.Sequential or type(layer) in _IGNORED:
+            continue
+        if reason := _unbounded(layer):
+            raise UsageError(f"interval bounds cannot pass layer {name} of the network, {layer}: {reason}")
+        layers.append(layer)
+    return layers
+
+
+def _unbounded(layer: nn.Module) -> str:
+    """Why a layer cannot be bounded; empty if it can."""
+    if type(layer) not in _BOUNDED:  # a subclass may do anything
+        return f"there are bounds for {', '.join(kind.__name__ for kind in _BOUNDED)}"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "it has hooks, which may do anything"
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        return "padding must be by zeros"
+    if isinstance(layer, nn.AvgPool2d) and layer.divisor_override is not None:
+        return "the divisor must be the number of pixels"
+    if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is None:
+        return "it has no running statistics, so images of a batch influence each other"
+    if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) != (1, -1):
+        return "it must flatten all but the batch axis"
+    return ""
+
+
+def through(layer: nn.Module, box: Box) -> Box:
+    """The box of a layer's outputs for inputs in `box`; a layer of `flat_layers`, in float64 and eval mode."""
+    if isinstance(layer, nn.Flatten):
+        return Box(box.center.flatten(1), box.radius.flatten(1))
+    if isinstance(layer, nn.ReLU):
+        low, high = (box.center - box.radius).clamp(min=0), (box.center + box.radius).clamp(min=0)
+        # Seven roundings to half a unit in the last place are less than 2^-48 of the upper end.
+        return Box((low + high) / 2, (high - low) / 2 + high * 2.0**-48)
+    reach = box.center.abs() + box.radius
+    radius, size = _magnitude(layer, torch.cat([box.radius, reach])).chunk(2)
+    terms, shift = _terms_and_shift(layer)
+    return Box(layer(box.center), radius + slack(size + shift, terms))
+
+
+def slack(size: Tensor, terms: int) -> Tensor:
+    """Twice what rounding can change a sum of `terms` products and a bias, where `size` is |A| |x| + |b|."""
+    count = terms + 2
+    gamma = count * _UNIT_ROUNDOFF / (1 - count * _UNIT_ROUNDOFF)
+    return 2 * (gamma * size + count * _SMALLEST_NORMAL)
+
+
+def _magnitude(layer: nn.Module, x: Tensor) -> Tensor:
+    """|A| x for an affine layer, x not negative."""
+    if isinstance(layer, nn.Conv2d):
+        return functional.conv2d(x, layer.weight.abs(), None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    if isinstance(layer, nn.Linear):
+        return functional.linear(x, layer.weight.abs())
+    if isinstance(layer, nn.BatchNorm2d):
+        return x * _scale(layer).abs()[:, None, None]
+    if isinstance(layer, Normalize):
+        return x / layer.std
+    assert isinstance(layer, nn.AvgPool2d)
+    return layer(x)
+
+
+def _terms_and_shift(layer: nn.Module) -> tuple[int, Tensor | float]:
+    """How many products an output sums, and |b|, for an affine layer. Normalization counts each of its operations."""
+    if isinstance(layer, nn.Conv2d):
+        shift = 0.0 if layer.bias is None else layer.bias.abs()[:, None, None]
+        return layer.weight[0].numel(), shift
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, 0.0 if layer.bias is None else layer.bias.abs()
+    if isinstance(layer, nn.BatchNorm2d):
+        assert layer.running_mean is not None
+        shift = (layer.running_mean * _scale(layer)).abs()
+        shift = shift if layer.bias is None else shift + layer.bias.abs()
+        return 12, shift[:, None, None]
+    if isinstance(layer, Normalize):
+        return 4, layer.mean.abs() / layer.std
+    assert isinstance(layer, nn.AvgPool2d)
+    sides = layer.kernel_size if isinstance(layer.kernel_size, tuple) else (layer.kernel_size, layer.kernel_size)
+    return sides[0] * sides[1], 0.0
+
+
+def _scale(layer: nn.BatchNorm2d) -> Tensor:
+    assert layer.running_var is not None
+    scale = 1 / torch.sqrt(layer.running_var + layer.eps)
+    return scale if layer.weight is None else scale * layer.weight
+
+
+def last_layer(layers: list[nn.Module]) -> tuple[list[nn.Module], nn.Linear | None]:
+    """The layers before a final linear layer, and that layer; all of them and None if there is no such layer."""
+    return (layers[:-1], layers[-1]) if layers and isinstance(layers[-1], nn.Linear) else (layers, None)
+
+
+def margin_bounds(box: Box, last: nn.Linear | None, label: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """The least of z_y - z_c over all classes c != y, from below: -inf where a number overflowed.
+
+    The difference of two logits is one linear function of the last activations, which is bounded as such: an
+    activation that raises both moves neither ahead.
+
+    Args:
+        box: of the activations before the last layer, or of the logits if there is none.
+        last: the last layer, in float64.
+        label: y.
+    """
+    if last is None:
+        weight = torch.eye(box.center.shape[1], dtype=torch.float64, device=label.device)
+        bias = weight.new_zeros(len(weight))
+    else:
+        weight = last.weight
+        bias = weight.new_zeros(len(weight)) if last.bias is None else last.bias
+    difference = weight[label][:, None] - weight
+    center = torch.einsum("rcf,rf->rc", difference, box.center) + bias[label][:, None] - bias
+    radius = torch.einsum("rcf,rf->rc", difference.abs(), box.radius)
+    rounding = slack((box.center.abs() + box.radius) @ weight.abs().T + bias.abs(), weight.shape[1])
+    every = torch.arange(len(label), device=label.device)
+    lower = center - radius - rounding - rounding[every, label][:, None]
+    lower[every, label] = torch.inf
+    return lower.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amin(1)

@@ -1,0 +1,246 @@
+"""PatchCleanser: double masking on pixels, for any classifier.
+
+Source: Xiang, Mahloujifar, Mittal, PatchCleanser, USENIX Security 2022; METHOD section 3.2 of the design notes.
+
+Guarantee: recovery. If all pairs of masks leave the same label on an image, no patch of the threat changes what the
+defence answers on it: the mask that hides the patch gives the clean label with any second mask.
+
+Different from the publication: masks go in a fixed order and ties to the lowest class; the certificate never sees the
+true label; a pair of masks that leaves no pixel agrees with nothing, nor does, in the certificate, a label whose lead
+is within rounding; several shapes and several patches have unions of mask sets and of masks.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from bagcert.certificate import Certificate
+from bagcert.defenses.pixel_masks import MaskedClassifier, PixelMasks
+from bagcert.defenses.question import read_question
+from bagcert.defenses.undefended import Undefended
+from bagcert.rules.windows import majority
+from bagcert.scores import exact_arithmetic, lowest_argmax
+from bagcert.threat import PatchLike, PatchThreatModel
+
+RULE = "patchcleanser"
+_TABLE_ELEMENTS = 2**23  # labels of mask pairs held at once in the second round
+
+
+class PatchCleanser:
+    """A classifier whose answer is what remains when any two masks are laid over the image.
+
+    Args:
+        model: images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; normalization is its own layer.
+            It is put into eval mode. Train it with cutout.
+        class_names: one per logit.
+        image_size: (height_px, width_px) it is meant for.
+        patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
+        masks_per_axis: k; k^2 masks for one shape. Fewer and larger masks cost fewer passes and certify less.
+        name: for tables.
+        fill: what masked pixels become, one value or one per channel: the mean colour of the data.
+        batch_size: masked images per forward pass.
+        tolerance: in logits. In the certificate a label that leads its runner-up by less agrees with nothing, since
+            the same masked image may be rounded otherwise in another batch.
+
+    Raises:
+        UsageError: fewer than two classes, a patch that does not fit, or an argument out of its range.
+
+    >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> defense = PatchCleanser(model, ("red", "green", "blue"), (8, 8), patch=2, masks_per_axis=3)
+    >>> defense.certify(np.full((1, 8, 8, 3), (0, 90, 0), dtype=np.uint8)).certified.tolist()
+    [True]
+    """
+
+    rule = RULE
+    weights_sha256 = ""
+    guarantee = "recovery"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str],
+        image_size: tuple[int, int],
+        patch: PatchLike = 5,
+        masks_per_axis: int = 6,
+        name: str = "patchcleanser",
+        fill: float | Sequence[float] = 0.5,
+        batch_size: int = 256,
+        tolerance: float = 1e-4,
+    ) -> None:
+        classifier = Undefended(model, class_names, image_size, name)
+        self.class_names, self.image_size, self.name = classifier.class_names, classifier.image_size, name
+        self.patch = patch
+        self.masks_per_axis = masks_per_axis
+        self.masked = MaskedClassifier(classifier, fill, batch_size, tolerance)
+        self.masks(PatchThreatModel.parse(patch, self.image_size))
+
+    def masks(self, threat: PatchThreatModel) -> PixelMasks:
+        """The masks against a threat.
+
+        Raises:
+            UsageError: several patches lead to more than 3,000 unions of masks.
+        """
+        return PixelMasks.per_axis(threat, self.masks_per_axis)
+
+    def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
+        """The most masked images that one image costs.
+
+        With M masks a certificate takes at most M (M + 1) / 2, one per pair. A prediction takes M where they all
+        agree; in the second round no pair is asked twice, and none of two masks that both give the majority label.
+        """
+        count = len(self.masks(threat))
+        pairs = count * (count + 1) // 2
+        common = -(-count // len(self.class_names))
+        return pairs if certify else pairs - common * (common - 1) // 2
+
+    def predict(
+        self,
+        images: np.ndarray | Tensor,
+        patch: PatchLike | None = None,
+        rule: str | None = None,
+        placements: np.ndarray | str | Path | None = None,
+    ) -> Int[Tensor, " batch"]:
+        """The label all masks agree on; else that of the first disagreer to pass the second round; else the majority.
+
+        Args and errors as for `certify`.
+        """
+        batch, _, masks = self._asked(images, patch, rule, placements)
+        with exact_arithmetic(batch.device):
+            return torch.cat([self._predict(some, masks)[0] for some in batch.split(self.masked.batch_size)])
+
+    def certify(
+        self,
+        images: np.ndarray | Tensor,
+        patch: PatchLike | None = None,
+        rule: str | None = None,
+        placements: np.ndarray | str | Path | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Certificate:
+        """Prediction and proof for each image; an image is left alone after its first pair with another label.
+
+        The margin counts agreement, not scores: 0 where all pairs of masks agree (certified), -1 elsewhere.
+        `worst_placement` holds two masks (not patches), [batch, 2, 4], for K patches [batch, 2K, 4]: the first pair
+        that disagrees (twice the same mask where one alone does); where certified, the pair with the smallest lead.
+
+        Args:
+            images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
+            patch: what the masks are built for; the deployed patch when absent.
+            rule: "patchcleanser" or nothing.
+            placements: where patches may lie, as for `BagCert.certify`; the masks are those of all placements.
+            on_progress: called with (pairs of masks settled, pairs in all), over all images.
+
+        Raises:
+            UsageError: bad images or patch, another rule, too many masks, or logits that do not fit the class names.
+        """
+        batch, threat, masks = self._asked(images, patch, rule, placements)
+        count, done = len(masks), 0
+        total = len(batch) * count * (count + 1) // 2
+        predictions, certified, worst = [], [], []
+        with exact_arithmetic(batch.device):
+            for some in batch.split(self.masked.batch_size):
+                label, first, lead = self._predict(some, masks)
+
+                def settled(pairs: int, before: int = done) -> None:
+                    on_progress(before + pairs, total)
+
+                agrees, pair = self._prove(some, masks, label, first, lead, settled)
+                predictions.append(label)
+                certified.append(agrees)
+                worst.append(masks.rectangles[pair].flatten(1, 2))
+                done += len(some) * count * (count + 1) // 2
+                on_progress(done, total)
+        holds = torch.cat(certified)
+        return Certificate(torch.cat(predictions), holds, holds.long() - 1, torch.cat(worst), RULE, threat)
+
+    def _asked(
+        self,
+        images: np.ndarray | Tensor,
+        patch: PatchLike | None,
+        rule: str | None,
+        placements: np.ndarray | str | Path | None,
+    ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel, PixelMasks]:
+        device = self.masked.classifier.device
+        batch, threat = read_question(images, self.patch, patch, RULE, rule, placements, device)
+        return batch, threat, self.masks(threat).to(device)
+
+    def _predict(
+        self, images: Float[Tensor, "batch 3 height width"], masks: PixelMasks
+    ) -> tuple[Int[Tensor, " batch"], Int[Tensor, "batch masks"], Float[Tensor, "batch masks"]]:
+        """The answers, and the labels and leads of the first round; -1 is the label of a mask that leaves no pixel."""
+        every = torch.arange(len(images), device=images.device).repeat_interleave(len(masks))
+        each = torch.arange(len(masks), device=images.device).repeat(len(images))
+        label, lead = (part.unflatten(0, (len(images), -1)) for part in self.masked.labels(images, masks, every, each))
+        first = label.masked_fill(masks.whole, -1)
+        plain = label[:, 0]
+        if bool(masks.whole.all()):
+            plain = lowest_argmax(self.masked.classifier.logits(images))
+        answer = majority(first, len(self.class_names), plain)
+        disagrees = (first >= 0) & (first != answer[:, None]) & ~masks.completed
+        for some in disagrees.any(1).nonzero()[:, 0].split(max(1, _TABLE_ELEMENTS // len(masks) ** 2)):
+            answer[some] = self._second_round(images[some], masks, first[some], answer[some], disagrees[some])
+        return answer, first, lead
+
+    def _second_round(
+        self,
+        images: Float[Tensor, "rows 3 height width"],
+        masks: PixelMasks,
+        first: Int[Tensor, "rows masks"],
+        answer: Int[Tensor, " rows"],
+        disagrees: Bool[Tensor, "rows masks"],
+    ) -> Int[Tensor, " rows"]:
+        """The label of each image's first disagreer whose pairs all agree with it, or else the majority's `answer`."""
+        count = len(masks)
+        table = torch.full((len(images), count, count), -1, dtype=torch.int32, device=images.device)
+        table.diagonal(dim1=1, dim2=2).copy_(first)
+        while bool(disagrees.any()):
+            (image,) = disagrees.any(1).nonzero(as_tuple=True)
+            mask = lowest_argmax(disagrees[image].long())  # the first disagreer left
+            label, known = first[image, mask], table[image, mask]
+            fails = ((known >= 0) & (known != label[:, None])).any(1)
+            passes = (known == label[:, None]).all(1)
+            disagrees[image[fails], mask[fails]] = False
+            disagrees[image[passes]] = False
+            answer[image[passes]] = label[passes]
+            going = ~(fails | passes)
+            image, mask, missing = image[going], mask[going], known[going] < 0
+            turn = missing & (missing.cumsum(1) <= max(1, self.masked.batch_size // max(1, len(image))))
+            row, other = turn.nonzero(as_tuple=True)
+            if len(row):
+                found, _ = self.masked.labels(images, masks, image[row], mask[row], other)
+                table[image[row], mask[row], other] = found.int()
+                table[image[row], other, mask[row]] = found.int()
+        return answer
+
+    def _prove(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        masks: PixelMasks,
+        label: Int[Tensor, " batch"],
+        first: Int[Tensor, "batch masks"],
+        lead: Float[Tensor, "batch masks"],
+        on_progress: Callable[[int], None],
+    ) -> tuple[Bool[Tensor, " batch"], Int[Tensor, "batch 2"]]:
+        """Which images keep their label under every pair of masks, and the worst pair of each."""
+        lead = lead.where(first == label[:, None], -torch.inf)
+        fails = ~(lead >= self.masked.tolerance)
+        holds = ~fails.any(1)
+        worst = torch.where(holds, lowest_argmax(-lead), lowest_argmax(fails.long()))[:, None].repeat(1, 2)
+        if bool(masks.completed.any()):
+            # A pair that leaves no pixel agrees with nothing, so nothing is certified.
+            whole = masks.completing.nonzero()[0].expand(int(holds.sum()), -1)
+            worst[holds] = whole
+            return torch.zeros_like(holds), worst
+        (open_,) = holds.nonzero(as_tuple=True)
+        pairs = torch.triu_indices(len(masks), len(masks), 1, device=images.device)
+        before = len(images) * len(masks) + (len(images) - len(open_)) * pairs.shape[1]
+        agrees, at, least = self.masked.agreement(
+            images[open_], masks, label[open_], pairs, lambda settled: on_progress(before + settled)
+        )
+        holds[open_] = agrees
+        lower = ~agrees | (least < lead[open_].amin(1))
+        worst[open_[lower]] = pairs.T[at[lower]]
+        return holds, worst

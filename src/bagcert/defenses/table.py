@@ -1,0 +1,153 @@
+"""Every defence by name: which training its network needs, and how the network is deployed.
+
+A new defence is one file beside this one and one line in `DEFENSES`; a new training is one line in `TRAININGS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from bagcert.certificate import Certificate
+from bagcert.defenses.bagcert import BagCert
+from bagcert.defenses.clipped_bagnet import ClippedBagNet
+from bagcert.defenses.derandomized_smoothing import DerandomizedSmoothing
+from bagcert.defenses.minority_reports import MinorityReports
+from bagcert.defenses.patchcleanser import PatchCleanser
+from bagcert.defenses.patchguard import PatchGuard
+from bagcert.defenses.patchguard_pp import PatchGuardPlusPlus
+from bagcert.defenses.undefended import Undefended
+from bagcert.errors import UsageError, nearest
+from bagcert.nets.classifier import MeanScores
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.threat import PatchThreatModel
+
+
+class Defense(Protocol):
+    """What is deployed: it predicts and certifies, and neither takes a label. A detector also has `alert`."""
+
+    name: str
+    rule: str
+
+    @property
+    def guarantee(self) -> str:
+        """What a certificate says: "recovery", "detection", or "none" where there is none."""
+
+    def predict(self, images: np.ndarray | Tensor, patch: PatchThreatModel) -> Tensor:
+        """What it answers on each image, int64 [batch]."""
+
+    def certify(self, images: np.ndarray | Tensor, patch: PatchThreatModel) -> Certificate:
+        """That answer, and whether it is proved."""
+
+    def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
+        """Passes through its network per image, at most."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the network of a defence is trained, as changes to a recipe.
+
+    Attributes:
+        sees: "regions" (a small receptive field) or "whole" (every region of the network sees the whole image).
+        changes: `section.key=value`; {patch}, {column} and {block} are sizes in pixels.
+    """
+
+    sees: Literal["regions", "whole"]
+    changes: tuple[str, ...]
+
+
+TRAININGS: dict[str, Training] = {
+    "double-masking": Training("regions", ("loss.name=double-masking",)),
+    "binary": Training("regions", ("loss.name=smooth-margin", "model.head=binary", "defense.rule=vote")),
+    "clipped": Training("regions", ("loss.name=clipped",)),
+    "masked-features": Training("regions", ("loss.name=masked-features",)),
+    "cutout": Training("whole", ("loss.name=cross-entropy", "augment.cutout={patch}", "defense.rule=vote")),
+    "columns": Training(
+        "whole",
+        (
+            "loss.name=cross-entropy",
+            "augment.ablation=column",
+            "augment.ablation_size={column}",
+            "defense.rule=vote",
+        ),
+    ),
+    "blocks": Training(
+        "whole",
+        ("loss.name=cross-entropy", "augment.ablation=block", "augment.ablation_size={block}", "defense.rule=vote"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a defence is built from.
+
+    Attributes:
+        scorer: its trained network.
+        patch: what it is deployed against.
+        column_px, block_px: what an ablation of smoothing keeps.
+    """
+
+    scorer: RegionScorer
+    patch: str
+    column_px: int
+    block_px: int
+
+    @property
+    def classifier(self) -> tuple[MeanScores, tuple[str, ...], tuple[int, int]]:
+        """The network as an ordinary classifier, its class names, and the size of its images."""
+        return MeanScores(self.scorer), self.scorer.class_names, self.scorer.image_size
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A defence of the benchmark.
+
+    Attributes:
+        training: the name of its network's training.
+        deploy: from the trained network to the defence.
+        slow: takes so many passes per image that a benchmark looks at a part of the images only.
+    """
+
+    training: str
+    deploy: Callable[[Setting], Defense]
+    slow: bool = False
+
+
+DEFENSES: dict[str, Entry] = {
+    "undefended": Entry("cutout", lambda at: Undefended(*at.classifier)),
+    "bagcert-vote": Entry("binary", lambda at: BagCert(at.scorer, "vote", at.patch)),
+    "bagcert-double-masking": Entry("double-masking", lambda at: BagCert(at.scorer, "double-masking", at.patch)),
+    "clipped-bagnet": Entry("clipped", lambda at: ClippedBagNet(at.scorer, patch=at.patch)),
+    "patchguard": Entry("masked-features", lambda at: PatchGuard(at.scorer, patch=at.patch)),
+    "patchguard++": Entry("masked-features", lambda at: PatchGuardPlusPlus(at.scorer, patch=at.patch)),
+    "column-smoothing": Entry(
+        "columns", lambda at: DerandomizedSmoothing(*at.classifier, "column", at.column_px, patch=at.patch)
+    ),
+    "column-smoothing-levine-feizi": Entry(
+        "columns",
+        lambda at: DerandomizedSmoothing(*at.classifier, "column", at.column_px, rule="levine-feizi", patch=at.patch),
+    ),
+    "block-smoothing": Entry(
+        "blocks",
+        lambda at: DerandomizedSmoothing(*at.classifier, "block", at.block_px, patch=at.patch),
+        slow=True,
+    ),
+    "patchcleanser": Entry("cutout", lambda at: PatchCleanser(*at.classifier, patch=at.patch), slow=True),
+    "minority-reports": Entry(
+        "cutout", lambda at: MinorityReports(*at.classifier, patch=at.patch, stride=2), slow=True
+    ),
+}
+
+
+def get_entry(name: str) -> Entry:
+    """The defence of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in DEFENSES:
+        raise UsageError(f"there is no defense {name!r}{nearest(name, DEFENSES)}")
+    return DEFENSES[name]

@@ -1,0 +1,1 @@
+"""Reports of evaluations: data objects first, then figures, then one HTML page; and one image explained."""

@@ -1,0 +1,44 @@
+"""How a model in training is judged: as what it will be deployed as, on images held out from the training set."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bagcert.defenses.derandomized_smoothing import DerandomizedSmoothing
+from bagcert.nets.classifier import MeanScores
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.recipe import Recipe
+from bagcert.rules import get_rule
+from bagcert.scores import FIXED_POINT_LIMIT
+from bagcert.threat import PatchThreatModel
+
+
+def validation_scores(scorer: RegionScorer, pixels: np.ndarray, batch: int = 250) -> Tensor:
+    """Real scores of uint8 [images, height, width, 3], some at a time."""
+    return torch.cat([scorer.real_scores(pixels[i : i + batch]) for i in range(0, len(pixels), batch)])
+
+
+def validate(
+    scorer: RegionScorer, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, threat: PatchThreatModel
+) -> dict[str, int | float]:
+    """Clean and certified accuracy of what would ship, by the recipe's rule on held-out images."""
+    pixels = pixels[: recipe.train.validate_images]
+    if recipe.augment.ablation != "none":
+        kept = recipe.augment.ablation, recipe.augment.ablation_size
+        smoothing = DerandomizedSmoothing(MeanScores(scorer), scorer.class_names, threat.image_size, *kept)
+        certificate = smoothing.certify(pixels, threat, recipe.defense.rule)
+    else:
+        z = validation_scores(scorer, pixels)
+        scorer.scale = scale_of(z)
+        certificate = get_rule(recipe.defense.rule).certify(scorer.to_scores(z, threat.image_size), threat)
+    right = certificate.prediction.cpu() == torch.from_numpy(labels[: len(pixels)])
+    return {
+        "validation_images": len(pixels),
+        "clean_accuracy": right.float().mean().item(),
+        "certified_accuracy": (right & certificate.certified.cpu()).float().mean().item(),
+    }
+
+
+def scale_of(z: Tensor) -> float:
+    """The largest score seen on validation images becomes the largest fixed-point score."""
+    return FIXED_POINT_LIMIT / max(z.abs().max().item(), 1e-6)
