@@ -90,6 +90,7 @@ def report_key(model: Any) -> str:
         "head": [scorer.head, scorer.scale, list(scorer.image_size)],
         "patches": shapes_for(model, None, scorer.image_size),
         "name": getattr(model, "name", ""),
+        "backend": [scorer.backend, {} if scorer.runner is None else scorer.runner.versions()],
         "device": str(scorer.device),
         "dtype": str(scorer.autocast_dtype),
         "threads": torch.get_num_threads(),

@@ -62,7 +62,7 @@ def measure(
     name = getattr(model, "name", type(scorer.net).__name__)
     facts: dict[str, Any] = {
         "model": name,
-        "backend": "torch",
+        "backend": scorer.backend,
         "device": device_name(scorer.device),
         "dtype": str(scorer.autocast_dtype or torch.float32).removeprefix("torch."),
         "threads": torch.get_num_threads(),

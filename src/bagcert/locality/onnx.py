@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
+from bagcert.extras import require
 from bagcert.files import read_regular
 from bagcert.locality.backend import Backend
 from bagcert.locality.measurement import run_probes, shapes_for
@@ -34,11 +35,7 @@ class OnnxScores:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UsageError("measuring an ONNX file needs onnxruntime, which is not installed") from None
-        self._runtime: Any = onnxruntime
+        self._runtime: Any = require("onnxruntime", "onnx", "measuring an ONNX file")
         try:
             self._model = read_regular(path, MOST_BYTES)
         except OSError as error:

@@ -45,7 +45,7 @@ class LocalityReport:
 
     Attributes:
         model: its name.
-        backend: "torch" or "onnxruntime".
+        backend: "torch", "onnxruntime" or "openvino".
         device, dtype, threads: where and how.
         image_size: (height_px, width_px).
         patches: (height_px, width_px) of the patches tried.

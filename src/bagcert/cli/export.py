@@ -1,0 +1,144 @@
+"""`bagcert export`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bagcert.cli.console import check_output, print_json, progress, stdout
+from bagcert.cli.options import Fit, Json, Placements
+
+if TYPE_CHECKING:
+    from bagcert.defenses.bagcert import BagCert
+    from bagcert.export import Calibration, Exported
+
+STEPS = 6  # at most, for the progress bar
+CHECK_IMAGES = 48
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.onnx", help="Where to write.")],
+    patch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATCH", help="The patch to deploy, in pixels, as for evaluate. Default: the model's own."
+        ),
+    ] = None,
+    rule: Annotated[
+        str | None, typer.Option(metavar="RULE", help="vote or double-masking. Default: the model's own.")
+    ] = None,
+    placements: Placements = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Real images to compare answers on: digits, cifar10, or a path as for evaluate."),
+    ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantize the network to 8 bits, statically, with --calibration images.")
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Labelled images for --int8: every other one finds the ranges, the rest measure what it costs.",
+        ),
+    ] = None,
+    calibration_images: Annotated[int, typer.Option(min=2, metavar="N", help="How many of them.")] = 1000,
+    split: Annotated[str, typer.Option(help="Which part of the data to take images from.")] = "train",
+    fit: Fit = "squash",
+    openvino: Annotated[
+        bool, typer.Option("--openvino", help="Also write OpenVINO's FILE.xml and FILE.bin, compared likewise.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Write a model with its rule and its proof as one ONNX file, which any ONNX runtime runs without bagcert.
+
+    Input: images float32 [N, 3, height, width] in [0, 1]. Outputs: label, certified, margin and scores, as certify
+    gives them. The file is compared with the package's own rules before it is written; exit code 4 and no file if it
+    differs.
+    """
+    from bagcert.defenses.bagcert import load
+    from bagcert.errors import UsageError
+    from bagcert.export import export_model
+    from bagcert.records import SCHEMA_VERSION
+
+    check_output(out, ".onnx")
+    if int8 and calibration is None:
+        raise UsageError(
+            "--int8 needs --calibration DATA: without calibration images ranges would be taken from each image as a "
+            "whole (dynamic quantization), where a patch moves every score and no certificate holds"
+        )
+    if calibration is not None and not int8:
+        raise UsageError("--calibration is for --int8, which was not given")
+    loaded = load(model, device="cpu", checked=False)
+    images = None if data is None else _images(loaded, data, split, CHECK_IMAGES, fit).images
+    samples = None if calibration is None else _images(loaded, calibration, split, calibration_images, fit)
+    with progress("exporting") as report:
+        done = iter(range(STEPS * 2))
+        found = export_model(
+            loaded,
+            out,
+            patch,
+            rule,
+            placements,
+            images,
+            samples,
+            openvino,
+            lambda step: report(min(next(done), STEPS), STEPS, step),
+        )
+    if json:
+        print_json({"schema_version": SCHEMA_VERSION, **found.to_dict()})
+    else:
+        _print(found)
+
+
+def _images(model: "BagCert", data: str, split: str, count: int, fit: str) -> "Calibration":
+    """Labelled images of a data set as the network takes them; those that cannot be read are left out."""
+    import numpy as np
+
+    from bagcert.data import load_dataset
+    from bagcert.errors import UnreadableError
+    from bagcert.evaluate import labels_for
+    from bagcert.export import Calibration
+    from bagcert.images import as_batch
+    from bagcert.preprocess import Preprocessing
+
+    found = load_dataset(data, split, count)
+    labels, preprocessing = labels_for(model, found), Preprocessing(model.image_size, fit)
+    read = found.prepare_each(range(len(found)), preprocessing.apply)
+    good = {number: pixels for number, pixels in enumerate(read) if not isinstance(pixels, UnreadableError)}
+    if not good:
+        raise UnreadableError(f"no image of {found.name} can be read; the first: {read[0]}")
+    kept, batch = list(good), as_batch(np.stack(list(good.values())))
+    return Calibration(batch[:, : model.scorer.channels], labels[kept].astype(np.int64))
+
+
+def _print(found: "Exported") -> None:
+    from rich.markup import escape
+
+    console, check, about = stdout(), found.check, found.metadata
+    lines = [
+        f"{', '.join(found.files)}: {about['model']}, {about['rule']} against {about['patch']} px",
+        f"  locality in onnxruntime: {found.locality}"
+        + (f" (scores moved by up to {found.leak_z:.3g}, which counts for the attacker)" if found.leak_z else ""),
+    ]
+    for name, compared in (("onnxruntime", check), ("openvino", found.openvino)):
+        if compared is None:
+            continue
+        lines.append(
+            f"  {name}: every answer on {compared.maps} made-up score maps and {compared.images} images is that of the "
+            f"rule; {compared.same_verdicts} of {compared.images} are torch's to the last unit of the margin, "
+            f"{compared.scores_moved:.3%} of the scores differ by rounding"
+            if about["quantization"] == "none"
+            else f"  {name}: every answer on {compared.maps} made-up score maps and {compared.images} images is that "
+            "of the rule on the file's own scores"
+        )
+    if found.accuracy is not None:
+        for name in ("float32", "int8"):
+            figures = found.accuracy[name]
+            lines.append(
+                f"  {name}: clean {figures['clean_accuracy']:.1%}, certified {figures['certified_accuracy']:.1%} on "
+                f"{found.accuracy['images']} images beside the {found.accuracy['calibration_images']} for calibration"
+            )
+    for line in lines:
+        console.print(escape(line), soft_wrap=True)

@@ -1,0 +1,157 @@
+"""An exported file is believed only after it was run: what it answers against what the package's own rules answer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bagcert.errors import UnsoundError
+from bagcert.export.module import CertifiedModule
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.rules import get_rule
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel
+
+Run = Callable[[np.ndarray], Sequence[np.ndarray]]
+"""Images, or `z`, float32 to label, certified, margin, scores (and `z` where it is an output)."""
+
+MOST_MOVED = 1e-2  # of all scores may be the next integer: another order of summation at a rounding boundary
+RANDOM_MAPS = 48
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was compared.
+
+    Attributes:
+        maps: made-up score maps (ties, counting, the ends of the range, noise), all answered like the rules.
+        images: run through the whole file; each answer is that of the rules on the file's own scores.
+        scores_moved: share of scores that are one integer beside torch's.
+        same_verdicts: images whose label, certificate and margin are those of torch.
+        certified: images among them with a certificate.
+    """
+
+    maps: int
+    images: int
+    scores_moved: float
+    same_verdicts: int
+    certified: int
+
+
+def check_rule(run: Run, module: CertifiedModule, scorer: RegionScorer, threat: PatchThreatModel) -> int:
+    """Made-up scores through the head and the rule of the file.
+
+    Returns:
+        How many maps.
+
+    Raises:
+        UnsoundError: an answer is not that of the package's rule.
+    """
+    z = made_up(module, scorer)
+    found = run(z.numpy())
+    scores = scorer.integers(z)
+    _compare(found, scores, z, module, scorer, threat, "made-up scores")
+    if not np.array_equal(found[3], scores.numpy()):
+        raise UnsoundError("the exported head gives other scores than the model's; the file would be wrong")
+    return len(z)
+
+
+def check_images(
+    run: Run, images: Tensor, module: CertifiedModule, scorer: RegionScorer, threat: PatchThreatModel, quantized: bool
+) -> Check:
+    """Images through the whole file, all at once and one by one.
+
+    Args:
+        run: the file with `z` among its outputs.
+        images: float [images, channels, height, width] in [0, 1].
+        quantized: the scores are meant to be others than torch's; only the proof is checked.
+
+    Raises:
+        UnsoundError: an answer is not that of the package's rule on the file's scores, or the scores are not torch's.
+    """
+    found = run(images.numpy())
+    z = torch.from_numpy(np.array(found[4]))
+    _compare(found, torch.from_numpy(np.array(found[3])), z, module, scorer, threat, "images")
+    for number in range(min(2, len(images))):
+        alone = run(images[number : number + 1].numpy())
+        own = torch.from_numpy(np.array(alone[4]))
+        _compare(alone, torch.from_numpy(np.array(alone[3])), own, module, scorer, threat, "an image alone")
+    expected = scorer.integers(scorer.forward_batch(images)).cpu().numpy().astype(np.int64)
+    distance = np.abs(found[3].astype(np.int64) - expected)
+    moved = float((distance > 0).mean())
+    if not quantized and (distance.max() > 1 or moved > MOST_MOVED):
+        raise UnsoundError(
+            f"the exported network gives other scores than torch: {moved:.2%} differ, by up to {distance.max()}; by "
+            f"rounding alone it would be at most {MOST_MOVED:.0%}, by 1"
+        )
+    truth = _expected(torch.from_numpy(expected).to(torch.int16), None, module, scorer, threat)
+    same = np.ones(len(images), dtype=bool)
+    for here, there in zip(found[:3], truth, strict=True):
+        same &= here == there
+    return Check(0, len(images), moved, int(same.sum()), int(np.sum(found[1])))
+
+
+def made_up(module: CertifiedModule, scorer: RegionScorer) -> Tensor:
+    """Real-valued scores that try a rule: ties, counting, the ends of the range, what is not a number, noise."""
+    random = torch.Generator().manual_seed(0)
+    classes, (rows, cols) = len(scorer.class_names), scorer.grid().map_size
+    shape = (classes, rows, cols)
+    # Of all classes, of the first two, of the last two; a class leads everywhere but in one region.
+    flat, first, last = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+    first[:2], last[-2:] = module.high, module.high
+    counted = []
+    for leader in (0, classes - 1):
+        one = torch.full(shape, float(module.low))
+        one[leader] = module.high
+        one[leader, -1, -1] = module.high - 1
+        counted.append(one)
+    odd = torch.randint(-2, 3, shape, generator=random).float()
+    odd[:, 0, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])[torch.arange(classes) % 4]
+    maps = [flat, first, last, *counted, odd]
+    for number in range(RANDOM_MAPS):
+        reach = (1, 3, 40, module.high)[number % 4]  # small numbers tie often
+        one = torch.randint(-reach, reach + 1, shape, generator=random).float()
+        favored = int(torch.randint(0, classes, (), generator=random))
+        one[favored] += reach * (number % 3) / 2
+        if number % 5 == 0:  # two classes alike
+            one[(favored + 1) % classes] = one[favored]
+        maps.append(one)
+    return torch.stack(maps) / (1.0 if module.binary else module.scale)
+
+
+def _compare(
+    found: Sequence[np.ndarray],
+    scores: Tensor,
+    z: Tensor,
+    module: CertifiedModule,
+    scorer: RegionScorer,
+    threat: PatchThreatModel,
+    what: str,
+) -> None:
+    truth = _expected(scores, z, module, scorer, threat)
+    for name, here, there in zip(("label", "certified", "margin"), found, truth, strict=False):
+        if not np.array_equal(here, there):
+            number = int(np.flatnonzero(np.asarray(here) != there)[0])
+            raise UnsoundError(
+                f"the exported {module.rule.name} rule is not the package's: on {what} its {name} is {here[number]} "
+                f"where {there[number]} is right"
+            )
+
+
+def _expected(
+    scores: Tensor, z: Tensor | None, module: CertifiedModule, scorer: RegionScorer, threat: PatchThreatModel
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Label, certified and margin by the package's rule; `z` says what the tolerance does, where there is one."""
+    rule = get_rule(module.rule.name)
+    scores = scores.long()
+    whole = ScoreMap(scores, module.low, module.high, scorer.grid())
+    found = rule.certify(whole, threat)
+    margin = found.margin
+    if module.tolerance > 0 and z is not None:
+        # The guard of `bagcert.rules.guard` on the worst map that the module itself states.
+        worst = ScoreMap(module.worst(z, found.prediction.float()).long(), module.low, module.high, scorer.grid())
+        second = rule.certify(worst, threat)
+        margin = torch.where(second.prediction == found.prediction, second.margin, margin.clamp(max=-1))
+    return found.prediction.numpy(), (margin >= 0).numpy(), margin.numpy()

@@ -1,0 +1,106 @@
+"""ONNX graphs as data: what they say of themselves, some of their outputs, the part behind the network."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from bagcert import __version__
+from bagcert.backends.network import REAL_SCORES
+from bagcert.certificate_records import geometry_fields, threat_fields
+from bagcert.defenses.bagcert import BagCert
+from bagcert.export.module import CertifiedModule
+from bagcert.threat import PatchThreatModel
+
+
+def metadata(
+    model: BagCert, module: CertifiedModule, threat: PatchThreatModel, quantization: str = "none"
+) -> dict[str, str]:
+    """What a file says of itself: texts and numbers as they are, everything else as JSON."""
+    return {
+        "bagcert_version": __version__,
+        "model": model.name,
+        "weights_sha256": model.weights_sha256,
+        "rule": module.rule.name,
+        "patch": str(threat),
+        "threat": json.dumps(threat_fields(threat)),
+        "class_names": json.dumps(model.class_names, ensure_ascii=False),
+        "image_size": json.dumps(model.image_size),
+        "geometry": json.dumps(geometry_fields(model.scorer.grid()), separators=(",", ":")),
+        "score_range": json.dumps([module.low, module.high]),
+        "locality": "measured" if module.tolerance > 0 else "exact",
+        "tolerance_z": repr(module.tolerance),
+        "quantization": quantization,
+    }
+
+
+def with_metadata(model: Any, values: dict[str, str]) -> Any:
+    """The same graph with these texts in its metadata, and a name."""
+    model = _copied(model)
+    model.graph.name = "bagcert"
+    model.producer_name, model.producer_version = "bagcert", __version__
+    del model.metadata_props[:]
+    for key, value in values.items():
+        model.metadata_props.add(key=key, value=value)
+    return model
+
+
+def with_outputs(model: Any, names: Sequence[str]) -> Any:
+    """The same graph with only these outputs, and only the nodes they need."""
+    model = _copied(model)
+    outputs = {output.name: output for output in model.graph.output}
+    del model.graph.output[:]
+    model.graph.output.extend(outputs[name] for name in names)
+    _prune(model)
+    return model
+
+
+def behind_network(model: Any) -> Any:
+    """Head, rule and proof of a checked graph by themselves, node by node the same: `z` in, `OUTPUTS` out."""
+    model = _copied(model)
+    shape = next(output for output in model.graph.output if output.name == REAL_SCORES)
+    del model.graph.input[:]
+    model.graph.input.append(shape)
+    kept = [output for output in model.graph.output if output.name != REAL_SCORES]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    _prune(model)
+    return model
+
+
+def rule_nodes(model: Any) -> list[str]:
+    """The names of all nodes that use `z`, directly or not, and of the node that makes it: not to be quantized."""
+    after, names = {REAL_SCORES}, []
+    for node in model.graph.node:  # in an order in which each comes after what it uses
+        if after & set(node.input):
+            after |= set(node.output)
+            names.append(node.name)
+        elif REAL_SCORES in node.output:
+            names.append(node.name)
+    return names
+
+
+def _prune(model: Any) -> None:
+    """Drops nodes and constants that no output needs."""
+    graph = model.graph
+    given = {value.name for value in graph.input}
+    needed = {output.name for output in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        made = set(node.output) - given
+        if made & needed:
+            needed |= set(node.input)
+            kept.append(node)
+    kept.reverse()
+    constants = [tensor for tensor in graph.initializer if tensor.name in needed]
+    made = {name for node in kept for name in node.output}
+    values = [value for value in graph.value_info if value.name in made]
+    for field, items in ((graph.node, kept), (graph.initializer, constants), (graph.value_info, values)):
+        items = [_copied(item) for item in items]
+        del field[:]
+        field.extend(items)
+
+
+def _copied(message: Any) -> Any:
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy

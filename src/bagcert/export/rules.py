@@ -1,0 +1,208 @@
+"""The rules as tensor operations that any runtime has: sums, products, comparisons, maxima.
+
+They say what `bagcert.rules` say, in float32 on whole numbers below 2^24, so that every sum is exact in any order. The
+windows are constants. Nothing is sorted and no index of a maximum is asked for, so ties fall as the package's one tie
+rule wants them on every runtime: the lowest class index wins.
+"""
+
+from itertools import combinations_with_replacement
+from math import comb
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from bagcert.errors import UsageError
+from bagcert.grid import RegionGrid
+from bagcert.threat import PatchThreatModel
+
+EXACT = 2**24  # float32 holds every whole number below this
+MOST_MIB = 32  # of the largest tensor for one image, and of the windows
+
+Levels = Float[Tensor, "batch classes regions"]
+Answer = tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]
+
+
+def lowest_largest(values: Float[Tensor, "batch classes *more"]) -> Float[Tensor, "batch *more"]:
+    """The index of the largest value along dimension 1, the lowest among equals."""
+    index = torch.arange(values.shape[1], dtype=torch.float32).view(-1, *[1] * (values.ndim - 2))
+    best = values == values.amax(1, keepdim=True)
+    return torch.where(best, index, float(values.shape[1])).amin(1)
+
+
+class RuleModule(nn.Module):
+    """A rule in its place in the graph: levels to label and margin, both whole numbers in float32 [batch].
+
+    Args:
+        inside: which regions each window holds.
+        classes: how many.
+        span: levels lie within [0, span].
+        patches: how many at once.
+
+    Raises:
+        UsageError: its sums reach 2^24, or it takes more memory than `MOST_MIB`.
+    """
+
+    name: str
+    index: Tensor
+    inside: Tensor
+
+    def __init__(self, inside: Bool[np.ndarray, "windows regions"], classes: int, span: int, patches: int) -> None:
+        super().__init__()
+        self.span, self.patches = span, patches
+        self.require_exact(span * inside.shape[1])
+        self.require_memory(classes, *inside.shape)
+        self.register_buffer("index", torch.arange(classes, dtype=torch.float32))
+        self.register_buffer("inside", torch.from_numpy(inside.astype(np.float32)))
+
+    def require_exact(self, most: int) -> None:
+        """Refuses where a sum can reach 2^24, `most` being the largest class sum."""
+        largest = (1 + 2 * self.patches) * most + 1
+        if largest >= EXACT:
+            raise UsageError(
+                f"sums of the {self.name} rule can reach {largest:,} here, and float32 is exact below {EXACT:,} only; "
+                "a smaller map or a binary head would fit"
+            )
+
+    def require_memory(self, classes: int, windows: int, regions: int) -> None:
+        """Refuses what is too large for a graph."""
+        each = max(classes, regions) * windows
+        if each * 4 > MOST_MIB * 2**20:
+            raise UsageError(
+                f"the {self.name} rule with {windows:,} windows takes {each / 2**18:,.0f} MiB in the graph, more than "
+                f"the limit of {MOST_MIB} MiB"
+            )
+
+    def own(self, values: Tensor, label: Float[Tensor, " batch"]) -> Tensor:
+        """values[b, label[b]] with the class dimension kept: a sum of which one term is not zero."""
+        chosen = (self.index == label[:, None]).float()
+        return (values * chosen.view(*chosen.shape, *[1] * (values.ndim - 2))).sum(1, keepdim=True)
+
+    def smallest(self, lead: Float[Tensor, "batch classes"], label: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The smallest lead over another class, less what the tie rule takes."""
+        lead = lead - (self.index < label[:, None]).float()
+        return torch.where(self.index == label[:, None], float(EXACT), lead).amin(1)
+
+
+class VoteModule(RuleModule):
+    """The vote certificate, METHOD section 3.1 of the design notes; the same as `bagcert.rules.vote`."""
+
+    name = "vote"
+
+    def forward(self, levels: Levels) -> Answer:
+        """Label by the class sums; margin = min over c of T_c - (the largest window damages) - 1[c < label]."""
+        total = levels.sum(2)
+        label = lowest_largest(total)
+        sums = levels @ self.inside.T
+        damage = self.own(sums, label) + self.span * self.inside.sum(1) - sums
+        count = min(self.patches, self.inside.shape[0])
+        taken = damage.amax(2) if count == 1 else damage.topk(count, dim=2).values.sum(2)
+        return label, self.smallest(self.own(total, label) - total - taken, label)
+
+
+class DoubleMaskingModule(RuleModule):
+    """Double masking, METHOD section 3.2 of the design notes; the same as `bagcert.rules.double_masking`.
+
+    Every pair of masks is tried for every class: windows x windows x classes numbers per image.
+    """
+
+    name = "double-masking"
+    outside: Tensor
+    has_label: Tensor
+    may_pass: Tensor
+    order: Tensor
+
+    def __init__(self, inside: Bool[np.ndarray, "windows regions"], classes: int, span: int, patches: int) -> None:
+        super().__init__(inside, classes, span, patches)
+        outside = ~inside
+        # Pairs are complete where no region is left; a mask with such a partner never passes a second round.
+        complete = outside.astype(np.float32) @ outside.T.astype(np.float32) == 0
+        self.labelled = bool(outside.any(1).any())
+        self.completes = bool(complete.any())
+        self.register_buffer("outside", torch.from_numpy(outside.astype(np.float32)))
+        self.register_buffer("has_label", torch.from_numpy(outside.any(1)))
+        self.register_buffer("may_pass", torch.from_numpy(~complete.any(1)).float())
+        self.register_buffer("order", torch.arange(len(inside), dtype=torch.float32))
+
+    def require_exact(self, most: int) -> None:
+        """The largest number is a difference of two class sums, and one."""
+        if 2 * most + 1 >= EXACT:
+            raise UsageError(
+                f"sums of the {self.name} rule can reach {2 * most + 1:,} here, and float32 is exact below {EXACT:,} "
+                "only; a smaller map or a binary head would fit"
+            )
+
+    def require_memory(self, classes: int, windows: int, regions: int) -> None:
+        """All pairs at once."""
+        mib = 4 * classes * windows * max(windows, regions) / 2**20
+        if mib > MOST_MIB:
+            raise UsageError(
+                f"double masking with {windows:,} windows, {regions:,} regions and {classes} classes takes {mib:,.0f} "
+                f"MiB per image in the graph, more than the limit of {MOST_MIB} MiB; the vote rule needs no pairs"
+            )
+
+    def forward(self, levels: Levels) -> Answer:
+        """Label by both rounds; margin = the smallest lead of that label outside any two masks."""
+        # What each pair of masks leaves of each class: [batch, classes, first mask, second mask]
+        left = (levels[:, :, None, :] * self.outside) @ self.outside.T
+        label = self._label(levels, left)
+        lead = (self.own(left, label) - left).amin((2, 3))
+        margin = self.smallest(lead, label)
+        return label, margin.clamp(max=-1.0) if self.completes else margin
+
+    def _label(self, levels: Levels, left: Float[Tensor, "batch classes masks masks"]) -> Float[Tensor, " batch"]:
+        if not self.labelled:
+            return lowest_largest(levels.sum(2))
+        first = torch.where(self.has_label, lowest_largest(levels @ self.outside.T), -1.0)
+        votes = (first[:, None, :] == self.index[:, None]).float().sum(2)
+        majority = lowest_largest(votes)
+        holds = torch.eq(lowest_largest(left), first[:, :, None]).float().amin(2)
+        passes = holds * self.may_pass * (first != majority[:, None]).float() * (first >= 0).float()
+        # The first mask that passes, or one beyond the last.
+        at = torch.where(passes > 0, self.order, float(len(self.order))).amin(1)
+        dissent = (first * torch.eq(self.order, at[:, None]).float()).sum(1)
+        return torch.where(at < len(self.order), dissent, majority)
+
+
+RULE_MODULES: dict[str, type[RuleModule]] = {module.name: module for module in (VoteModule, DoubleMaskingModule)}
+"""The rules a graph can hold, by name."""
+
+
+def rule_module(rule: str, grid: RegionGrid, threat: PatchThreatModel, classes: int, span: int) -> RuleModule:
+    """The rule for a threat, its windows as constants.
+
+    Raises:
+        UsageError: a rule that cannot be exported, sums that float32 does not hold, too many windows.
+    """
+    if rule not in RULE_MODULES:
+        raise UsageError(f"the rule {rule} cannot be exported; {' and '.join(RULE_MODULES)} can")
+    # As in `bagcert.rules.vote`: with allowed placements a maximal window may hold more than any single reach.
+    inside = _masks(grid, threat, maximal=rule != VoteModule.name or threat.allowed is None)
+    if rule == DoubleMaskingModule.name and threat.patches > 1:
+        inside = _unions(inside, threat, classes)
+    return RULE_MODULES[rule](inside, classes, span, threat.patches)
+
+
+def _masks(grid: RegionGrid, threat: PatchThreatModel, maximal: bool) -> Bool[np.ndarray, "windows regions"]:
+    """The windows in the order (shape, top, left)."""
+    parts = [
+        (block.rows[:, None, :, None] & block.cols[None, :, None, :])[block.keep]
+        for block in grid.windows(threat, maximal)
+    ]
+    return np.concatenate([part.reshape(len(part), -1) for part in parts])
+
+
+def _unions(
+    masks: Bool[np.ndarray, "windows regions"], threat: PatchThreatModel, classes: int
+) -> Bool[np.ndarray, "unions regions"]:
+    """All unions of as many windows as there are patches, in the order of `bagcert.rules.union_masking`."""
+    count = comb(len(masks) + threat.patches - 1, threat.patches)
+    if 4 * classes * count**2 > MOST_MIB * 2**20:
+        raise UsageError(
+            f"masking against {threat} needs {count:,} unions of {threat.patches} windows, too many for a graph (the "
+            f"limit is {MOST_MIB} MiB per image for all their pairs); the vote rule needs none"
+        )
+    return np.stack(
+        [masks[list(some)].any(0) for some in combinations_with_replacement(range(len(masks)), threat.patches)]
+    )

@@ -1,0 +1,140 @@
+"""`bagcert export`: the files it writes, the examples that run them, and how it refuses."""
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bagcert import cli
+from bagcert.data import load_dataset
+from bagcert.defenses.bagcert import load
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(*arguments):
+    """`bagcert` with these arguments, in this process: exit code, stdout, stderr."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["bagcert", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exited:
+            cli.main()
+    finally:
+        sys.argv = before
+    return int(exited.value.code or 0), out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The digits model, in 8 bits beside it, and what the command printed."""
+    for library in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
+    folder = tmp_path_factory.mktemp("exported")
+    code, out, err = run("export", "digits", "-o", folder / "digits.onnx", "--data", "digits", "--json")
+    assert (code, err) == (0, "")
+    more = ("--int8", "--calibration", "digits", "--calibration-images", 200, "--rule", "vote", "--patch", "2")
+    small, text, err = run("export", "digits", "-o", folder / "int8.onnx", *more)
+    assert (small, err) == (0, "")
+    return folder, json.loads(out), text
+
+
+@pytest.fixture(scope="module")
+def photos(exported):
+    """Some digits as image files, and the model's certificates for them."""
+    images = load_dataset("digits", "test", 12).array()
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(exported[0] / f"{number}.png")
+    return images, load("digits", device="cpu").certify(images)
+
+
+def test_the_file_is_the_model(exported, photos):
+    import onnxruntime
+
+    found = exported[1]
+    assert next(iter(found)) == "schema_version"
+    assert found["metadata"]["weights_sha256"] == load("digits", device="cpu", checked=False).weights_sha256
+    assert found["check"]["images"] == 48 + 16
+    assert found["check"]["same_verdicts"] >= 60
+    session = onnxruntime.InferenceSession(exported[0] / "digits.onnx", providers=["CPUExecutionProvider"])
+    batch = (photos[0].transpose(0, 3, 1, 2) / 255).astype(np.float32)
+    label, certified, margin, scores = session.run(None, {"images": batch})
+    assert label.tolist() == photos[1].prediction.tolist()
+    assert certified.tolist() == photos[1].certified.tolist()
+    assert np.abs(margin - photos[1].margin.numpy()).max() <= 8  # a few scores may be one integer beside torch's
+    assert scores.shape == (12, 10, 8, 8)
+    assert 0 < certified.sum() < 12
+
+
+def test_static_quantization_says_what_it_costs(exported):
+    import onnx
+
+    text = " ".join(exported[2].split())
+    assert "int8.onnx: digits, vote against 2 px" in text
+    assert "on 100 images beside the 100 for calibration" in text
+    model = onnx.load(exported[0] / "int8.onnx")
+    kinds = [node.op_type for node in model.graph.node]
+    assert "QuantizeLinear" in kinds
+    assert "DynamicQuantizeLinear" not in kinds
+    # Nothing behind the network is in 8 bits.
+    behind, rule = set(), []
+    for node in model.graph.node:
+        if node.op_type == "IsNaN" or behind & set(node.input):
+            behind |= set(node.output)
+            rule.append(node.op_type)
+    assert len(rule) > 10
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(rule)
+    assert {entry.key: entry.value for entry in model.metadata_props}["quantization"] == "int8, static"
+
+
+def test_the_doctor_finds_it_local(exported):
+    code, out, _ = run("doctor", "digits", "--device", "cpu", "--onnx", exported[0] / "digits.onnx", "--json")
+    assert (code, json.loads(out)["consequence"]) == (0, "exact")
+
+
+def test_the_python_example(exported, photos):
+    command = [sys.executable, EXAMPLES / "onnx_python.py", "digits.onnx", *[f"{k}.png" for k in range(12)]]
+    found = subprocess.run(command, cwd=exported[0], capture_output=True, text=True, check=True).stdout.splitlines()
+    for number, line in enumerate(found):
+        label, certified = int(photos[1].prediction[number]), bool(photos[1].certified[number])
+        proof = "no 2 px patch changes that" if certified else "not certified"
+        assert line.startswith(f"{number}.png: {label}, {proof} (margin ")
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--rule", "detection"), 2, "the rule detection cannot be exported"),
+        (("--rule", "levine-feizi"), 2, "the rule levine-feizi cannot be exported"),
+        (("--rule", "votes"), 2, "did you mean 'vote'"),
+        (("--patch", "9"), 2, "does not fit"),
+        (("--patch", "two"), 2, "a patch is written"),
+        (("--int8",), 2, "dynamic quantization"),
+        (("--calibration", "digits"), 2, "--calibration is for --int8"),
+        (("--data", "nowhere"), 2, "nowhere"),
+        (("--placements", "nowhere.png"), 5, "nowhere.png"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_no_file(tmp_path, arguments, code, message):
+    found = run("export", "digits", "-o", tmp_path / "m.onnx", *arguments)
+    assert (found[0], found[1]) == (code, "")
+    assert message in found[2]
+    assert len(found[2].splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_cannot_be(tmp_path):
+    (tmp_path / "m.onnx").mkdir()
+    code, _, err = run("export", "digits", "-o", tmp_path / "m.onnx")
+    assert (code, "is a folder" in err) == (2, True)
+    code, _, err = run("export", "digits", "-o", tmp_path / "m.txt")
+    assert (code, "must be a .onnx file" in err) == (2, True)
+    (tmp_path / "file").touch()
+    code, _, err = run("export", "digits", "-o", tmp_path / "file" / "m.onnx")
+    assert (code, "cannot be written" in err) == (1, True)
