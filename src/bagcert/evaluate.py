@@ -22,6 +22,8 @@ from bagcert.devices import peak_memory_mib
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation_log import Batch, EvaluationLog, described, log_path
 from bagcert.files import remove_leftovers, write_atomically
+from bagcert.gallery import make_gallery
+from bagcert.gallery_file import Gallery, gallery_bytes, gallery_path
 from bagcert.images import Photo
 from bagcert.preprocess import PhotoGeometry, Preprocessing
 from bagcert.records import ImageRecord, Record, Row, RunInfo, wilson_interval
@@ -35,11 +37,15 @@ READ_AT_ONCE = 64  # photos decoded side by side
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: the summary, a record per image, and the images left out because they are damaged."""
+    """What an evaluation found: the summary, a record per image, and the images left out because they are damaged.
+
+    `gallery` holds pictures of some images, None where none were asked for.
+    """
 
     info: RunInfo
     records: list[ImageRecord]
     errors: list[str]
+    gallery: Gallery | None = None
 
 
 @dataclass
@@ -66,6 +72,7 @@ def evaluate(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     log: Path | None = None,
     resume: bool = False,
+    gallery: bool = False,
 ) -> Evaluation:
     """Evaluates every rule against every patch from one forward pass per image.
 
@@ -85,6 +92,7 @@ def evaluate(
         log: a file for the records of each batch as soon as they are known, see `bagcert.evaluation_log`.
         resume: go on after the last whole batch in `log`; figures and records are those of a run that was never
             interrupted, and so are the seconds, which are kept with each batch.
+        gallery: also keep pictures of some images, which are read once more in the end.
 
     Raises:
         UsageError: classes of the data that the model does not know; a patch that does not fit; a `log` of another run.
@@ -117,7 +125,8 @@ def evaluate(
             batch_size=batch_size,
             device=device_name(model),
             threads=torch.get_num_threads(),
-            versions=versions(),
+            backend=model.backend,
+            versions=versions(model),
         )
         journal = EvaluationLog(log, run_now, resume)
     with closing(journal) if journal else nullcontext():
@@ -158,10 +167,10 @@ def evaluate(
         images=len(records),
         limit=limit,
         device=device_name(model),
-        backend="torch",
+        backend=model.backend,
         dtype=str(model.scorer.autocast_dtype or torch.float32).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        versions=versions(),
+        versions=versions(model),
         seconds={
             "load": round(load_seconds, 3),
             "forward": round(forward, 3),
@@ -173,11 +182,14 @@ def evaluate(
         batch_size=batch_size,
         peak_memory_mib=peak_memory_mib(),
     )
-    return Evaluation(info, records, [errors[number] for number in sorted(errors)])
+    pictures = make_gallery(model, images, records, placements, fit) if gallery else None
+    return Evaluation(info, records, [errors[number] for number in sorted(errors)], pictures)
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Writes the JSON, and beside it one line per image in `*.records.jsonl`; each whole or not at all.
+    """Writes the JSON, and beside it one line per image in `*.records.jsonl` and pictures of some in `*.gallery.npz`.
+
+    Each is written whole or not at all; an older gallery is removed where there is none now.
 
     The log of the run has then done its work and is removed, last of all.
 
@@ -185,12 +197,15 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
         BagcertError: a file cannot be written.
     """
     records = "".join(record.to_json() + "\n" for record in evaluation.records)
-    for target, content in (
-        (path.with_suffix(".records.jsonl"), records),
-        (path, json.dumps(evaluation.info.to_dict(), indent=2) + "\n"),
-    ):
+    contents = {path.with_suffix(".records.jsonl"): records.encode()}
+    if evaluation.gallery is not None:
+        contents[gallery_path(path)] = gallery_bytes(evaluation.gallery)
+    contents[path] = (json.dumps(evaluation.info.to_dict(), indent=2) + "\n").encode()
+    for target, content in contents.items():
         remove_leftovers(target)
-        write_atomically(target, content.encode())
+        write_atomically(target, content)
+    if evaluation.gallery is None:
+        gallery_path(path).unlink(missing_ok=True)
     log_path(path).unlink(missing_ok=True)
 
 
@@ -215,9 +230,11 @@ def labels_for(model: BagCert, images: ImageSet) -> np.ndarray:
     return np.array([index[name] for name in images.class_names])[images.labels]
 
 
-def versions() -> dict[str, str]:
-    """The libraries a figure depends on."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}}
+def versions(model: BagCert | None = None) -> dict[str, str]:
+    """The libraries a figure depends on; those of the model's backend among them."""
+    own = {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}}
+    runner = None if model is None else model.scorer.runner
+    return own if runner is None else {**own, **runner.versions()}
 
 
 def device_name(model: BagCert) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,12 @@ class ImageRecord:
     def to_json(self) -> str:
         """One line of JSONL."""
         return json.dumps(asdict(self), separators=(",", ":"))
+
+
+def telling_column(records: Sequence[ImageRecord]) -> int:
+    """The verdict to show where only one is: the first that certifies some image, or else the first."""
+    columns = range(len(records[0].results)) if records else ()
+    return next((column for column in columns if any(record.results[column].certified for record in records)), 0)
 
 
 @dataclass(frozen=True)

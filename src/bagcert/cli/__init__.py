@@ -14,13 +14,18 @@ import typer
 
 from bagcert import __version__
 from bagcert.cli.attack import attack
+from bagcert.cli.benchmark import benchmark
 from bagcert.cli.certify import certify
 from bagcert.cli.compare import compare
 from bagcert.cli.console import fail
 from bagcert.cli.demo import demo
 from bagcert.cli.doctor import doctor
 from bagcert.cli.evaluate import evaluate
+from bagcert.cli.export import export
 from bagcert.cli.info import info
+from bagcert.cli.page import page
+from bagcert.cli.push import push
+from bagcert.cli.report import report
 from bagcert.cli.train import train
 from bagcert.cli.verify import verify
 from bagcert.errors import BagcertError, UsageError
@@ -32,11 +37,11 @@ app = typer.Typer(
     help="Certified defence against adversarial patches: train, certify and evaluate BagCert models.",
     epilog=(
         "Exit codes: 0 fine, 1 failed, 2 usage, 3 a --fail-under bar not met, 4 a certificate was broken or "
-        "locality failed, 5 some inputs unreadable."
+        "locality failed, 5 some inputs unreadable. Shell completion: bagcert --install-completion."
     ),
     rich_markup_mode=None,  # rich cuts long option names short in narrow terminals
     pretty_exceptions_enable=False,
-    add_completion=False,
+    add_completion=True,
 )
 
 
@@ -56,7 +61,22 @@ def _root(
     pass
 
 
-for command in (demo, train, evaluate, compare, certify, attack, verify, doctor, info):
+for command in (
+    demo,
+    train,
+    evaluate,
+    report,
+    compare,
+    benchmark,
+    certify,
+    attack,
+    verify,
+    export,
+    page,
+    push,
+    doctor,
+    info,
+):
     app.command()(command)
 
 
@@ -66,8 +86,11 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: whole files, a sentence, exit code 1
     code = None
+    command = typer.main.get_command(app)
+    for parameter in command.params:
+        parameter.hidden = parameter.hidden or "completion" in (parameter.name or "")  # type: ignore[attr-defined]
     try:
-        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = command(args=sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
     except BagcertError as error:
         fail(str(error), error.exit_code)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bagcert.cli.console import fail, print_json, progress, stdout, warn
-from bagcert.cli.options import Device, Dtype, Fit, Json, Patches, Placements, Rules
+from bagcert.cli.console import check_output, fail, print_json, progress, stdout, warn
+from bagcert.cli.options import Backend, Device, Dtype, Fit, Json, Patches, Placements, Portable, Rules
 
 
 def certify(
@@ -18,6 +18,8 @@ def certify(
     fit: Fit = "squash",
     device: Device = "auto",
     dtype: Dtype = "float32",
+    backend: Backend = "torch",
+    portable: Portable = False,
     json: Json = False,
     record: Annotated[
         Path | None,
@@ -26,6 +28,13 @@ def certify(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a --record that was interrupted, after its whole images.")
     ] = False,
+    explain: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Draw one photo: what its regions vote for, and where a patch comes closest to changing the answer.",
+        ),
+    ] = None,
 ) -> None:
     """Classify images and prove, for each, which patches cannot change the answer.
 
@@ -46,7 +55,11 @@ def certify(
     if resume and record is None:
         raise UsageError("--resume goes on with a --record; name the file")
     files = image_files(images)
-    loaded = load(model, device, dtype)
+    if explain is not None:
+        if len(files) != 1:
+            raise UsageError(f"--explain draws one photo, but {len(files)} were given")
+        check_output(explain, ".png")
+    loaded = load(model, device, dtype, portable, backend=backend)
     verdicts: list[FileVerdict] = []
     errors: list[FileError] = []
     with ExitStack() as stack, progress("certifying") as report:
@@ -54,10 +67,10 @@ def certify(
         if record is not None:
             environment = {
                 "device": device_name(loaded),
-                "backend": "torch",
+                "backend": loaded.backend,
                 "dtype": dtype,
                 "threads": torch.get_num_threads(),
-                "versions": versions(),
+                "versions": versions(loaded),
             }
             records = RecordFile(record, loaded, rule or (), patch or (), environment, fit, placements, resume)
             stack.enter_context(records)
@@ -71,6 +84,11 @@ def certify(
             report(kept + len(verdicts) + len(errors), len(files))
     if kept:
         warn(f"{record} held {kept} of {len(files)} images already; they are not certified again, nor listed here")
+    if explain is not None and verdicts:
+        from bagcert.images import read_image
+        from bagcert.report.explain import write_explanation
+
+        write_explanation(loaded, read_image(files[0]), verdicts[0].results[0], explain, fit, placements)
     if json:
         print_json(
             {

@@ -8,7 +8,7 @@ import typer
 
 from bagcert.cli.attack import alarm
 from bagcert.cli.console import check_output, fail, print_json, print_results, progress, warn
-from bagcert.cli.options import Device, Dtype, FailUnder, Fit, Json, Patches, Placements, Rules
+from bagcert.cli.options import Backend, Device, Dtype, FailUnder, Fit, Json, Patches, Placements, Portable, Rules
 from bagcert.records import ATTACK_FIGURES
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 250,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    backend: Backend = "torch",
+    portable: Portable = False,
     repeat: Annotated[int, typer.Option(min=1, help="Passes over the data; reported seconds are medians.")] = 1,
     json: Json = False,
     out: Annotated[
@@ -72,7 +74,7 @@ def evaluate(
     elif resume:
         raise UsageError("--resume goes on with the run of an --out FILE.json, and none was given")
     log = None if out is None else log_path(out)
-    loaded = load(model, device, dtype)
+    loaded = load(model, device, dtype, portable, backend=backend)
     images = load_dataset(data, split, limit)
     model_seconds = time.perf_counter() - started
     try:
@@ -92,6 +94,7 @@ def evaluate(
                 report,
                 log,
                 resume,
+                out is not None,
             )
     except KeyboardInterrupt:
         if log is None or not log.exists():

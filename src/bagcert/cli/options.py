@@ -18,7 +18,8 @@ Rules = Annotated[
     typer.Option(
         "--rule",
         metavar="RULE",
-        help="vote, levine-feizi, double-masking or detection. Repeat for several rows. Default: the model's own.",
+        help="vote, levine-feizi, double-masking, robust-masking or detection. Repeat for several rows. Default: the "
+        "model's own.",
     ),
 ]
 Placements = Annotated[
@@ -28,6 +29,17 @@ Placements = Annotated[
 Fit = Annotated[str, typer.Option(help="How images of another size reach the network: squash or center-crop.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16 arithmetic in the network; rules are exact in both.")]
+Backend = Annotated[
+    str,
+    typer.Option(help="What computes the forward pass: torch, onnxruntime, openvino, or auto, the fastest here."),
+]
+Portable = Annotated[
+    bool,
+    typer.Option(
+        "--portable",
+        help="Certificates hold as well where attacked images come in other batch sizes or with other thread counts.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 FailUnder = Annotated[
     float | None,

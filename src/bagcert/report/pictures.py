@@ -1,0 +1,89 @@
+"""The gallery of a report: each image beside the votes of its regions, with patches drawn to scale."""
+
+import base64
+import io
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+from bagcert.gallery_file import Picture
+from bagcert.records import ImageRecord
+from bagcert.report.summary import KINDS, Run, kind_of
+
+
+def gallery(run: Run) -> str:
+    """The pictures of a run as HTML, by kind; empty where the run has none."""
+    if run.gallery is None or not run.gallery.pictures:
+        return ""
+    records = {record.index: record for record in run.records or ()}
+    parts = []
+    for kind in KINDS:
+        some = [picture for picture in run.gallery.pictures if kind_of(records[picture.index], run.telling) == kind]
+        if some:
+            cards = "".join(_card(run, picture, records[picture.index]) for picture in some)
+            parts.append(f'<h4>{escape(kind.capitalize())}</h4><div class="cards">{cards}</div>')
+    return "".join(parts)
+
+
+def _card(run: Run, picture: Picture, record: ImageRecord) -> str:
+    first = record.results[run.telling]
+    answer, rival = run.class_name(picture.prediction), run.class_name(picture.runner_up)
+    truth = "" if first.prediction == record.label else f" (is {escape(run.class_name(record.label))})"
+    missing = f"margin {first.margin:,}" if first.certified else f"{-first.margin:,} short of a certificate"
+    largest = f"{picture.largest_certified_px} px" if picture.largest_certified_px else "none"
+    verdicts = "".join(
+        f"<li>{'&#10003;' if row.certified else '&#10007;'} {escape(row.threat)} px, {escape(row.rule)}</li>"
+        for row in record.results[:12]
+    )
+    return (
+        f'<figure class="card"><div class="pair">{_image(picture)}{_votes(picture, answer, rival)}</div><figcaption>'
+        f"<b>{escape(answer)}</b>{truth}, not {escape(rival)} <small>image {picture.index}</small><br>{missing}; "
+        f"largest certified patch: {largest}, with a defence built for it {picture.largest_certifiable_px} px"
+        f'<ul class="verdicts">{verdicts}</ul></figcaption></figure>'
+    )
+
+
+def _image(picture: Picture) -> str:
+    """The image, the worst placement outlined, the largest certified square in its lower left corner, to scale."""
+    height, width = picture.size_px
+    side = picture.largest_certified_px
+    square = f'<rect class="largest" x="0" y="{height - side}" width="{side}" height="{side}"/>' if side else ""
+    return (
+        f'<svg class="picture" viewBox="0 0 {width} {height}" role="img" aria-label="image {picture.index}">'
+        f'<image href="data:image/png;base64,{_png(picture.pixels)}" width="{width}" height="{height}" '
+        f'preserveAspectRatio="none"/>{square}{_boxes(picture)}</svg>'
+    )
+
+
+def _votes(picture: Picture, answer: str, rival: str) -> str:
+    """Votes for the prediction less those for the runner-up, where each region lies in the image."""
+    height, width = picture.size_px
+    net = picture.votes[0].astype(int) - picture.votes[1]
+    peak = max(1, int(np.abs(net).max()))
+    cells = "".join(
+        f'<rect class="{"for" if net[row, col] > 0 else "against"}" fill-opacity="{abs(net[row, col]) / peak:.2g}" '
+        f'x="{left:.4g}" y="{top:.4g}" width="{right - left:.4g}" height="{bottom - top:.4g}"/>'
+        for row, (top, bottom) in enumerate(zip(picture.row_edges, picture.row_edges[1:], strict=False))
+        for col, (left, right) in enumerate(zip(picture.col_edges, picture.col_edges[1:], strict=False))
+        if net[row, col]
+    )
+    label = escape(f"votes for {answer} less votes for {rival}")
+    return (
+        f'<svg class="picture votes" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{cells}'
+        f"{_boxes(picture)}</svg>"
+    )
+
+
+def _boxes(picture: Picture) -> str:
+    return "".join(
+        f'<rect class="{style}" x="{left}" y="{top}" width="{width}" height="{height}"/>'
+        for top, left, height, width in picture.worst_placements
+        for style in ("halo", "worst")  # seen on dark and on light
+    )
+
+
+def _png(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
