@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.demo  ## train on the embedded digits and certify the held-out ones; ARGS=--json for JSON
 	@$(BIN)/bagcert demo $(ARGS)
@@ -13,9 +13,12 @@ test: $(VENV)/.dev  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev  ## style and types
-	$(BIN)/ruff check src tests tools benchmarks
-	$(BIN)/ruff format --check src tests tools benchmarks
+	$(BIN)/ruff check src tests tools benchmarks docs examples
+	$(BIN)/ruff format --check src tests tools benchmarks docs examples
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev  ## the documentation, into build/docs
+	$(BIN)/python -m sphinx -W -b html docs build/docs
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) >&2

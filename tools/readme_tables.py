@@ -120,7 +120,8 @@ def soundness_lines() -> list[str]:
         said.append(f"{run['killed']} of {run['mutants']} planted mistakes caught by the tests")
     if run := parts.get("faults"):
         gave_way = run["incomplete"] + run["differing"] + run["half_written_accepted"]
-        said.append(f"{sum(run['kills'].values())} runs killed at random moments and resumed, {gave_way} incomplete or different")
+        kills = sum(run["kills"].values())
+        said.append(f"{kills} runs killed at random moments and resumed, {gave_way} incomplete or different")
     if run := parts.get("fuzz"):
         said.append(f"{run['executions']:,} hostile inputs to the loaders, {run['crashes']} crashes")
     return ["", f"Soundness, by `tools/soundness.py`: {'; '.join(said)}."] if said else []

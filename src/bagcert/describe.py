@@ -9,9 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bagcert.defenses.bagcert import model_folder
 from bagcert.errors import UnreadableError
+from bagcert.model_card import RESULTS
 from bagcert.nets.model_folder import WEIGHTS, read_model, weights_sha256
-
-RESULTS = "results.json"
 
 
 def describe(name: str) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from bagcert.certificate import Certificate
-from bagcert.defenses.bagcert import BagCert, PatchLike
+from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UsageError
 from bagcert.rules import get_rule
-from bagcert.threat import PatchThreatModel
+from bagcert.threat import PatchLike, PatchThreatModel
 
 Fallback = Callable[[np.ndarray | Tensor], Sequence[int | None] | np.ndarray | Tensor]
 

@@ -21,7 +21,8 @@ from bagcert import cli
 from bagcert.recipe import load_recipe
 from tests import tiny
 
-COMMANDS = ("demo", "train", "evaluate", "certify", "attack", "verify", "doctor", "info")
+COMMANDS = ("demo", "train", "evaluate", "report", "compare", "benchmark", "certify", "attack", "verify", "export")
+COMMANDS += ("page", "push", "doctor", "info")
 
 RECIPE = """
 name = "tiny"

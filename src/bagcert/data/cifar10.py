@@ -11,6 +11,7 @@ import numpy as np
 
 from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.extras import require
 from bagcert.files import read_regular
 from bagcert.images import Photo, read_image
 
@@ -30,13 +31,8 @@ def load_cifar10(split: str = "test") -> ImageSet:
         UnreadableError: the hub cannot be reached and the set is not in the cache.
     """
     _check_split("cifar10", split)
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            'cifar10 comes from the Hugging Face hub, which needs: pip install "bagcert[hub]"; '
-            "or give a folder with its Parquet files or its original pickles"
-        ) from None
+    what = "cifar10 by that name (a folder with its Parquet files or its original pickles does without)"
+    datasets = require("datasets", "hub", what)
     try:
         table = datasets.load_dataset(HUB_ID, split=split).cast_column("img", datasets.Image(decode=False))
         labels = np.asarray(table["label"], dtype=np.int64)

@@ -1,0 +1,65 @@
+"""`bagcert push`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bagcert.cli.console import print_json, stderr, stdout
+from bagcert.cli.options import Json
+
+
+def push(
+    model: Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(
+            "--dry-run",
+            metavar="DIR",
+            help="Upload nothing; write what would be uploaded into this new folder, to look at first.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Publish a model on the Hugging Face hub, with a card that says what was measured and what is not covered.
+
+    Uploaded are weights, config, recipe, training log, results.json and the card, and no other file. Whoever loads
+    it names the hub id: bagcert certify photo.jpg --model OWNER/NAME.
+    """
+    import hashlib
+
+    from bagcert import hub
+    from bagcert.model_card import RESULTS
+    from bagcert.records import SCHEMA_VERSION
+
+    files = hub.prepare(model, repo_id)
+    if dry_run is not None:
+        hub.write(files, dry_run)
+        url = None
+    else:
+        if not json:
+            stderr().print(f"uploading {sum(map(len, files.values())):,} bytes", markup=False)
+        url = hub.push(files, repo_id, private)
+    if json:
+        listing = [
+            {"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        ]
+        where = None if dry_run is None else str(dry_run)
+        print_json(
+            {"schema_version": SCHEMA_VERSION, "repo_id": repo_id, "dry_run": where, "url": url, "files": listing}
+        )
+        return
+    console = stdout()
+    for name, content in files.items():
+        console.print(f"{len(content):>12,}  {name}", markup=False)
+    if RESULTS not in files:
+        console.print(
+            f"The card says that nothing was measured: bagcert evaluate {model} --data DATA --out {model}/{RESULTS}",
+            markup=False,
+            soft_wrap=True,
+        )
+    done = f"This would be uploaded to {repo_id}; it is in {dry_run}" if url is None else f"The model is at {url}"
+    console.print(done, markup=False, soft_wrap=True)
