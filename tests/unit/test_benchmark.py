@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_defense_has_its_row_and_records(folder: Path):
     for name in NAMES:
         row = json.loads((folder / f"{name}-1.json").read_text())
-        assert list(row)[0] == "schema_version"
+        assert next(iter(row)) == "schema_version"
         assert (row["defense"], row["patch"], row["images"], row["epochs"]) == (name, "1", 30, 1)
         assert 0 <= row["certified_accuracy"] <= row["clean_accuracy"] <= 1
         records = read_image_records(folder / f"{name}-1.records.jsonl")
@@ -47,7 +47,7 @@ def test_every_defense_has_its_row_and_records(folder: Path):
 def test_networks_cost_the_same_and_see_the_same(folder: Path):
     rows = [json.loads((folder / f"{name}-1.json").read_text()) for name in NAMES]
     costs = [row["multiply_adds"] for row in rows]
-    assert max(costs) < 1.6 * min(costs)  # widths come in steps of 4, which is coarse for networks this small
+    assert max(costs) < 1.7 * min(costs)  # widths come in steps of 4, which is coarse for networks this small
     assert len({row["epochs"] for row in rows}) == 1
 
 
