@@ -51,7 +51,7 @@ def _headline(runs: Sequence[Run]) -> str:
         sentences.append(
             f'<p class="headline"><b>{best.certified_accuracy:.1%}</b> of {info.images:,} images of '
             f"{escape(info.data)} are answered rightly by {escape(info.model)} with a proof that "
-            f"{escape(attacker(best.threat))} {promise}, whatever it shows "
+            f"{escape(attacker(best.threat))}, {promise}, whatever it shows "
             f"(rule {escape(best.rule)}, 95 % interval {low:.1f} to {high:.1f} %). "
             f"{best.clean_accuracy:.1%} are answered rightly without an attack.</p>"
         )
