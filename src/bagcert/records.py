@@ -132,4 +132,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
     center = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return [max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)]
+    # Of all or none the bound is the share itself, which rounding must not miss.
+    low = (center - spread) / scale if successes else 0.0
+    high = (center + spread) / scale if successes < trials else 1.0
+    return [low, high]

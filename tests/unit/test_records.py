@@ -133,3 +133,9 @@ def test_several_shapes_or_patches_have_no_single_size(notation: str) -> None:
 def test_a_line_of_records_is_one_line() -> None:
     text = ImageRecord(0, 0, [Record("vote", None, "a\nb", 0, False, 0, [])]).to_json()
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("trials", [1, 7, 150, 10_000])
+def test_the_interval_holds_the_share_of_none_and_all(trials):
+    assert wilson_interval(0, trials)[0] == 0
+    assert wilson_interval(trials, trials)[1] == 1

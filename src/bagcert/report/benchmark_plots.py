@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bagcert.files import write_atomically
+from bagcert.report.drawing import drawn, figure
 
 if TYPE_CHECKING:
     from bagcert.benchmark import BenchmarkRow
@@ -12,28 +13,22 @@ if TYPE_CHECKING:
 
 def draw(rows: "Sequence[BenchmarkRow]", out: Path) -> list[Path]:
     """Writes `certified-clean.png`, `certified-speed.png` and `certified-patch.png` into `out`; needs matplotlib."""
-    import io
-
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(row.defense for row in rows))
     patches = list(dict.fromkeys(row.patch for row in rows))
     written = []
     for name, panel in (("certified-clean", _against_clean), ("certified-speed", _against_speed)):
-        figure = Figure(figsize=(4.6 * len(patches), 4.4), layout="constrained")
-        for axes, patch in zip(figure.subplots(1, len(patches), squeeze=False)[0], patches, strict=True):
+        drawing = figure(4.6 * len(patches), 4.4)
+        for axes, patch in zip(drawing.subplots(1, len(patches), squeeze=False)[0], patches, strict=True):
             _points(axes, [row for row in rows if row.patch == patch], names, panel)
             axes.set_title(f"patch {patch} px")
-        written.append((out / f"{name}.png", figure))
-    figure = Figure(figsize=(6, 4.4), layout="constrained")
-    _against_patch(figure.subplots(), rows, names)
-    written.append((out / "certified-patch.png", figure))
-    for path, drawn in written:
-        handles, labels = drawn.axes[0].get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside right center", fontsize="small", frameon=False)
-        buffer = io.BytesIO()
-        drawn.savefig(buffer, format="png", dpi=150)
-        write_atomically(path, buffer.getvalue())
+        written.append((out / f"{name}.png", drawing))
+    drawing = figure(6.0, 4.4)
+    _against_patch(drawing.subplots(), rows, names)
+    written.append((out / "certified-patch.png", drawing))
+    for path, drawing in written:
+        handles, labels = drawing.axes[0].get_legend_handles_labels()
+        drawing.legend(handles, labels, loc="outside right center", fontsize="small", frameon=False)
+        write_atomically(path, drawn(drawing, "png"))
     return [path for path, _ in written]
 
 
@@ -48,7 +43,7 @@ def _points(
         axes.errorbar(
             panel(axes, row),
             100 * value,
-            yerr=[[100 * (value - low)], [100 * (high - value)]],
+            yerr=[[100 * max(0.0, value - low)], [100 * max(0.0, high - value)]],
             marker="os^Dv"[names.index(row.defense) // 10 % 5],
             color=color,
             markerfacecolor="none" if row.guarantee == "detection" else color,

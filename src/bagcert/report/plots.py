@@ -46,7 +46,10 @@ def _against_patch(runs: list[Run]) -> Any:
     for name, points in curves.items():
         ordered = sorted(points.items(), key=lambda item: patches.index(item[0]))
         values = [value for _, (value, _, _) in ordered]
-        bars = [[value - low for _, (value, low, _) in ordered], [high - value for _, (value, _, high) in ordered]]
+        bars = [
+            [max(0.0, value - low) for _, (value, low, _) in ordered],
+            [max(0.0, high - value) for _, (value, _, high) in ordered],
+        ]
         places = [patches.index(patch) for patch, _ in ordered]
         axes.errorbar(places, values, yerr=bars, marker="o", capsize=3, label=_plain(name))
     axes.set_xticks(range(len(patches)), [_plain(patch) for patch in patches])
