@@ -1,5 +1,7 @@
 """Images per second on every installed backend and dtype, and whether their certificates are torch's.
 
+A backend that changes scores outside a patch's reach is refused when it loads, and stands under `refused`.
+
 python benchmarks/backends.py --data data/cifar10 --out results/speed/backends.json
 """
 
@@ -15,7 +17,7 @@ import torch
 from bagcert.backends import installed_backends
 from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import DTYPES, load
-from bagcert.errors import UsageError
+from bagcert.errors import UnsoundError, UsageError
 from bagcert.evaluate import labels_for, versions
 from bagcert.files import write_atomically
 
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("results/speed/backends.json"))
     arguments = parser.parse_args()
-    models, rows = {}, {}
+    models, rows, refused = {}, {}, []
     for backend in installed_backends():
         for dtype in DTYPES:
             start = time.perf_counter()
@@ -38,6 +40,10 @@ def main() -> None:
                 model = load(arguments.model, device="cpu", dtype=dtype, backend=backend)
             except UsageError as error:  # a backend without this dtype
                 print(f"{backend} {dtype}: {error}", flush=True)
+                continue
+            except UnsoundError as error:  # it has the dtype, and changes scores outside a patch's reach
+                refused.append({"backend": backend, "dtype": dtype, "reason": str(error)})
+                print(json.dumps(refused[-1]), flush=True)
                 continue
             models[backend, dtype] = model
             rows[backend, dtype] = {
@@ -101,6 +107,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "versions": versions() | libraries,
         "results": list(rows.values()),
+        "refused": refused,
     }
     write_atomically(arguments.out, (json.dumps(result, indent=2) + "\n").encode())
 
