@@ -56,12 +56,20 @@ class DefenseSection(_Section):
 class LossSection(_Section):
     """The objective, METHOD section 4."""
 
-    name: Literal["margin", "smooth-margin", "double-masking", "cross-entropy", "clipped", "masked-features"] = (
-        "double-masking"
-    )
+    name: Literal[
+        "margin",
+        "smooth-margin",
+        "double-masking",
+        "cross-entropy",
+        "clipped",
+        "masked-features",
+        "interval-bounds",
+    ] = "double-masking"
     margin: float = Field(default=0.4, gt=0, le=1, description="M of the two margin losses")
     temperature: float = Field(default=12.0, gt=0, description="tau of the smooth margin and clipped losses")
-    full_weight: float = Field(default=0.3, ge=0, description="weight of the unmasked term of the double-masking loss")
+    full_weight: float = Field(
+        default=0.3, ge=0, description="weight of the unmasked term of double-masking and interval-bounds losses"
+    )
     one_hot_penalty: float = Field(default=0.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 

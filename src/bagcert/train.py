@@ -29,6 +29,7 @@ from bagcert.data import load_dataset
 from bagcert.data.augment import cutout, random_crop, random_flip
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.derandomized_smoothing import ablate, random_positions
+from bagcert.defenses.interval_training import BoundedLoss
 from bagcert.devices import keep_freed_memory, resolve_device
 from bagcert.errors import BagcertError, UsageError
 from bagcert.nets import get_architecture
@@ -104,6 +105,9 @@ def train(
         _start_from(scorer, init)
     threat = PatchThreatModel.parse(recipe.defense.patch, config.image_size)
     objective = _objective(recipe, scorer, threat, accelerator.device)
+    bounded = None
+    if recipe.loss.name == "interval-bounds":
+        bounded = BoundedLoss(scorer, threat, recipe.loss.full_weight, accelerator.device)
     class_weights = torch.ones(len(training.class_names))
     if recipe.data.class_weights:
         class_weights = torch.as_tensor(training.class_weights(), dtype=torch.float32)
@@ -141,6 +145,9 @@ def train(
             with autocast:
                 z = forward(batch.contiguous(memory_format=torch.channels_last))
             loss = objective(z, labels[index], generator)
+            if bounded is not None:
+                with autocast:
+                    loss = bounded(loss, batch, labels[index], run.step / steps, generator)
             weight = class_weights[labels[index]]
             loss = (loss * weight).sum() / weight.sum()
             optimizer.zero_grad(set_to_none=True)
@@ -275,7 +282,7 @@ def _objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel, d
             value = losses.margin_loss(scores, labels, loss.margin)
         elif loss.name == "smooth-margin":
             value = losses.smooth_margin_loss(scores, labels, loss.margin, loss.temperature, loss.label_smoothing)
-        elif loss.name == "cross-entropy":
+        elif loss.name in ("cross-entropy", "interval-bounds"):  # of the latter, the term of unchanged images
             value = losses.cross_entropy_loss(scores, labels, loss.label_smoothing)
         elif loss.name == "clipped":
             value = losses.clipped_loss(scores, labels, loss.temperature, loss.label_smoothing)

@@ -86,7 +86,7 @@ def test_other_questions_are_refused(folder: Path, tmp_path: Path):
 @pytest.mark.parametrize("networks", [SMALL, LARGE])
 def test_widths_come_near_the_cost_asked_for(networks):
     size = (8, 8) if networks is SMALL else (32, 32)
-    for architecture, depth in (networks.regions, networks.whole):
+    for architecture, depth in (networks.regions, networks.whole, networks.plain):
         width = width_for(architecture, depth, 10, 3, size, networks.multiply_adds)
         assert width % 4 == 0
         assert get_architecture(architecture).build(10, width, depth, True)

@@ -7,7 +7,8 @@ Guarantee: recovery. Where the lower bound of z_y - z_c is positive for every ot
 patch, no content of it changes the prediction y. The bound is incomplete: what it does not certify may be robust.
 
 Different from the publication: every placement is bounded, the last row and column included, several patches and
-shapes as well, and rounding is counted: see `bagcert.defenses.interval_layers`. Training on the bound is left out.
+shapes as well, and rounding is counted: see `bagcert.defenses.interval_layers`. How such a network is trained is in
+`bagcert.defenses.interval_training`.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,11 +85,11 @@ class IntervalBounds:
         self.layers = flat_layers(exact)
         self.patch = patch
         self.batch_size = batch_size
-        self._boxes(PatchThreatModel.parse(patch, self.image_size))
+        boxes_of(PatchThreatModel.parse(patch, self.image_size))
 
     def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
         """One for the answer; for the certificate one more per placement, each of about three plain passes."""
-        return 1 + (len(self._boxes(threat)) if certify else 0)
+        return 1 + (len(boxes_of(threat)) if certify else 0)
 
     def predict(
         self,
@@ -132,7 +133,7 @@ class IntervalBounds:
         """
         batch, threat = self._asked(images, patch, rule, placements)
         label = self._labels(batch)
-        boxes = self._boxes(threat).to(batch.device)
+        boxes = boxes_of(threat).to(batch.device)
         total = len(batch) * len(boxes)
         bounds = torch.empty(total, dtype=torch.float64, device=batch.device)
         with exact_arithmetic(batch.device):
@@ -162,13 +163,6 @@ class IntervalBounds:
         with exact_arithmetic(batch.device):
             return torch.cat([lowest_argmax(self.classifier.logits(some)) for some in batch.split(self.batch_size)])
 
-    def _boxes(self, threat: PatchThreatModel) -> Int[Tensor, "boxes patches 4"]:
-        """`[top, left, height, width]` of the patches of every attack."""
-        rectangles: list[tuple[int, ...]] = []
-        for shape in threat.shapes:
-            rectangles += [(top, left, *shape) for top, left in np.argwhere(threat.placements(shape)).tolist()]
-        return unions(rectangles, threat.patches, MOST_BOXES, "interval bounds are for few placements and one patch")
-
     def _lower_bounds(
         self,
         images: Float[Tensor, "rows 3 height width"],
@@ -181,4 +175,17 @@ class IntervalBounds:
         layers, last = last_layer(self.layers)
         for layer in layers:
             box = through(layer, box)
-        return margin_bounds(box, last, label)
+        weight, bias = (None, None) if last is None else (last.weight, last.bias)
+        return margin_bounds(box, weight, bias, label).amin(1)
+
+
+def boxes_of(threat: PatchThreatModel) -> Int[Tensor, "boxes patches 4"]:
+    """`[top, left, height, width]` of the patches of every attack.
+
+    Raises:
+        UsageError: there are more than 20,000.
+    """
+    rectangles: list[tuple[int, ...]] = []
+    for shape in threat.shapes:
+        rectangles += [(top, left, *shape) for top, left in np.argwhere(threat.placements(shape)).tolist()]
+    return unions(rectangles, threat.patches, MOST_BOXES, "interval bounds are for few placements and one patch")

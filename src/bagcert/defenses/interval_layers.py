@@ -137,28 +137,31 @@ def last_layer(layers: list[nn.Module]) -> tuple[list[nn.Module], nn.Linear | No
     return (layers[:-1], layers[-1]) if layers and isinstance(layers[-1], nn.Linear) else (layers, None)
 
 
-def margin_bounds(box: Box, last: nn.Linear | None, label: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """The least of z_y - z_c over all classes c != y, from below: -inf where a number overflowed.
+def margin_bounds(
+    box: Box,
+    weight: Float[Tensor, "classes features"] | None,
+    bias: Float[Tensor, " classes"] | None,
+    label: Int[Tensor, " rows"],
+) -> Float[Tensor, "rows classes"]:
+    """The least of z_y - z_c for every class c, from below: inf for y itself, -inf where a number overflowed.
 
     The difference of two logits is one linear function of the last activations, which is bounded as such: an
     activation that raises both moves neither ahead.
 
     Args:
-        box: of the activations before the last layer, or of the logits if there is none.
-        last: the last layer, in float64.
+        box: of the activations before the last layer.
+        weight, bias: of the last layer, in the dtype of the box; None is none: then the box is that of the logits.
         label: y.
     """
-    if last is None:
-        weight = torch.eye(box.center.shape[1], dtype=torch.float64, device=label.device)
+    if weight is None:
+        weight = torch.eye(box.center.shape[1], dtype=box.center.dtype, device=label.device)
+    if bias is None:
         bias = weight.new_zeros(len(weight))
-    else:
-        weight = last.weight
-        bias = weight.new_zeros(len(weight)) if last.bias is None else last.bias
     difference = weight[label][:, None] - weight
     center = torch.einsum("rcf,rf->rc", difference, box.center) + bias[label][:, None] - bias
     radius = torch.einsum("rcf,rf->rc", difference.abs(), box.radius)
     rounding = slack((box.center.abs() + box.radius) @ weight.abs().T + bias.abs(), weight.shape[1])
     every = torch.arange(len(label), device=label.device)
     lower = center - radius - rounding - rounding[every, label][:, None]
-    lower[every, label] = torch.inf
-    return lower.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amin(1)
+    own = functional.one_hot(label, len(weight)).bool()
+    return lower.masked_fill(own, torch.inf).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

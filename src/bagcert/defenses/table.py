@@ -14,13 +14,14 @@ from bagcert.certificate import Certificate
 from bagcert.defenses.bagcert import BagCert
 from bagcert.defenses.clipped_bagnet import ClippedBagNet
 from bagcert.defenses.derandomized_smoothing import DerandomizedSmoothing
+from bagcert.defenses.interval_bounds import IntervalBounds
 from bagcert.defenses.minority_reports import MinorityReports
 from bagcert.defenses.patchcleanser import PatchCleanser
 from bagcert.defenses.patchguard import PatchGuard
 from bagcert.defenses.patchguard_pp import PatchGuardPlusPlus
 from bagcert.defenses.undefended import Undefended
 from bagcert.errors import UsageError, nearest
-from bagcert.nets.classifier import MeanScores
+from bagcert.nets.classifier import MeanScores, in_sequence
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.threat import PatchThreatModel
 
@@ -50,12 +51,15 @@ class Training:
     """How the network of a defence is trained, as changes to a recipe.
 
     Attributes:
-        sees: "regions" (a small receptive field) or "whole" (every region of the network sees the whole image).
+        sees: "regions" (a small receptive field), "whole" (every region of the network sees the whole image) or
+            "plain" (a network without batch norm and shortcuts, which bounds of its layers need).
         changes: `section.key=value`; {patch}, {column} and {block} are sizes in pixels.
+        passes: what a training step costs, in steps of plain training; its network is narrower by as much.
     """
 
-    sees: Literal["regions", "whole"]
+    sees: Literal["regions", "whole", "plain"]
     changes: tuple[str, ...]
+    passes: int = 1
 
 
 TRAININGS: dict[str, Training] = {
@@ -76,6 +80,11 @@ TRAININGS: dict[str, Training] = {
     "blocks": Training(
         "whole",
         ("loss.name=cross-entropy", "augment.ablation=block", "augment.ablation_size={block}", "defense.rule=vote"),
+    ),
+    "interval-bounds": Training(
+        "plain",
+        ("loss.name=interval-bounds", "optimizer.name=adamw", "optimizer.learning_rate=5e-3", "defense.rule=vote"),
+        passes=3,  # the network itself, and centre and radius of its boxes
     ),
 }
 
@@ -138,6 +147,11 @@ DEFENSES: dict[str, Entry] = {
     "patchcleanser": Entry("cutout", lambda at: PatchCleanser(*at.classifier, patch=at.patch), slow=True),
     "minority-reports": Entry(
         "cutout", lambda at: MinorityReports(*at.classifier, patch=at.patch, stride=2), slow=True
+    ),
+    "interval-bounds": Entry(
+        "interval-bounds",
+        lambda at: IntervalBounds(in_sequence(at.scorer), *at.classifier[1:], patch=at.patch),
+        slow=True,
     ),
 }
 

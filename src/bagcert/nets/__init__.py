@@ -7,6 +7,7 @@ from torch import nn
 
 from bagcert.errors import UsageError, nearest
 from bagcert.nets.bagnet import BagNet
+from bagcert.nets.region_convnet import RegionConvNet
 from bagcert.nets.region_resnet import RegionResNet
 
 Build = Callable[..., nn.Module]
@@ -59,10 +60,19 @@ def _bagnet(receptive_field: int) -> Build:
     return build
 
 
+def _convnet(stem: tuple[tuple[int, int, float], ...]) -> Build:
+    def build(classes: int, width: int, depth: int, padded: bool, channels: int = 3) -> nn.Module:
+        _require_depth(depth, 1)
+        return RegionConvNet(classes, width, stem, depth, padded, channels)
+
+    return build
+
+
 _S1 = ((3, 1, 1.0),)
 _S2 = ((3, 1, 0.5), (4, 2, 1.0))
 _S2_RF8 = ((3, 1, 0.25), (4, 2, 1.0), (2, 1, 1.0))
 _S4_RF8 = ((4, 2, 0.25), (3, 2, 1.0))
+_PLAIN_S4 = ((4, 2, 0.5), (4, 2, 1.0))
 _S4 = ((3, 1, 0.25), (4, 2, 0.5), (4, 2, 1.0))
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -82,6 +92,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "resnet-rf12s4": Architecture(_resnet(_S4, 0), (64, 64), 192, 5, 12, 4, "stride 4, 1x1 blocks only"),
     "resnet-rf20s4": Architecture(_resnet(_S4, 1), (64, 64), 192, 5, 20, 4, "stride 4, one 3x3 block"),
+    "convnet-rf10s4": Architecture(
+        _convnet(_PLAIN_S4), (32, 32), 128, 1, 10, 4, "stride 4, no batch norm, no shortcuts"
+    ),
     "bagnet9": Architecture(_bagnet(9), (224, 224), 64, 16, 9, 8, "BagNet-9"),
     "bagnet17": Architecture(_bagnet(17), (224, 224), 64, 16, 17, 8, "BagNet-17"),
     "bagnet33": Architecture(_bagnet(33), (224, 224), 64, 16, 33, 8, "BagNet-33"),

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import RegionScorer
 
 
@@ -19,3 +20,22 @@ class MeanScores(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Logits of images in [0, 1]."""
         return self.scorer(images).mean((2, 3))
+
+
+def in_sequence(scorer: RegionScorer) -> nn.Sequential:
+    """What `MeanScores` computes as one sequence of layers, for bounds that go through a network layer by layer.
+
+    The mean over regions is taken before the last 1x1 convolution, which is a linear layer then. Weights are copied.
+
+    Raises:
+        UsageError: the network is not a sequence that ends with a 1x1 convolution.
+    """
+    *layers, last = scorer.net.children() if isinstance(scorer.net, nn.Sequential) else [nn.Identity()]
+    if not isinstance(last, nn.Conv2d) or last.kernel_size != (1, 1) or last.groups != 1:
+        raise UsageError("a network read layer by layer must be a sequence that ends with a 1x1 convolution")
+    linear = nn.Linear(last.in_channels, last.out_channels, bias=last.bias is not None)
+    linear.weight.data.copy_(last.weight.data[:, :, 0, 0])
+    if last.bias is not None:
+        linear.bias.data.copy_(last.bias.data)
+    pooling = nn.AvgPool2d(scorer.grid().map_size)
+    return nn.Sequential(scorer.normalize, *layers, pooling, nn.Flatten(), linear.to(scorer.device))

@@ -1,0 +1,39 @@
+"""Plain convolutional nets: convolutions and ReLU alone, whose activations can be bounded layer by layer.
+
+The layout is that of the small networks of Chiang et al., ICLR 2020, with the mean over regions in place of the first
+fully connected layer, so that images of any size fit.
+"""
+
+from torch import nn
+
+
+class RegionConvNet(nn.Sequential):
+    """Strided convolutions with ReLU, and a 1x1 classifier for every region.
+
+    Args:
+        classes: output channels.
+        width: channels of the last convolution.
+        stem: (kernel, stride, share of `width`) of each convolution.
+        depth: 1x1 convolutions after them.
+        padded: zero padding ("same" maps), or none (every region sees real pixels only).
+        channels: of the input.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        stem: tuple[tuple[int, int, float], ...],
+        depth: int,
+        padded: bool = True,
+        channels: int = 3,
+    ) -> None:
+        layers: list[nn.Module] = []
+        for kernel, stride, share in stem:
+            outputs = max(8, round(width * share))
+            padding = (kernel - 1) // 2 if padded else 0
+            layers += [nn.Conv2d(channels, outputs, kernel, stride, padding), nn.ReLU()]
+            channels = outputs
+        for _ in range(depth):
+            layers += [nn.Conv2d(channels, channels, 1), nn.ReLU()]
+        super().__init__(*layers, nn.Conv2d(channels, classes, 1))
