@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ def _read_checkpoint(path: Path) -> Any:
 def _check_form(found: Any, own: Any, where: str) -> None:
     """Refuses what has other keys, lengths, shapes, dtypes or types than the state of this run."""
     if isinstance(own, Tensor):
-        same = isinstance(found, Tensor) and (found.shape, found.dtype) == (own.shape, own.dtype)
+        same = isinstance(found, Tensor)
+        same = same and (found.shape, found.dtype, found.layout) == (own.shape, own.dtype, own.layout)
         same = same and (own.is_floating_point() or bool((found >= 0).all()))  # counters
     elif isinstance(own, dict):
         same = isinstance(found, dict) and found.keys() == own.keys()
@@ -186,7 +188,7 @@ def _check_form(found: Any, own: Any, where: str) -> None:
 
 
 def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer) -> None:
-    """The form of the settings is this run's own; what is kept for a parameter has its shape, or is one number."""
+    """The form of the settings, and of what is kept for each parameter after a step, is this run's own."""
     own = optimizer.state_dict()
     if "param_groups" not in own:  # an optimizer made of several, named as in its state
         _check_form(dict.fromkeys(found), dict.fromkeys(own), "optimizer")
@@ -195,8 +197,17 @@ def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer) -> None:
         return
     _check_form(dict.fromkeys(found), dict.fromkeys(own), "optimizer")
     _check_form(found["param_groups"], own["param_groups"], "optimizer.param_groups")
-    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    for number, kept in found["state"].items():
-        for name, value in kept.items():
-            if not isinstance(value, Tensor) or value.shape not in ((), shapes[number]) or value.is_sparse:
-                raise ValueError(f"optimizer.state.{number}.{name} is not what this run has there")
+    if found["state"] != {}:  # as it is before the first step
+        _check_form(found["state"], _state_after_a_step(optimizer), "optimizer.state")
+        if any(not kept.get("step", 0) >= 0 for kept in found["state"].values()):
+            raise ValueError("optimizer.state has a step before the first")
+
+
+def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """What an optimizer keeps, found by a step of a copy."""
+    trial = deepcopy(optimizer)
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    type(trial).step(trial)  # a schedule has put a step of the original's in the copy's place
+    return trial.state_dict()["state"]
