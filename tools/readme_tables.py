@@ -8,15 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmark_tables import benchmark_tables, published_table
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-
-# Published figures: CIFAR-10 at 32x32, trained from scratch, 5x5 patch. Copied from the papers, not measured here.
-PUBLISHED = [
-    ("BagCert, V100 (Metzen & Yatsura 2021)", "vote", 0.86, 0.60),
-    ("De-randomized smoothing, column (Levine & Feizi 2020)", "Levine-Feizi", 0.838, 0.576),
-    ("Interval bounds (Chiang et al. 2020)", "IBP", 0.478, 0.303),
-]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -41,8 +36,6 @@ def accuracy_table() -> list[str]:
             f"| {row['threat']} | `{run['model']}` | {row['rule']} | {row['clean_accuracy']:.1%} | "
             f"**{row['certified_accuracy']:.1%}** ({low:.1%} to {high:.1%}) |"
         )
-    for name, rule, clean, certified in PUBLISHED:
-        lines.append(f"| 5 | *published:* {name} | {rule} | {clean:.1%} | {certified:.1%} |")
     return lines
 
 
@@ -65,6 +58,30 @@ def speed_lines() -> list[str]:
         f"certificates at 5x5: {rules}; {whole:.1f} s together. "
         "The paper reports 39.0 to 48.5 s on a V100.",
     ]
+
+
+def backend_table() -> list[str]:
+    path = ROOT / "results" / "speed" / "backends.json"
+    if not path.exists():
+        return []
+    run = load(path)
+    lines = [
+        "",
+        f"`--backend` and `--dtype` on {run['threads']} CPU cores, all in one run ({run['rule']}, {run['patch']} px; "
+        "`python benchmarks/backends.py`):",
+        "",
+        "| backend | dtype | images/s | forward, s | certificates, s | clean | certified "
+        "| other certificates than torch's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in run["results"]:
+        lines.append(
+            f"| {row['backend']} | {row['dtype']} | {row['images_per_second']:,.0f} | {row['forward_seconds']:.1f} "
+            f"| {row['rule_seconds']:.2f} | {row['clean_accuracy']:.1%} | {row['certified_accuracy']:.1%} "
+            f"| {row['other_certificates']} |"
+        )
+    lines += [f"| {row['backend']} | {row['dtype']} | refused: not local | | | | | |" for row in run["refused"]]
+    return lines
 
 
 def cost_table() -> list[str]:
@@ -116,6 +133,13 @@ def soundness_lines() -> list[str]:
             f"`cifar10-cpu` attacked on {attacks[0]['images']:,} test images ({each}): {tried:,} attempts on certified "
             f"images, {broken} broken"
         )
+    undefended = ROOT / "results" / "attacks" / "undefended.json"
+    if undefended.exists():
+        run = load(undefended)
+        said.append(
+            f"the same attack takes an undefended network from {run['clean_accuracy']:.1%} to "
+            f"{run['attacked_accuracy']:.1%} at 5x5"
+        )
     if run := parts.get("mutants"):
         said.append(f"{run['killed']} of {run['mutants']} planted mistakes caught by the tests")
     if run := parts.get("faults"):
@@ -123,7 +147,7 @@ def soundness_lines() -> list[str]:
         kills = sum(run["kills"].values())
         said.append(f"{kills} runs killed at random moments and resumed, {gave_way} incomplete or different")
     if run := parts.get("fuzz"):
-        said.append(f"{run['executions']:,} hostile inputs to the loaders, {run['crashes']} crashes")
+        said.append(f"{run['executions']:,} hostile inputs to the loaders, crashes: {run['crashes']}")
     return ["", f"Soundness, by `tools/soundness.py`: {'; '.join(said)}."] if said else []
 
 
@@ -156,14 +180,18 @@ def _area(row: dict[str, Any]) -> float:
 
 
 def render(readme: str) -> str:
+    parts = [
+        accuracy_table(),
+        speed_lines(),
+        backend_table(),
+        soundness_lines(),
+        benchmark_tables(ROOT / "results"),
+        published_table(ROOT / "results"),
+        cost_table(),
+        ablation_table(),
+    ]
     start, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
-    return (
-        readme[:start]
-        + "\n"
-        + "\n".join([*accuracy_table(), *speed_lines(), *soundness_lines(), *cost_table(), *ablation_table()])
-        + "\n"
-        + readme[end:]
-    )
+    return readme[:start] + "\n" + "\n".join(line for part in parts for line in part) + "\n" + readme[end:]
 
 
 def main() -> int:
