@@ -16,7 +16,8 @@ def benchmark_tables(results: Path) -> list[str]:
         f"Defences side by side, in one run on {first['threads']} CPU cores: every network from scratch, "
         f"{first['epochs']} epochs, as many multiply-adds per training step, trained once against the largest patch. "
         f"CIFAR-10 test images; fewer than 10,000 are drawn at random (seed {first['seed']}):",
-        "`bagcert benchmark --data data/cifar10 --defenses all --patch 2 --patch 5 --epochs 6 --multiply-adds 6000000 --out DIR`",
+        "`bagcert benchmark --data data/cifar10 --defenses all --patch 2 --patch 5 --epochs 6 --multiply-adds 6000000 "
+        "--out DIR`",
     ]
     for patch in dict.fromkeys(row["patch"] for row in rows):
         lines += [
