@@ -12,8 +12,11 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
 from bagcert.evaluate import labels_for, versions
 from bagcert.export import Calibration, export_model
+from bagcert.export.check import Run
 from bagcert.export.openvino_ir import runner
 from bagcert.files import write_atomically
 from bagcert.images import as_batch
@@ -59,7 +63,7 @@ def main() -> None:
                 model, file, arguments.patch, arguments.rule, calibration=ranges, openvino=openvino, on_step=print
             )
             session = onnx_session(file.read_bytes(), threads)
-            runs = {"onnxruntime": lambda batch, session=session: session.run(None, {INPUT: batch})}
+            runs: dict[str, Run] = {"onnxruntime": partial(in_onnxruntime, session)}
             sizes = {"onnxruntime": file.stat().st_size}
             if openvino:
                 runs["openvino"] = runner(file.with_suffix(".xml"), threads)
@@ -103,6 +107,11 @@ def main() -> None:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.out, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def in_onnxruntime(session: Any, batch: np.ndarray) -> Sequence[np.ndarray]:
+    """All outputs for a batch."""
+    return session.run(None, {INPUT: batch})
 
 
 def figures(answers: list[np.ndarray], labels: np.ndarray) -> dict[str, float]:
