@@ -41,12 +41,10 @@ def doctor(
 
     loaded = load(model, device, dtype, checked=False)
     batch = None if data is None else _first_images(loaded, data)
-    if onnx is not None:
-        report = measure_onnx(onnx, loaded, patch, batch)
-    else:
-        report = measure(loaded, patch, images=batch)
-        if patch is None:
-            keep(loaded, report)
+    with progress("measuring"):
+        report = measure_onnx(onnx, loaded, patch, batch) if onnx is not None else measure(loaded, patch, images=batch)
+    if onnx is None and patch is None:
+        keep(loaded, report)
     cost: list[dict[str, Any]] = []
     if data is not None and onnx is None and report.consequence != "refused":
         cost = _cost(loaded, report, data, patch, images)
