@@ -20,7 +20,7 @@ from bagcert.data.image_set import ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.devices import peak_memory_mib
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.evaluation_log import Batch, EvaluationLog, described, log_path
+from bagcert.evaluation_log import Batch, EvaluationLog, described, described_mask, log_path
 from bagcert.files import remove_leftovers, write_atomically
 from bagcert.gallery import make_gallery
 from bagcert.gallery_file import Gallery, gallery_bytes, gallery_path
@@ -96,13 +96,13 @@ def evaluate(
 
     Raises:
         UsageError: classes of the data that the model does not know; a patch that does not fit; a `log` of another run.
-        UnreadableError: the data set as a whole, or every image in it, cannot be read.
+        UnreadableError: the data set as a whole, or every image in it, or the mask, cannot be read.
     """
     if batch_size < 1 or repeat < 1:
         raise UsageError(f"batch size and repeat must be at least 1, got {batch_size} and {repeat}")
     started = time.perf_counter()
     images = data.take(limit) if isinstance(data, ImageSet) else load_dataset(data, split, limit)
-    labels = labels_for(model, images)
+    labels, mask = labels_for(model, images), described_mask(placements)
     preprocessing = Preprocessing(model.image_size, fit)
     load_seconds = model_seconds + time.perf_counter() - started
     patches, rules = patches or (str(model.patch),), rules or (model.rule,)
@@ -181,6 +181,7 @@ def evaluate(
         repeat=repeat,
         batch_size=batch_size,
         peak_memory_mib=peak_memory_mib(),
+        placements=mask,
     )
     pictures = make_gallery(model, images, records, placements, fit) if gallery else None
     return Evaluation(info, records, [errors[number] for number in sorted(errors)], pictures)

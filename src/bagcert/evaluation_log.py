@@ -56,13 +56,10 @@ def described(model: BagCert, images: ImageSet, placements: str | Path | None, *
     Raises:
         UnreadableError: the mask of allowed placements cannot be read.
     """
+    mask = described_mask(placements)
     weights = hashlib.sha256()
     for tensor in model.scorer.state_dict().values():
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    try:
-        mask = "" if placements is None else hashlib.sha256(read_regular(placements, MAX_MASK_BYTES)).hexdigest()
-    except OSError as error:
-        raise UnreadableError(f"the mask {placements} cannot be read: {error.strerror or error}") from None
     return {
         "model": model.name,
         "weights": weights.hexdigest(),
@@ -72,9 +69,24 @@ def described(model: BagCert, images: ImageSet, placements: str | Path | None, *
         "split": images.split,
         "images": len(images),
         "fingerprint": images.fingerprint(),
-        "placements": mask,
+        "placements": "" if mask is None else mask["sha256"],
         **choices,
     }
+
+
+def described_mask(placements: str | Path | None) -> dict[str, str] | None:
+    """The name and the hash of a mask image; None without one.
+
+    Raises:
+        UnreadableError: it cannot be read.
+    """
+    if placements is None:
+        return None
+    try:
+        content = read_regular(placements, MAX_MASK_BYTES)
+    except OSError as error:
+        raise UnreadableError(f"the mask {placements} cannot be read: {error.strerror or error}") from None
+    return {"file": Path(placements).name, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 class EvaluationLog:

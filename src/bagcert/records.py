@@ -83,6 +83,7 @@ class Row:
 class RunInfo:
     """A whole evaluation, as `bagcert evaluate --json` prints it.
 
+    `placements` is the mask image of allowed placements, its `file` name and `sha256`, None where there was none.
     `attack` says how the images were attacked, None if they were not.
     """
 
@@ -103,15 +104,17 @@ class RunInfo:
     repeat: int = 1
     batch_size: int = 0
     peak_memory_mib: int = 0
+    placements: dict[str, str] | None = None
     attack: dict[str, Any] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, the schema version first; nothing is said of attacks where there were none."""
+        """Ready for JSON, the schema version first; nothing is said of a mask or attacks where there were none."""
         values = asdict(self)
         values["results"] = [_without_attack(row) if self.attack is None else row for row in values["results"]]
-        if self.attack is None:
-            del values["attack"]
+        for name in ("placements", "attack"):
+            if values[name] is None:
+                del values[name]
         return {"schema_version": values.pop("schema_version"), **values}
 
 

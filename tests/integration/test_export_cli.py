@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,6 +18,7 @@ from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+NODE = shutil.which("node")
 
 
 def run(*arguments):
@@ -105,6 +108,28 @@ def test_the_python_example(exported, photos):
         proof = "no 2 px patch changes that" if certified else "not certified"
         assert line.startswith(f"{number}.png: {label}, {proof} (margin ")
     assert len(found) == 12
+
+
+@pytest.mark.skipif(NODE is None, reason="the JavaScript example needs node, which is not on the path")
+def test_the_javascript_example(exported, photos):
+    folder, names = exported[0], [f"{number}.rgb" for number in range(12)]
+    for name, pixels in zip(names, photos[0], strict=True):
+        (folder / name).write_bytes(pixels.tobytes())
+    code, out, _ = run("certify", *[folder / f"{number}.png" for number in range(12)], "--model", "digits", "--json")
+    assert code == 0
+    command = [NODE, EXAMPLES / "onnx_javascript.mjs", "digits.onnx", *names]
+    lines = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, name, verdict in zip(lines, names, json.loads(out)["results"], strict=True):
+        result = verdict["results"][0]
+        proof = "certified" if result["certified"] else "not certified"
+        found = re.fullmatch(rf"{name}: class {result['prediction']}, {proof} \(margin (-?\d+)\)", line)
+        assert found, (line, result)
+        assert abs(int(found[1]) - result["margin"]) <= 8  # a few scores may be one integer beside torch's
+
+    (folder / "short.rgb").write_bytes(b"\0" * 5)
+    refused = subprocess.run([*command[:3], "short.rgb"], cwd=folder, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "short.rgb: expected 3 x 64 bytes" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Evaluation: figures that follow from the records, and records in the order of the data."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,9 @@ def test_a_mask_restricts_the_placements(images: ImageSet, tmp_path: Path) -> No
     assert (row.patch, row.threat) == (None, "2 within the allowed placements")
     assert row.certified_accuracy >= anywhere.info.results[0].certified_accuracy
     assert {record.results[0].worst_placement[1] for record in right.records} <= {5, 6}
+    digest = hashlib.sha256((tmp_path / "mask.png").read_bytes()).hexdigest()
+    assert right.info.to_dict()["placements"] == {"file": "mask.png", "sha256": digest}
+    assert "placements" not in anywhere.info.to_dict()
 
 
 def test_repeats_give_medians_and_the_same_records(

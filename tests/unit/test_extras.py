@@ -6,7 +6,7 @@ import pytest
 
 from bagcert.data import load_dataset
 from bagcert.errors import UsageError
-from bagcert.extras import require
+from bagcert.extras import installed, require, require_installed
 
 
 def test_a_library_that_is_there_is_imported() -> None:
@@ -22,6 +22,17 @@ def test_a_missing_library_names_the_extra(name: str) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_several_libraries_are_named_together_and_none_is_imported(tmp_path, monkeypatch) -> None:
+    (tmp_path / "slow_library.py").write_text("raise AssertionError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    require_installed(["json", "slow_library"], "onnx")
+    assert installed(["json", "slow_library"])
+    assert not installed(["json", "no_such"])
+    expected = r'needs no_such and nor_this, which are not installed here: pip install "bagcert\[onnx\]" brings them'
+    with pytest.raises(UsageError, match=expected):
+        require_installed(["no_such", "json", "nor_this"], "onnx", "exporting")
+
+
 def test_a_library_that_lacks_another_library_is_not_called_missing(tmp_path, monkeypatch) -> None:
     (tmp_path / "broken_library.py").write_text("import no_such_library\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -31,10 +42,13 @@ def test_a_library_that_lacks_another_library_is_not_called_missing(tmp_path, mo
 
 def test_every_place_that_asks_for_an_optional_library_asks_here(tmp_path, monkeypatch) -> None:
     from bagcert.locality.onnx import OnnxScores
+    from bagcert.report.drawing import figure
 
-    for name in ("datasets", "onnxruntime"):
+    for name in ("datasets", "onnxruntime", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UsageError, match=r'needs datasets, .*pip install "bagcert\[hub\]"'):
         load_dataset("cifar10")
     with pytest.raises(UsageError, match=r'needs onnxruntime, .*pip install "bagcert\[onnx\]"'):
         OnnxScores(tmp_path / "model.onnx")
+    with pytest.raises(UsageError, match=r'drawing needs matplotlib, .*pip install "bagcert\[report\]"'):
+        figure(1.0, 1.0)

@@ -3,7 +3,6 @@
 Adding one is one file and one line in `RUNNERS`.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from bagcert.backends.onnx_runtime import OnnxRuntimeRunner
 from bagcert.backends.openvino import OpenVinoRunner
 from bagcert.backends.runner import Runner
 from bagcert.errors import UsageError, nearest
+from bagcert.extras import installed
 
 __all__ = ["BACKENDS", "RUNNERS", "Runner", "fastest_backend", "get_runner", "installed_backends"]
 
@@ -48,7 +48,7 @@ def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder:
 
 def installed_backends() -> list[str]:
     """The backends whose libraries are there, torch first."""
-    runners = [name for name, runner in RUNNERS.items() if all(find_spec(part) for part in runner.libraries)]
+    runners = [name for name, runner in RUNNERS.items() if installed(runner.libraries)]
     return ["torch", *runners]
 
 

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bagcert.errors import UsageError
+from bagcert.extras import require_installed
 
 Session = Callable[[np.ndarray], np.ndarray]
 """Images float32 [batch, channels, height, width] to `z` [batch, classes, rows, cols]."""
@@ -43,7 +42,7 @@ class Runner(ABC):
     extra: ClassVar[str]
 
     def __init__(self, net: nn.Module, dtype: torch.dtype | None = None, folder: Path | None = None) -> None:
-        require_libraries(f"the backend {self.name}", self.libraries, self.extra)
+        require_installed(self.libraries, self.extra, f"the backend {self.name}")
         self.net = net
         self.dtype = dtype
         self.folder = folder
@@ -69,16 +68,3 @@ class Runner(ABC):
     def versions(self) -> dict[str, str]:
         """Of the libraries that the scores depend on."""
         return {name: metadata.version(name) for name in self.libraries}
-
-
-def require_libraries(what: str, libraries: tuple[str, ...], extra: str) -> None:
-    """Says in a sentence which extra brings a library that is missing.
-
-    Raises:
-        UsageError: one is.
-    """
-    missing = [name for name in libraries if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f'{what} needs {" and ".join(missing)}, not installed here: pip install "bagcert[{extra}]" brings it'
-        )

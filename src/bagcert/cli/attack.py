@@ -6,25 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bagcert.cli.console import check_output, fail, print_json, progress, stdout
-from bagcert.cli.options import Device, Dtype, Json, Patches, Placements, Rules
+from bagcert.cli.options import Data, Device, Dtype, Json, Limit, Model, Patches, Placements, Rules, Split
 
 if TYPE_CHECKING:
     from bagcert.attacks.bracket import AttackInfo, Bracket
 
 
 def attack(
-    model: Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="digits, cifar10 (from the hub), or a path: class folders, Parquet files, CIFAR-10's pickles."
-        ),
-    ],
-    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
+    model: Model,
+    data: Data,
+    split: Split = "test",
     patch: Patches = None,
     rule: Rules = None,
     placements: Placements = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images, in data-set order.")] = None,
+    limit: Limit = None,
     attack: Annotated[
         list[str] | None,
         typer.Option(

@@ -65,7 +65,10 @@ def check_output(path: Path, suffix: str = ".json") -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[Report]:
-    """A progress bar on stderr with the time left; silent when stderr is no terminal."""
+    """A progress bar on stderr with the time left; silent when stderr is no terminal.
+
+    Until it is told how much there is to do, it only moves to and fro.
+    """
     console = stderr()
     columns = (
         TextColumn("{task.description}"),

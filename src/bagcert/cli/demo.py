@@ -44,11 +44,14 @@ def demo(
             recipe = load_recipe("digits")
             train(recipe, folder, device="cpu", on_progress=lambda at: show(at.step, at.steps))
         results = Path(scratch) / "results" / "demo.json"
-        evaluation = evaluate(load(folder, "cpu"), "digits", PATCHES, log=log_path(results), gallery=True)
+        with progress("certifying") as show:
+            evaluation = evaluate(
+                load(folder, "cpu"), "digits", PATCHES, on_progress=show, log=log_path(results), gallery=True
+            )
         write_evaluation(evaluation, results)
         if page is not None:
-            found = read_inputs([results, folder])
-            write_report(found, page, "bagcert on digits")
+            with progress("writing"):
+                write_report(read_inputs([results, folder]), page, "bagcert on digits")
     if json:
         print_json(evaluation.info.to_dict())
         return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bagcert.cli.console import fail, print_json, progress, stdout
-from bagcert.cli.options import Device, Dtype, Json
+from bagcert.cli.options import Device, Dtype, Json, Model, OnePatch
 
 if TYPE_CHECKING:
     from bagcert.defenses.bagcert import BagCert
@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    model: Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")],
+    model: Model,
     onnx: Annotated[
         Path | None,
         typer.Option(metavar="FILE.onnx", help="Measure this file, made from MODEL, through onnxruntime instead."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    patch: Annotated[
-        str | None, typer.Option(metavar="PATCH", help="The patch to try, in pixels. Default: the model's own.")
-    ] = None,
+    patch: OnePatch = None,
     data: Annotated[
         str | None,
         typer.Option(help="Images on which to say what a guard costs: digits, cifar10, or a path as for evaluate."),
@@ -43,12 +41,10 @@ def doctor(
 
     loaded = load(model, device, dtype, checked=False)
     batch = None if data is None else _first_images(loaded, data)
-    if onnx is not None:
-        report = measure_onnx(onnx, loaded, patch, batch)
-    else:
-        report = measure(loaded, patch, images=batch)
-        if patch is None:
-            keep(loaded, report)
+    with progress("measuring"):
+        report = measure_onnx(onnx, loaded, patch, batch) if onnx is not None else measure(loaded, patch, images=batch)
+    if onnx is None and patch is None:
+        keep(loaded, report)
     cost: list[dict[str, Any]] = []
     if data is not None and onnx is None and report.consequence != "refused":
         cost = _cost(loaded, report, data, patch, images)

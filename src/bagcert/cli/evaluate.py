@@ -8,7 +8,22 @@ import typer
 
 from bagcert.cli.attack import alarm
 from bagcert.cli.console import check_output, fail, print_json, print_results, progress, warn
-from bagcert.cli.options import Backend, Device, Dtype, FailUnder, Fit, Json, Patches, Placements, Portable, Rules
+from bagcert.cli.options import (
+    Backend,
+    Data,
+    Device,
+    Dtype,
+    FailUnder,
+    Fit,
+    Json,
+    Limit,
+    Model,
+    Patches,
+    Placements,
+    Portable,
+    Rules,
+    Split,
+)
 from bagcert.records import ATTACK_FIGURES
 
 if TYPE_CHECKING:
@@ -19,19 +34,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="digits, cifar10 (from the hub), or a path: class folders, Parquet files, CIFAR-10's pickles."
-        ),
-    ],
-    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
+    model: Model,
+    data: Data,
+    split: Split = "test",
     patch: Patches = None,
     rule: Rules = None,
     placements: Placements = None,
     fit: Fit = "squash",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images, in data-set order.")] = None,
+    limit: Limit = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 250,
     device: Device = "auto",
     dtype: Dtype = "float32",

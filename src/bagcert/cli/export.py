@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bagcert.cli.console import check_output, print_json, progress, stdout
-from bagcert.cli.options import Fit, Json, Placements
+from bagcert.cli.options import ExportedRule, Fit, Json, Model, OnePatch, Placements
 
 if TYPE_CHECKING:
     from bagcert.defenses.bagcert import BagCert
@@ -17,17 +17,10 @@ CHECK_IMAGES = 48
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")],
+    model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.onnx", help="Where to write.")],
-    patch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATCH", help="The patch to deploy, in pixels, as for evaluate. Default: the model's own."
-        ),
-    ] = None,
-    rule: Annotated[
-        str | None, typer.Option(metavar="RULE", help="vote or double-masking. Default: the model's own.")
-    ] = None,
+    patch: OnePatch = None,
+    rule: ExportedRule = None,
     placements: Placements = None,
     data: Annotated[
         str | None,

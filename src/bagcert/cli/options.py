@@ -4,6 +4,22 @@ from typing import Annotated
 
 import typer
 
+Model = Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")]
+Data = Annotated[
+    str,
+    typer.Option(help="digits, cifar10 (from the hub), or a path: class folders, Parquet files, CIFAR-10's pickles."),
+]
+Split = Annotated[str, typer.Option(help="Which part of the data.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N images, in data-set order.")]
+OnePatch = Annotated[
+    str | None,
+    typer.Option(
+        "--patch", metavar="PATCH", help="The attacker's patch, in pixels, as for evaluate. Default: the model's own."
+    ),
+]
+ExportedRule = Annotated[
+    str | None, typer.Option("--rule", metavar="RULE", help="vote or double-masking. Default: the model's own.")
+]
 Patches = Annotated[
     list[str] | None,
     typer.Option(

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from bagcert.cli.console import progress, stdout
+from bagcert.cli.options import ExportedRule, OnePatch
 
 STEPS = 4  # of an export at most, for the progress bar
 
@@ -16,15 +17,8 @@ def page(
             help="A shipped model, a model folder, or a hub id (owner/name). Default: digits, with its pictures."
         ),
     ] = "digits",
-    patch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATCH", help="The patch to certify against, in pixels, as for evaluate. Default: the model's own."
-        ),
-    ] = None,
-    rule: Annotated[
-        str | None, typer.Option(metavar="RULE", help="vote or double-masking. Default: the model's own.")
-    ] = None,
+    patch: OnePatch = None,
+    rule: ExportedRule = None,
     data: Annotated[
         str | None,
         typer.Option(

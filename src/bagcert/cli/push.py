@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from bagcert.cli.console import print_json, stderr, stdout
-from bagcert.cli.options import Json
+from bagcert.cli.options import Json, Model
 
 
 def push(
-    model: Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")],
+    model: Model,
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     dry_run: Annotated[

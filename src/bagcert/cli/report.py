@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bagcert.cli.console import check_output, stdout
+from bagcert.cli.console import check_output, progress, stdout
 
 
 def report(
@@ -30,9 +30,10 @@ def report(
     from bagcert.report.summary import read_inputs
 
     check_output(out, ".html")
-    inputs = read_inputs(paths)
-    drawn = write_plots(inputs, plots) if plots is not None else []
-    write_report(inputs, out, title)
+    with progress("writing"):
+        inputs = read_inputs(paths)
+        drawn = write_plots(inputs, plots) if plots is not None else []
+        write_report(inputs, out, title)
     console = stdout()
     console.print(f"The report is in {out}", soft_wrap=True, markup=False)
     if drawn:

@@ -4,6 +4,9 @@ The ranges are constants found on calibration images. Dynamic quantization takes
 time, so that a patch moves every score, and is never used.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +55,29 @@ def quantized(model: Any, images: Tensor, folder: Path) -> Any:
     before, after = folder / "float32.onnx", folder / "int8.onnx"
     onnx.save(model, str(before))
     try:
-        quantize_static(
-            str(before),
-            str(after),
-            _Images(images),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv"],
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=kept,
-        )
+        with _no_advice():
+            quantize_static(
+                str(before),
+                str(after),
+                _Images(images),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv"],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=kept,
+            )
     except Exception as error:  # onnxruntime raises whatever it trips over
         raise UsageError(f"onnxruntime cannot quantize this network: {shown(error)}") from error
     return onnx.load(str(after))
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Keeps onnxruntime's advice to optimize the graph first to itself: that would take the rule's nodes along."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

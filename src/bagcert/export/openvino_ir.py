@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from bagcert.backends.openvino import compiled
-from bagcert.backends.runner import require_libraries
 from bagcert.export.check import Run
+from bagcert.extras import require_installed
 
 
 def require_openvino() -> None:
@@ -15,7 +15,7 @@ def require_openvino() -> None:
     Raises:
         UsageError: it is.
     """
-    require_libraries("writing OpenVINO's files", ("openvino",), "openvino")
+    require_installed(["openvino"], "openvino", "writing OpenVINO's files")
 
 
 def intermediate(model: bytes, metadata: dict[str, str], folder: Path, name: str) -> tuple[bytes, bytes]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bagcert.backends.network import INPUT, LIBRARIES, REAL_SCORES, to_onnx
 from bagcert.backends.onnx_runtime import onnx_session
-from bagcert.backends.runner import require_libraries
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.export.check import Check, Run, check_images, check_rule
@@ -22,6 +21,7 @@ from bagcert.export.graph import behind_network, metadata, with_metadata, with_o
 from bagcert.export.int8 import quantized
 from bagcert.export.module import OUTPUTS, CertifiedModule
 from bagcert.export.openvino_ir import intermediate, require_openvino, runner
+from bagcert.extras import require_installed
 from bagcert.files import write_together
 from bagcert.locality import measure_onnx
 from bagcert.locality.measurement import dynamic_quantization
@@ -105,7 +105,7 @@ def export_model(
         UnsoundError: a check failed; nothing is written.
         BagcertError: a file cannot be written.
     """
-    require_libraries("exporting", ("onnxruntime", *LIBRARIES), "onnx")
+    require_installed(["onnxruntime", *LIBRARIES], "onnx", "exporting")
     if openvino:
         require_openvino()
     scorer = model.scorer

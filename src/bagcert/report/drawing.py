@@ -3,7 +3,7 @@
 import io
 from typing import TYPE_CHECKING, Any
 
-from bagcert.errors import UsageError
+from bagcert.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,10 +15,9 @@ def figure(width: float, height: float) -> "Figure":
     Raises:
         UsageError: matplotlib is not installed; names the extra that installs it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError('drawing needs matplotlib, which is not installed: pip install "bagcert[report]"') from None
+    require("matplotlib", "report", "drawing")
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -131,6 +131,8 @@ def _asked(info: RunInfo) -> str:
         "Versions": ", ".join(f"{name} {version}" for name, version in info.versions.items()),
         "Seconds": ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
     }
+    if info.placements is not None:
+        facts["Placements"] = f"the white part of {info.placements['file']}, SHA-256 {info.placements['sha256'][:16]}"
     items = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
     return f"<dl>{items}</dl>"
 
