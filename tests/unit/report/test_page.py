@@ -133,6 +133,6 @@ def test_plots_are_written_as_png_and_pdf(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"bagcert\[report\]"):
         write_plots(read_inputs([made.write(tmp_path)]), tmp_path / "plots")
