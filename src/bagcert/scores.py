@@ -106,7 +106,7 @@ class ScoreMap:
 
         Differences between classes are those of the scores, and sums stay exact however far `low` is from 0.
         """
-        scores = self.scores[images]
+        scores = self.scores[images].contiguous()  # networks leave the classes innermost, sums run over regions
         if max(abs(self.low), abs(self.high)) < 2**24:
             return scores.to(self.exact_dtype) - self.low
         return (scores.long() - self.low).to(self.exact_dtype)
