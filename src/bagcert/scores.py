@@ -107,7 +107,7 @@ class ScoreMap:
 
         Differences between classes are those of the scores, and sums stay exact however far `low` is from 0.
         """
-        # With many classes sums are fastest when memory holds those of one region side by side, else those of one class.
+        # Sums over many classes are fastest where memory holds those of a region side by side, else those of a class.
         layout = torch.channels_last if self.classes >= MANY_CLASSES else torch.contiguous_format
         scores = self.scores[images].contiguous(memory_format=layout)
         if max(abs(self.low), abs(self.high)) < 2**24:
@@ -281,6 +281,7 @@ def _check_counting(device_name: str) -> None:
                 levels.sum((1, 2)),
                 (row @ levels @ row.T).flatten(),
                 levels.flatten(1) @ row.new_ones(side**2),
+                (row @ (row @ levels.permute(1, 2, 0).flatten(1)).view(side, 2)).flatten(),
             ):
                 if (found := sums.tolist()) != expected:
                     raise UnsoundError(f"device {device_name} counts {found} where {expected} is right: not exact")

@@ -282,7 +282,7 @@ DOUBLE_MASKING = {
         ("outside = ~windows.masks[mask]", "outside = windows.masks[mask] > 1")
     ],
     "the prediction and certificate of the plain sum": [
-        ("label = _prediction(windows, levels, sums)", "label = lowest_argmax(levels.sum((2, 3)))")
+        ("label = _prediction(windows, levels, total, sums)", "label = lowest_argmax(levels.sum((2, 3)))")
     ],
     "two patches masked as one": [
         (

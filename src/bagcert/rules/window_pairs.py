@@ -22,13 +22,15 @@ from bagcert.scores import tie_penalty
 def worst_pairs(
     windows: Windows,
     levels: Float[Tensor, "batch classes rows cols"],
+    total: Float[Tensor, "batch classes"],
     sums: Float[Tensor, "batch classes windows"],
     label: Int[Tensor, " batch"],
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, "batch 2"]]:
     """The exact margin of `label` over all classes and window pairs, and a pair of windows that attains it.
 
     Args:
-        levels: scores from 0 to span, in the exact float type; `sums` are theirs over every window.
+        levels: scores from 0 to span, in the exact float type.
+        total, sums: theirs over the whole map, and over every window.
         label: the deployed prediction.
 
     Returns:
@@ -38,7 +40,7 @@ def worst_pairs(
     blocks = range(len(windows.blocks))
     classes = levels.shape[1]
     lead = levels[every, label][:, None] - levels
-    base = lead.sum((2, 3)) - tie_penalty(label, classes)
+    base = total[every, label][:, None] - total - tie_penalty(label, classes)
     base[every, label] = torch.inf  # the label is no rival of itself
     removed = windows.without_gaps(sums[every, label][:, None] - sums, -torch.inf)
     positive = windows.without_gaps(windows.sums(lead.clamp(min=0)), -torch.inf)
@@ -139,8 +141,7 @@ def _peaks(
     """The largest value over the column windows of each row window of a block, for each (image, rival)."""
     height, width = windows.blocks[block].keep.shape
     start = windows.starts[block]
-    peaks = values[..., start : start + height * width].unflatten(-1, (height, width)).amax(-1)
-    return peaks[image, rival]
+    return values[image, rival, start : start + height * width].unflatten(-1, (height, width)).amax(-1)
 
 
 def _search(
