@@ -101,8 +101,9 @@ def cost_table() -> list[str]:
         ms, share = row["ms_per_image"], row["share_of_forward"]
         costs = [f"{ms[rule]:.3f} ({share[rule]:.1%})" for rule in ("vote", "double-masking")]
         regions = "x".join(map(str, row["regions"]))
+        of_recipe = f" of `{row['recipe']}`" if row.get("recipe") else ""
         lines.append(
-            f"| {row['image_px']} | {row['architecture']} | {regions} | {row['classes']:,} | {row['patch']} "
+            f"| {row['image_px']} | {row['architecture']}{of_recipe} | {regions} | {row['classes']:,} | {row['patch']} "
             f"| {ms['forward']:.2f} | {costs[0]} | {costs[1]} |"
         )
     return lines

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bagcert.errors import UnreadableError, UsageError, nearest, shown
 from bagcert.files import read_regular
@@ -91,6 +91,12 @@ class OptimizerSection(_Section):
 class AugmentSection(_Section):
     """Batched augmentation on the device."""
 
+    resized_crop: float | None = Field(
+        default=None, gt=0, le=1, description="least share of the area that a random resized crop keeps; absent: none"
+    )
+    resize: Pixels | None = Field(
+        default=None, description="side in px that training images are squashed to before the random resized crop"
+    )
     crop: int = Field(default=2, ge=0, le=16384, description="px of padding before the random crop")
     crop_mode: Literal["reflect", "zero"] = "reflect"
     flip: bool = True
@@ -132,6 +138,12 @@ class Recipe(_Section):
     optimizer: OptimizerSection = OptimizerSection()
     augment: AugmentSection = AugmentSection()
     train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _resize_leads_to_a_crop(self) -> "Recipe":
+        if self.augment.resize and not (self.augment.resized_crop and self.model.image_size):
+            raise ValueError("augment.resize needs augment.resized_crop and model.image_size")
+        return self
 
     def to_toml(self) -> str:
         """The recipe as TOML, every value written out."""
@@ -186,6 +198,8 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
             raise UsageError(f"a recipe has no key {where!r}{nearest(where, known, 0.5)}") from None
         if first["type"] == "missing":
             raise UsageError(f"a recipe needs the key {where!r}") from None
+        if first["type"] == "value_error":
+            raise UsageError(f"a recipe's {first['ctx']['error']}") from None
         raise UsageError(
             f"recipe key {where}: {first['msg'].lower()}, got {shown(reprlib.repr(first.get('input')))}"
         ) from None

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import bagcert
 from bagcert import losses
 from bagcert.data import load_dataset
-from bagcert.data.augment import cutout, random_crop, random_flip
+from bagcert.data.augment import cutout, random_crop, random_flip, random_resized_crop
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.derandomized_smoothing import ablate, random_positions
 from bagcert.defenses.interval_training import BoundedLoss
@@ -96,7 +96,8 @@ def train(
     source = data if isinstance(data, ImageSet) else load_dataset(data or recipe.data.name, "train", limit)
     training, validation = source.split_off(recipe.data.validation, recipe.data.split_seed)
     prepare = Preprocessing(recipe.model.image_size).apply if recipe.model.image_size else None
-    images = torch.from_numpy(training.array(prepare)).permute(0, 3, 1, 2).contiguous().to(accelerator.device)
+    larger = Preprocessing((recipe.augment.resize, recipe.augment.resize)).apply if recipe.augment.resize else prepare
+    images = torch.from_numpy(training.array(larger)).permute(0, 3, 1, 2).contiguous().to(accelerator.device)
     labels = torch.from_numpy(training.labels).to(accelerator.device)
     held_out = validation.array(prepare)
     config = _model_config(recipe, training, images)
@@ -198,6 +199,9 @@ def train(
 
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """The recipe's augmentation of uint8 [batch, 3, height, width]."""
+    if recipe.augment.resized_crop:
+        size = recipe.model.image_size or (images.shape[2], images.shape[3])
+        images = random_resized_crop(images, size, recipe.augment.resized_crop, generator)
     if recipe.augment.crop:
         images = random_crop(images, recipe.augment.crop, generator, recipe.augment.crop_mode)
     if recipe.augment.flip:
@@ -251,7 +255,7 @@ def _model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelCo
         mean=mean,
         std=std,
         class_names=list(training.class_names),
-        image_size=(images.shape[2], images.shape[3]),
+        image_size=recipe.model.image_size or (images.shape[2], images.shape[3]),
         rule=recipe.defense.rule,
         patch=recipe.defense.patch,
         recipe=recipe.model_dump(exclude_none=True),

@@ -1,5 +1,7 @@
 """How a model in training is judged: as what it will be deployed as, on images held out from the training set."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,9 +15,9 @@ from bagcert.scores import FIXED_POINT_LIMIT
 from bagcert.threat import PatchThreatModel
 
 
-def validation_scores(scorer: RegionScorer, pixels: np.ndarray, batch: int = 250) -> Tensor:
-    """Real scores of uint8 [images, height, width, 3], some at a time."""
-    return torch.cat([scorer.real_scores(pixels[i : i + batch]) for i in range(0, len(pixels), batch)])
+def validation_scores(scorer: RegionScorer, pixels: np.ndarray, batch: int = 250) -> Iterator[Tensor]:
+    """Real scores of uint8 [images, height, width, 3], some at a time: those of 1,000 classes may not fit together."""
+    return (scorer.real_scores(pixels[i : i + batch]) for i in range(0, len(pixels), batch))
 
 
 def validate(
@@ -26,19 +28,23 @@ def validate(
     if recipe.augment.ablation != "none":
         kept = recipe.augment.ablation, recipe.augment.ablation_size
         smoothing = DerandomizedSmoothing(MeanScores(scorer), scorer.class_names, threat.image_size, *kept)
-        certificate = smoothing.certify(pixels, threat, recipe.defense.rule)
+        certificates = [smoothing.certify(pixels, threat, recipe.defense.rule)]
     else:
-        z = validation_scores(scorer, pixels)
-        scorer.scale = scale_of(z)
-        certificate = get_rule(recipe.defense.rule).certify(scorer.to_scores(z, threat.image_size), threat)
-    right = certificate.prediction.cpu() == torch.from_numpy(labels[: len(pixels)])
+        if scorer.head == "fixed-point":
+            scorer.scale = scale_of(validation_scores(scorer, pixels))
+        rule = get_rule(recipe.defense.rule)
+        certificates = [
+            rule.certify(scorer.to_scores(z, threat.image_size), threat) for z in validation_scores(scorer, pixels)
+        ]
+    right = torch.cat([found.prediction.cpu() for found in certificates]) == torch.from_numpy(labels[: len(pixels)])
+    certified = torch.cat([found.certified.cpu() for found in certificates])
     return {
         "validation_images": len(pixels),
         "clean_accuracy": right.float().mean().item(),
-        "certified_accuracy": (right & certificate.certified.cpu()).float().mean().item(),
+        "certified_accuracy": (right & certified).float().mean().item(),
     }
 
 
-def scale_of(z: Tensor) -> float:
+def scale_of(z: Iterable[Tensor]) -> float:
     """The largest score seen on validation images becomes the largest fixed-point score."""
-    return FIXED_POINT_LIMIT / max(z.abs().max().item(), 1e-6)
+    return FIXED_POINT_LIMIT / max(1e-6, *(part.abs().max().item() for part in z))

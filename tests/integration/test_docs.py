@@ -86,6 +86,12 @@ def test_the_command_reference_is_up_to_date() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_tables_of_the_page_on_scaling_are_up_to_date() -> None:
+    script = ROOT / "tools" / "scaling_tables.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_command_reference_holds_every_command_and_option() -> None:
     import typer.main
 

@@ -135,6 +135,7 @@ SCORES = {
     "large scores rounded before they are shifted": [
         ("if max(abs(self.low), abs(self.high)) < 2**24:", "if self.low <= self.high:")
     ],
+    "many classes: rows of windows for their columns": [(".permute(0, 3, 1, 2)", ".permute(0, 3, 2, 1)")],
     "levels do not start at 0": [
         ("return scores.to(self.exact_dtype) - self.low", "return scores.to(self.exact_dtype)")
     ],
@@ -282,7 +283,7 @@ DOUBLE_MASKING = {
         ("outside = ~windows.masks[mask]", "outside = windows.masks[mask] > 1")
     ],
     "the prediction and certificate of the plain sum": [
-        ("label = _prediction(windows, levels, sums)", "label = lowest_argmax(levels.sum((2, 3)))")
+        ("label = _prediction(windows, levels, total, sums)", "label = lowest_argmax(levels.sum((2, 3)))")
     ],
     "two patches masked as one": [
         (
@@ -294,21 +295,29 @@ DOUBLE_MASKING = {
 
 WINDOW_PAIRS = {
     "single masks only": [
+        ("_greedy(windows, lead, base, removed, every, floor.min(1).indices, best)", "pass"),
         (
             "image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)\n    _greedy",
             "image, rival = (floor < floor).nonzero(as_tuple=True)\n    _greedy",
-        )
+        ),
+        (
+            "image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)\n    peaks",
+            "image, rival = (floor < floor).nonzero(as_tuple=True)\n    peaks",
+        ),
     ],
     "a floor without the second mask": [("floor = base - single - positive.amax(2)", "floor = base - single")],
     "a bound from signed sums": [("windows.sums(lead.clamp(min=0))", "windows.sums(lead)")],
-    "pairs: ties forgotten": [("base = lead.sum((2, 3)) - tie_penalty(label, classes)", "base = lead.sum((2, 3))")],
+    "pairs: ties forgotten": [("[:, None] - total - tie_penalty(label, classes)", "[:, None] - total")],
     "pairs of one shape only": [("for second in blocks[first:]:", "for second in blocks[first : first + 1]:")],
     "pairs from the same rows left out": [("pairs.triu()", "pairs.triu(1)")],
     "what both windows hold counted twice": [("rows2[j] & ~rows[i]]", "rows2[j]]")],
     "columns of both windows for those of either": [("cols[a] | cols2[b]", "cols[a] & cols2[b]")],
     "gaps in pairs": [("if table.keep is not None:", "if table.keep is not None and not len(r):")],
     "the search ends with the greedy pair": [
-        ("open_ = floor[image, rival] < best.margin[image]", "open_ = floor[image, rival] < floor[image, rival]")
+        (
+            "image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)\n    peaks",
+            "image, rival = (floor < floor).nonzero(as_tuple=True)\n    peaks",
+        )
     ],
     "pairs: the label its own rival": [("base[every, label] = torch.inf", "pass")],
 }

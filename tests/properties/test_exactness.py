@@ -126,3 +126,12 @@ def test_agreement_script():
     assert totals["ties"] > 10
     assert totals["attacked_certificates"] > 10
     assert totals["disagreements"] == totals["broken_certificates"] == totals["vote_certified_not_double_masking"] == 0
+
+
+def test_maps_with_the_classes_side_by_side_in_memory_equal_the_definitions(monkeypatch):
+    """As maps of many classes are laid out; here tiny ones too."""
+    monkeypatch.setattr("bagcert.scores.MANY_CLASSES", 2)
+    found = count(120, seed=11, attack_every=10**9)
+    assert found["certified"] > 100
+    assert found["ties"] > 10
+    assert found["disagreements"] == 0

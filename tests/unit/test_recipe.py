@@ -114,6 +114,8 @@ def test_overrides_apply_in_order_and_touch_nothing_else() -> None:
         ("name=no/slashes", ["name", "'no/slashes'"]),
         ("name=", ["name", "''"]),
         ("train.compile=perhaps", ["train.compile", "'perhaps'"]),
+        ("augment.resized_crop=0", ["augment.resized_crop", "greater than 0"]),
+        ("augment.resize=256", ["augment.resize needs augment.resized_crop and model.image_size"]),
     ],
 )
 def test_a_wrong_override_is_named(override: str, words: list[str]) -> None:

@@ -5,6 +5,7 @@ import torch
 from bagcert import scores
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid
+from bagcert.rules.windows import Windows
 from bagcert.scores import (
     ScoreMap,
     binarize,
@@ -77,10 +78,11 @@ def test_heads():
     assert quantize(z, 10.0).flatten().tolist() == [3, -3, 2047, 2047, 2047, -2047, -2047, 2047, -2047]
 
 
-def test_window_sums_are_exact_at_the_limit_of_float32():
+@pytest.mark.parametrize("classes", [3, scores.MANY_CLASSES])
+def test_window_sums_are_exact_at_the_limit_of_float32(classes):
     grid = RegionGrid.from_axis(3, 1, -1, (32, 32))
     assert exact_dtype(4094, 1024) == torch.float32
-    scores = torch.as_tensor(np.random.default_rng(1).choice([-2047, 2047], (2, 3, 32, 32)))
+    scores = torch.as_tensor(np.random.default_rng(1).choice([-2047, 2047], (2, classes, 32, 32)))
     threat = PatchThreatModel.parse("20x31", (32, 32))
     (block,) = grid.windows(threat)
     with exact_arithmetic(torch.device("cpu")):
@@ -88,6 +90,25 @@ def test_window_sums_are_exact_at_the_limit_of_float32():
     for i, j in np.ndindex(*block.keep.shape):
         mask = torch.as_tensor(np.outer(block.rows[i], block.cols[j]))
         assert torch.equal(found[..., i, j].long(), ((scores + 2047) * mask).sum((2, 3)))
+
+
+@pytest.mark.parametrize("classes", [scores.MANY_CLASSES - 1, scores.MANY_CLASSES])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_layout_in_memory_changes_no_sum(classes, layout):
+    grid = RegionGrid.from_axis(2, 1, 0, (6, 8))
+    values = torch.as_tensor(np.random.default_rng(2).integers(-5, 6, (3, classes, *grid.map_size)))
+    score_map = ScoreMap(values.contiguous(memory_format=layout), -5, 5, grid)
+    levels = score_map.levels(torch.tensor([2, 0]))
+    assert (levels.stride(1) == 1) == (classes == scores.MANY_CLASSES)
+    threat = PatchThreatModel.parse("2x3+1x5", (6, 8))
+    found = Windows.of(score_map, threat).sums(levels)
+    column = 0
+    for block in grid.windows(threat):
+        for i, j in np.ndindex(*block.keep.shape):
+            mask = torch.as_tensor(np.outer(block.rows[i], block.cols[j]))
+            assert torch.equal(found[..., column].long(), ((values[[2, 0]] + 5) * mask).sum((2, 3)))
+            column += 1
+    assert column == found.shape[-1]
 
 
 def test_exact_arithmetic_switches_autocast_off_and_puts_settings_back():

@@ -262,6 +262,7 @@ def test_weights_that_break_under_a_finite_loss_are_not_saved(tmp_path: Path, mo
         {"augment__cutout": 2, "augment__crop_mode": "zero", "data__class_weights": True},
         {"train__precision": "bf16", "model__padded": False, "defense__rule": "double-masking"},
         {"model__image_size": [12, 10], "defense__patch": "2x3"},
+        {"augment__resized_crop": 0.5, "augment__resize": 12, "model__image_size": [10, 9]},
     ],
     ids=lambda changes: " ".join(f"{key}={value}" for key, value in changes.items()),
 )
@@ -303,6 +304,7 @@ def test_the_hardest_of_several_cutouts_is_painted() -> None:
         {"loss__name": "clipped"},
         {"loss__name": "cross-entropy", "augment__ablation": "column", "augment__ablation_size": 3},
         {"augment__cutout": 2, "augment__cutout_candidates": 2},
+        {"augment__resized_crop": 0.3},
     ],
 )
 def test_how_other_defenses_are_trained_resumes_to_the_same_weights(tmp_path: Path, changes: dict) -> None:

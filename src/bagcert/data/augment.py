@@ -4,8 +4,10 @@ Randomness comes from a `torch.Generator` on the same device, so that a resumed 
 random function draws and then calls the function that applies what was drawn.
 """
 
+import math
+
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from bagcert.errors import UsageError
@@ -53,6 +55,56 @@ def crop(
     if mode == "zero":
         cropped = cropped * (rows_inside[:, None, :, None] & cols_inside[:, None, None, :])
     return cropped
+
+
+def random_resized_crop(
+    images: UInt8[Tensor, "batch channels height width"],
+    size: tuple[int, int],
+    least_share: float,
+    generator: torch.Generator,
+) -> UInt8[Tensor, "batch channels out_height out_width"]:
+    """From each image a box of random area and aspect, at a place of its own wholly inside, resized to `size`.
+
+    The box holds a share of the area drawn evenly from [least_share, 1]; the logarithm of its width over height is
+    drawn evenly between 3/4 and 4/3. A side longer than the image's is cut to it.
+
+    Args:
+        images: uint8 [batch, channels, height, width].
+        size: (height_px, width_px) of the result.
+        least_share: above 0, at most 1.
+        generator: on the device of the images.
+
+    Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, section 6.
+
+    Raises:
+        UsageError: a share or a size out of range.
+    """
+    if not 0 < least_share <= 1:
+        raise UsageError(f"a random resized crop keeps a share of the area above 0 and at most 1, got {least_share}")
+    height, width = images.shape[2:]
+    area, aspect, top, left = torch.rand(4, len(images), generator=generator, device=images.device)
+    area = (least_share + (1 - least_share) * area) * height * width
+    aspect = ((2 * aspect - 1) * math.log(4 / 3)).exp()
+    tall, wide = (area / aspect).sqrt().clamp(1, height), (area * aspect).sqrt().clamp(1, width)
+    boxes = torch.stack([top * (height - tall), left * (width - wide), tall, wide], 1)
+    return resized_crop(images, boxes, size)
+
+
+def resized_crop(
+    images: UInt8[Tensor, "batch channels height width"],
+    boxes: Float[Tensor, "batch 4"],
+    size: tuple[int, int],
+) -> UInt8[Tensor, "batch channels out_height out_width"]:
+    """From image b the box [top, left, height, width] of `boxes[b]`, in px and fractions, resized to `size`.
+
+    The filter is that of Pillow's bilinear `resize(box=...)`, whose support grows with the reduction.
+    """
+    if min(size) < 1:
+        raise UsageError(f"a crop is resized to at least 1x1 px, got {size[0]}x{size[1]}")
+    rows = _resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], size[0])
+    cols = _resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], size[1])
+    resized = rows[:, None] @ images.float() @ cols[:, None].transpose(2, 3)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def random_flip(
@@ -114,3 +166,12 @@ def _source_pixels(offsets: Tensor, padding: int, pixels: int) -> tuple[Tensor, 
     mirrored = source.abs()
     mirrored = (pixels - 1) - ((pixels - 1) - mirrored).abs()
     return mirrored.clamp(0, pixels - 1), inside
+
+
+def _resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> Float[Tensor, "batch target source"]:
+    """What each source pixel weighs in each pixel of the result, along one axis: a triangle around its center."""
+    scale = (length / target)[:, None, None]
+    center = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * scale
+    pixel = torch.arange(source, device=start.device)[None, None, :] + 0.5
+    weights = (1 - (pixel - center).abs() / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(2, keepdim=True)

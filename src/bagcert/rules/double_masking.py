@@ -40,9 +40,9 @@ def double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate
     with exact_arithmetic(device):
         for images in chunks(batch, per_image(score_map, windows)):
             levels = score_map.levels(images)
-            sums = windows.sums(levels)
-            label = _prediction(windows, levels, sums)
-            margin[images], pair[images] = worst_pairs(windows, levels, sums, label)
+            total, sums = levels.sum((2, 3)), windows.sums(levels)
+            label = _prediction(windows, levels, total, sums)
+            margin[images], pair[images] = worst_pairs(windows, levels, total, sums, label)
             prediction[images] = label
     if bool(windows.completed.any()):
         margin.clamp_(max=-1)
@@ -68,15 +68,17 @@ def double_masking_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> 
     with exact_arithmetic(prediction.device):
         for images in chunks(len(score_map), per_image(score_map, windows)):
             levels = score_map.levels(images)
-            prediction[images] = _prediction(windows, levels, windows.sums(levels))
+            prediction[images] = _prediction(windows, levels, levels.sum((2, 3)), windows.sums(levels))
     return prediction
 
 
 def _prediction(
-    windows: Windows, levels: Float[Tensor, "batch classes rows cols"], sums: Float[Tensor, "batch classes windows"]
+    windows: Windows,
+    levels: Float[Tensor, "batch classes rows cols"],
+    total: Float[Tensor, "batch classes"],
+    sums: Float[Tensor, "batch classes windows"],
 ) -> Int[Tensor, " batch"]:
-    """The prediction from a chunk of levels and their sums over every window."""
-    total = levels.sum((2, 3))
+    """The prediction from a chunk of levels and their sums over the whole map and over every window."""
     first = lowest_argmax(total[..., None] - sums)
     unlabelled = ~windows.keep | (windows.sizes == levels[0, 0].numel())
     first = first.masked_fill(unlabelled, -1)

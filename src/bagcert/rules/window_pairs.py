@@ -22,13 +22,15 @@ from bagcert.scores import tie_penalty
 def worst_pairs(
     windows: Windows,
     levels: Float[Tensor, "batch classes rows cols"],
+    total: Float[Tensor, "batch classes"],
     sums: Float[Tensor, "batch classes windows"],
     label: Int[Tensor, " batch"],
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, "batch 2"]]:
     """The exact margin of `label` over all classes and window pairs, and a pair of windows that attains it.
 
     Args:
-        levels: scores from 0 to span, in the exact float type; `sums` are theirs over every window.
+        levels: scores from 0 to span, in the exact float type.
+        total, sums: theirs over the whole map, and over every window.
         label: the deployed prediction.
 
     Returns:
@@ -38,21 +40,22 @@ def worst_pairs(
     blocks = range(len(windows.blocks))
     classes = levels.shape[1]
     lead = levels[every, label][:, None] - levels
-    base = lead.sum((2, 3)) - tie_penalty(label, classes)
+    base = total[every, label][:, None] - total - tie_penalty(label, classes)
     base[every, label] = torch.inf  # the label is no rival of itself
     removed = windows.without_gaps(sums[every, label][:, None] - sums, -torch.inf)
     positive = windows.without_gaps(windows.sums(lead.clamp(min=0)), -torch.inf)
-    single, at = removed.max(2)
+    single = removed.amax(2)
     # sum over (m or m') <= sum over m + positive part of m'
     floor = base - single - positive.amax(2)
 
     left, rival = (base - single).min(1)
-    best = Best(left, at[every, rival][:, None].repeat(1, 2))
+    best = Best(left, removed[every, rival].max(1).indices[:, None].repeat(1, 2))
+    # The likeliest rival of each image first: what its pair takes rules out most of the others.
+    _greedy(windows, lead, base, removed, every, floor.min(1).indices, best)
     image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)
-    _greedy(windows, lead, base, single, at, image, rival, best)
+    _greedy(windows, lead, base, removed, image, rival, best)
 
-    open_ = floor[image, rival] < best.margin[image]
-    image, rival = image[open_], rival[open_]
+    image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)
     peaks = [(_peaks(windows, k, removed, image, rival), _peaks(windows, k, positive, image, rival)) for k in blocks]
     for first in blocks:
         for second in blocks[first:]:
@@ -77,8 +80,7 @@ def _greedy(
     windows: Windows,
     lead: Tensor,
     base: Tensor,
-    single: Tensor,
-    at: Tensor,
+    removed: Tensor,
     image: Tensor,
     rival: Tensor,
     best: Best,
@@ -86,10 +88,10 @@ def _greedy(
     """For each row (image, rival): the strongest window, then the one that takes most of what is left."""
     for rows in chunks(len(image), max(lead[0, 0].numel(), len(windows))):
         i, c = image[rows], rival[rows]
-        first = at[i, c]
+        single, first = removed[i, c].max(1)
         rest = lead[i, c] * ~windows.masks[first]
         more, second = windows.without_gaps(windows.sums(rest), -torch.inf).max(1)
-        best.improve(i, base[i, c] - single[i, c] - more, torch.stack([first, second], 1))
+        best.improve(i, base[i, c] - single - more, torch.stack([first, second], 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +141,7 @@ def _peaks(
     """The largest value over the column windows of each row window of a block, for each (image, rival)."""
     height, width = windows.blocks[block].keep.shape
     start = windows.starts[block]
-    peaks = values[..., start : start + height * width].unflatten(-1, (height, width)).amax(-1)
-    return peaks[image, rival]
+    return values[image, rival, start : start + height * width].unflatten(-1, (height, width)).amax(-1)
 
 
 def _search(

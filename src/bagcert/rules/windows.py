@@ -85,7 +85,11 @@ class Windows:
     def sums(self, maps: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch windows"]:
         """Sums over every window, gaps included; exact like `window_sums`."""
         parts = [window_sums(maps, block).flatten(-2) for block in self.blocks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if len(parts) == 1:
+            return parts[0]
+        if parts[0].stride(-1) == 1:
+            return torch.cat(parts, -1)
+        return torch.cat([part.mT for part in parts], -2).mT  # the layout stays as it is
 
     def without_gaps(self, values: Tensor, fill: float) -> Tensor:
         """The same values [..., windows] with `fill` in the gaps."""

@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from bagcert.data.augment import cover, crop, cutout, flip, random_crop, random_flip
+from bagcert.data.augment import (
+    cover,
+    crop,
+    cutout,
+    flip,
+    random_crop,
+    random_flip,
+    random_resized_crop,
+    resized_crop,
+)
 from bagcert.errors import UsageError
 
 
@@ -88,3 +98,49 @@ def test_bad_arguments_are_refused() -> None:
     ):
         with pytest.raises(UsageError, match=message):
             call()
+
+
+@pytest.mark.parametrize("size", [(5, 7), (16, 9), (3, 20), (1, 1)])
+def test_a_resized_crop_is_pillows(size: tuple[int, int]) -> None:
+    images = _images(6, 13, 17)
+    boxes = torch.tensor(
+        [[0, 0, 13, 17], [2, 3, 5, 7], [0.25, 1.5, 9.75, 12.0], [6, 9, 7, 8], [12, 16, 1, 1], [3.3, 0.1, 4.4, 16.8]]
+    )
+    found = resized_crop(images, boxes, size).numpy().astype(int)
+    for image, (top, left, height, width), crop_ in zip(images.numpy(), boxes.tolist(), found, strict=True):
+        box = (left, top, min(left + width, 17), min(top + height, 13))
+        expected = Image.fromarray(image.transpose(1, 2, 0)).resize(size[::-1], Image.Resampling.BILINEAR, box)
+        assert np.abs(crop_ - np.asarray(expected).astype(int).transpose(2, 0, 1)).max() <= 1
+
+
+def test_a_box_that_is_the_whole_image_changes_nothing() -> None:
+    images = _images()
+    boxes = torch.tensor([[0.0, 0.0, 6.0, 8.0]]).expand(len(images), 4)
+    assert torch.equal(resized_crop(images, boxes, (6, 8)), images)
+
+
+def test_random_boxes_lie_inside_and_keep_their_share() -> None:
+    """On a ramp the crop's mean and slope tell where its box was, and how large."""
+    ramp = torch.arange(0, 240, 4, dtype=torch.uint8).expand(2000, 1, 60, 60).contiguous()
+    both = torch.cat([ramp, ramp.transpose(2, 3)], 1)
+    drawn = random_resized_crop(both, (60, 60), 0.25, _generator())
+    again, other = (random_resized_crop(both, (60, 60), 0.25, _generator(seed)) for seed in (0, 1))
+    assert torch.equal(drawn, again)
+    assert not torch.equal(drawn, other)
+    values = drawn.float()
+    wide = (values[:, 0, :, 50] - values[:, 0, :, 10]).mean(1) / 4 / 40
+    tall = (values[:, 1, 50] - values[:, 1, 10]).mean(1) / 4 / 40
+    share, aspect = wide * tall, wide / tall
+    assert 0.23 < share.min() < 0.3
+    assert share.max() <= 1.01
+    assert share.mean() == pytest.approx(0.61, abs=0.03)  # sides that were cut make it less than 0.625
+    assert 0.7 < aspect.min() < 0.8 < 1.25 < aspect.max() < 1.4
+    assert abs(float(values.mean()) - float(both.float().mean())) < 2  # no side is preferred
+
+
+def test_bad_resized_crops_are_refused() -> None:
+    for share in (0.0, 1.5, -1.0, float("nan")):
+        with pytest.raises(UsageError, match="above 0 and at most 1"):
+            random_resized_crop(_images(), (4, 4), share, _generator())
+    with pytest.raises(UsageError, match="at least 1x1 px, got 0x4"):
+        random_resized_crop(_images(), (0, 4), 0.5, _generator())

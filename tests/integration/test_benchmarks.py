@@ -1,0 +1,91 @@
+"""The benchmark commands run to their end on tiny sizes, and the page on scaling takes what they write."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _run(script: str, *arguments: str) -> None:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    _run("benchmarks/cost_growth.py", "--quick", "--out", str(folder / "speed" / "cost-growth.json"))
+    sizes = ["--classes", "12", "--steps", "1", "--batch-size", "2", "3"]
+    smaller = ["--set", "model.width=16", "model.depth=1", "--training-images", "7200", "--tflops", "1"]
+    out = folder / "rehearsals" / "imagenet64-bagcert.json"
+    _run("benchmarks/rehearse.py", "imagenet64-bagcert", *sizes, *smaller, "--device", "cpu", "--out", str(out))
+    return folder
+
+
+def test_growth_has_every_series_and_lines_that_fit(results: Path) -> None:
+    run = json.loads((results / "speed" / "cost-growth.json").read_text())
+    assert list(run["series"]) == ["images", "classes", "image size", "patch sizes", "threads", "workers"]
+    for series in run["series"].values():
+        for point in series["points"]:
+            assert point["seconds"] == pytest.approx(point["forward_seconds"] + point["rule_seconds"])
+            assert point["peak_memory_mib"] >= point["memory_before_mib"] > 0
+    images = run["series"]["images"]
+    assert [point["images"] for point in images["points"]] == [point["x"] for point in images["points"]]
+    fit = images["lines"]["peak_memory_mib"]
+    for point in images["points"]:
+        away = abs(fit["intercept"] + fit["slope"] * point["x"] - point["peak_memory_mib"])
+        assert away <= fit["largest_deviation"] * point["peak_memory_mib"] + 0.1
+    assert run["series"]["patch sizes"]["points"][1]["patches"] == ["5", "3"]
+
+
+def test_a_rehearsal_tells_what_is_measured_from_what_follows(results: Path) -> None:
+    run = json.loads((results / "rehearsals" / "imagenet64-bagcert.json").read_text())
+    measured, assumed, beyond = run["measured"], run["assumed"], run["extrapolated"]
+    assert [each["batch_size"] for each in measured["runs"]] == [2, 3]
+    assert all(each["steps"] == 1 and each["peak_memory_mib"] > 0 for each in measured["runs"])
+    # A convolution costs its forward pass once more for its input and once for its weights, save at the image.
+    assert 2 < measured["training_flop_per_image"] / (2 * measured["multiply_adds_per_image"]) <= 3
+    images = 7200 * assumed["epochs"]
+    assert beyond["training_flop"] == images * measured["training_flop_per_image"]
+    fastest = max(each["images_per_second"] for each in measured["runs"])
+    assert beyond["hours_here"] == pytest.approx(images / fastest / 3600, abs=0.06)
+    assert beyond["images_per_second_on_accelerators"] == pytest.approx(
+        8 * 0.9 * 1e12 / measured["training_flop_per_image"], rel=1e-3
+    )
+    assert "assumed" in beyond["accelerator_speed_from"]
+
+
+def test_the_page_on_scaling_takes_them(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "scaling.md"
+    page.write_text((ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), encoding="utf-8")
+    options = ["--results", str(results), "--page", str(page)]
+    _run("tools/scaling_tables.py", *options)
+    _run("tools/scaling_tables.py", "--check", *options)
+    text = page.read_text(encoding="utf-8")
+    run = json.loads((results / "speed" / "cost-growth.json").read_text())
+    hours = run["series"]["images"]["lines"]["seconds"]["slope"] * 1e9 / 3600
+    assert f"| 1,000,000,000 | {hours:,.0f} | {math.ceil(hours / 24):,} |" in text
+    assert "Not measured yet" not in text
+    assert text.count("*extrapolated*") >= 3
+    page.write_text(text.replace("| 1,000,000 |", "| 1,000,001 |"), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "scaling_tables.py"), "--check", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "do not match" in done.stdout
+
+
+def test_without_results_the_page_says_so(tmp_path: Path) -> None:
+    page = tmp_path / "scaling.md"
+    page.write_text((ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), encoding="utf-8")
+    _run("tools/scaling_tables.py", "--results", str(tmp_path / "none"), "--page", str(page))
+    assert page.read_text(encoding="utf-8").count("Not measured yet") == 3
