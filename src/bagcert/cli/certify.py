@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from bagcert.cli.certify_many import certify_data
 from bagcert.cli.console import check_output, fail, print_json, progress, stdout, warn
 from bagcert.cli.options import Backend, Device, Dtype, Fit, Json, Patches, Placements, Portable, Rules
 
 
 def certify(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Image files, or folders of them.")],
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Image files, or folders of them.")
+    ] = None,
     model: Annotated[str, typer.Option(help="A shipped model, a model folder, or a hub id (owner/name).")] = "default",
     patch: Patches = None,
     rule: Rules = None,
@@ -35,19 +38,81 @@ def certify(
             help="Draw one photo: what its regions vote for, and where a patch comes closest to changing the answer.",
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER_OR_URL",
+            help="Instead of single images: all below a folder or s3://bucket/folder, Parquet files among them, or all "
+            'that match a glob in quotes ("s3://bucket/*.parquet").',
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="With --data: a row per image into Parquet files here. The same command again goes on."
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="With --data: local, or ray, on all cores and GPUs of this machine or a Ray cluster.")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --engine ray: how many. Default: one per GPU, or per core.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --data: only the first N images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --data: images per forward pass.")] = 100,
+    part_size: Annotated[
+        int, typer.Option(min=1, help="With --data: images per Parquet file; what a kill costs at most.")
+    ] = 1000,
 ) -> None:
     """Classify images and prove, for each, which patches cannot change the answer.
 
     Patches and placements ([top, left, height, width]) are in pixels of the image file as stored.
+
+    Single images are printed; --data takes any number of them, and --out keeps what is said of each.
     """
     from contextlib import ExitStack
     from dataclasses import asdict
+
+    from bagcert.errors import UsageError
+
+    if data is not None or out is not None:
+        if data is None or out is None:
+            raise UsageError("--data and --out belong together: where images come from, and where the rows go")
+        if images:
+            raise UsageError(
+                f"--data stands instead of single images, but {images[0]} was given too; put a glob in quotes"
+            )
+        if record is not None or explain is not None or resume:
+            raise UsageError("--record, --resume and --explain are for single images, not for --data")
+        certify_data(
+            data,
+            out,
+            engine,
+            json,
+            model=model,
+            patches=patch or (),
+            rules=rule or (),
+            limit=limit,
+            workers=workers,
+            placements=placements,
+            fit=fit,
+            batch_size=batch_size,
+            part_size=part_size,
+            device=device,
+            dtype=dtype,
+            portable=portable,
+            backend=backend,
+        )
+        return
+    if engine != "local" or workers is not None or limit is not None:
+        raise UsageError("--engine, --workers and --limit are for --data")
+    if not images:
+        raise UsageError("name at least one image or folder of images, or a --data source")
 
     import torch
 
     from bagcert.defenses.bagcert import load
     from bagcert.engines.local import FileError, FileVerdict, certify_files, image_files
-    from bagcert.errors import UsageError
     from bagcert.evaluate import device_name, versions
     from bagcert.record_file import RecordFile
     from bagcert.records import SCHEMA_VERSION

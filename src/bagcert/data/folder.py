@@ -74,13 +74,13 @@ class _Files:
         return digest.digest()
 
 
-def images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
     """The image files anywhere below a folder, sorted; hidden ones and links to folders are left out."""
     found: list[Path] = []
     waiting = [folder]
     while waiting:  # folders may lie deeper in each other than functions may
         folder = waiting.pop()
-        found += [folder / name for name in _images(folder) if not (folder / name).is_dir()]
+        found += [folder / name for name in _images(folder, extensions) if not (folder / name).is_dir()]
         waiting += [folder / name for name in reversed(_folders(folder)) if not (folder / name).is_symlink()]
     return found
 
@@ -98,5 +98,5 @@ def _folders(folder: Path) -> list[str]:
     return [name for name in _names(folder) if os.path.isdir(folder / name)]
 
 
-def _images(folder: Path) -> list[str]:
-    return [name for name in _names(folder) if name.lower().endswith(EXTENSIONS)]
+def _images(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
+    return [name for name in _names(folder) if name.lower().endswith(extensions)]

@@ -84,7 +84,7 @@ class ImageSet:
             photo = self._read_one(index)
             return photo if isinstance(photo, UnreadableError) else prepare(photo)
 
-        return _in_threads(one, self._checked(indices))
+        return in_threads(one, self._checked(indices))
 
     def array(
         self, prepare: Callable[[Photo], np.ndarray] | None = None
@@ -188,7 +188,7 @@ class ImageSet:
             stack[index] = pixels
             return None
 
-        for error in _in_threads(fill, np.arange(len(self))):
+        for error in in_threads(fill, np.arange(len(self))):
             if error is not None:
                 raise error
         return stack
@@ -233,7 +233,7 @@ def _size(pixels: np.ndarray) -> str:
     return f"{pixels.shape[0]}x{pixels.shape[1]}"
 
 
-def _in_threads(function: Callable, indices: np.ndarray) -> list:
+def in_threads(function: Callable, indices: np.ndarray) -> list:
     """[function(i) for i in indices], on all cores; the decoders release the interpreter lock."""
     if len(indices) <= 1:
         return [function(int(i)) for i in indices]

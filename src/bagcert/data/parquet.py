@@ -92,10 +92,10 @@ class _Shards:
         self._state: dict[Path, tuple[int, int]] = {}
         sizes = []
         for path in files:
-            with _reading(path), open_regular(path) as raw, pq.ParquetFile(raw) as file:
+            with reading(path), open_regular(path) as raw, pq.ParquetFile(raw) as file:
                 self._state[path] = _state_of(raw)
                 schema = file.schema_arrow
-                _image_column(schema, path)
+                image_column(schema, path)
                 if LABEL_COLUMN not in schema.names or not pa.types.is_integer(schema.field(LABEL_COLUMN).type):
                     raise UnreadableError(
                         f"{path} has no integer column {LABEL_COLUMN!r}; its columns are "
@@ -110,7 +110,7 @@ class _Shards:
                     missing = labels.null_count + sum(rows) - len(labels)
                     raise UnreadableError(f"{path}: {missing} of {sum(rows)} labels are missing")
                 self.labels.append(labels.to_numpy().astype(np.int64))
-                self.class_names = self.class_names or _class_names(schema.metadata)
+                self.class_names = self.class_names or class_names_of(schema.metadata)
                 self._groups += [(path, group) for group in range(file.num_row_groups)]
         self._ends = np.cumsum(sizes, dtype=np.int64)
 
@@ -129,10 +129,10 @@ class _Shards:
         with self._lock:
             if group not in self._kept:
                 path, number = self._groups[group]
-                with _reading(path), open_regular(path) as raw:
+                with reading(path), open_regular(path) as raw:
                     if _state_of(raw) != self._state[path]:
                         raise UnreadableError(f"{path} was changed while it was in use")
-                    images = _read_group(raw, path, number)
+                    images = read_group(raw, path, number)
                     if len(images) != self._ends[group] - (self._ends[group - 1] if group else 0):
                         raise UnreadableError(f"{path}: row group {number} holds {len(images)} images, not one per row")
                     self._kept[group] = images
@@ -152,7 +152,7 @@ def _state_of(file: io.BufferedReader) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _read_group(raw: io.BufferedReader, path: Path, number: int) -> "pa.ChunkedArray":
+def read_group(raw: io.IOBase, path: Path | str, number: int) -> "pa.ChunkedArray":
     """The encoded images of a row group.
 
     They are read as a dictionary of distinct values, so that a value repeated a million times is held once.
@@ -161,7 +161,7 @@ def _read_group(raw: io.BufferedReader, path: Path, number: int) -> "pa.ChunkedA
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(raw) as file:
-        column, nested = _image_column(file.schema_arrow, path)
+        column, nested = image_column(file.schema_arrow, path)
         name = f"{column}.bytes" if nested else column
     chunks, size = [], 0
     with pq.ParquetFile(raw, read_dictionary=[name]) as file:
@@ -187,7 +187,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return [path for path in files if path.stem.split("-")[0] == split]
 
 
-def _image_column(schema: "pa.Schema", path: Path) -> tuple[str, bool]:
+def image_column(schema: "pa.Schema", path: Path | str) -> tuple[str, bool]:
     """The column that holds the images, and whether it is a struct with the bytes inside."""
     import pyarrow as pa
 
@@ -204,7 +204,7 @@ def _image_column(schema: "pa.Schema", path: Path) -> tuple[str, bool]:
     )
 
 
-def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
+def class_names_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
     """The names the hub writes into the schema, or none if they are not there in the form it writes."""
     try:
         features: Any = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
@@ -226,7 +226,8 @@ def _is_glob(path: Path) -> bool:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
+    """Whatever fails inside is an `UnreadableError` that names the file."""
     try:
         yield
     except BagcertError:

@@ -1,0 +1,61 @@
+"""`bagcert certify --data ... --out DIR`: a whole data source instead of single images."""
+
+from pathlib import Path
+from typing import Any
+
+from bagcert.cli.console import fail, print_json, progress, stdout
+
+
+def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) -> None:
+    """Runs it, and prints what the folder then holds.
+
+    Args:
+        data, out, engine, choices: as for `bagcert.engines.many.certify_many`.
+        json: print JSON instead of a table.
+    """
+    from bagcert.engines.many import certify_many
+    from bagcert.errors import BagcertError
+
+    try:
+        with progress("certifying") as report:
+            found = certify_many(data, out, engine=engine, on_progress=report, **choices)
+    except KeyboardInterrupt:
+        raise BagcertError(f"interrupted; the same command goes on with {out}") from None
+    if json:
+        print_json(found)
+    else:
+        _print(found, out)
+    if found["errors"]:
+        fail(f"{found['errors']:,} of {found['images']:,} images could not be certified; {out} says why for each", 5)
+
+
+def _print(found: dict[str, Any], out: Path) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    for column in ("patch", "rule"):
+        table.add_column(column)
+    labelled = any(row["clean_accuracy"] is not None for row in found["results"])
+    for column in ("certified images", "share", *(("clean", "certified accuracy") if labelled else ())):
+        table.add_column(column, justify="right")
+    for row in found["results"]:
+        shares = (row["clean_accuracy"], row["certified_accuracy"]) if labelled else ()
+        table.add_row(
+            escape(row["patch"]),
+            row["rule"],
+            f"{row['certified']:,}",
+            f"{row['certified_share']:.1%}",
+            *(f"{share:.1%}" for share in shares),
+        )
+    console = stdout()
+    console.print(
+        escape(f"{found['model']} on {found['data']}: {found['images']:,} images, {found['errors']:,} with errors"),
+        soft_wrap=True,
+    )
+    console.print(table)
+    speed = f", {found['images_per_second']:g} images/s" if found["images_per_second"] else ""
+    console.print(
+        escape(f"{found['certified_now']:,} of them now in {found['seconds']:.1f} s ({found['engine']}){speed}; {out}"),
+        soft_wrap=True,
+    )
