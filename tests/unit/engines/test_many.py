@@ -1,4 +1,4 @@
-"""Whole data sources: every image a row, restarts that do what is missing, and the same rows wherever they come from."""
+"""Whole data sources: every image a row, restarts that do what is missing, the same rows from every engine."""
 
 import hashlib
 import io
