@@ -1,20 +1,22 @@
 """Augmentation of whole batches on their device: every image gets its own crop, flip and cutout, without a loop.
 
-Randomness comes from a `torch.Generator` on the same device, so that a resumed run draws the same numbers. Each
-random function draws and then calls the function that applies what was drawn.
+Randomness comes from a `torch.Generator` on the same device, so that a resumed run draws the same numbers, or from a
+share of what it draws for a larger batch. Each random function draws and then calls the function that applies what
+was drawn.
 """
 
 import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
+from bagcert.draws import Source, draw
 from bagcert.errors import UsageError
 
 
 def random_crop(
     images: UInt8[Tensor, "batch channels height width"],
     padding: int,
-    generator: torch.Generator,
+    generator: Source,
     mode: str = "reflect",
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Each image padded by `padding` px on all sides, and cut back to its size at an offset of its own.
@@ -31,7 +33,7 @@ def random_crop(
     if padding == 0:
         return images
     _check_crop(images, padding, mode)
-    offsets = torch.randint(0, 2 * padding + 1, (len(images), 2), generator=generator, device=images.device)
+    offsets = draw(2 * padding + 1, len(images), generator, 2)
     return crop(images, offsets, padding, mode)
 
 
@@ -56,10 +58,10 @@ def crop(
 
 
 def random_flip(
-    images: UInt8[Tensor, "batch channels height width"], generator: torch.Generator
+    images: UInt8[Tensor, "batch channels height width"], generator: Source
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Each image mirrored left to right with probability one half."""
-    chosen = torch.randint(0, 2, (len(images),), generator=generator, device=images.device).bool()
+    chosen = draw(2, len(images), generator).bool()
     return flip(images, chosen)
 
 
@@ -71,7 +73,7 @@ def flip(
 
 
 def cutout(
-    images: UInt8[Tensor, "batch channels height width"], size: int, generator: torch.Generator, fill: int = 0
+    images: UInt8[Tensor, "batch channels height width"], size: int, generator: Source, fill: int = 0
 ) -> UInt8[Tensor, "batch channels height width"]:
     """In each image one square of `size` px, at a place of its own wholly inside the image, set to `fill`.
 
@@ -81,8 +83,8 @@ def cutout(
     height, width = images.shape[2:]
     if not 0 <= size <= min(height, width):
         raise UsageError(f"a cutout of {size} px does not fit into images of {height}x{width} px")
-    tops = torch.randint(0, height - size + 1, (len(images),), generator=generator, device=images.device)
-    lefts = torch.randint(0, width - size + 1, (len(images),), generator=generator, device=images.device)
+    tops = draw(height - size + 1, len(images), generator)
+    lefts = draw(width - size + 1, len(images), generator)
     return cover(images, torch.stack([tops, lefts], 1), size, fill)
 
 
