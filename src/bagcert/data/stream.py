@@ -37,11 +37,18 @@ def stream_order(
     >>> sorted(order.tolist()) == list(range(12)), sorted((order[:4] // 4).tolist())
     (True, [0, 0, 0, 0])
     """
+    return _order_and_neighborhoods(blocks, window, seed, epoch)[0]
+
+
+def _order_and_neighborhoods(blocks: np.ndarray, window: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order, and for each place in it where in a window the block of its image begins."""
     random = np.random.default_rng((seed, epoch))
     _, number = np.unique(blocks, return_inverse=True)
-    together = np.argsort(random.permutation(number.max() + 1)[number], kind="stable")
+    shuffled = random.permutation(number.max() + 1)[number]
+    together = np.argsort(shuffled, kind="stable")
     windows = np.arange(len(blocks)) // window
-    return together[np.argsort(windows + random.random(len(blocks)), kind="stable")]
+    order = together[np.argsort(windows + random.random(len(blocks)), kind="stable")]
+    return order, np.searchsorted(shuffled[together], shuffled[order]) % window
 
 
 class StreamedBatches:
@@ -109,13 +116,12 @@ class StreamedBatches:
         """From `step` on, what each of so many readers of this process does; in every step one task for each."""
         while True:
             epoch, first = divmod(step, self.epoch_steps)
-            order = stream_order(self._blocks, self.window, self.seed, epoch)
-            rank = _rank_of_blocks(self._blocks[order])
+            order, neighborhood = _order_and_neighborhoods(self._blocks, self.window, self.seed, epoch)
             for position in range(first, self.epoch_steps):
                 start = position * self.share.batch
                 mine: list[list[np.ndarray]] = [[] for _ in range(readers)]
                 for part in np.array_split(np.arange(self.share.batch), self.share.parts):
-                    neighbors = part[np.argsort(rank[start + part], kind="stable")]
+                    neighbors = part[np.argsort(neighborhood[start + part], kind="stable")]
                     own = np.array_split(neighbors, self.share.processes)[self.share.process]
                     for reader, places in enumerate(np.array_split(own, readers)):
                         mine[reader].append(places)
@@ -131,12 +137,6 @@ class StreamedBatches:
             images = pixels[chosen].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             parts.append(Part(images.contiguous(), labels[chosen].to(self.device), places[chosen].to(self.device)))
         return parts
-
-
-def _rank_of_blocks(blocks: np.ndarray) -> np.ndarray:
-    """For each image in the order of an epoch, how early its block first comes."""
-    _, first, number = np.unique(blocks, return_index=True, return_inverse=True)
-    return first[number]
 
 
 class _Tasks:

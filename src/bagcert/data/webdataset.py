@@ -211,6 +211,7 @@ def _members(file: Any, path: Shard, length: int) -> Iterator[tuple[str, int, in
                 yield (header.name if long_name is None else long_name), place, size
             long_name = long_size = None
         place += -(-size // _BLOCK) * _BLOCK
+    raise UnreadableError(f"{path} is cut short: the end of its list of files is missing")
 
 
 def _pax(content: bytes, path: Shard) -> tuple[str | None, int | None]:
@@ -225,6 +226,8 @@ def _pax(content: bytes, path: Shard) -> tuple[str | None, int | None]:
                 raise ValueError
             found[key] = value
         size = int(found[b"size"]) if b"size" in found else None
+        if size is not None and size >= 1 << 63:
+            raise ValueError
     except ValueError:
         raise UnreadableError(f"{path} has a damaged extended header") from None
     return (found[b"path"].decode(errors="replace") if b"path" in found else None), size
