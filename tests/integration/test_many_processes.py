@@ -97,7 +97,7 @@ def test_what_cannot_be_is_told_to_all(together: Path) -> None:
 
 RECIPE = """
 name = "small"
-data = { streaming = true, workers = 1, shuffle = 60 }
+data = { streaming = true, workers = 0, shuffle = 60 }
 model = { architecture = "resnet-rf3", width = 8, depth = 1 }
 defense = { rule = "vote", patch = "1" }
 augment = { crop = 1, flip = false }

@@ -1,5 +1,8 @@
 """Streams: every image once per epoch, in an order that follows from the seed, whoever reads it."""
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -93,6 +96,19 @@ def test_workers_decode_what_one_process_would() -> None:
             assert torch.equal(part.rows, other.rows)
             assert torch.equal(part.labels, other.labels)
             assert torch.equal(part.images, other.images)
+
+
+def test_a_signal_to_all_processes_stops_no_worker() -> None:
+    """Ctrl-C and launchers reach workers too; the process they work for still wants what it asked for."""
+    found = batches(Share(10), 1).since(0)
+    first = [next(found) for _ in range(3)]
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    later = [next(found) for _ in range(9)]
+    for parts, expected in zip((*first, *later), taken(batches(Share(10)), 12), strict=True):
+        assert torch.equal(parts[0].images, expected[0].images)
 
 
 def test_most_blocks_are_read_by_one_process_only() -> None:
