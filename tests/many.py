@@ -37,6 +37,7 @@ WHOLE: dict[str, dict[str, Any]] = {
         "train__accumulate": 3,
     },
     "ablation": {"loss__name": "cross-entropy", "augment__ablation": "column", "augment__ablation_size": 3},
+    "bounds": {"loss__name": "interval-bounds", "model__architecture": "convnet-rf10s4"},
     "stream": {
         "data__streaming": True,
         "data__workers": 0,

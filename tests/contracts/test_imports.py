@@ -40,6 +40,7 @@ SAME_LINE = {
     ("certificate", "threat"): "a certificate says against what",
     ("distributed", "errors"): "likewise",
     ("objective", "defenses"): "ablated images are made by the defense that votes on them",
+    ("train", "defenses"): "training on interval bounds stands beside the bounds",
     ("train", "objective"): "the training's own, in a file of its own",
     ("train", "training_data"): "the training's own, in a file of its own",
     ("train", "validation"): "the training's own, in a file of its own",
