@@ -37,7 +37,12 @@ WHOLE: dict[str, dict[str, Any]] = {
         "train__accumulate": 3,
     },
     "ablation": {"loss__name": "cross-entropy", "augment__ablation": "column", "augment__ablation_size": 3},
-    "bounds": {"loss__name": "interval-bounds", "model__architecture": "convnet-rf10s4"},
+    "bounds": {  # by SGD: Adam makes large steps of gradients that are almost 0, and of how they are rounded
+        "loss__name": "interval-bounds",
+        "model__architecture": "convnet-rf10s4",
+        "optimizer__name": "sgd",
+        "optimizer__learning_rate": 0.05,
+    },
     "stream": {
         "data__streaming": True,
         "data__workers": 0,
