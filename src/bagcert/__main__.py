@@ -2,4 +2,5 @@
 
 from bagcert.cli import main
 
-main()
+if __name__ == "__main__":  # workers that decode images import this file too
+    main()

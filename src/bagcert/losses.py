@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bagcert.draws import Source, draw
 from bagcert.grid import WindowBlock
 from bagcert.scores import window_sums
 
@@ -69,7 +70,7 @@ def masked_features_loss(
     scores: Float[Tensor, "batch classes rows cols"],
     labels: Int[Tensor, " batch"],
     windows: Float[Tensor, "windows rows cols"],
-    generator: torch.Generator,
+    generator: Source,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, " batch"]:
     """Cross-entropy of the mean of what is left when one random window is taken out of each map.
@@ -80,7 +81,7 @@ def masked_features_loss(
 
     Source: Xiang et al., "PatchGuard", USENIX Security 2021, section 4.
     """
-    drawn = torch.randint(0, len(windows), (len(scores),), generator=generator, device=scores.device)
+    drawn = draw(len(windows), len(scores), generator)
     return F.cross_entropy(
         _kept_means(scores, 1 - windows[drawn]), labels, reduction="none", label_smoothing=label_smoothing
     )

@@ -31,6 +31,11 @@ class DataSection(_Section):
     validation: float = Field(default=0.1, gt=0, lt=1, description="share of the training set held out")
     split_seed: int = Field(default=0, ge=0, lt=2**63)
     class_weights: bool = Field(default=False, description="weigh classes by inverse frequency")
+    streaming: bool = Field(default=False, description="decode images when their batch comes, not all at the start")
+    workers: int = Field(default=2, ge=0, le=1024, description="processes that decode a stream, for each that trains")
+    shuffle: int = Field(
+        default=10_000, ge=1, le=2**31, description="images among which a stream is shuffled, beside its blocks"
+    )
 
 
 class ModelSection(_Section):
@@ -117,7 +122,10 @@ class TrainSection(_Section):
     """The loop."""
 
     epochs: int = Field(default=30, ge=1, le=1_000_000)
-    batch_size: int = Field(default=128, ge=2, le=1_000_000)
+    batch_size: int = Field(default=128, ge=2, le=1_000_000, description="of a step, over all processes and parts")
+    accumulate: int = Field(
+        default=1, ge=1, le=1_000_000, description="parts of a batch, worked through in turn to save memory"
+    )
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the weight average that ships; 0 for none")
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False

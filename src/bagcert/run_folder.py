@@ -130,9 +130,17 @@ class RunFolder:
 
     def save(self) -> None:
         """Replaces the checkpoint, whole or not at all."""
+        write_atomically(self.folder / CHECKPOINT, self.content())
+
+    def content(self) -> bytes:
+        """The checkpoint, as it is written and as `take` reads it."""
         buffer = io.BytesIO()
         torch.save(self._state(), buffer)
-        write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
+        return buffer.getvalue()
+
+    def take(self, content: bytes) -> None:
+        """Becomes what another process's run of the same recipe is."""
+        self._restore(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -2,7 +2,8 @@
 
 A run folder holds `recipe.toml`, `metrics.jsonl`, `checkpoint.pt` while it runs, and in the end the model
 (`model.safetensors`, `config.json`). The order of images and every augmentation follow from (seed, step)
-alone, so a run that is killed and resumed ends with the weights of one that was not.
+alone, so a run that is killed and resumed ends with the weights of one that was not, and several processes train what
+one would.
 """
 
 import math
@@ -11,9 +12,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,29 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bagcert
-from bagcert import losses
 from bagcert.data import load_dataset
-from bagcert.data.augment import cutout, random_crop, random_flip, random_resized_crop
+from bagcert.data.batches import Part, Share
 from bagcert.data.image_set import ImageSet
-from bagcert.defenses.derandomized_smoothing import ablate, random_positions
 from bagcert.defenses.interval_training import BoundedLoss
 from bagcert.devices import keep_freed_memory, resolve_device
+from bagcert.distributed import Team
+from bagcert.draws import BatchDraws
 from bagcert.errors import BagcertError, UsageError
 from bagcert.nets import get_architecture
 from bagcert.nets.model_folder import ModelConfig, read_model, write_model
 from bagcert.nets.region_scorer import RegionScorer, not_finite
+from bagcert.nets.synchronized import synchronize_batch_norm
+from bagcert.objective import make_objective, network_input
 from bagcert.optimizers import MuonAdamW
-from bagcert.preprocess import Preprocessing
+from bagcert.ranks import processes_here
 from bagcert.recipe import Recipe
 from bagcert.rules import get_rule
 from bagcert.run_folder import RunFolder
 from bagcert.threat import PatchThreatModel
+from bagcert.training_data import load_training_data
 from bagcert.validation import scale_of, validate, validation_scores
 
 CHECK_LOSS_EVERY = 20
-
-Objective = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""Real scores, labels and a source of random choices to one loss per image."""
 
 
 @dataclass
@@ -84,89 +84,83 @@ def train(
         UsageError: the recipe does not fit the data, or `out` holds another run.
         BagcertError: the loss is not finite, or the run was interrupted; the checkpoint in `out` is whole.
     """
-    chosen = resolve_device(device)
-    if chosen.type == "cuda" and chosen.index is not None:
-        torch.cuda.set_device(chosen)
-    # Accelerate fixes its mixed precision for the whole process; a process may train twice.
-    accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no")
+    accelerator = _accelerator(device)
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(recipe.train.seed)
-    source = data if isinstance(data, ImageSet) else load_dataset(data or recipe.data.name, "train", limit)
-    training, validation = source.split_off(recipe.data.validation, recipe.data.split_seed)
-    prepare = Preprocessing(recipe.model.image_size).apply if recipe.model.image_size else None
-    larger = Preprocessing((recipe.augment.resize, recipe.augment.resize)).apply if recipe.augment.resize else prepare
-    images = torch.from_numpy(training.array(larger)).permute(0, 3, 1, 2).contiguous().to(accelerator.device)
-    labels = torch.from_numpy(training.labels).to(accelerator.device)
-    held_out = validation.array(prepare)
-    config = _model_config(recipe, training, images)
-    scorer = config.build()
-    if init is not None:
-        _start_from(scorer, init)
-    threat = PatchThreatModel.parse(recipe.defense.patch, config.image_size)
-    objective = _objective(recipe, scorer, threat, accelerator.device)
-    bounded = None
-    if recipe.loss.name == "interval-bounds":
-        bounded = BoundedLoss(scorer, threat, recipe.loss.full_weight, accelerator.device)
-    class_weights = torch.ones(len(training.class_names))
+    team = Team()
+    with team.together():
+        source = data if isinstance(data, ImageSet) else load_dataset(data or recipe.data.name, "train", limit)
+        images = load_training_data(source, recipe, accelerator.device, team.index, team.size)
+        config = _model_config(recipe, images.training, images.sample)
+        scorer = config.build()
+        if init is not None:
+            _start_from(scorer, init)
+        threat = PatchThreatModel.parse(recipe.defense.patch, config.image_size)
+        objective = make_objective(recipe, scorer, threat, accelerator.device)
+        bounded = None
+        if recipe.loss.name == "interval-bounds":
+            bounded = BoundedLoss(scorer, threat, recipe.loss.full_weight, accelerator.device)
+    class_weights = torch.ones(len(images.training.class_names))
     if recipe.data.class_weights:
-        class_weights = torch.as_tensor(training.class_weights(), dtype=torch.float32)
+        class_weights = torch.as_tensor(images.training.class_weights(), dtype=torch.float32)
     class_weights = class_weights.to(accelerator.device)
 
-    batch_size = min(recipe.train.batch_size, len(images))
-    epoch_steps = len(images) // batch_size
+    epoch_steps = images.batches.epoch_steps
     steps = epoch_steps * recipe.train.epochs
+    scorer.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a torch stub gap
+    if team.size > 1:
+        synchronize_batch_norm(scorer)
     optimizer = _optimizer(recipe, scorer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(recipe, steps))
-    scorer.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a torch stub gap
     average = AveragedModel(scorer, multi_avg_fn=_moving_average(recipe.train.ema), use_buffers=True)
     run = RunFolder(out, recipe, scorer, average, optimizer, schedule, steps)
-    run.open(resume)
+    with team.together():
+        if team.is_main:
+            run.open(resume)
+    if team.size > 1:  # also where a folder is not shared, and where machines do not round alike
+        run.take(team.from_main(run.content))
     model, optimizer = accelerator.prepare(scorer, optimizer)
     forward = torch.compile(model) if recipe.train.compile else model
 
     started, seconds_before = time.monotonic(), run.seconds
     running, counted = torch.zeros((), device=accelerator.device), 0
-    with _interruptions() as interrupted:
+    with _interruptions(team.size > 1) as interrupted, closing(images.batches.since(run.step)) as batches:
         while run.step < steps:
-            epoch, position = divmod(run.step, epoch_steps)
-            order = _epoch_order(recipe.train.seed, epoch, len(images))
-            index = order[position * batch_size : (position + 1) * batch_size]
-            index = index[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-            generator = _generator(accelerator.device, recipe.train.seed, run.step, accelerator.process_index)
-            batch = augment(images[index], recipe, generator)
-            with autocast:
-                batch = hardest_cutout(batch, labels[index], recipe, generator, scorer, objective)
-            batch = batch.float() / 255
-            if recipe.augment.ablation != "none":
-                positions = random_positions(len(batch), (batch.shape[2], batch.shape[3]), generator)
-                batch = ablate(batch, positions, recipe.augment.ablation, recipe.augment.ablation_size)
-            model.train()
-            with autocast:
-                z = forward(batch.contiguous(memory_format=torch.channels_last))
-            loss = objective(z, labels[index], generator)
-            if bounded is not None:
-                with autocast:
-                    loss = bounded(loss, batch, labels[index], run.step / steps, generator)
-            weight = class_weights[labels[index]]
-            loss = (loss * weight).sum() / weight.sum()
+            with team.together():
+                parts = next(batches)
+            weights = [class_weights[part.labels] for part in parts]
+            whole_weight = accelerator.reduce(torch.stack([weight.sum() for weight in weights]).sum(), "sum")
             optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(loss)
+            for part, weight in zip(parts, weights, strict=True):
+                generator = _draws(accelerator.device, recipe.train.seed, run.step, images.batches.share, part)
+                batch = network_input(part.images, part.labels, recipe, generator, scorer, objective, autocast)
+                model.train()
+                # The processes meet where the gradients of the last part are made.
+                with nullcontext() if part is parts[-1] else accelerator.no_sync(model):
+                    with autocast:
+                        z = forward(batch)
+                    loss = objective(z, part.labels, generator)
+                    if bounded is not None:
+                        with autocast:
+                            loss = bounded(loss, batch, part.labels, run.step / steps, generator)
+                    # Gradients are averaged over the processes; this process's share counts as often as there are.
+                    loss = (loss * weight).sum() / whole_weight * team.size
+                    accelerator.backward(loss)
+                running = running + loss.detach()
             if recipe.optimizer.gradient_clip is not None:
                 accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.gradient_clip)
             optimizer.step()
             schedule.step()
             average.update_parameters(scorer)
-            run.step += 1
-            running, counted = running + loss.detach(), counted + 1
+            run.step, counted = run.step + 1, counted + 1
 
-            stop = interrupted()
-            epoch_ends = run.step % epoch_steps == 0
+            stop = team.any(interrupted())
+            epoch, position = divmod(run.step - 1, epoch_steps)
+            epoch_ends = position == epoch_steps - 1
             saves = stop or epoch_ends or run.step % recipe.train.checkpoint_every == 0
             progress = Progress(run.step, steps, epoch + 1)
             if saves or run.step % CHECK_LOSS_EVERY == 0:
-                progress.loss = running.item() / counted
+                progress.loss = team.mean(running.item() / counted)
                 running, counted = torch.zeros_like(running), 0
                 if not math.isfinite(progress.loss) or (saves and not_finite(scorer.state_dict())):
                     raise BagcertError(
@@ -174,66 +168,46 @@ def train(
                         f"checkpoint is kept in {out}: try a lower optimizer.learning_rate or train.precision=fp32"
                     )
             run.seconds = seconds_before + time.monotonic() - started
-            if epoch_ends and ((epoch + 1) % recipe.train.validate_every == 0 or run.step == steps):
-                progress.validation = validate(run.shipping, held_out, validation.labels, recipe, threat)
-                if accelerator.is_main_process:
+            validates = epoch_ends and ((epoch + 1) % recipe.train.validate_every == 0 or run.step == steps)
+            with team.together() if saves else nullcontext():
+                if validates and team.is_main:
+                    progress.validation = validate(
+                        run.shipping, images.held_out, images.held_out_labels, recipe, threat
+                    )
                     run.log(
                         epoch=epoch + 1,
                         loss=progress.loss,
                         learning_rate=float(schedule.get_last_lr()[0]),
                         **progress.validation,
                     )
-            if saves and accelerator.is_main_process:
-                run.save()
-            on_progress(progress)
+                if saves and team.is_main:
+                    run.save()
+            if team.is_main:
+                on_progress(progress)
             if stop:
                 raise BagcertError(f"interrupted at step {run.step} of {steps}; --resume goes on from {out}")
 
-    if accelerator.is_main_process:
-        scale = 1.0 if config.ablated else scale_of(validation_scores(run.shipping, held_out))
-        provenance = _provenance(source, training, accelerator, run.seconds, limit)
-        write_model(out, run.shipping, config.model_copy(update={"scale": scale, "provenance": provenance}))
-        run.close()
+    with team.together():
+        if team.is_main:
+            scale = 1.0 if config.ablated else scale_of(validation_scores(run.shipping, images.held_out))
+            provenance = _provenance(source, images.training, accelerator, run.seconds, limit)
+            write_model(out, run.shipping, config.model_copy(update={"scale": scale, "provenance": provenance}))
+            run.close()
     return out
 
 
-def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """The recipe's augmentation of uint8 [batch, 3, height, width]."""
-    if recipe.augment.resized_crop:
-        size = recipe.model.image_size or (images.shape[2], images.shape[3])
-        images = random_resized_crop(images, size, recipe.augment.resized_crop, generator)
-    if recipe.augment.crop:
-        images = random_crop(images, recipe.augment.crop, generator, recipe.augment.crop_mode)
-    if recipe.augment.flip:
-        images = random_flip(images, generator)
-    if recipe.augment.cutout and recipe.augment.cutout_candidates == 1:
-        images = cutout(images, recipe.augment.cutout, generator)
-    return images
-
-
-@torch.no_grad()
-def hardest_cutout(
-    images: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
-    generator: torch.Generator,
-    scorer: RegionScorer,
-    objective: Objective,
-) -> Tensor:
-    """Of `cutout_candidates` random squares in each image the one whose loss is largest; uint8 as before.
-
-    Source: the greedy worst-mask cutout of Saha et al., "Revisiting Image Classifier Training for Improved Certified
-    Robust Defense against Adversarial Patches", TMLR 2023, with random candidates for their mask sets.
-    """
-    if not recipe.augment.cutout or recipe.augment.cutout_candidates == 1:
-        return images
-    scorer.eval()  # candidates must not count in the batch statistics
-    candidates, values = [], []
-    for _ in range(recipe.augment.cutout_candidates):
-        candidates.append(cutout(images, recipe.augment.cutout, generator))
-        values.append(objective(scorer(candidates[-1].float() / 255), labels, generator))
-    worst = torch.stack(values).argmax(0)
-    return torch.stack(candidates)[worst, torch.arange(len(images), device=images.device)]
+def _accelerator(device: str) -> Accelerator:
+    """The device of this process, and the group of all processes that the launcher started."""
+    chosen = resolve_device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        if processes_here() > 1:
+            raise UsageError(f"several processes take a device each: say cuda, not {device}")
+        torch.cuda.set_device(chosen)
+    # Accelerate fixes its mixed precision for the whole process; a process may train twice.
+    accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
 
 
 def _model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelConfig:
@@ -275,35 +249,6 @@ def _start_from(scorer: RegionScorer, folder: Path) -> None:
         own[name].copy_(given[name])
 
 
-def _objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel, device: torch.device) -> Objective:
-    loss = recipe.loss
-    windows = scorer.grid().windows(threat)
-    masks = losses.window_masks(windows, device) if loss.name == "masked-features" else torch.empty(0)
-
-    def objective(z: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        scores = losses.straight_through(z.float()) if recipe.model.head == "binary" else z.float()
-        if loss.name == "margin":
-            value = losses.margin_loss(scores, labels, loss.margin)
-        elif loss.name == "smooth-margin":
-            value = losses.smooth_margin_loss(scores, labels, loss.margin, loss.temperature, loss.label_smoothing)
-        elif loss.name in ("cross-entropy", "interval-bounds"):  # of the latter, the term of unchanged images
-            value = losses.cross_entropy_loss(scores, labels, loss.label_smoothing)
-        elif loss.name == "clipped":
-            value = losses.clipped_loss(scores, labels, loss.temperature, loss.label_smoothing)
-        elif loss.name == "masked-features":
-            value = losses.masked_features_loss(scores, labels, masks, generator, loss.label_smoothing)
-        else:
-            temperature = loss.temperature if recipe.model.head == "binary" else 1.0
-            value = losses.double_masking_loss(
-                scores, labels, windows, loss.full_weight, loss.label_smoothing, temperature
-            )
-        if loss.one_hot_penalty:
-            value = value + loss.one_hot_penalty * losses.one_hot_penalty(scores)
-        return value
-
-    return objective
-
-
 def _optimizer(recipe: Recipe, scorer: RegionScorer) -> torch.optim.Optimizer:
     """Weight decay on kernels only, not on batch norm or biases."""
     section = recipe.optimizer
@@ -341,14 +286,10 @@ def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
-@lru_cache(maxsize=1)  # asked at every step of an epoch
-def _epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
-
-
-def _generator(device: torch.device, seed: int, step: int, process: int) -> torch.Generator:
-    mixed = int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(mixed)
+def _draws(device: torch.device, seed: int, step: int, share: Share, part: Part) -> BatchDraws:
+    """The random numbers of a step, and of them those for the images of one part."""
+    mixed = int(np.random.SeedSequence((seed, step, 0)).generate_state(1, np.uint64)[0] >> 1)
+    return BatchDraws(torch.Generator(device).manual_seed(mixed), share.batch, part.rows)
 
 
 def _provenance(
@@ -369,13 +310,16 @@ def _provenance(
 
 
 @contextmanager
-def _interruptions() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a question asked between steps, so that every saved state is whole."""
+def _interruptions(several: bool) -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C and SIGTERM into a question asked between steps, so that every saved state is whole.
+
+    With several processes a launcher repeats what it is told, so that only for one a second Ctrl-C means more.
+    """
     asked = False
 
     def ask(signum: int, frame: object) -> None:
         nonlocal asked
-        if asked:  # the second Ctrl-C is meant
+        if asked and not several:  # the second Ctrl-C is meant
             raise KeyboardInterrupt
         asked = True
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def _parquet(root: Path) -> str:
     return str(root)
 
 
+def _tars(root: Path) -> str:
+    for split in ("train", "test"):
+        with tarfile.open(root / f"{split}-000.tar", "w") as file:
+            for row, (pixels, label) in enumerate(zip(PIXELS, LABELS, strict=True)):
+                for name, content in ((f"{row:02}.png", _png(pixels)), (f"{row:02}.cls", str(label).encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    file.addfile(info, io.BytesIO(content))
+    return str(root)
+
+
 def _pickles(root: Path) -> str:
     batch = {b"data": PIXELS.transpose(0, 3, 1, 2).reshape(20, -1), b"labels": LABELS}
     for name in ("test_batch", *(f"data_batch_{number}" for number in range(1, 6))):
@@ -51,6 +63,7 @@ def _folders(root: Path) -> str:
 
 
 PATHS: dict[str, Callable[[Path], str]] = {
+    "WebDataset shards": _tars,
     "Parquet files": _parquet,
     "the pickles of CIFAR-10": _pickles,
     "class folders": _folders,

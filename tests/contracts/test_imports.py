@@ -14,9 +14,9 @@ MODULES = {
 EXEMPT = {"bagcert"}  # the front door names everything, and loads it on first use
 
 LEVELS = {
-    1: "errors extras files devices threat grid scores certificate records images verify",
+    1: "errors extras files ranks devices threat grid scores certificate records images draws distributed verify",
     2: "backends rules nets data losses optimizers recipe preprocess record_lines image_records gallery_file",
-    3: "defenses train run_folder validation locality model_card",
+    3: "defenses train training_data objective run_folder validation locality model_card",
     4: "attacks gallery export hub failsafe evaluation_log certificate_records record_file describe",
     5: "evaluate engines recompute compare",
     6: "benchmark",
@@ -38,7 +38,11 @@ SAME_LINE = {
     ("grid", "threat"): "the windows of a grid are those of a threat",
     ("scores", "grid"): "a score map carries its grid",
     ("certificate", "threat"): "a certificate says against what",
-    ("train", "defenses"): "ablated images are made by the defense that votes on them",
+    ("distributed", "errors"): "likewise",
+    ("objective", "defenses"): "ablated images are made by the defense that votes on them",
+    ("train", "defenses"): "training on interval bounds stands beside the bounds",
+    ("train", "objective"): "the training's own, in a file of its own",
+    ("train", "training_data"): "the training's own, in a file of its own",
     ("train", "validation"): "the training's own, in a file of its own",
     ("validation", "defenses"): "ablated images are judged by the defense that votes on them",
     ("train", "run_folder"): "the folder of a run is the training's own, in a file of its own",
@@ -96,7 +100,7 @@ def test_the_list_of_exceptions_is_used_and_has_no_circle() -> None:
     order = {
         name: i
         for i, name in enumerate(
-            ["errors", "extras", "files", "devices", "threat", "images", "grid", "scores", "certificate"]
+            ["errors", "extras", "files", "devices", "distributed", "threat", "images", "grid", "scores", "certificate"]
         )
     }
     order |= {
@@ -107,6 +111,8 @@ def test_the_list_of_exceptions_is_used_and_has_no_circle() -> None:
         "export": 100,
         "run_folder": 100,
         "validation": 100,
+        "objective": 100,
+        "training_data": 100,
         "train": 101,
         "cli": 102,
         "__main__": 103,

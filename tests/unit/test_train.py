@@ -17,10 +17,12 @@ import torch
 from bagcert import train as training
 from bagcert.data import load_dataset
 from bagcert.data.augment import cutout
+from bagcert.data.batches import epoch_order
 from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.losses import cross_entropy_loss
 from bagcert.nets.model_folder import read_model
+from bagcert.objective import hardest_cutout
 from bagcert.recipe import load_recipe
 from bagcert.train import train
 from tests import tiny
@@ -243,7 +245,7 @@ def test_weights_that_break_under_a_finite_loss_are_not_saved(tmp_path: Path, mo
 
         return objective
 
-    monkeypatch.setattr(training, "_objective", breaking)
+    monkeypatch.setattr(training, "make_objective", breaking)
     with pytest.raises(BagcertError, match="not finite at step 6"):
         train(tiny.recipe(train__checkpoint_every=1), tmp_path, tiny.image_set(), device="cpu")
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -285,14 +287,14 @@ def test_the_hardest_of_several_cutouts_is_painted() -> None:
     def objective(z, labels, generator):
         return cross_entropy_loss(z, labels)
 
-    found = training.hardest_cutout(images, labels, recipe, torch.Generator().manual_seed(3), scorer, objective)
+    found = hardest_cutout(images, labels, recipe, torch.Generator().manual_seed(3), scorer, objective)
     draws = torch.Generator().manual_seed(3)
     candidates = [cutout(images, 3, draws) for _ in range(4)]
     for i, label in enumerate(labels):
         values = [objective(scorer(each[i : i + 1].float() / 255), label[None], None).item() for each in candidates]
         assert len(set(values)) > 1
         assert torch.equal(found[i], candidates[values.index(max(values))][i])
-    untouched = training.hardest_cutout(images, labels, tiny.recipe(), draws, scorer, objective)
+    untouched = hardest_cutout(images, labels, tiny.recipe(), draws, scorer, objective)
     assert torch.equal(untouched, images)
 
 
@@ -410,11 +412,11 @@ def test_limit_takes_the_first_images(tmp_path: Path) -> None:
 
 
 def test_each_epoch_takes_every_image_once_in_an_order_of_its_own() -> None:
-    orders = [training._epoch_order(seed, epoch, 101) for seed in (0, 1) for epoch in range(3)]
+    orders = [epoch_order(seed, epoch, 101) for seed in (0, 1) for epoch in range(3)]
     for order in orders:
         assert sorted(order.tolist()) == list(range(101))
     assert len({tuple(order.tolist()) for order in orders}) == len(orders)
-    assert torch.equal(training._epoch_order(1, 2, 101), orders[-1])
+    assert np.array_equal(epoch_order(1, 2, 101), orders[-1])
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.2, 0.9])

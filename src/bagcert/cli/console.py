@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bagcert.errors import CONTROL
+from bagcert.ranks import is_first_here
 from bagcert.records import RunInfo
 
 WIDTH_WHEN_PIPED = 120
@@ -36,8 +37,9 @@ def stderr() -> Console:
 
 
 def fail(sentence: str, exit_code: int) -> NoReturn:
-    """One sentence on stderr, and out."""
-    stderr().print(f"[bold red]Error:[/] {_line(sentence)}")
+    """One sentence on stderr, and out. Of several processes on a machine the first says it."""
+    if is_first_here():
+        stderr().print(f"[bold red]Error:[/] {_line(sentence)}")
     sys.exit(exit_code)
 
 

@@ -7,6 +7,8 @@ import typer
 
 from bagcert.cli.console import progress, stderr
 from bagcert.cli.options import Device
+from bagcert.errors import BagcertError
+from bagcert.ranks import is_main_process
 
 
 def train(
@@ -23,14 +25,19 @@ def train(
     limit: Annotated[int | None, typer.Option(min=1, help="Train on the first N images only.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Train a model by a recipe. Ctrl-C saves; --resume goes on, also after a crash."""
+    """Train a model by a recipe. Ctrl-C saves; --resume goes on, also after a crash.
+
+    On several devices or machines: torchrun or accelerate launch, then -m bagcert train, see docs/many_devices.md.
+    """
     from bagcert.recipe import load_recipe
 
     chosen = load_recipe(recipe, set_ or ())
     if print_recipe:
-        print(chosen.to_toml(), end="")
+        if is_main_process():
+            print(chosen.to_toml(), end="")
         return
     from bagcert.defenses.bagcert import model_folder
+    from bagcert.distributed import leave
     from bagcert.train import Progress
     from bagcert.train import train as run
 
@@ -46,5 +53,11 @@ def train(
                 stderr().print(f"epoch {at.epoch}/{chosen.train.epochs}: loss {at.loss:.3f}, {note}")
             report(at.step, at.steps, note)
 
-        run(chosen, folder, data, resume, initial, limit, device, show)
-    print(f"The model is in {folder}: bagcert evaluate {folder} --data {data or chosen.data.name}")
+        try:
+            run(chosen, folder, data, resume, initial, limit, device, show)
+        except BagcertError:  # all processes raise it together
+            leave()
+            raise
+        leave()
+    if is_main_process():
+        print(f"The model is in {folder}: bagcert evaluate {folder} --data {data or chosen.data.name}")

@@ -10,8 +10,10 @@ from bagcert.data.cifar10 import is_pickles, load_cifar10, load_pickles
 from bagcert.data.digits import load_digits
 from bagcert.data.folder import load_folder
 from bagcert.data.image_set import ImageSet
-from bagcert.data.parquet import is_parquet, load_parquet
+from bagcert.data.parquet import is_parquet, load_parquet, parquet_images
+from bagcert.data.shards import find_addresses, is_address
 from bagcert.data.torch_dataset import from_torch
+from bagcert.data.webdataset import is_webdataset, load_webdataset, tar_images
 from bagcert.errors import UsageError
 
 __all__ = ["DATASETS", "LAYOUTS", "ImageSet", "from_torch", "load_dataset"]
@@ -23,6 +25,7 @@ DATASETS: dict[str, Callable[[str, int], ImageSet]] = {
 """Datasets with a name: (split, seed) -> ImageSet."""
 
 LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str], ImageSet]]] = {
+    "WebDataset shards": (is_webdataset, load_webdataset),
     "Parquet files": (is_parquet, load_parquet),
     "the pickles of CIFAR-10": (is_pickles, load_pickles),
     "class folders": (Path.is_dir, load_folder),
@@ -34,8 +37,9 @@ def load_dataset(spec: Any, split: str = "test", limit: int | None = None, seed:
     """Loads a dataset by name, from a path, or around a torch dataset.
 
     Args:
-        spec: a name in DATASETS; a path to a folder of class folders, a Parquet file, glob or folder, or a folder
-            with the original pickles of CIFAR-10; or a torch dataset of (image, label). `./digits` is a path.
+        spec: a name in DATASETS; a path to a folder of class folders, a Parquet or WebDataset file, glob or folder, or
+            a folder with the original pickles of CIFAR-10; an address of Parquet or WebDataset files that fsspec knows
+            (`s3://bucket/train-*.tar`); or a torch dataset of (image, label). `./digits` is a path.
         split: which part; sources without parts have the one split "all" and ignore it.
         limit: take the first images only, in dataset order; the others are not decoded.
         seed: of the split of datasets that come without one.
@@ -54,6 +58,8 @@ def _load(spec: Any, split: str, seed: int) -> ImageSet:
         return from_torch(spec)
     if spec in DATASETS:
         return DATASETS[str(spec)](split, seed)
+    if is_address(spec):
+        return _load_address(str(spec), split)
     path = Path(spec).expanduser()
     for recognizes, load in LAYOUTS.values():
         if str(spec) and recognizes(path):
@@ -64,3 +70,11 @@ def _load(spec: Any, split: str, seed: int) -> ImageSet:
     nearest = difflib.get_close_matches(str(spec), DATASETS, 1)
     hint = f", did you mean {nearest[0]}?" if nearest else ""
     raise UsageError(f"there is no dataset or path {str(spec)!r}{hint} Known names: {known}; or give a path")
+
+
+def _load_address(spec: str, split: str) -> ImageSet:
+    files, split = find_addresses(spec, split)
+    if len({str(file).rsplit(".", 1)[1] for file in files}) > 1:
+        raise UsageError(f"{spec} leads to Parquet and tar files; name those of one kind")
+    load = tar_images if str(files[0]).endswith(".tar") else parquet_images
+    return load(spec, split, files)

@@ -1,7 +1,8 @@
 """Augmentation of whole batches on their device: every image gets its own crop, flip and cutout, without a loop.
 
-Randomness comes from a `torch.Generator` on the same device, so that a resumed run draws the same numbers. Each
-random function draws and then calls the function that applies what was drawn.
+Randomness comes from a `torch.Generator` on the same device, so that a resumed run draws the same numbers, or from a
+share of what it draws for a larger batch. Each random function draws and then calls the function that applies what
+was drawn.
 """
 
 import math
@@ -10,13 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
+from bagcert.draws import Source, draw, draw_uniform
 from bagcert.errors import UsageError
 
 
 def random_crop(
     images: UInt8[Tensor, "batch channels height width"],
     padding: int,
-    generator: torch.Generator,
+    generator: Source,
     mode: str = "reflect",
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Each image padded by `padding` px on all sides, and cut back to its size at an offset of its own.
@@ -33,7 +35,7 @@ def random_crop(
     if padding == 0:
         return images
     _check_crop(images, padding, mode)
-    offsets = torch.randint(0, 2 * padding + 1, (len(images), 2), generator=generator, device=images.device)
+    offsets = draw(2 * padding + 1, len(images), generator, 2)
     return crop(images, offsets, padding, mode)
 
 
@@ -61,7 +63,7 @@ def random_resized_crop(
     images: UInt8[Tensor, "batch channels height width"],
     size: tuple[int, int],
     least_share: float,
-    generator: torch.Generator,
+    generator: Source,
 ) -> UInt8[Tensor, "batch channels out_height out_width"]:
     """From each image a box of random area and aspect, at a place of its own wholly inside, resized to `size`.
 
@@ -82,7 +84,7 @@ def random_resized_crop(
     if not 0 < least_share <= 1:
         raise UsageError(f"a random resized crop keeps a share of the area above 0 and at most 1, got {least_share}")
     height, width = images.shape[2:]
-    area, aspect, top, left = torch.rand(4, len(images), generator=generator, device=images.device)
+    area, aspect, top, left = draw_uniform(4, len(images), generator)
     area = (least_share + (1 - least_share) * area) * height * width
     aspect = ((2 * aspect - 1) * math.log(4 / 3)).exp()
     tall, wide = (area / aspect).sqrt().clamp(1, height), (area * aspect).sqrt().clamp(1, width)
@@ -108,10 +110,10 @@ def resized_crop(
 
 
 def random_flip(
-    images: UInt8[Tensor, "batch channels height width"], generator: torch.Generator
+    images: UInt8[Tensor, "batch channels height width"], generator: Source
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Each image mirrored left to right with probability one half."""
-    chosen = torch.randint(0, 2, (len(images),), generator=generator, device=images.device).bool()
+    chosen = draw(2, len(images), generator).bool()
     return flip(images, chosen)
 
 
@@ -123,7 +125,7 @@ def flip(
 
 
 def cutout(
-    images: UInt8[Tensor, "batch channels height width"], size: int, generator: torch.Generator, fill: int = 0
+    images: UInt8[Tensor, "batch channels height width"], size: int, generator: Source, fill: int = 0
 ) -> UInt8[Tensor, "batch channels height width"]:
     """In each image one square of `size` px, at a place of its own wholly inside the image, set to `fill`.
 
@@ -133,8 +135,8 @@ def cutout(
     height, width = images.shape[2:]
     if not 0 <= size <= min(height, width):
         raise UsageError(f"a cutout of {size} px does not fit into images of {height}x{width} px")
-    tops = torch.randint(0, height - size + 1, (len(images),), generator=generator, device=images.device)
-    lefts = torch.randint(0, width - size + 1, (len(images),), generator=generator, device=images.device)
+    tops = draw(height - size + 1, len(images), generator)
+    lefts = draw(width - size + 1, len(images), generator)
     return cover(images, torch.stack([tops, lefts], 1), size, fill)
 
 

@@ -163,13 +163,18 @@ class ImageSet:
         digest.update(describe() if describe else b"")
         return digest.hexdigest()
 
+    def blocks(self) -> Int64[np.ndarray, " images"]:
+        """For each image the number of the block it is read with; a block of its own where the source knows none."""
+        block_of = getattr(self.source, "block_of", None)
+        return self._rows if block_of is None else block_of(self._rows)
+
     @cached_property
     def _rows(self) -> np.ndarray:
         return np.arange(len(self)) if self.rows is None else self.rows
 
     @cached_property
     def _array(self) -> np.ndarray:
-        return self._stack(_as_stored)
+        return self._stack(as_stored)
 
     def _stack(self, prepare: Callable[[Photo], np.ndarray]) -> np.ndarray:
         first = self.read([0])[0]
@@ -223,7 +228,12 @@ class ArraySource:
         return hashlib.sha256(np.ascontiguousarray(self.pixels).data).digest()
 
 
-def _as_stored(photo: Photo) -> np.ndarray:
+def as_stored(photo: Photo) -> np.ndarray:
+    """The pixels of a photo that is upright.
+
+    Raises:
+        UsageError: EXIF turns it.
+    """
     if photo.orientation != 1:
         raise UsageError(f"{photo.source} is turned by its EXIF orientation; turn it upright with `array(prepare)`")
     return photo.pixels

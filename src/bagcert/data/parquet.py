@@ -3,10 +3,7 @@
 Read with pyarrow alone: 10,000 small images take about a second, and nothing is copied to a cache.
 """
 
-import glob
-import io
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -15,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from bagcert.data.image_set import ImageSet
-from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, shown
-from bagcert.files import open_regular
+from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, state_of
+from bagcert.errors import CONTROL, BagcertError, UnreadableError, shown
 from bagcert.images import Photo, read_image
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ READ_ROWS = 256
 
 def is_parquet(path: Path) -> bool:
     """A Parquet file, a glob, or a folder with Parquet files in it."""
-    return _is_glob(path) or path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet")))
+    return is_glob(path) or path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet")))
 
 
 def load_parquet(path: Path, split: str = "test") -> ImageSet:
@@ -60,40 +58,39 @@ def load_parquet(path: Path, split: str = "test") -> ImageSet:
             that are missing or outside the classes.
         UsageError: the folder has no such split.
     """
-    if path.is_dir():
-        files = _files_of_split(path, split)
-    elif _is_glob(path):
-        files, split = sorted(Path(found) for found in glob.glob(str(path))), "all"
-        if not files:
-            raise UnreadableError(f"no file matches {path}")
-    else:
-        files, split = [path], "all"
+    files, split = find_shards(path, split, ".parquet")
+    return parquet_images(str(path), split, files)
+
+
+def parquet_images(name: str, split: str, files: Sequence[Shard]) -> ImageSet:
+    """The images of these shards, here or elsewhere, see `load_parquet`."""
     shards = _Shards(files)
     labels = np.concatenate(shards.labels)
     largest = int(labels.max(initial=0))
     if largest >= MAX_CLASSES:
-        raise UnreadableError(f"{path} has the label {largest}; labels must be 0 to {MAX_CLASSES - 1:,}")
+        raise UnreadableError(f"{name} has the label {largest}; labels must be 0 to {MAX_CLASSES - 1:,}")
     names = shards.class_names or tuple(str(label) for label in range(largest + 1))
-    return ImageSet(str(path), split, labels, names, shards)
+    return ImageSet(name, split, labels, names, shards)
 
 
 class _Shards:
     """Images by row number over several files. Row groups are read when needed and kept while they fit."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Shard]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        self.cache_bytes = CACHE_BYTES
         self.labels: list[np.ndarray] = []
         self.class_names: tuple[str, ...] = ()
-        self._groups: list[tuple[Path, int]] = []
+        self._groups: list[tuple[Shard, int]] = []
         self._kept: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
-        self._state: dict[Path, tuple[int, int]] = {}
+        self._state: dict[Shard, tuple[int, int | str]] = {}
         sizes = []
         for path in files:
-            with reading(path), open_regular(path) as raw, pq.ParquetFile(raw) as file:
-                self._state[path] = _state_of(raw)
+            with reading(path), open_shard(path) as raw, pq.ParquetFile(raw) as file:
+                self._state[path] = state_of(raw)
                 schema = file.schema_arrow
                 image_column(schema, path)
                 if LABEL_COLUMN not in schema.names or not pa.types.is_integer(schema.field(LABEL_COLUMN).type):
@@ -125,34 +122,38 @@ class _Shards:
             raise UnreadableError(f"{name} has no image bytes")
         return read_image(encoded, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def block_of(self, rows: Int64[np.ndarray, " images"]) -> Int64[np.ndarray, " images"]:
+        """The row group of each image, counted over all files."""
+        return np.searchsorted(self._ends, rows, side="right").astype(np.int64)
+
     def _images(self, group: int) -> "pa.ChunkedArray":
         with self._lock:
             if group not in self._kept:
                 path, number = self._groups[group]
-                with reading(path), open_regular(path) as raw:
-                    if _state_of(raw) != self._state[path]:
+                with reading(path), open_shard(path) as raw:
+                    if state_of(raw) != self._state[path]:
                         raise UnreadableError(f"{path} was changed while it was in use")
                     images = read_group(raw, path, number)
                     if len(images) != self._ends[group] - (self._ends[group - 1] if group else 0):
                         raise UnreadableError(f"{path}: row group {number} holds {len(images)} images, not one per row")
                     self._kept[group] = images
-                while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > CACHE_BYTES:
+                while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self.cache_bytes:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(group)
             return self._kept[group]
 
     def fingerprint(self) -> bytes:
         """Names, sizes and times of the files, as they were opened."""
-        return repr([(path.name, *state) for path, state in self._state.items()]).encode()
+        return repr([(str(path).rsplit("/", 1)[-1], *state) for path, state in self._state.items()]).encode()
 
 
-def _state_of(file: io.BufferedReader) -> tuple[int, int]:
-    """What changes when a file does: its size and the time of its last change."""
-    found = os.fstat(file.fileno())
-    return found.st_size, found.st_mtime_ns
-
-
-def read_group(raw: io.IOBase, path: Path | str, number: int) -> "pa.ChunkedArray":
+def read_group(raw: Any, path: Shard, number: int) -> "pa.ChunkedArray":
     """The encoded images of a row group.
 
     They are read as a dictionary of distinct values, so that a value repeated a million times is held once.
@@ -179,15 +180,7 @@ def read_group(raw: io.IOBase, path: Path | str, number: int) -> "pa.ChunkedArra
     return found
 
 
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    files = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
-    splits = sorted({path.stem.split("-")[0] for path in files})
-    if split not in splits:
-        raise UsageError(f"{folder} has no split {split!r}; its Parquet files are of the splits {', '.join(splits)}")
-    return [path for path in files if path.stem.split("-")[0] == split]
-
-
-def image_column(schema: "pa.Schema", path: Path | str) -> tuple[str, bool]:
+def image_column(schema: "pa.Schema", path: Shard) -> tuple[str, bool]:
     """The column that holds the images, and whether it is a struct with the bytes inside."""
     import pyarrow as pa
 
@@ -221,12 +214,8 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and len(name) <= MAX_NAME_LENGTH and not CONTROL.search(name)
 
 
-def _is_glob(path: Path) -> bool:
-    return any(sign in str(path) for sign in "*?[") and not path.exists()
-
-
 @contextmanager
-def reading(path: Path | str) -> Iterator[None]:
+def reading(path: Shard) -> Iterator[None]:
     """Whatever fails inside is an `UnreadableError` that names the file."""
     try:
         yield

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bagcert.defenses.score_map_defense import ScoreMapDefense
+from bagcert.draws import Source, draw
 from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
 from bagcert.images import as_batch
@@ -65,12 +66,9 @@ def ablate(
     return torch.where(kept, torch.cat([images, 1 - images], 1), images.new_zeros(()))
 
 
-def random_positions(
-    count: int, image_size: tuple[int, int], generator: torch.Generator | None = None
-) -> Int[Tensor, "count 2"]:
+def random_positions(count: int, image_size: tuple[int, int], generator: Source) -> Int[Tensor, "count 2"]:
     """A random position for each of `count` training images, every row and column equally likely, the last included."""
-    draws = [torch.randint(0, side, (count,), generator=generator) for side in image_size]
-    return torch.stack(draws, 1)
+    return torch.stack([draw(side, count, generator) for side in image_size], 1)
 
 
 class DerandomizedSmoothing(ScoreMapDefense):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bagcert.defenses.interval_bounds import boxes_of
 from bagcert.defenses.interval_layers import Box, flat_layers, margin_bounds, through
 from bagcert.defenses.pixel_masks import covered
+from bagcert.draws import Source, draw
 from bagcert.nets.classifier import in_sequence
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.threat import PatchThreatModel
@@ -49,7 +50,7 @@ class BoundedLoss:
         images: Float[Tensor, "batch channels height width"],
         labels: Int[Tensor, " batch"],
         share: float,
-        generator: torch.Generator,
+        generator: Source,
     ) -> Float[Tensor, " batch"]:
         """One loss per image.
 
@@ -60,7 +61,7 @@ class BoundedLoss:
             share: of all steps that are done, from 0 to 1.
             generator: chooses the attacks.
         """
-        chosen = torch.randint(len(self.boxes), (len(images),), generator=generator, device=images.device)
+        chosen = draw(len(self.boxes), len(images), generator)
         hidden = covered(self.boxes[chosen], (images.shape[2], images.shape[3]))[:, None]
         worst = self.worst_logits(images, hidden, min(1.0, share / GROWTH), labels)
         bounded = F.cross_entropy(worst.float(), labels, reduction="none")

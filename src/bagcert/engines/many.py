@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from bagcert.errors import UsageError
 from bagcert.rules import get_rule
 from bagcert.threat import check_notation
 
+Found = Generator[tuple[int, pa.Table], None, None]
+
 PART_SIZE = 1000
 """Images per part: what a kill costs at most, and some seconds of work for one core."""
 BATCH_SIZE = 100
 
 
-def run_here(question: Question, parts: Sequence[Part], workers: int | None) -> Iterator[tuple[int, pa.Table]]:
+def run_here(question: Question, parts: Sequence[Part], workers: int | None) -> Found:
     """(index, rows) of each part, one after the other, with all threads of this process."""
     if workers not in (None, 1):
         raise UsageError(f"the local engine is one worker, got {workers}; --engine ray takes more")
@@ -32,14 +34,14 @@ def run_here(question: Question, parts: Sequence[Part], workers: int | None) -> 
         yield index, worker.certify(part)
 
 
-def run_on_ray(question: Question, parts: Sequence[Part], workers: int | None) -> Iterator[tuple[int, pa.Table]]:
+def run_on_ray(question: Question, parts: Sequence[Part], workers: int | None) -> Found:
     """(index, rows) of each part, as they come, from actors of Ray Data."""
     from bagcert.engines.ray import run_parts
 
     return run_parts(question, parts, workers)
 
 
-ENGINES: dict[str, Callable[[Question, Sequence[Part], int | None], Iterator[tuple[int, pa.Table]]]] = {
+ENGINES: dict[str, Callable[[Question, Sequence[Part], int | None], Found]] = {
     "local": run_here,
     "ray": run_on_ray,
 }

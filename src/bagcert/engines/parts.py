@@ -90,7 +90,8 @@ def list_work(data: str, part_size: int, limit: int | None = None) -> Work:
     """
     if part_size < 1 or (limit is not None and limit < 1):
         raise UsageError(f"a part size and a limit must be at least 1 image, got {part_size} and {limit}")
-    digest, parts, names = hashlib.sha256(), [], None
+    digest, names = hashlib.sha256(), None
+    parts: list[Part] = []
     files: list[str] = []
     left = float("inf") if limit is None else limit
     done = 0

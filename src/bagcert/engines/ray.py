@@ -7,7 +7,8 @@ nothing else. What a killed worker had begun is done again by another, and each 
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -53,7 +54,9 @@ class _Actor:
         return found
 
 
-def run_parts(question: Question, parts: Sequence[Part], workers: int | None) -> Iterator[tuple[int, pa.Table]]:
+def run_parts(
+    question: Question, parts: Sequence[Part], workers: int | None
+) -> Generator[tuple[int, pa.Table], None, None]:
     """(index, rows) of each part, as they come.
 
     Uses the Ray that this process is connected to, or else the cluster in RAY_ADDRESS, or else starts one here and
@@ -103,16 +106,19 @@ def _stream(ray: Any, question: Question, parts: Sequence[Part], workers: int | 
     if not 1 <= count <= room:
         raise UsageError(f"{count} workers were asked for, but Ray has {room} {'GPUs' if on_gpu else 'cores'}")
     items = [{"index": index, "part": pickle.dumps(part)} for index, part in enumerate(parts)]
-    found = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
-        _Actor,
-        fn_constructor_args=(question,),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=count),
-        num_cpus=1,
-        num_gpus=1 if on_gpu else 0,
-        max_restarts=-1,
-        max_task_retries=MOST_RETRIES,
-    )
+    source = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the last two, which have no successor yet
+        found = source.map_batches(
+            _Actor,
+            fn_constructor_args=(question,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=count),
+            num_cpus=1,
+            num_gpus=1 if on_gpu else 0,
+            max_restarts=-1,
+            max_task_retries=MOST_RETRIES,
+        )
     try:
         for row in found.iter_rows():
             if row["kind"]:

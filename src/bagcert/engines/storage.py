@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bagcert.data.folder import EXTENSIONS, images_below
+from bagcert.data.shards import is_address
 from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, shown
 from bagcert.extras import require
 from bagcert.files import open_regular
@@ -41,14 +42,9 @@ class Stored:
         return self.path.endswith(PARQUET)
 
 
-def is_url(path: str) -> bool:
-    """Is this a URL, and not a path of this machine?"""
-    return "://" in path
-
-
 def absolute(path: str) -> str:
     """The same place for processes in other working folders."""
-    return path if is_url(path) else os.path.abspath(os.path.expanduser(path))
+    return path if is_address(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def list_files(data: str) -> list[Stored]:
@@ -62,7 +58,7 @@ def list_files(data: str) -> list[Stored]:
         UnreadableError: there are none, or the place cannot be listed.
         UsageError: no library for this kind of URL is installed.
     """
-    found = _listed_remote(data) if is_url(data) else _listed_here(absolute(data))
+    found = _listed_remote(data) if is_address(data) else _listed_here(absolute(data))
     if not found:
         raise UnreadableError(f"{data} holds no images and no Parquet files")
     odd = next((stored.path for stored in found if CONTROL.search(stored.path)), None)
@@ -78,7 +74,7 @@ def read_photo(path: str) -> Photo:
         UnreadableError: this image cannot be read, and trying again is of no use.
         BagcertError: the store does not answer.
     """
-    if not is_url(path):
+    if not is_address(path):
         return read_image(path)
     files, name = _file_system(path)
     with _answering(path), files.open(name, "rb") as file:
@@ -97,7 +93,7 @@ def opened(path: str) -> Iterator[io.IOBase]:
     Raises:
         OSError: as `open_regular`, or as the store has it.
     """
-    if is_url(path):
+    if is_address(path):
         files, name = _file_system(path)
         with files.open(name, "rb") as file:
             yield file
@@ -113,7 +109,7 @@ def state_of(path: str) -> str:
         UnreadableError: it is gone.
         BagcertError: the store does not answer.
     """
-    if not is_url(path):
+    if not is_address(path):
         try:
             return _state_here(path)
         except OSError as error:

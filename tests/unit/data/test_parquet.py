@@ -70,7 +70,7 @@ def test_shards_of_a_split_in_order_with_names_from_the_schema(tmp_path: Path) -
     assert images.class_names == ("cat", "dog", "owl")
     assert len(load_dataset(tmp_path, "train")) == 1
     assert len(load_dataset(f"{tmp_path}/test-*.parquet")) == 5
-    with pytest.raises(UsageError, match="no split 'validation'; its Parquet files are of the splits test, train"):
+    with pytest.raises(UsageError, match="no split 'validation'; its shards are of the splits test, train"):
         load_dataset(tmp_path, "validation")
     with pytest.raises(UnreadableError, match="no file matches"):
         load_dataset(f"{tmp_path}/val-*.parquet")

@@ -242,6 +242,7 @@ def test_objects_in_s3_give_the_rows_of_files(store: str, mixed: Path, done: tup
         certify_many("s3://photos/nothing", tmp_path / "other", **ASKED)
 
 
+@pytest.mark.timeout(600)  # workers import torch three times
 def test_a_killed_worker_loses_and_doubles_nothing_and_rows_are_those_of_the_local_engine(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     path = _shard(tmp_path / "s.parquet", [_encoded(seed) for seed in range(60)], list(range(60)), rows=20)
