@@ -19,6 +19,9 @@ def benchmark_tables(results: Path) -> list[str]:
         "`bagcert benchmark --data data/cifar10 --defenses all --patch 2 --patch 5 --epochs 6 --multiply-adds 6000000 "
         "--out DIR`",
     ]
+    conditions = results / "benchmark" / "conditions.md"
+    if conditions.exists():
+        lines += ["", *conditions.read_text(encoding="utf-8").splitlines()]
     for patch in dict.fromkeys(row["patch"] for row in rows):
         lines += [
             "",

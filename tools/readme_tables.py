@@ -149,6 +149,9 @@ def soundness_lines() -> list[str]:
         said.append(f"{kills} runs killed at random moments and resumed, {gave_way} incomplete or different")
     if run := parts.get("fuzz"):
         said.append(f"{run['executions']:,} hostile inputs to the loaders, crashes: {run['crashes']}")
+    if run := parts.get("fuzz-again"):
+        names = " and ".join(each["target"] for each in run["targets"])
+        said.append(f"after mending, {run['executions']:,} more to those of {names}, crashes: {run['crashes']}")
     return ["", f"Soundness, by `tools/soundness.py`: {'; '.join(said)}."] if said else []
 
 
