@@ -249,7 +249,9 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
 
     command = [sys.executable, "-m", "bagcert", "page", "digits", "--patch", "3", "--rule", "vote", "--no-browser"]
     with (tmp_path / "out").open("w+") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        # A test run in the background of a shell ignores SIGINT, and so would its children.
+        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **heard)
         try:
             until(lambda: "Ctrl-C" in (tmp_path / "out").read_text() or process.poll() is not None, 120, "no address")
             address = (tmp_path / "out").read_text().split()[0]

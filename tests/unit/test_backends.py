@@ -1,5 +1,8 @@
 """Backends: the same scores from another runtime, measured for locality like torch's own."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +148,29 @@ def test_a_missing_library_names_its_extra(monkeypatch, backend, extra):
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == backend else object())
     with pytest.raises(UsageError, match=rf'needs {backend}, which is .*: pip install "bagcert\[{extra}\]"'):
         load("digits", backend=backend)
+
+
+DROPPED_BY_ANOTHER_THREAD = """
+import os, signal, sys, threading
+import numpy as np
+from bagcert.defenses.bagcert import load
+
+models = [load("digits", backend=sys.argv[1], checked=False)]
+models[0].score_map(np.zeros((1, 8, 8, 3), dtype=np.uint8))
+thread = threading.Thread(target=models.clear)
+thread.start()
+thread.join()
+heard = []
+signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+os.kill(os.getpid(), signal.SIGUSR1)
+print(len(heard))
+"""
+
+
+def test_signals_are_heard_after_another_thread_has_dropped_the_model(name):
+    command = [sys.executable, "-X", "faulthandler", "-c", DROPPED_BY_ANOTHER_THREAD, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 def test_what_there_is_not():

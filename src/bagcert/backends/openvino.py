@@ -3,6 +3,7 @@
 It reads the ONNX graph itself: its own converter from torch reports its use to its makers, which this package does not.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,7 @@ class OpenVinoRunner(Runner):
 
     def require_dtype(self) -> None:
         """Bfloat16 only where the processor has it."""
-        import openvino
-
-        if self.dtype is not None and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if self.dtype is not None and "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UsageError("this processor has no bfloat16 arithmetic for the backend openvino; use float32")
 
     def start(self, image: tuple[int, int, int], threads: int) -> Session:
@@ -37,16 +36,25 @@ class OpenVinoRunner(Runner):
         return scores
 
 
+@cache
+def core() -> Any:
+    """The one core of this process, which is never let go.
+
+    OpenVINO gives the thread that first uses it another stack for signals, and takes it back with its last object. If
+    another thread drops that one, the first is left without: its next signal, a Ctrl-C even, would end the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def compiled(model: Any, threads: int, precision: str = "f32") -> Any:
     """A model (ONNX bytes, a file, or one that is read) compiled for the CPU.
 
     The precision is always asked for: on some processors the default is bfloat16.
     """
-    import openvino
-
-    core = openvino.Core()
-    return core.compile_model(
-        core.read_model(model) if isinstance(model, bytes | str) else model,
+    return core().compile_model(
+        core().read_model(model) if isinstance(model, bytes | str) else model,
         "CPU",
         {
             "INFERENCE_PRECISION_HINT": precision,

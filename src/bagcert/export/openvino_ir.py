@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bagcert.backends.openvino import compiled
+from bagcert.backends.openvino import compiled, core
 from bagcert.export.check import Run
 from bagcert.extras import require_installed
 
@@ -22,7 +22,7 @@ def intermediate(model: bytes, metadata: dict[str, str], folder: Path, name: str
     """The graph as `.xml` and `.bin`, weights in float32; the metadata is under `bagcert` in its run-time info."""
     import openvino
 
-    graph = openvino.Core().read_model(model)
+    graph = core().read_model(model)
     for key, value in metadata.items():
         graph.set_rt_info(value, ["bagcert", key])
     path = folder / f"{name}.xml"
