@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import torch
 
+from bagcert.ahead import one_ahead
 from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.bagcert import BagCert
@@ -140,13 +141,16 @@ def evaluate(
                     seconds = [sum(pair) for pair in zip(seconds, batch.seconds, strict=True)]
                 done = records[-1].index + 1 if records else 0
             clock = time.perf_counter()
-            for indices, pixels, geometry in _batches(images, preprocessing, batch_size, lost, done):
+            batches = _batches(images, preprocessing, batch_size, lost, done)
+            if model.scorer.device.type != "cpu":  # a processor that computes has no time to read beside it
+                batches = one_ahead(batches)
+            for indices, pixels, geometry in batches:
                 load_seconds += time.perf_counter() - clock if run == 0 else 0.0
                 found, laps = _certify(model, tallies, pixels, geometry, placements)
                 seconds = [sum(pair) for pair in zip(seconds, laps, strict=True)]
                 if run == 0:
                     lines = [ImageRecord(i, int(labels[i]), line) for i, line in zip(indices, found, strict=True)]
-                    passed = [(i, sentence) for i, sentence in lost.items() if done <= i < indices[-1]]
+                    passed = [(i, sentence) for i, sentence in list(lost.items()) if done <= i < indices[-1]]
                     if journal:
                         journal.append(Batch(lines, passed, laps))
                     records += lines

@@ -53,7 +53,7 @@ def installed_backends() -> list[str]:
 
 
 def fastest_backend(device: str = "auto", dtype: str = "float32") -> str:
-    """The backend to take where none is asked for: the first installed of openvino and onnxruntime, else torch.
+    """The backend to take where none is asked for: the first installed of onnxruntime and openvino, else torch.
 
     Only in float32 on a machine without an accelerator; elsewhere torch. benchmarks/backends.py measures the order, and
     that certificates stay what they are.
@@ -63,4 +63,4 @@ def fastest_backend(device: str = "auto", dtype: str = "float32") -> str:
     if device == "auto" and (torch.cuda.is_available() or torch.backends.mps.is_available()):
         return "torch"
     there = installed_backends()
-    return next((name for name in ("openvino", "onnxruntime") if name in there), "torch")
+    return next((name for name in ("onnxruntime", "openvino") if name in there), "torch")

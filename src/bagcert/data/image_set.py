@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from bagcert.images import Photo
 Prepared = TypeVar("Prepared")
 
 _CHUNK = 64
+QUICK = 1e-3
+"""Seconds: what takes longer is worth a thread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,12 +247,22 @@ def _size(pixels: np.ndarray) -> str:
 
 
 def in_threads(function: Callable, indices: np.ndarray) -> list:
-    """[function(i) for i in indices], on all cores; the decoders release the interpreter lock."""
-    if len(indices) <= 1:
-        return [function(int(i)) for i in indices]
-    chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
-    if len(indices) <= _CHUNK:  # few but perhaps large: one task each
-        chunks = np.array_split(indices, len(indices))
+    """[function(i) for i in indices], on all cores once it is slow; the decoders release the interpreter lock.
+
+    What takes less than QUICK is done here: of small images two threads decode fewer than one, for they wait for the
+    interpreter most of the time.
+    """
+    done: list = []
+    for index in indices:
+        start = time.perf_counter()
+        done.append(function(int(index)))
+        if time.perf_counter() - start > QUICK:
+            break
+    rest = indices[len(done) :]
+    if len(rest) <= 1:
+        return done + [function(int(index)) for index in rest]
+    # Few are perhaps large: one task each.
+    chunks = [rest[start : start + _CHUNK] for start in range(0, len(rest), _CHUNK)] if len(rest) > _CHUNK else rest
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        done = pool.map(lambda chunk: [function(int(i)) for i in chunk], chunks)
-        return list(chain.from_iterable(done))
+        found = pool.map(lambda chunk: [function(int(i)) for i in np.atleast_1d(chunk)], chunks)
+        return done + list(chain.from_iterable(found))

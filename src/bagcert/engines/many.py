@@ -29,9 +29,7 @@ def run_here(question: Question, parts: Sequence[Part], workers: int | None) -> 
     """(index, rows) of each part, one after the other, with all threads of this process."""
     if workers not in (None, 1):
         raise UsageError(f"the local engine is one worker, got {workers}; --engine ray takes more")
-    worker = Worker(question)
-    for index, part in enumerate(parts):
-        yield index, worker.certify(part)
+    yield from enumerate(Worker(question).certify(parts))
 
 
 def run_on_ray(question: Question, parts: Sequence[Part], workers: int | None) -> Found:

@@ -20,6 +20,7 @@ from bagcert.data.parquet import (
     read_group,
     reading,
 )
+from bagcert.data.shards import is_address
 from bagcert.engines.storage import Stored, list_files, opened, read_photo, state_of
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.images import Photo, read_image
@@ -49,6 +50,11 @@ class Part:
     def __len__(self) -> int:
         """How many images."""
         return len(self.files) or self.stop - self.start
+
+    @property
+    def remote(self) -> bool:
+        """Is it read over a network?"""
+        return is_address(self.files[0] if self.shard is None else self.shard.path)
 
     def sources(self) -> list[str]:
         """What each image is called: its file, or `file.parquet#row`."""

@@ -43,7 +43,7 @@ class _Actor:
                 if self._worker is None:
                     self._worker = Worker(self._question)
                 sink = pa.BufferOutputStream()
-                table = self._worker.certify(pickle.loads(part))  # of our own making, a line below
+                (table,) = self._worker.certify([pickle.loads(part)])  # of our own making, further below
                 with pa.ipc.new_stream(sink, table.schema) as stream:
                     stream.write_table(table)
                 rows = sink.getvalue().to_pybytes()

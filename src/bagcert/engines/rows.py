@@ -7,7 +7,7 @@ there are, on which worker did them, or on what was done before a restart.
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from bagcert.ahead import one_ahead
 from bagcert.certificate_records import pixels_sha256
 from bagcert.defenses.bagcert import BagCert, load
 from bagcert.engines.parts import Found, Part, PartReader
@@ -118,28 +119,38 @@ class Worker:
         self._preprocessing = Preprocessing(self.model.image_size, question.fit)
         self._reader = PartReader()
 
-    def certify(self, part: Part) -> pa.Table:
-        """The rows of a part, by SCHEMA. An image that cannot be certified is a row with its error.
+    def certify(self, parts: Iterable[Part]) -> Iterator[pa.Table]:
+        """The rows of each part, by SCHEMA. An image that cannot be certified is a row with its error.
+
+        A part is read while the one before it is computed, where that takes other means than computing does.
 
         Raises:
             BagcertError: the store does not answer; the data was changed.
         """
-        inputs, labels = self._reader.read(part, self._prepare)
+        parts = list(parts)
+        read = (self._reader.read(part, self._prepare) for part in parts)
+        if any(part.remote for part in parts) or self.model.scorer.device.type != "cpu":
+            read = one_ahead(read)
+        for part, (inputs, labels) in zip(parts, read, strict=True):
+            yield self._rows(part, inputs, labels)
+
+    def _rows(self, part: Part, inputs: list["_Input | UnreadableError"], labels: list[int | None]) -> pa.Table:
         rows: list[dict[str, Any]] = [
             {"number": part.first + i, "source": source, "label": label, "worker": self.name}
             for i, (source, label) in enumerate(zip(part.sources(), labels, strict=True))
         ]
-        good = [i for i, found in enumerate(inputs) if isinstance(found, _Input)]
+        good: dict[int, _Input] = {}
         for i, found in enumerate(inputs):
             if isinstance(found, _Input):
+                good[i] = found
                 height, width = found.size_px
                 rows[i] |= {"height_px": height, "width_px": width, "exif_orientation": found.orientation}
                 rows[i]["pixels_sha256"] = found.pixels_sha256
             else:
                 rows[i]["error"] = str(found)
         for start in range(0, len(good), self.question.batch_size):
-            some = good[start : start + self.question.batch_size]
-            for i, said in zip(some, self._batch([inputs[i] for i in some]), strict=True):
+            some = list(good)[start : start + self.question.batch_size]
+            for i, said in zip(some, self._batch([good[i] for i in some]), strict=True):
                 rows[i] |= said
         return pa.Table.from_pylist(rows, SCHEMA)
 

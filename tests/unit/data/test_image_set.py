@@ -1,12 +1,14 @@
 """ImageSet: lazy reading, subsets, fixed splits, class weights."""
 
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from bagcert.data import ImageSet
-from bagcert.data.image_set import ArraySource
+from bagcert.data.image_set import QUICK, ArraySource, in_threads
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.images import Photo
 from bagcert.preprocess import Preprocessing
@@ -151,3 +153,19 @@ def test_each_image_is_prepared_where_it_is_read() -> None:
     expected = tiny.image_set(6).array().sum((1, 2, 3))
     assert [found[0], found[2]] == [expected[5], expected[0]]
     assert isinstance(found[1], UnreadableError)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 200])
+@pytest.mark.parametrize("slow_from", [0, 3, 1000])
+def test_what_is_slow_is_shared_among_threads_in_order(count, slow_from):
+    threads = set()
+
+    def work(index):
+        threads.add(threading.current_thread())
+        if index >= slow_from:
+            time.sleep(2 * QUICK)
+        return index
+
+    assert in_threads(work, np.arange(count)) == list(range(count))
+    if count > slow_from + 2:  # the first slow one is done here, and a last one needs no thread
+        assert threads > {threading.main_thread()}
