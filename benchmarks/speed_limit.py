@@ -19,7 +19,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.bagcert import DTYPES, BagCert, load, model_folder
 from bagcert.devices import resolve_device
-from bagcert.errors import UsageError
+from bagcert.errors import UnsoundError, UsageError
 from bagcert.evaluate import device_name, evaluate, versions
 from bagcert.extras import installed
 from bagcert.files import write_atomically
@@ -78,9 +78,9 @@ def in_turn(calls: dict[Any, Callable[[], object]], repeat: int, device: torch.d
     return {what: statistics.median(values) for what, values in seconds.items()}
 
 
-def rates(dtype: torch.dtype, device: torch.device, repeat: int) -> dict[str, Any]:
+def rates(dtype: torch.dtype, device: torch.device, repeat: int, quick: bool) -> dict[str, Any]:
     """What the machine does: multiply-adds per second in a dtype, and bytes read and written per second."""
-    products = dict(matrix_products(dtype, device))
+    products = dict(matrix_products(dtype, device, SHAPES[:1] if quick else SHAPES))
     for product in products.values():
         product()
     fastest = {what: min(timed(product, device) for _ in range(repeat)) for what, product in products.items()}
@@ -97,10 +97,10 @@ def rates(dtype: torch.dtype, device: torch.device, repeat: int) -> dict[str, An
 
 
 def matrix_products(
-    dtype: torch.dtype, device: torch.device
+    dtype: torch.dtype, device: torch.device, shapes: Sequence[tuple[int, int, int]]
 ) -> Iterator[tuple[tuple[str, int, int, int], Callable[[], object]]]:
     """Products of many shapes by every library here: no single one is the fastest on all machines."""
-    for rows, inner, cols in SHAPES:
+    for rows, inner, cols in shapes:
         one = torch.randn(rows, inner, device=device).to(dtype)
         other = torch.randn(inner, cols, device=device).to(dtype)
         yield ("torch", rows, inner, cols), lambda one=one, other=other: torch.mm(one, other)
@@ -155,7 +155,7 @@ def layers_of(scorer: RegionScorer, batch: Tensor, repeat: int) -> Iterator[dict
         yield {**row, "seconds": statistics.median(seconds[name][1:])}
 
 
-def ways(name: str, model: BagCert, batch: Tensor) -> dict[tuple[str, str], Callable[[], object]]:
+def ways(name: str, model: BagCert, batch: Tensor, quick: bool) -> dict[tuple[str, str], Callable[[], object]]:
     """The same scores of the same images in other ways; all but the first are with batch norm folded."""
     device = model.scorer.device
     trained, _ = read_model(model_folder(name))
@@ -167,9 +167,10 @@ def ways(name: str, model: BagCert, batch: Tensor) -> dict[tuple[str, str], Call
             found[words, dtype] = contiguous(scorer, batch, autocast)
         deployed = model.scorer if autocast is None else load(name, str(device), dtype, checked=False).scorer
         found["batch norm folded, channels last", dtype] = lambda scorer=deployed: scorer.forward_batch(batch)
-        compiled = copy.deepcopy(deployed)
-        compiled.net = torch.compile(compiled.net, dynamic=False)  # type: ignore[assignment]
-        found["the same, torch.compile", dtype] = lambda scorer=compiled: scorer.forward_batch(batch)
+        if not quick:
+            compiled = copy.deepcopy(deployed)
+            compiled.net = torch.compile(compiled.net, dynamic=False)  # type: ignore[assignment]
+            found["the same, torch.compile", dtype] = lambda scorer=compiled: scorer.forward_batch(batch)
         for backend in installed_backends() if device.type == "cpu" else ():
             if backend != "torch":
                 with suppress(UsageError):  # a backend without this dtype
@@ -218,9 +219,27 @@ def stages(model: BagCert, images: ImageSet, patch: str, batch_size: int) -> dic
         "head": lambda: [model.scorer.to_scores(each, size) for each in z],
         "rule": lambda: [rule.certify(each, threat) for each in maps],
         "records": lambda: [Record.each(each) for each in certificates],
-        "forward and rule": lambda: [rule.certify(model.score_map(batch), threat) for batch in batches],
         "evaluate": lambda: evaluate(model, images, [patch], batch_size=batch_size),
     }
+
+
+def certified(
+    name: str, device: torch.device, images: ImageSet, patch: str, batch_size: int
+) -> dict[tuple[str, str], Callable[[], object]]:
+    """From pixels to certificates on every backend that is local; the seconds are those of forward pass and rule."""
+    pixels = images.array()
+    batches = [pixels[first : first + batch_size] for first in range(0, len(pixels), batch_size)]
+    threat = PatchThreatModel.parse(patch, (pixels.shape[1], pixels.shape[2]))
+    found: dict[tuple[str, str], Callable[[], object]] = {}
+    for backend in installed_backends() if device.type == "cpu" else ["torch"]:
+        for dtype in DTYPES:
+            with suppress(UsageError, UnsoundError):  # a backend without this dtype, or not local in it
+                model = load(name, str(device), dtype, backend=backend)
+                rule = get_rule(model.rule)
+                found[backend, dtype] = lambda model=model, rule=rule: [
+                    rule.certify(model.score_map(batch), threat) for batch in batches
+                ]
+    return found
 
 
 def main() -> None:
@@ -233,14 +252,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one small product, no torch.compile: to try the command")
     parser.add_argument("--out", type=Path, default=Path("results/speed/limit.json"))
     arguments = parser.parse_args()
     device, load_before = resolve_device(arguments.device), psutil.getloadavg()[0]
     model = load(arguments.model, str(device))
     images = load_dataset(arguments.data, "test", arguments.images)
     batch = as_batch(images.take(PIXELS_AT_ONCE // math.prod(model.image_size)).array()).to(device)
-    repeat = arguments.repeat
-    speed = {dtype: rates(autocast or torch.float32, device, repeat) for dtype, autocast in DTYPES.items()}
+    repeat, quick = arguments.repeat, arguments.quick
+    speed = {dtype: rates(autocast or torch.float32, device, repeat, quick) for dtype, autocast in DTYPES.items()}
     print(json.dumps(speed), flush=True)
     layers = list(layers_of(model.scorer, batch, 4 * repeat))
     each = sum(layer["multiply_adds"] for layer in layers) // len(batch)
@@ -251,7 +271,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": f"python benchmarks/speed_limit.py --model {arguments.model} --data {arguments.data} "
         f"--images {arguments.images} --patch {arguments.patch} --batch-size {arguments.batch_size} "
-        f"--device {arguments.device} --repeat {repeat}",
+        f"--device {arguments.device} --repeat {repeat}" + (" --quick" if quick else ""),
         "model": model.name,
         "weights_sha256": model.weights_sha256,
         "rule": model.rule,
@@ -276,7 +296,7 @@ def main() -> None:
             "over_bound": round(seconds / bound, 3),
         }
 
-    found = in_turn(ways(arguments.model, model, batch), repeat, device)
+    found = in_turn(ways(arguments.model, model, batch, quick), repeat, device)
     result["ways"] = [
         {"way": way, "dtype": dtype, "images": len(batch), **bounded(seconds, len(batch), dtype)}
         for (way, dtype), seconds in found.items()
@@ -288,8 +308,12 @@ def main() -> None:
     ]
     found = in_turn(stages(model, images, arguments.patch, arguments.batch_size), repeat, device)
     result["stages"] = {"images": len(images), "seconds": {what: round(s, 4) for what, s in found.items()}}
-    result["forward_and_rule"] = bounded(found["forward and rule"], len(images))
-    for row in (*layers, *result["ways"], *result["images_at_once"], result["stages"], result["forward_and_rule"]):
+    calls = certified(arguments.model, device, images, arguments.patch, arguments.batch_size)
+    result["forward_and_rule"] = [
+        {"backend": backend, "dtype": dtype, "images": len(images), **bounded(seconds, len(images), dtype)}
+        for (backend, dtype), seconds in in_turn(calls, repeat, device).items()
+    ]
+    for row in (*layers, *result["ways"], *result["images_at_once"], result["stages"], *result["forward_and_rule"]):
         print(json.dumps(row), flush=True)
     write_atomically(arguments.out, (json.dumps(result, indent=2) + "\n").encode())
 

@@ -158,7 +158,71 @@ def rehearsals(results: Path) -> list[str]:
     return lines
 
 
-PARTS = {"growth": growth, "projection": projection, "rehearsals": rehearsals}
+def limit(results: Path) -> list[str]:
+    """Forward pass and rule over what the machine can do; what each way to run the network brings."""
+    run = load(results / "speed" / "limit.json")
+    if run is None:
+        return missing("benchmarks/speed_limit.py")
+    lines = [
+        f"Measured on {run['device']} ({run['processor']}, {run['threads']} threads), load average "
+        f"{run['load_average_before']} before the run, `{run['model']}`, {run['multiply_adds_per_image'] / 1e6:.1f} "
+        f"million multiply-adds per image: `{run['command']}`.",
+        "",
+        "| dtype | multiply-adds per second, *measured* | fastest product | copy, GB/s |",
+        "|---|---|---|---|",
+    ]
+    for dtype, rate in run["rates"].items():
+        lines.append(
+            f"| {dtype} | {rate['multiply_adds_per_second'] / 1e9:.1f} billion | {rate['product']} "
+            f"| {rate['bytes_per_second'] / 1e9:.1f} |"
+        )
+    together = run["forward_and_rule"]
+    lines += [
+        "",
+        f"**Forward pass and {run['rule']}** against {run['patch']} px, {together[0]['images']:,} images",
+        "",
+        "| backend | dtype | images per second | seconds over the arithmetic bound |",
+        "|---|---|---|---|",
+    ]
+    for row in run["forward_and_rule"]:
+        lines.append(
+            f"| {row['backend']} | {row['dtype']} | {row['images_per_second']:,.0f} | {row['over_bound']:.2f} |"
+        )
+    lines += [
+        "",
+        f"**Forward pass alone**, {run['ways'][0]['images']} images",
+        "",
+        "| way | dtype | images per second | over the arithmetic bound |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {row['way']} | {row['dtype']} | {_speed(row)} |" for row in run["ways"]]
+    lines += ["", "| images at once | images per second | over the arithmetic bound |", "|---|---|---|"]
+    lines += [f"| {row['images_at_once']} | {_speed(row)} |" for row in run["images_at_once"]]
+    layers = run["layers"]["rows"]
+    convolutions = [row for row in layers if row["multiply_adds"]]
+    others = [row for row in layers if not row["multiply_adds"]]
+    lines += [
+        "",
+        f"Layer by layer in float32, {run['layers']['images']} images: {_over(convolutions)} in {len(convolutions)} "
+        f"convolutions; {_over(others)} in {len(others)} other layers.",
+        "",
+        f"On the way from files to records, seconds for {run['stages']['images']:,} images: "
+        + ", ".join(f"{what} {seconds:.3f}" for what, seconds in run["stages"]["seconds"].items())
+        + ".",
+    ]
+    return lines
+
+
+def _speed(row: dict[str, Any]) -> str:
+    return f"{row['images_per_second']:,.0f} | {row['over_bound']:.2f}"
+
+
+def _over(layers: list[dict[str, Any]]) -> str:
+    seconds, bound = (sum(row[key] for row in layers) for key in ("seconds", "bound_seconds"))
+    return f"{seconds * 1e3:.0f} ms over a bound of {bound * 1e3:.0f} ms"
+
+
+PARTS = {"growth": growth, "projection": projection, "rehearsals": rehearsals, "limit": limit}
 
 
 def render(page: str, results: Path) -> str:

@@ -25,6 +25,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     smaller = ["--set", "model.width=16", "model.depth=1", "--training-images", "7200", "--tflops", "1"]
     out = folder / "rehearsals" / "imagenet64-bagcert.json"
     _run("benchmarks/rehearse.py", "imagenet64-bagcert", *sizes, *smaller, "--device", "cpu", "--out", str(out))
+    limit = ["--model", "digits", "--data", "digits", "--images", "20", "--patch", "2", "--repeat", "1", "--quick"]
+    _run("benchmarks/speed_limit.py", *limit, "--out", str(folder / "speed" / "limit.json"))
     return folder
 
 
@@ -61,6 +63,20 @@ def test_a_rehearsal_tells_what_is_measured_from_what_follows(results: Path) -> 
     assert "assumed" in beyond["accelerator_speed_from"]
 
 
+def test_the_limit_is_what_the_layers_and_the_rate_say(results: Path) -> None:
+    run = json.loads((results / "speed" / "limit.json").read_text())
+    images, rate = run["layers"]["images"], run["rates"]["float32"]["multiply_adds_per_second"]
+    assert sum(row["multiply_adds"] for row in run["layers"]["rows"]) == images * run["multiply_adds_per_image"]
+    assert {row["kind"].split()[0] for row in run["layers"]["rows"]} >= {"Normalize", "Conv2d", "ReLU"}
+    for row in (*run["ways"], *run["forward_and_rule"]):
+        if row["dtype"] == "float32":
+            bound = row["images"] * run["multiply_adds_per_image"] / rate
+            assert row["arithmetic_bound_seconds"] == pytest.approx(bound)
+            assert row["over_bound"] == pytest.approx(row["seconds"] / bound, abs=1e-3)
+    assert {"torch", "onnxruntime"} <= {row["backend"] for row in run["forward_and_rule"]}
+    assert {"read and decode", "forward", "rule", "evaluate"} <= run["stages"]["seconds"].keys()
+
+
 def test_the_page_on_scaling_takes_them(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "scaling.md"
     page.write_text((ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), encoding="utf-8")
@@ -88,4 +104,4 @@ def test_without_results_the_page_says_so(tmp_path: Path) -> None:
     page = tmp_path / "scaling.md"
     page.write_text((ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), encoding="utf-8")
     _run("tools/scaling_tables.py", "--results", str(tmp_path / "none"), "--page", str(page))
-    assert page.read_text(encoding="utf-8").count("Not measured yet") == 3
+    assert page.read_text(encoding="utf-8").count("Not measured yet") == 4

@@ -145,6 +145,31 @@ def test_a_patch_dragged_onto_a_picture_is_judged_as_by_the_package(page, model,
 
 
 @in_browser
+def test_what_is_painted_on_the_patch_moves_with_it(page, model):
+    page.click("input[value=paint]")
+    page.click("#certified-size")
+    settled(page)
+    (wide, high), (x, y) = cell(page)
+    paint(page, "#12ab9f")
+    page.drag((x - wide / 2, y - high / 2), (x - wide / 2, y + high / 2))  # the left two pixels
+    settled(page)
+    start = patch_of(page)
+    assert start[2:] == (2, 2)
+    page.value("document.getElementById('patch').focus()")
+    page.press("ArrowRight")
+    settled(page)
+    top, left, _, _ = patch_of(page)
+    assert (top, left) == (start[0], start[1] + 1)
+    shown = read_image(download(page)).pixels
+    assert (shown[top : top + 2, left] == (0x12, 0xAB, 0x9F)).all()
+    assert (shown[top : top + 2, left + 1] == 255).all()
+    assert verdict(page, "attacked") == certified(model, shown)
+    page.click("#clear")
+    settled(page)
+    assert (read_image(download(page)).pixels[top : top + 2, left : left + 2] == 255).all()
+
+
+@in_browser
 def test_noise_stays_within_the_patch_and_never_breaks_a_certificate(page, model):
     held, digits = 0, load_dataset("digits", "test")
     for sample in range(8):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bagcert.cli.console import print_json, progress, stdout
-from bagcert.cli.options import Device, Json
+from bagcert.cli.options import DATA_HELP, Device, Json
 
 if TYPE_CHECKING:
     from bagcert.benchmark import BenchmarkRow
@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 def benchmark(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Results, records, plots and trained networks go here.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="digits, cifar10 (from the hub), or a path: class folders, Parquet files, CIFAR-10's pickles."
-        ),
-    ] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     defenses: Annotated[
         str, typer.Option(metavar="NAMES", help="Names with commas between them, or all; see bagcert info.")
     ] = "all",

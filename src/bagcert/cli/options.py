@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")]
-Data = Annotated[
-    str,
-    typer.Option(help="digits, cifar10 (from the hub), or a path: class folders, Parquet files, CIFAR-10's pickles."),
-]
+DATA_HELP = (
+    "digits, cifar10 (from the hub), or a path or URL: class folders, Parquet files, tar shards, CIFAR-10's pickles."
+)
+Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Split = Annotated[str, typer.Option(help="Which part of the data.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N images, in data-set order.")]
 OnePatch = Annotated[

@@ -13,7 +13,7 @@ from bagcert.ranks import is_main_process
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe (see bagcert info), or a TOML file.")],
-    data: Annotated[str | None, typer.Option(help="A data set name or path, instead of the recipe's.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data set name, path or URL, instead of the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder. Default: runs/RECIPE.")] = None,
     set_: Annotated[
         list[str] | None,

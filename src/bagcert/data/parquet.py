@@ -6,8 +6,7 @@ Read with pyarrow alone: 10,000 small images take about a second, and nothing is
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,15 @@ import numpy as np
 from jaxtyping import Int64
 
 from bagcert.data.image_set import ImageSet
-from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, state_of
-from bagcert.errors import CONTROL, BagcertError, UnreadableError, shown
+from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, reading, state_of
+from bagcert.errors import CONTROL, UnreadableError, shown
 from bagcert.images import Photo, read_image
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGE_COLUMNS = ("image", "img")
+FORM = "Parquet"
 LABEL_COLUMN = "label"
 CACHE_BYTES = 1 << 30
 """Encoded row groups are kept in memory up to this size; the one in use always is."""
@@ -89,7 +89,7 @@ class _Shards:
         self._state: dict[Shard, tuple[int, int | str]] = {}
         sizes = []
         for path in files:
-            with reading(path), open_shard(path) as raw, pq.ParquetFile(raw) as file:
+            with reading(path, FORM), open_shard(path) as raw, pq.ParquetFile(raw) as file:
                 self._state[path] = state_of(raw)
                 schema = file.schema_arrow
                 image_column(schema, path)
@@ -136,7 +136,7 @@ class _Shards:
         with self._lock:
             if group not in self._kept:
                 path, number = self._groups[group]
-                with reading(path), open_shard(path) as raw:
+                with reading(path, FORM), open_shard(path) as raw:
                     if state_of(raw) != self._state[path]:
                         raise UnreadableError(f"{path} was changed while it was in use")
                     images = read_group(raw, path, number)
@@ -212,17 +212,3 @@ def class_names_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
 
 def _is_name(name: object) -> bool:
     return isinstance(name, str) and len(name) <= MAX_NAME_LENGTH and not CONTROL.search(name)
-
-
-@contextmanager
-def reading(path: Shard) -> Iterator[None]:
-    """Whatever fails inside is an `UnreadableError` that names the file."""
-    try:
-        yield
-    except BagcertError:
-        raise
-    except FileNotFoundError:
-        raise UnreadableError(f"there is no file {path}") from None
-    except Exception as error:  # names that are no text, types without a reader: each fails in its own way
-        reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
-        raise UnreadableError(f"{path} cannot be read as Parquet: {reason}") from error

@@ -8,16 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.addresses import answering, file_system, mark_of
+from bagcert.errors import BagcertError, UnreadableError, UsageError, shown
 from bagcert.files import open_regular
 
 Shard = Path | str
 """A file here, or the address of one elsewhere."""
-
-
-def is_address(spec: Any) -> bool:
-    """`s3://bucket/train-*.tar` and the like."""
-    return isinstance(spec, str) and "://" in spec
 
 
 def is_glob(path: Path) -> bool:
@@ -49,13 +45,12 @@ def find_addresses(spec: str, split: str) -> tuple[list[Shard], str]:
     """Likewise for an address: of one file, with a glob, or of a folder.
 
     Raises:
-        UnreadableError: nothing there, or it cannot be reached.
+        UnreadableError: nothing there, or it may not be read.
         UsageError: the folder has no such split, or a library for this kind of address is missing.
+        BagcertError: it cannot be reached.
     """
-    with _reaching(spec):
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(spec)
+    system, path = file_system(spec)
+    with answering(spec):
         whole = not any(sign in path for sign in "*?[") and system.isdir(path)
         found = sorted(system.glob(f"{path.rstrip('/')}/*" if whole else path))
         files = [system.unstrip_protocol(each) for each in found]
@@ -72,14 +67,13 @@ def open_shard(path: Shard) -> Any:
 
     Raises:
         OSError: it cannot be opened, or is no regular file here.
-        UsageError: a library for this kind of address is missing.
+        UsageError, UnreadableError, BagcertError: as `find_addresses`.
     """
     if isinstance(path, Path):
         return open_regular(path)
-    with _reaching(path):
-        import fsspec
-
-        return fsspec.open(path, "rb").open()
+    system, name = file_system(path)
+    with answering(path):
+        return system.open(name, "rb")
 
 
 def state_of(file: Any) -> tuple[int, int | str]:
@@ -87,9 +81,22 @@ def state_of(file: Any) -> tuple[int, int | str]:
     if isinstance(file, io.BufferedReader):
         found = os.fstat(file.fileno())
         return found.st_size, found.st_mtime_ns
-    details = file.details if isinstance(getattr(file, "details", None), dict) else {}
-    marks = (details.get(key) for key in ("ETag", "etag", "LastModified", "last_modified", "mtime", "blob_id"))
-    return int(file.size), str(next((mark for mark in marks if mark), ""))
+    details = getattr(file, "details", None)
+    return int(file.size), mark_of(details) if isinstance(details, dict) else ""
+
+
+@contextmanager
+def reading(path: Shard, form: str) -> Iterator[None]:
+    """Whatever fails inside is an `UnreadableError` that names the file and the form it should have."""
+    try:
+        yield
+    except BagcertError:
+        raise
+    except FileNotFoundError:
+        raise UnreadableError(f"there is no file {path}") from None
+    except Exception as error:  # names that are no text, types without a reader, stores: each fails in its own way
+        reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
+        raise UnreadableError(f"{path} cannot be read as {form}: {reason}") from error
 
 
 def _of_split(files: list[Any], split: str, stem: Callable[[Any], str], folder: str) -> list[Shard]:
@@ -97,13 +104,3 @@ def _of_split(files: list[Any], split: str, stem: Callable[[Any], str], folder: 
     if split not in splits:
         raise UsageError(f"{folder} has no split {split!r}; its shards are of the splits {', '.join(splits)}")
     return [file for file in files if stem(file).split("-")[0] == split]
-
-
-@contextmanager
-def _reaching(address: str) -> Iterator[None]:
-    try:
-        yield
-    except (ImportError, ValueError) as error:  # a library that is missing; an address of no known kind
-        raise UsageError(f"{address} cannot be opened: {shown(error)}") from None
-    except Exception as error:  # stores raise what they like
-        raise UnreadableError(f"{address} cannot be reached: {shown(error) or type(error).__name__}") from error

@@ -13,7 +13,6 @@ import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from jaxtyping import Int64
 from bagcert.data.folder import EXTENSIONS
 from bagcert.data.image_set import ImageSet
 from bagcert.data.parquet import MAX_CLASSES, MAX_ROWS
-from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, state_of
-from bagcert.errors import BagcertError, UnreadableError, shown
+from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, reading, state_of
+from bagcert.errors import UnreadableError, shown
 from bagcert.images import MAX_IMAGE_BYTES, Photo, read_image
 
 CACHE_BYTES = 1 << 28
@@ -79,7 +78,7 @@ class _Tars:
         self._states = []
         samples: list[tuple[int, int, int, int]] = []
         for number, path in enumerate(files):
-            with _reading(path), open_shard(path) as file:
+            with reading(path, "a tar file"), open_shard(path) as file:
                 self._states.append(state_of(file))
                 samples += ((number, *sample) for sample in _samples(file, path, self._states[-1][0]))
             if len(samples) > MAX_ROWS:
@@ -125,7 +124,7 @@ class _Tars:
                 number, last = int(self._shard[first]), int(end) - 1
                 path = self._files[number]
                 size = int(self._start[last] + self._size[last] - self._start[first])
-                with _reading(path), open_shard(path) as file:
+                with reading(path, "a tar file"), open_shard(path) as file:
                     if state_of(file) != self._states[number]:
                         raise UnreadableError(f"{path} was changed while it was in use")
                     file.seek(int(self._start[first]))
@@ -239,16 +238,3 @@ def _read(file: Any, path: Shard, start: int, size: int) -> bytes:
     file.seek(start)
     content: bytes = file.read(size)
     return content
-
-
-@contextmanager
-def _reading(path: Shard) -> Iterator[None]:
-    try:
-        yield
-    except BagcertError:
-        raise
-    except FileNotFoundError:
-        raise UnreadableError(f"there is no file {path}") from None
-    except Exception as error:  # stores raise what they like
-        reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
-        raise UnreadableError(f"{path} cannot be read as a tar file: {reason}") from error

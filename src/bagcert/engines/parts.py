@@ -11,16 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bagcert.addresses import is_address
 from bagcert.data.image_set import in_threads
 from bagcert.data.parquet import (
+    FORM,
     LABEL_COLUMN,
     MAX_ROWS,
     class_names_of,
     image_column,
     read_group,
-    reading,
 )
-from bagcert.data.shards import is_address
+from bagcert.data.shards import reading
 from bagcert.engines.storage import Stored, list_files, opened, read_photo, state_of
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.images import Photo, read_image
@@ -181,7 +182,7 @@ class PartReader:
         images: list[bytes | None] = []
         labels: list[int | None] = []
         if self._sizes is None or self._sizes[0] != shard:
-            with reading(shard.path), opened(shard.path) as raw, pq.ParquetFile(raw) as file:
+            with reading(shard.path, FORM), opened(shard.path) as raw, pq.ParquetFile(raw) as file:
                 self._sizes = shard, _sizes(file, shard)
         for group, first, last in _groups(self._sizes[1], start, stop):
             if self._kept is None or self._kept[:2] != (shard, group):
@@ -202,7 +203,7 @@ def _or_error(read: Callable[[], Photo]) -> Found:
 
 
 def _footer(shard: Stored) -> tuple[int, tuple[str, ...]]:
-    with reading(shard.path), opened(shard.path) as raw, pq.ParquetFile(raw) as file:
+    with reading(shard.path, FORM), opened(shard.path) as raw, pq.ParquetFile(raw) as file:
         image_column(file.schema_arrow, shard.path)
         sizes = _sizes(file, shard)
         return sum(sizes), class_names_of(file.schema_arrow.metadata)
@@ -226,7 +227,7 @@ def _groups(sizes: list[int], start: int, stop: int) -> Iterator[tuple[int, int,
 
 def _read_rows(shard: Stored, group: int) -> tuple[list[bytes | None], list[int | None]]:
     """Encoded images and labels of a row group; a value that is repeated is held once."""
-    with reading(shard.path), opened(shard.path) as raw:
+    with reading(shard.path, FORM), opened(shard.path) as raw:
         if state_of(shard.path) != shard.state:
             raise UnreadableError(f"{shard.path} was changed while it was in use")
         chunks = read_group(raw, shard.path, group).chunks
@@ -237,7 +238,7 @@ def _read_rows(shard: Stored, group: int) -> tuple[list[bytes | None], list[int 
             images += [None if index is None else distinct[index] for index in chunk.indices.to_pylist()]
         else:
             images += chunk.to_pylist()
-    with reading(shard.path), opened(shard.path) as raw, pq.ParquetFile(raw) as file:
+    with reading(shard.path, FORM), opened(shard.path) as raw, pq.ParquetFile(raw) as file:
         schema = file.schema_arrow
         if LABEL_COLUMN not in schema.names or not pa.types.is_integer(schema.field(LABEL_COLUMN).type):
             return images, [None] * len(images)

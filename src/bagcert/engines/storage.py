@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bagcert.addresses import answering, file_system, is_address, mark_of
 from bagcert.data.folder import EXTENSIONS, images_below
-from bagcert.data.shards import is_address
-from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, shown
-from bagcert.extras import require
+from bagcert.errors import CONTROL, UnreadableError
 from bagcert.files import open_regular
 from bagcert.images import MAX_IMAGE_BYTES, Photo, read_image
 
 PARQUET = ".parquet"
-EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}
-"""What a protocol needs: the library and the extra that brings it."""
 
 
 @dataclass(frozen=True, order=True)
@@ -76,8 +73,8 @@ def read_photo(path: str) -> Photo:
     """
     if not is_address(path):
         return read_image(path)
-    files, name = _file_system(path)
-    with _answering(path), files.open(name, "rb") as file:
+    files, name = file_system(path)
+    with answering(path), files.open(name, "rb") as file:
         if file.size > MAX_IMAGE_BYTES:
             raise UnreadableError(
                 f"{path} has {file.size:,} bytes and is refused; an image has at most {MAX_IMAGE_BYTES:,}"
@@ -94,7 +91,7 @@ def opened(path: str) -> Iterator[io.IOBase]:
         OSError: as `open_regular`, or as the store has it.
     """
     if is_address(path):
-        files, name = _file_system(path)
+        files, name = file_system(path)
         with files.open(name, "rb") as file:
             yield file
     else:
@@ -114,8 +111,8 @@ def state_of(path: str) -> str:
             return _state_here(path)
         except OSError as error:
             raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
-    files, name = _file_system(path)
-    with _answering(path):
+    files, name = file_system(path)
+    with answering(path):
         files.invalidate_cache()  # a listing kept from before would hide a change
         return _state_there(files.info(name))
 
@@ -139,8 +136,8 @@ def _listed_here(data: str) -> list[Stored]:
 
 
 def _listed_remote(url: str) -> list[Stored]:
-    files, root = _file_system(url)
-    with _answering(url):
+    files, root = file_system(url)
+    with answering(url):
         single = not glob.has_magic(root) and root.lower().endswith((*EXTENSIONS, PARQUET)) and files.isfile(root)
         if single:
             found: dict[str, Any] = {root: files.info(root)}
@@ -156,40 +153,10 @@ def _listed_remote(url: str) -> list[Stored]:
     ]
 
 
-def _file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, kept by fsspec from call to call, and the name in it."""
-    from fsspec.core import url_to_fs
-
-    protocol = url.partition("://")[0]
-    if protocol in EXTRAS:
-        library, extra = EXTRAS[protocol]
-        require(library, extra, f"reading from {protocol}://")
-    try:
-        return url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"{url} cannot be read: {shown(error)}") from None
-
-
 def _state_here(path: str) -> str:
     found = os.stat(path)
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _state_there(info: dict[str, Any]) -> str:
-    tag = next((info[name] for name in ("ETag", "etag", "md5Hash", "LastModified", "mtime") if info.get(name)), "")
-    return f"{info.get('size')} {str(tag).strip(chr(34))}"
-
-
-@contextmanager
-def _answering(url: str) -> Iterator[None]:
-    """What is refused for good is unreadable; everything else may be different in a minute."""
-    try:
-        yield
-    except BagcertError:
-        raise
-    except FileNotFoundError:
-        raise UnreadableError(f"there is no {url}") from None
-    except PermissionError as error:
-        raise UnreadableError(f"{url} may not be read: {shown(error)}") from None
-    except Exception as error:  # each store has errors of its own
-        raise BagcertError(f"{url} cannot be reached: {shown(error) or type(error).__name__}") from None
+    return f"{info.get('size')} {mark_of(info)}"

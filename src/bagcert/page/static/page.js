@@ -2,13 +2,13 @@
 
 import { drawPixels, drawVotes, touched } from "./drawing.js";
 import { lead, loadNetwork, runnerUp } from "./network.js";
-import { asPng, noise, oneColor, pixelsOf, withPatch } from "./picture.js";
+import { asPng, blank, noise, oneColor, pixelsOf, withPatch } from "./picture.js";
 import { outcome, threatInWords } from "./words.js";
 
 const element = (id) => document.getElementById(id);
 const numbers = ["height", "width", "top", "left"];
 const state = { about: null, run: null, blob: null, name: "", image: null, clean: null, attacked: null, shown: null,
-  patch: null, noise: null };
+  patch: null, noise: null, paint: null };
 let asked = 0; // changes so far
 let running = false;
 
@@ -22,7 +22,7 @@ async function start() {
   element("about").textContent =
     `Model ${about.model} with ${about.class_names.length} classes, ${height} × ${width} pixels, rule ${about.rule}, ` +
     `certified against any ${threatInWords(about.threat)}. It runs in this browser; no picture leaves it.`;
-  state.noise = noise(width, height);
+  [state.noise, state.paint] = [noise(width, height), blank(width, height)];
   certifiedSize();
   listSamples();
   connect();
@@ -83,12 +83,18 @@ function connect() {
       setPatch(event.target.value !== "" && Number.isFinite(value) ? { ...state.patch, [name]: value } : state.patch);
     });
   }
-  for (const radio of document.getElementsByName("content")) radio.addEventListener("change", changed);
+  for (const radio of document.getElementsByName("content")) radio.addEventListener("change", () => check(radio.value));
   element("reroll").addEventListener("click", () => {
     state.noise = noise(state.about.image_size[1], state.about.image_size[0]);
     check("noise");
   });
-  element("color").addEventListener("input", () => check("color"));
+  element("clear").addEventListener("click", () => {
+    state.paint = blank(state.about.image_size[1], state.about.image_size[0]);
+    check("paint");
+  });
+  element("color").addEventListener("input", () => {
+    if (chosen() !== "paint") check("color"); // else the brush has another color, and nothing changes yet
+  });
   element("show-votes").addEventListener("change", draw);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   element("certified-size").addEventListener("click", certifiedSize);
@@ -111,7 +117,7 @@ function connectDrop() {
   });
 }
 
-// Dragging the patch moves it, dragging its corner changes its size, both by whole pixels of the picture.
+// Dragging the patch moves it or paints on it, dragging its corner changes its size, all by whole pixels of the picture.
 function connectPointer() {
   const patch = element("patch");
   patch.addEventListener("pointerdown", (event) => {
@@ -119,7 +125,16 @@ function connectPointer() {
     const resizes = event.target === element("grip");
     const [from, box] = [{ ...state.patch }, element("stage").getBoundingClientRect()];
     const side = box.width / state.about.image_size[1];
+    const paints = !resizes && chosen() === "paint";
+    const dot = (now) => [Math.floor((now.clientY - box.top) / side) - from.top,
+      Math.floor((now.clientX - box.left) / side) - from.left];
+    let last = dot(event);
     const move = (now) => {
+      if (paints) {
+        stroke(last, dot(now));
+        last = dot(now);
+        return;
+      }
       const down = Math.round((now.clientY - event.clientY) / side);
       const right = Math.round((now.clientX - event.clientX) / side);
       if (resizes) {
@@ -133,11 +148,24 @@ function connectPointer() {
       patch.removeEventListener("pointerup", end);
       patch.removeEventListener("pointercancel", end);
     };
+    if (paints) stroke(last, last);
     patch.setPointerCapture(event.pointerId);
     patch.addEventListener("pointermove", move);
     patch.addEventListener("pointerup", end);
     patch.addEventListener("pointercancel", end);
   });
+}
+
+// Every pixel between two of the patch, for a pointer may jump.
+function stroke([row, col], [toRow, toCol]) {
+  const steps = Math.max(1, Math.abs(toRow - row), Math.abs(toCol - col));
+  for (let step = 0; step <= steps; step++) {
+    const down = Math.round(row + ((toRow - row) * step) / steps);
+    const right = Math.round(col + ((toCol - col) * step) / steps);
+    const inside = down >= 0 && right >= 0 && down < state.patch.height && right < state.patch.width;
+    if (inside) state.paint.dab(down, right, element("color").value);
+  }
+  changed();
 }
 
 function onKey(event) {
@@ -187,12 +215,17 @@ function setPatch({ top, left, height, width }) {
 
 function check(value) {
   for (const radio of document.getElementsByName("content")) radio.checked = radio.value === value;
+  element("patch").classList.toggle("painted", value === "paint");
   changed();
 }
 
+function chosen() {
+  return [...document.getElementsByName("content")].find((radio) => radio.checked).value;
+}
+
 function content() {
-  const painted = [...document.getElementsByName("content")].find((radio) => radio.checked).value === "color";
-  return painted ? oneColor(element("color").value) : state.noise;
+  const contents = { noise: state.noise, color: oneColor(element("color").value), paint: state.paint.content };
+  return contents[chosen()];
 }
 
 // One run at a time; what changed meanwhile is caught up with in one more.

@@ -49,7 +49,7 @@ export function withPatch(image, patch, content) {
   for (let row = patch.top; row < patch.top + patch.height; row++) {
     for (let col = patch.left; col < patch.left + patch.width; col++) {
       const at = 4 * (row * image.width + col);
-      result.data.set(content(at), at);
+      result.data.set(content(at, row - patch.top, col - patch.left), at);
     }
   }
   return result;
@@ -62,8 +62,22 @@ export function noise(width, height) {
 }
 
 export function oneColor(hex) {
-  const bytes = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  const bytes = channels(hex);
   return () => bytes;
+}
+
+// Paint moves with the patch: rows and columns count from its corner. White where nobody has painted.
+export function blank(width, height) {
+  const bytes = new Uint8Array(3 * width * height).fill(255);
+  const start = (row, col) => 3 * (row * width + col);
+  return {
+    dab: (row, col, hex) => bytes.set(channels(hex), start(row, col)),
+    content: (at, row, col) => bytes.subarray(start(row, col), start(row, col) + 3),
+  };
+}
+
+function channels(hex) {
+  return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 }
 
 export function asPng(image) {
