@@ -217,12 +217,28 @@ def _speed(row: dict[str, Any]) -> str:
     return f"{row['images_per_second']:,.0f} | {row['over_bound']:.2f}"
 
 
+def many(results: Path) -> list[str]:
+    """What a run over very many images found, a worker of which was killed."""
+    run = load(results / "speed" / "many_images.json")
+    if run is None:
+        return missing("benchmarks/many_images.py")
+    same = "equal" if run["rows_equal_to_local"] else "**not equal**"
+    return [
+        f"Measured: {run['images']:,} images of CIFAR-10, from {run['source']}, {run['cores']} CPU cores, patch "
+        f"{run['patch']}. On Ray with {run['ray']['workers']} workers, {run['workers_killed']} of them killed after "
+        f"{run['killed_after_share'][0]:.0%}: {run['lost']} lost, {run['doubled']} doubled, rows {same} to those of the "
+        f"local engine; {run['ray']['seconds']:.0f} s ({run['ray']['images_per_second']:.0f} images per second), the "
+        f"local engine {run['local']['seconds']:.0f} s ({run['local']['images_per_second']:.0f}), with listing, "
+        f"fetching, decoding and writing: `{run['command']}`."
+    ]
+
+
 def _over(layers: list[dict[str, Any]]) -> str:
     seconds, bound = (sum(row[key] for row in layers) for key in ("seconds", "bound_seconds"))
     return f"{seconds * 1e3:.0f} ms over a bound of {bound * 1e3:.0f} ms"
 
 
-PARTS = {"growth": growth, "projection": projection, "rehearsals": rehearsals, "limit": limit}
+PARTS = {"growth": growth, "projection": projection, "rehearsals": rehearsals, "limit": limit, "many": many}
 
 
 def render(page: str, results: Path) -> str:

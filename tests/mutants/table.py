@@ -295,18 +295,21 @@ DOUBLE_MASKING = {
 
 WINDOW_PAIRS = {
     "single masks only": [
-        ("_greedy(windows, lead, base, removed, every, floor.min(1).indices, best)", "pass"),
-        (
-            "image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)\n    _greedy",
-            "image, rival = (floor < floor).nonzero(as_tuple=True)\n    _greedy",
-        ),
-        (
-            "image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)\n    peaks",
-            "image, rival = (floor < floor).nonzero(as_tuple=True)\n    peaks",
-        ),
+        ("_greedy(windows, lead, base, removed, every, rival, best)", "pass"),
+        ("_greedy(windows, lead, base, removed, image[open_], rival[open_], best)", "open_ = open_ & False"),
+        ("    open_ = floor < best.margin[image]\n    image, rival, positive =", "    image, rival, positive ="),
     ],
-    "a floor without the second mask": [("floor = base - single - positive.amax(2)", "floor = base - single")],
+    "a floor without the second mask": [
+        ("floor = (base - single)[near] - positive.amax(1)", "floor = (base - single)[near]"),
+    ],
+    "a first floor without the second mask": [
+        ("near = base - single - windows.without_gaps(own, -torch.inf).amax(1)[:, None] <", "near = base - single <"),
+    ],
+    "a floor of all classes without the second mask": [
+        ("near = base - single - positive.amax(2) <", "near = base - single <"),
+    ],
     "a bound from signed sums": [("windows.sums(lead.clamp(min=0))", "windows.sums(lead)")],
+    "a bound from signed sums of a few classes": [("windows.sums(lead[near].clamp(min=0))", "windows.sums(lead[near])")],
     "pairs: ties forgotten": [("[:, None] - total - tie_penalty(label, classes)", "[:, None] - total")],
     "pairs of one shape only": [("for second in blocks[first:]:", "for second in blocks[first : first + 1]:")],
     "pairs from the same rows left out": [("pairs.triu()", "pairs.triu(1)")],
@@ -315,8 +318,8 @@ WINDOW_PAIRS = {
     "gaps in pairs": [("if table.keep is not None:", "if table.keep is not None and not len(r):")],
     "the search ends with the greedy pair": [
         (
-            "image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)\n    peaks",
-            "image, rival = (floor < floor).nonzero(as_tuple=True)\n    peaks",
+            "    open_ = floor < best.margin[image]\n    image, rival, positive =",
+            "    open_ = floor < floor\n    image, rival, positive =",
         )
     ],
     "pairs: the label its own rival": [("base[every, label] = torch.inf", "pass")],

@@ -72,7 +72,8 @@ def attack(
         get_attack(name)
     for name in rule or ():
         get_rule(name)
-    loaded = load(model, device, dtype)
+    with progress("loading"):
+        loaded = load(model, device, dtype)
     images = load_dataset(data, split, limit)
     labels = labels_for(loaded, images)
     rules = sorted(dict.fromkeys(rule or (loaded.rule,)), key=lambda name: name != loaded.rule)

@@ -124,7 +124,8 @@ def certify(
         if len(files) != 1:
             raise UsageError(f"--explain draws one photo, but {len(files)} were given")
         check_output(explain, ".png")
-    loaded = load(model, device, dtype, portable, backend=backend)
+    with progress("loading"):
+        loaded = load(model, device, dtype, portable, backend=backend)
     verdicts: list[FileVerdict] = []
     errors: list[FileError] = []
     with ExitStack() as stack, progress("certifying") as report:

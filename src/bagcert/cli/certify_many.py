@@ -1,5 +1,7 @@
 """`bagcert certify --data ... --out DIR`: a whole data source instead of single images."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) 
     from bagcert.errors import BagcertError
 
     try:
-        with progress("certifying") as report:
+        # Ray tells of dead workers on stdout, which is for results.
+        with progress("certifying") as report, redirect_stdout(sys.stderr):
             found = certify_many(data, out, engine=engine, on_progress=report, **choices)
     except KeyboardInterrupt:
         raise BagcertError(f"interrupted; the same command goes on with {out}") from None

@@ -84,7 +84,8 @@ def evaluate(
     elif resume:
         raise UsageError("--resume goes on with the run of an --out FILE.json, and none was given")
     log = None if out is None else log_path(out)
-    loaded = load(model, device, dtype, portable, backend=backend)
+    with progress("loading"):
+        loaded = load(model, device, dtype, portable, backend=backend)
     images = load_dataset(data, split, limit)
     model_seconds = time.perf_counter() - started
     try:

@@ -63,9 +63,10 @@ def export(
         )
     if calibration is not None and not int8:
         raise UsageError("--calibration is for --int8, which was not given")
-    loaded = load(model, device="cpu", checked=False)
-    images = None if data is None else _images(loaded, data, split, CHECK_IMAGES, fit).images
-    samples = None if calibration is None else _images(loaded, calibration, split, calibration_images, fit)
+    with progress("reading"):
+        loaded = load(model, device="cpu", checked=False)
+        images = None if data is None else _images(loaded, data, split, CHECK_IMAGES, fit).images
+        samples = None if calibration is None else _images(loaded, calibration, split, calibration_images, fit)
     with progress("exporting") as report:
         done = iter(range(STEPS * 2))
         found = export_model(

@@ -18,6 +18,9 @@ from torch import Tensor
 from bagcert.rules.windows import CHUNK_ELEMENTS, Best, Windows, chunks
 from bagcert.scores import tie_penalty
 
+FEW = 0.5
+"""Below this share of all classes it is faster to copy the lead maps of those that are left than to sum all of them."""
+
 
 def worst_pairs(
     windows: Windows,
@@ -42,21 +45,30 @@ def worst_pairs(
     lead = levels[every, label][:, None] - levels
     base = total[every, label][:, None] - total - tie_penalty(label, classes)
     base[every, label] = torch.inf  # the label is no rival of itself
-    removed = windows.without_gaps(sums[every, label][:, None] - sums, -torch.inf)
-    positive = windows.without_gaps(windows.sums(lead.clamp(min=0)), -torch.inf)
+    own = sums[every, label]
+    removed = windows.without_gaps(own[:, None] - sums, -torch.inf)
     single = removed.amax(2)
-    # sum over (m or m') <= sum over m + positive part of m'
-    floor = base - single - positive.amax(2)
 
     left, rival = (base - single).min(1)
     best = Best(left, removed[every, rival].max(1).indices[:, None].repeat(1, 2))
     # The likeliest rival of each image first: what its pair takes rules out most of the others.
-    _greedy(windows, lead, base, removed, every, floor.min(1).indices, best)
-    image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)
-    _greedy(windows, lead, base, removed, image, rival, best)
+    _greedy(windows, lead, base, removed, every, rival, best)
+    # sum over (m or m') <= sum over m + positive part of m' <= sum over m + the label's own levels in m'
+    near = base - single - windows.without_gaps(own, -torch.inf).amax(1)[:, None] < best.margin[:, None]
+    if near.float().mean() < FEW:
+        positive = windows.without_gaps(windows.sums(lead[near].clamp(min=0)), -torch.inf)
+    else:
+        positive = windows.without_gaps(windows.sums(lead.clamp(min=0)), -torch.inf)
+        near = base - single - positive.amax(2) < best.margin[:, None]
+        positive = positive[near]
+    image, rival = near.nonzero(as_tuple=True)
+    floor = (base - single)[near] - positive.amax(1)
+    open_ = floor < best.margin[image]
+    _greedy(windows, lead, base, removed, image[open_], rival[open_], best)
 
-    image, rival = (floor < best.margin[:, None]).nonzero(as_tuple=True)
-    peaks = [(_peaks(windows, k, removed, image, rival), _peaks(windows, k, positive, image, rival)) for k in blocks]
+    open_ = floor < best.margin[image]
+    image, rival, positive = image[open_], rival[open_], positive[open_]
+    peaks = [(_peaks(windows, k, removed[image, rival]), _peaks(windows, k, positive)) for k in blocks]
     for first in blocks:
         for second in blocks[first:]:
             (real, bound), (real2, bound2) = peaks[first], peaks[second]
@@ -135,13 +147,11 @@ class _PairTable:
         return len(self.first) * self.cols.shape[0]
 
 
-def _peaks(
-    windows: Windows, block: int, values: Float[Tensor, "batch classes windows"], image: Tensor, rival: Tensor
-) -> Float[Tensor, "rows row_windows"]:
-    """The largest value over the column windows of each row window of a block, for each (image, rival)."""
+def _peaks(windows: Windows, block: int, values: Float[Tensor, "rows windows"]) -> Float[Tensor, "rows row_windows"]:
+    """The largest value over the column windows of each row window of a block."""
     height, width = windows.blocks[block].keep.shape
     start = windows.starts[block]
-    return values[image, rival, start : start + height * width].unflatten(-1, (height, width)).amax(-1)
+    return values[:, start : start + height * width].unflatten(1, (height, width)).amax(2)
 
 
 def _search(

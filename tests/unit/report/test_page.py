@@ -51,6 +51,14 @@ def page(tmp_path: Path) -> str:
     return render(read_inputs([made.write(tmp_path), tmp_path]))
 
 
+def test_a_mask_of_placements_is_named_with_its_hash(tmp_path: Path) -> None:
+    assert "Placements" not in render(read_inputs([made.write(tmp_path)]))
+    found = {"file": "<bonnet>.png", "sha256": "0123456789abcdef" * 4}
+    text = render(read_inputs([made.write(tmp_path, placements=found)]))
+    assert "Placements" in text
+    assert "the white part of &lt;bonnet&gt;.png, SHA-256 0123456789abcdef" in text
+
+
 def test_nothing_comes_from_outside(page: str) -> None:
     for tag, attributes in Page(page).tags:
         assert tag not in ("script", "link", "iframe", "object")
