@@ -226,9 +226,9 @@ def many(results: Path) -> list[str]:
     return [
         f"Measured: {run['images']:,} images of CIFAR-10, from {run['source']}, {run['cores']} CPU cores, patch "
         f"{run['patch']}. On Ray with {run['ray']['workers']} workers, {run['workers_killed']} of them killed after "
-        f"{run['killed_after_share'][0]:.0%}: {run['lost']} lost, {run['doubled']} doubled, rows {same} to those of the "
-        f"local engine; {run['ray']['seconds']:.0f} s ({run['ray']['images_per_second']:.0f} images per second), the "
-        f"local engine {run['local']['seconds']:.0f} s ({run['local']['images_per_second']:.0f}), with listing, "
+        f"{run['killed_after_share'][0]:.0%}: {run['lost']} lost, {run['doubled']} doubled, rows {same} to those of "
+        f"the local engine; {run['ray']['seconds']:.0f} s ({run['ray']['images_per_second']:.0f} images per second), "
+        f"the local engine {run['local']['seconds']:.0f} s ({run['local']['images_per_second']:.0f}), with listing, "
         f"fetching, decoding and writing: `{run['command']}`."
     ]
 

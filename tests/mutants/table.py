@@ -309,7 +309,7 @@ WINDOW_PAIRS = {
         ("near = base - single - positive.amax(2) <", "near = base - single <"),
     ],
     "a bound from signed sums": [("windows.sums(lead.clamp(min=0))", "windows.sums(lead)")],
-    "a bound from signed sums of a few classes": [("windows.sums(lead[near].clamp(min=0))", "windows.sums(lead[near])")],
+    "a bound from signed sums, few classes": [("windows.sums(lead[near].clamp(min=0))", "windows.sums(lead[near])")],
     "pairs: ties forgotten": [("[:, None] - total - tie_penalty(label, classes)", "[:, None] - total")],
     "pairs of one shape only": [("for second in blocks[first:]:", "for second in blocks[first : first + 1]:")],
     "pairs from the same rows left out": [("pairs.triu()", "pairs.triu(1)")],
