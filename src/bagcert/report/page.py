@@ -12,7 +12,18 @@ from bagcert.files import write_atomically
 from bagcert.records import Row, RunInfo
 from bagcert.report import svg
 from bagcert.report.pictures import gallery
-from bagcert.report.summary import KINDS, Inputs, Run, Training, confusion, margins, patch_curves, per_class
+from bagcert.report.summary import (
+    KINDS,
+    Inputs,
+    Run,
+    Training,
+    confusion,
+    in_unit,
+    margins,
+    patch_curves,
+    patch_title,
+    per_class,
+)
 
 TITLE = "Certified accuracy against adversarial patches"
 KIND_STYLES = ("k0", "k1", "k2")
@@ -63,11 +74,13 @@ def attacker(threat: str) -> str:
 
     >>> attacker("5"), attacker("2*3 within the allowed placements")
     ('one patch of 5 px, anywhere', '2 patches of 3 px, within the allowed placements')
+    >>> attacker("2%")
+    'one patch of 2% of the image, anywhere'
     """
     size, _, where = threat.partition(" ")
     count, star, each = size.partition("*")
-    patches = f"{count} patches of {each}" if star else f"one patch of {size}"
-    return f"{patches} px, {where or 'anywhere'}"
+    patches = f"{count} patches of {in_unit(each)}" if star else f"one patch of {in_unit(size)}"
+    return f"{patches}, {where or 'anywhere'}"
 
 
 def _curves(runs: Sequence[Run]) -> str:
@@ -76,7 +89,7 @@ def _curves(runs: Sequence[Run]) -> str:
     ordered = {name: sorted(points.items(), key=lambda item: place[item[0]]) for name, points in curves.items()}
     chart = svg.lines(
         {name: [(float(place[patch]), values[0]) for patch, values in points] for name, points in ordered.items()},
-        "patch, px",
+        patch_title(patches),
         "certified accuracy, %",
         100.0,
         patches,
@@ -139,7 +152,8 @@ def _asked(info: RunInfo) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     attacked = any(row.attacked_accuracy is not None for row in rows)
-    head = ["patch, px", "rule", "clean", *(["attacked"] if attacked else []), "certified", "95 % interval", "seconds"]
+    title = patch_title(row.threat for row in rows)
+    head = [title, "rule", "clean", *(["attacked"] if attacked else []), "certified", "95 % interval", "seconds"]
     body = []
     for row in rows:
         low, high = row.interval95["certified_accuracy"]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bagcert.gallery_file import Picture
 from bagcert.records import ImageRecord
-from bagcert.report.summary import KINDS, Run, kind_of
+from bagcert.report.summary import KINDS, Run, in_unit, kind_of
 
 
 def gallery(run: Run) -> str:
@@ -33,7 +33,7 @@ def _card(run: Run, picture: Picture, record: ImageRecord) -> str:
     missing = f"margin {first.margin:,}" if first.certified else f"{-first.margin:,} short of a certificate"
     largest = f"{picture.largest_certified_px} px" if picture.largest_certified_px else "none"
     verdicts = "".join(
-        f"<li>{'&#10003;' if row.certified else '&#10007;'} {escape(row.threat)} px, {escape(row.rule)}</li>"
+        f"<li>{'&#10003;' if row.certified else '&#10007;'} {escape(in_unit(row.threat))}, {escape(row.rule)}</li>"
         for row in record.results[:12]
     )
     return (

@@ -5,7 +5,7 @@ from typing import Any
 
 from bagcert.files import write_atomically
 from bagcert.report.drawing import drawn, figure
-from bagcert.report.summary import KINDS, Inputs, Run, Training, margins, patch_curves
+from bagcert.report.summary import KINDS, Inputs, Run, Training, in_unit, margins, patch_curves, patch_title
 
 COLORS = ("#25804a", "#d99a1c", "#c23b4a")
 
@@ -53,7 +53,7 @@ def _against_patch(runs: list[Run]) -> Any:
         places = [patches.index(patch) for patch, _ in ordered]
         axes.errorbar(places, values, yerr=bars, marker="o", capsize=3, label=_plain(name))
     axes.set_xticks(range(len(patches)), [_plain(patch) for patch in patches])
-    axes.set(xlabel="patch, px", ylabel="certified accuracy, %", ylim=(0, 100))
+    axes.set(xlabel=patch_title(patches), ylabel="certified accuracy, %", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
     return drawing
@@ -69,7 +69,7 @@ def _margins(run: Run) -> Any:
         base = [below + count for below, count in zip(base, groups[kind], strict=True)]
     axes.axvline(0, color="black", linestyle="--", linewidth=1)
     row = run.info.results[run.telling]
-    axes.set(xlabel=_plain(f"margin ({row.rule}, patch {row.threat} px)"), ylabel="images")
+    axes.set(xlabel=_plain(f"margin ({row.rule}, patch of {in_unit(row.threat)})"), ylabel="images")
     axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return drawing
 

@@ -1,7 +1,7 @@
 """What a report is made of: evaluations and training runs as read from their files, and the figures drawn of them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,15 @@ MAX_METRICS_BYTES = 1 << 26
 KINDS = ("right and certified", "right, not certified", "wrong")
 
 _RUN = TypeAdapter(RunInfo)
+
+
+def patch_title(patches: Iterable[str]) -> str:
+    """Over patches as written: with their unit where all share it.
+
+    >>> patch_title(["5", "2x8"]), patch_title(["5", "1%"])
+    ('patch, px', 'patch')
+    """
+    return "patch" if any("%" in patch for patch in patches) else "patch, px"
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,16 @@ class Inputs:
 
     runs: list[Run]
     trainings: list[Training]
+
+
+def in_unit(threat: str) -> str:
+    """A patch as records name it, with its unit.
+
+    >>> in_unit("2x8"), in_unit("2%"), in_unit("5 within the allowed placements")
+    ('2x8 px', '2% of the image', '5 px within the allowed placements')
+    """
+    size, space, where = threat.partition(" ")
+    return f"{size} of the image{space}{where}" if size.endswith("%") else f"{size} px{space}{where}"
 
 
 def read_inputs(paths: Sequence[Path]) -> Inputs:
