@@ -8,6 +8,7 @@ python benchmarks/many_images.py --data data/cifar10 --images 100000 --out resul
 
 import argparse
 import json
+import logging
 import os
 import signal
 import tempfile
@@ -107,6 +108,7 @@ def served(data: Path, images: int, folder: Path, here: bool) -> Iterator[str]:
     import s3fs
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

@@ -117,6 +117,18 @@ def test_a_real_grid_against_every_pair(patch, greedy, monkeypatch):
         assert int(found.margin[image]) == min(left)
 
 
+@pytest.mark.parametrize("others", [0, 8], ids=["every class open", "few classes open"])
+def test_the_worst_pair_may_overlap_where_the_lead_is_negative(others):
+    """The two windows that share the -3 take 7. Greedily it is 3 + 3, and no window alone takes more than 3."""
+    lead = [5, -3, 5, -9, 3, 0, -9, 3, 0] + [1] * 60
+    scores = [[lead], [[0] * len(lead)], *[[[-9] * len(lead)]] * others]
+    grid = RegionGrid.from_axis(1, 1, 0, (1, len(lead)))
+    score_map = ScoreMap(torch.tensor([scores], dtype=torch.int16), -9, 9, grid)
+    found = double_masking(score_map, PatchThreatModel.parse("1x2", (1, len(lead))))
+    assert (found.prediction.item(), found.margin.item()) == (0, sum(lead) - 7)
+    assert found.worst_placement.tolist() == [[[0, 0, 1, 2], [0, 1, 1, 2]]]
+
+
 def test_chunks_change_nothing(monkeypatch):
     generator = np.random.default_rng(4)
     grid = RegionGrid.from_axis(3, 1, -1, (7, 9))
