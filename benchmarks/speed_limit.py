@@ -201,13 +201,18 @@ def in_chunks(model: BagCert, batch: Tensor) -> dict[int, Callable[[], object]]:
     return calls
 
 
+def in_batches(images: ImageSet, batch_size: int) -> list[np.ndarray]:
+    """All pixels, uint8 [batch, height, width, 3]."""
+    pixels = images.array()
+    return [pixels[first : first + batch_size] for first in range(0, len(pixels), batch_size)]
+
+
 def stages(model: BagCert, images: ImageSet, patch: str, batch_size: int) -> dict[str, Callable[[], object]]:
     """What happens on the way from encoded images to records; then all of it, as `bagcert evaluate` does it."""
-    pixels = images.array()
-    batches = [pixels[first : first + batch_size] for first in range(0, len(pixels), batch_size)]
+    batches = in_batches(images, batch_size)
     floats = [as_batch(batch) for batch in batches]
     z = [model.scorer.forward_batch(batch) for batch in floats]
-    size = (pixels.shape[1], pixels.shape[2])
+    size = batches[0].shape[1:3]
     maps = [model.scorer.to_scores(each, size) for each in z]
     threat = PatchThreatModel.parse(patch, size)
     rule = get_rule(model.rule)
@@ -227,9 +232,8 @@ def certified(
     name: str, device: torch.device, images: ImageSet, patch: str, batch_size: int
 ) -> dict[tuple[str, str], Callable[[], object]]:
     """From pixels to certificates on every backend that is local; the seconds are those of forward pass and rule."""
-    pixels = images.array()
-    batches = [pixels[first : first + batch_size] for first in range(0, len(pixels), batch_size)]
-    threat = PatchThreatModel.parse(patch, (pixels.shape[1], pixels.shape[2]))
+    batches = in_batches(images, batch_size)
+    threat = PatchThreatModel.parse(patch, batches[0].shape[1:3])
     found: dict[tuple[str, str], Callable[[], object]] = {}
     for backend in installed_backends() if device.type == "cpu" else ["torch"]:
         for dtype in DTYPES:

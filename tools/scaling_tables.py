@@ -184,10 +184,7 @@ def limit(results: Path) -> list[str]:
         "| backend | dtype | images per second | seconds over the arithmetic bound |",
         "|---|---|---|---|",
     ]
-    for row in run["forward_and_rule"]:
-        lines.append(
-            f"| {row['backend']} | {row['dtype']} | {row['images_per_second']:,.0f} | {row['over_bound']:.2f} |"
-        )
+    lines += [f"| {row['backend']} | {row['dtype']} | {_speed(row)} |" for row in together]
     lines += [
         "",
         f"**Forward pass alone**, {run['ways'][0]['images']} images",

@@ -150,6 +150,7 @@ def evaluate(
                 seconds = [sum(pair) for pair in zip(seconds, laps, strict=True)]
                 if run == 0:
                     lines = [ImageRecord(i, int(labels[i]), line) for i, line in zip(indices, found, strict=True)]
+                    # A copy: images that are read ahead may add to it meanwhile.
                     passed = [(i, sentence) for i, sentence in list(lost.items()) if done <= i < indices[-1]]
                     if journal:
                         journal.append(Batch(lines, passed, laps))

@@ -18,7 +18,7 @@ Shard = Path | str
 
 def is_glob(path: Path) -> bool:
     """A pattern, unless there is a file of that very name."""
-    return any(sign in str(path) for sign in "*?[") and not path.exists()
+    return glob.has_magic(str(path)) and not path.exists()
 
 
 def find_shards(path: Path, split: str, suffix: str) -> tuple[list[Shard], str]:
@@ -51,7 +51,7 @@ def find_addresses(spec: str, split: str) -> tuple[list[Shard], str]:
     """
     system, path = file_system(spec)
     with answering(spec):
-        whole = not any(sign in path for sign in "*?[") and system.isdir(path)
+        whole = not glob.has_magic(path) and system.isdir(path)
         found = sorted(system.glob(f"{path.rstrip('/')}/*" if whole else path))
         files = [system.unstrip_protocol(each) for each in found]
     files = [file for file in files if file.endswith((".parquet", ".tar"))]

@@ -7,7 +7,7 @@ there are, on which worker did them, or on what was done before a restart.
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -119,7 +119,7 @@ class Worker:
         self._preprocessing = Preprocessing(self.model.image_size, question.fit)
         self._reader = PartReader()
 
-    def certify(self, parts: Iterable[Part]) -> Iterator[pa.Table]:
+    def certify(self, parts: Sequence[Part]) -> Iterator[pa.Table]:
         """The rows of each part, by SCHEMA. An image that cannot be certified is a row with its error.
 
         A part is read while the one before it is computed, where that takes other means than computing does.
@@ -127,7 +127,6 @@ class Worker:
         Raises:
             BagcertError: the store does not answer; the data was changed.
         """
-        parts = list(parts)
         read = (self._reader.read(part, self._prepare) for part in parts)
         if any(part.remote for part in parts) or self.model.scorer.device.type != "cpu":
             read = one_ahead(read)
@@ -148,8 +147,9 @@ class Worker:
                 rows[i]["pixels_sha256"] = found.pixels_sha256
             else:
                 rows[i]["error"] = str(found)
-        for start in range(0, len(good), self.question.batch_size):
-            some = list(good)[start : start + self.question.batch_size]
+        numbers = list(good)
+        for start in range(0, len(numbers), self.question.batch_size):
+            some = numbers[start : start + self.question.batch_size]
             for i, said in zip(some, self._batch([good[i] for i in some]), strict=True):
                 rows[i] |= said
         return pa.Table.from_pylist(rows, SCHEMA)
