@@ -170,7 +170,7 @@ def double_masking(scores, masks):
 
 
 def double_masking_certified(scores, masks):
-    """METHOD's condition itself: every pair gives the deployed prediction."""
+    """The condition itself: every pair gives the deployed prediction."""
     label = double_masking_prediction(scores, masks)
     return all(masked_prediction(scores, a | b) == label for a in masks for b in masks)
 
@@ -208,6 +208,72 @@ def alert(scores, masks):
     """Does detection raise the alarm?"""
     label = plain_prediction(scores)
     return any(masked_prediction(scores, mask) != label for mask in masks)
+
+
+# ---------------------------------------------------------------- attention pooling, in Python integers
+
+
+def readout_scores(values, weights, readout, mask):
+    """Integer class scores of what a mask leaves over; None if it leaves nothing.
+
+    `values` [D, rows, cols] and `weights` [heads, rows, cols] are those of every region, `readout` holds the integer
+    matrices by name.
+    """
+    kept = [tuple(cell) for cell in np.argwhere(~mask)]
+    if not kept:
+        return None
+    each = len(values) // len(weights)
+    pooled = []
+    for d in range(len(values)):
+        weight = [int(weights[d // each][cell]) for cell in kept]
+        total = sum(e * int(values[d][cell]) for e, cell in zip(weight, kept, strict=True))
+        pooled.append(max(-127, min(127, floor(Fraction(total, sum(weight)) + Fraction(1, 2)))))
+    hidden = []
+    for row, bias in zip(readout["first"], readout["first_bias"], strict=True):
+        total = sum(int(a) * q for a, q in zip(row, pooled, strict=True)) + int(bias)
+        hidden.append(max(0, min(127, floor(Fraction(total, 128) + Fraction(1, 2)))))
+    scores = []
+    for c, bias in enumerate(readout["bias"]):
+        from_hidden = sum(int(b) * t for b, t in zip(readout["second"][c], hidden, strict=True))
+        scores.append(
+            from_hidden + sum(int(a) * q for a, q in zip(readout["skip"][c], pooled, strict=True)) + int(bias)
+        )
+    return scores
+
+
+def any_masked_prediction(score, mask):
+    """The label of any masked predictor `score(mask)` that returns class scores, or None where nothing is left."""
+    scores = score(mask)
+    return None if scores is None else argmax(scores)
+
+
+def any_double_masking_prediction(score, masks, shape):
+    """The double-masking prediction for any function of the kept regions."""
+    first = [any_masked_prediction(score, mask) for mask in masks]
+    labels = [label for label in first if label is not None]
+    if not labels:
+        return any_masked_prediction(score, np.zeros(shape, dtype=bool))
+    if len(labels) == len(first) and len(set(labels)) == 1:
+        return labels[0]
+    majority = min(set(labels), key=lambda label: (-labels.count(label), label))
+    for mask, label in zip(masks, first, strict=True):
+        if label is not None and label != majority:
+            if all(any_masked_prediction(score, mask | other) == label for other in masks):
+                return label
+    return majority
+
+
+def any_margin(score, masks, label):
+    """The least lead of a label over its rivals under some masks, less 1 before it; -1 at most where nothing is left."""
+    margin = None
+    for mask in masks:
+        scores = score(mask)
+        if scores is None:
+            lead = -1
+        else:
+            lead = min(scores[label] - z - (c < label) for c, z in enumerate(scores) if c != label)
+        margin = lead if margin is None else min(margin, lead)
+    return margin
 
 
 # ---------------------------------------------------------------- attacks

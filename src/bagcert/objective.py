@@ -9,6 +9,8 @@ from bagcert import losses
 from bagcert.data.augment import cutout, random_crop, random_flip, random_resized_crop
 from bagcert.defenses.derandomized_smoothing import ablate, random_positions
 from bagcert.draws import Source
+from bagcert.errors import UsageError
+from bagcert.nets.attention_pooling import attention_masking_loss
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.recipe import Recipe
 from bagcert.threat import PatchThreatModel
@@ -21,9 +23,14 @@ def make_objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatMode
     """The recipe's loss for scores of this network."""
     loss = recipe.loss
     windows = scorer.grid().windows(threat)
-    masks = losses.window_masks(windows, device) if loss.name == "masked-features" else torch.empty(0)
+    masked = loss.name == "masked-features" or scorer.readout is not None
+    masks = losses.window_masks(windows, device) if masked else torch.empty(0)
+    if scorer.readout is not None and loss.name != "double-masking":
+        raise UsageError(f"the attention-pooling head is trained with loss.name=double-masking, got {loss.name}")
 
     def objective(z: Tensor, labels: Tensor, generator: Source) -> Tensor:
+        if scorer.readout is not None:
+            return attention_masking_loss(scorer.readout, z, labels, masks, loss.full_weight, loss.label_smoothing)
         scores = losses.straight_through(z.float()) if recipe.model.head == "binary" else z.float()
         if loss.name == "margin":
             value = losses.margin_loss(scores, labels, loss.margin)

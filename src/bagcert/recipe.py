@@ -48,7 +48,17 @@ class ModelSection(_Section):
     image_size: tuple[Pixels, Pixels] | None = Field(
         default=None, description="images are squashed to it; their own when absent"
     )
-    head: Literal["binary", "fixed-point"] = "fixed-point"
+    head: Literal["binary", "fixed-point", "attention-pooling"] = "fixed-point"
+    values: int = Field(default=128, ge=1, le=1024, description="pooled values of the attention-pooling head")
+    attention_heads: int = Field(default=8, ge=1, le=1024, description="each weighs values / attention_heads values")
+    hidden: int = Field(default=64, ge=1, le=1024, description="hidden units of the attention-pooling readout")
+
+    @property
+    def readout(self) -> dict[str, int]:
+        """The sizes of the readout, for the head that has one."""
+        if self.head != "attention-pooling":
+            return {}
+        return {"values": self.values, "attention_heads": self.attention_heads, "hidden": self.hidden}
 
 
 class DefenseSection(_Section):
@@ -80,7 +90,7 @@ class LossSection(_Section):
 
 
 class OptimizerSection(_Section):
-    """Optimizer and schedule: linear warm-up, then cosine to zero."""
+    """Optimizer and learning-rate schedule, which begins with a linear warm-up."""
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = Field(default=2e-3, gt=0)
@@ -90,6 +100,12 @@ class OptimizerSection(_Section):
     weight_decay: float = Field(default=0.01, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1, description="for sgd")
     warmup: float = Field(default=0.2, ge=0, lt=1, description="share of all steps")
+    schedule: Literal["cosine", "hold"] = Field(
+        default="cosine",
+        description="after the warm-up: cosine to zero; or the top rate, and linear to zero over the last `decay` share",
+    )
+    decay: float = Field(default=0.25, gt=0, le=1, description="share of all steps, for the schedule hold")
+    warmup_steps: int | None = Field(default=None, ge=1, description="instead of warmup; needed to extend a run")
     gradient_clip: float | None = Field(default=None, gt=0)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import zipfile
 from copy import deepcopy
 from pathlib import Path
@@ -20,7 +21,8 @@ from bagcert.nets.model_folder import CONFIG, WEIGHTS
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.recipe import MAX_RECIPE_BYTES, Recipe
 
-CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.toml"
+CHECKPOINT, HELD, METRICS, RECIPE = "checkpoint.pt", "checkpoint-held.pt", "metrics.jsonl", "recipe.toml"
+_EPOCHS = re.compile(r"^epochs = (\d+)$", re.MULTILINE)
 MAX_CHECKPOINT_BYTES = 1 << 33
 """Four times the largest weights a model folder may have: weights, their average, and two moments of the optimizer."""
 
@@ -31,6 +33,8 @@ class RunFolder:
     Attributes:
         step: optimizer steps done.
         steps: of the whole run, which follow from the recipe and the number of images.
+        decay_start: the step from which a held learning rate falls; None for other schedules. The checkpoint of that
+            step is kept, so that a run can be resumed with more epochs.
         seconds: training time so far, over all resumptions.
     """
 
@@ -43,6 +47,7 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         steps: int,
+        decay_start: int | None = None,
     ) -> None:
         self.folder = folder
         self.recipe = recipe
@@ -52,6 +57,7 @@ class RunFolder:
         self.schedule = schedule
         self.step = 0
         self.steps = steps
+        self.decay_start = decay_start
         self.seconds = 0.0
         self._metrics: list[str] = []
 
@@ -70,7 +76,7 @@ class RunFolder:
             UnreadableError: the checkpoint is damaged.
         """
         path = self.folder / CHECKPOINT
-        for name in (CHECKPOINT, METRICS, RECIPE, WEIGHTS, CONFIG):
+        for name in (CHECKPOINT, HELD, METRICS, RECIPE, WEIGHTS, CONFIG):
             remove_leftovers(self.folder / name)
         if not resume:
             if path.exists():
@@ -78,12 +84,18 @@ class RunFolder:
             write_atomically(self.folder / RECIPE, self.recipe.to_toml().encode())
             write_atomically(self.folder / METRICS, b"")
             return
+        extended = self._extends()
+        if extended and not path.exists():  # finished: what it went on with before the learning rate fell
+            path = self.folder / HELD
         if not path.exists():
             raise UsageError(f"{self.folder} holds no unfinished run to resume")
-        if self._written_recipe() != self.recipe.to_toml():
-            raise UsageError(f"the run in {self.folder} was started with another recipe; see its {RECIPE}")
         try:
-            self._restore(_read_checkpoint(path))
+            state = _read_checkpoint(path)
+            if extended:
+                state = self._extended(state)
+            self._restore(state)
+            if extended:
+                write_atomically(self.folder / RECIPE, self.recipe.to_toml().encode())
         except UsageError:
             raise
         except Exception as error:  # a damaged file can fail in any way
@@ -92,6 +104,42 @@ class RunFolder:
                 reason = "it holds more, or other things, than tensors and numbers"
             raise UnreadableError(f"the checkpoint {path} is damaged: {shown(reason)}") from None
         write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
+
+    def _extends(self) -> bool:
+        """Whether the run was started with another number of epochs.
+
+        Raises:
+            UsageError: with another recipe, or the epochs of its schedule cannot be changed.
+        """
+        written, own = self._written_recipe(), self.recipe.to_toml()
+        if written == own:
+            return False
+        if _EPOCHS.sub("", written) != _EPOCHS.sub("", own):
+            raise UsageError(f"the run in {self.folder} was started with another recipe; see its {RECIPE}")
+        if self.decay_start is None or self.recipe.optimizer.warmup_steps is None:
+            raise UsageError(
+                f"the run in {self.folder} was started with another number of epochs; only runs with "
+                "optimizer.schedule=hold and optimizer.warmup_steps can be resumed with more"
+            )
+        return True
+
+    def _extended(self, state: Any) -> Any:
+        """The state of a run with another number of epochs, from before its learning rate fell."""
+        if not self._held(state) and (self.folder / HELD).exists():
+            state = _read_checkpoint(self.folder / HELD)
+        if not self._held(state):
+            raise UsageError(
+                f"the learning rate of the run in {self.folder} falls already; its epochs cannot be changed"
+            )
+        epochs = int(_EPOCHS.findall(self._written_recipe())[0])
+        if state["steps"] * self.recipe.train.epochs != self.steps * epochs:
+            raise UsageError(f"the run in {self.folder} was started with other data or another limit")
+        return {**state, "steps": self.steps, "held_until": self.decay_start}
+
+    def _held(self, state: Any) -> bool:
+        assert self.decay_start is not None
+        held_until = state.get("held_until") if isinstance(state, dict) else None
+        return isinstance(held_until, int) and state["step"] <= min(held_until, self.decay_start)
 
     def _written_recipe(self) -> str:
         try:
@@ -130,7 +178,10 @@ class RunFolder:
 
     def save(self) -> None:
         """Replaces the checkpoint, whole or not at all."""
-        write_atomically(self.folder / CHECKPOINT, self.content())
+        content = self.content()
+        write_atomically(self.folder / CHECKPOINT, content)
+        if self.step == self.decay_start:
+            write_atomically(self.folder / HELD, content)
 
     def content(self) -> bytes:
         """The checkpoint, as it is written and as `take` reads it."""
@@ -150,6 +201,7 @@ class RunFolder:
             "schedule": self.schedule.state_dict(),
             "step": self.step,
             "steps": self.steps,
+            "held_until": self.decay_start,
             "seconds": self.seconds,
             "metrics": self._metrics,
         }

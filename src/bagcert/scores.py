@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bagcert.aggregation import PRODUCT_LIMIT, WEIGHT_LIMIT, AttentionPooling, pooling_dtype
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid, WindowBlock
 
@@ -31,6 +32,8 @@ class ScoreMap:
         grid: which pixels each region sees.
         slack: how far each score may be off wherever it is computed again, integers of the same shape, none below 0;
             None where locality is exact. Rules count it for the attacker. METHOD section 3.6.
+        readout: None where the score of a class is the sum of its region scores; else `scores` holds the evidence that
+            the readout pools, [batch, values + heads, rows, cols].
 
     Raises:
         UsageError: scores are not integers, out of range, of fewer than two classes, or not on the grid; a slack of
@@ -42,6 +45,7 @@ class ScoreMap:
     high: int
     grid: RegionGrid
     slack: Int[Tensor, "batch classes rows cols"] | None = None
+    readout: AttentionPooling | None = None
 
     def __post_init__(self) -> None:
         if self.scores.dtype.is_floating_point or self.scores.dtype in (torch.bool, torch.complex64):
@@ -60,6 +64,8 @@ class ScoreMap:
                 f"scores must lie in [{self.low}, {self.high}], found "
                 f"[{int(self.scores.min())}, {int(self.scores.max())}]"
             )
+        if self.readout is not None:
+            self._check_evidence(self.readout)
         if self.slack is not None:
             if self.slack.shape != self.scores.shape or self.slack.dtype.is_floating_point:
                 raise UsageError(
@@ -67,6 +73,19 @@ class ScoreMap:
                 )
             if self.slack.numel() and self.slack.min() < 0:
                 raise UsageError(f"slack must be at least 0, found {int(self.slack.min())}")
+
+    def _check_evidence(self, readout: AttentionPooling) -> None:
+        if self.scores.shape[1] != readout.channels:
+            raise UsageError(f"the readout pools {readout.channels} channels, the map has {self.scores.shape[1]}")
+        if self.low < -PRODUCT_LIMIT or self.high > PRODUCT_LIMIT:
+            raise UsageError(f"pooled evidence lies within {PRODUCT_LIMIT}, got the range [{self.low}, {self.high}]")
+        weights = self.scores[:, readout.values :]
+        if weights.numel() and not (weights.min() >= 1 and weights.max() <= WEIGHT_LIMIT):
+            raise UsageError(
+                f"attention weights must lie in [1, {WEIGHT_LIMIT}], found [{int(weights.min())}, {int(weights.max())}]"
+            )
+        if self.slack is not None:
+            raise UsageError("attention pooling needs a network whose locality is exact; this map has slack")
 
     def __len__(self) -> int:
         """How many images."""
@@ -85,7 +104,7 @@ class ScoreMap:
     @property
     def classes(self) -> int:
         """How many classes."""
-        return self.scores.shape[1]
+        return self.scores.shape[1] if self.readout is None else self.readout.classes
 
     @cached_property
     def class_sums(self) -> Int[Tensor, "batch classes"]:
@@ -93,8 +112,16 @@ class ScoreMap:
         return self.scores.sum((2, 3), dtype=torch.int64)
 
     def predict(self) -> Int[Tensor, " batch"]:
-        """The class with the largest sum; among equals the lowest index."""
-        return lowest_argmax(self.class_sums)
+        """The class with the largest score over all regions; among equals the lowest index."""
+        if self.readout is None:
+            return lowest_argmax(self.class_sums)
+        with exact_arithmetic(self.scores.device):
+            sums = self.scores.sum((2, 3), dtype=torch.int64).to(pooling_dtype(self.scores[0, 0].numel()))
+            return lowest_argmax(self.readout.scores(sums))
+
+    def evidence(self, image: int) -> Float[Tensor, "channels regions"]:
+        """What the readout pools, of one image, in a float type that holds every sum exactly."""
+        return self.scores[image].flatten(1).to(pooling_dtype(self.scores[0, 0].numel()))
 
     @property
     def exact_dtype(self) -> torch.dtype:

@@ -113,7 +113,7 @@ def train(
     optimizer = _optimizer(recipe, scorer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(recipe, steps))
     average = AveragedModel(scorer, multi_avg_fn=_moving_average(recipe.train.ema), use_buffers=True)
-    run = RunFolder(out, recipe, scorer, average, optimizer, schedule, steps)
+    run = RunFolder(out, recipe, scorer, average, optimizer, schedule, steps, _decay_start(recipe, steps))
     with team.together():
         if team.is_main:
             run.open(resume)
@@ -121,6 +121,13 @@ def train(
         run.take(team.from_main(run.content))
     model, optimizer = accelerator.prepare(scorer, optimizer)
     forward = torch.compile(model) if recipe.train.compile else model
+
+    def save_model() -> None:
+        scale = 1.0
+        if config.head == "fixed-point" and not config.ablated:
+            scale = scale_of(validation_scores(run.shipping, images.held_out))
+        provenance = _provenance(source, images.training, accelerator, run.seconds, limit)
+        write_model(out, run.shipping, config.model_copy(update={"scale": scale, "provenance": provenance}))
 
     started, seconds_before = time.monotonic(), run.seconds
     running, counted = torch.zeros((), device=accelerator.device), 0
@@ -157,7 +164,7 @@ def train(
             stop = team.any(interrupted())
             epoch, position = divmod(run.step - 1, epoch_steps)
             epoch_ends = position == epoch_steps - 1
-            saves = stop or epoch_ends or run.step % recipe.train.checkpoint_every == 0
+            saves = stop or epoch_ends or run.step == run.decay_start or run.step % recipe.train.checkpoint_every == 0
             progress = Progress(run.step, steps, epoch + 1)
             if saves or run.step % CHECK_LOSS_EVERY == 0:
                 progress.loss = team.mean(running.item() / counted)
@@ -180,6 +187,7 @@ def train(
                         learning_rate=float(schedule.get_last_lr()[0]),
                         **progress.validation,
                     )
+                    save_model()
                 if saves and team.is_main:
                     run.save()
             if team.is_main:
@@ -189,9 +197,7 @@ def train(
 
     with team.together():
         if team.is_main:
-            scale = 1.0 if config.ablated else scale_of(validation_scores(run.shipping, images.held_out))
-            provenance = _provenance(source, images.training, accelerator, run.seconds, limit)
-            write_model(out, run.shipping, config.model_copy(update={"scale": scale, "provenance": provenance}))
+            save_model()
             run.close()
     return out
 
@@ -225,6 +231,7 @@ def _model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelCo
         depth=recipe.model.depth or architecture.depth,
         padded=recipe.model.padded,
         head=recipe.model.head,
+        **recipe.model.readout,
         scale=1.0,
         mean=mean,
         std=std,
@@ -252,28 +259,45 @@ def _start_from(scorer: RegionScorer, folder: Path) -> None:
 def _optimizer(recipe: Recipe, scorer: RegionScorer) -> torch.optim.Optimizer:
     """Weight decay on kernels only, not on batch norm or biases."""
     section = recipe.optimizer
-    kernels = [p for p in scorer.parameters() if p.ndim > 1]
-    others = [p for p in scorer.parameters() if p.ndim <= 1]
-    groups = [{"params": kernels, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    kernels = [p for p in scorer.net.parameters() if p.ndim > 1]
+    readout = [] if scorer.readout is None else list(scorer.readout.parameters())
+    others = [p for p in scorer.net.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": kernels, "weight_decay": section.weight_decay},
+        {"params": [*others, *readout], "weight_decay": 0.0},
+    ]
     if section.name == "muon":
         *inner, classifier = kernels
         rate = section.learning_rate
-        return MuonAdamW(inner, [classifier, *others], rate, rate * section.others_share, section.weight_decay)
+        return MuonAdamW(
+            inner, [classifier, *others, *readout], rate, rate * section.others_share, section.weight_decay
+        )
     if section.name == "sgd":
         return torch.optim.SGD(groups, section.learning_rate, momentum=section.momentum, nesterov=section.momentum > 0)
     return torch.optim.AdamW(groups, section.learning_rate)
 
 
 def _learning_rate(recipe: Recipe, steps: int) -> Callable[[int], float]:
-    """Linear warm-up, then cosine to zero, as a share of the top rate."""
-    warmup = max(1, round(recipe.optimizer.warmup * steps))
+    """The schedule, as a share of the top rate."""
+    section = recipe.optimizer
+    warmup = section.warmup_steps or max(1, round(section.warmup * steps))
+    decay_start = _decay_start(recipe, steps)
 
     def share(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
+        if decay_start is not None:
+            return min(1.0, (steps - step) / max(1, steps - decay_start))
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return share
+
+
+def _decay_start(recipe: Recipe, steps: int) -> int | None:
+    """The first step at which a held learning rate falls; None for other schedules."""
+    if recipe.optimizer.schedule != "hold":
+        return None
+    return steps - round(recipe.optimizer.decay * steps)
 
 
 def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:

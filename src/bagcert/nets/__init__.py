@@ -8,6 +8,7 @@ from torch import nn
 from bagcert.errors import UsageError, nearest
 from bagcert.nets.bagnet import BagNet
 from bagcert.nets.region_convnet import RegionConvNet
+from bagcert.nets.region_pyramid import RegionPyramid
 from bagcert.nets.region_resnet import RegionResNet
 
 Build = Callable[..., nn.Module]
@@ -68,6 +69,14 @@ def _convnet(stem: tuple[tuple[int, int, float], ...]) -> Build:
     return build
 
 
+def _pyramid(*stages: tuple[int, int, float, int]) -> Build:
+    def build(classes: int, width: int, depth: int, padded: bool, channels: int = 3) -> nn.Module:
+        _require_depth(depth, 1)
+        return RegionPyramid(classes, width, stages, depth, padded, channels)
+
+    return build
+
+
 _S1 = ((3, 1, 1.0),)
 _S2 = ((3, 1, 0.5), (4, 2, 1.0))
 _S2_RF8 = ((3, 1, 0.25), (4, 2, 1.0), (2, 1, 1.0))
@@ -92,6 +101,37 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "resnet-rf12s4": Architecture(_resnet(_S4, 0), (64, 64), 192, 5, 12, 4, "stride 4, 1x1 blocks only"),
     "resnet-rf20s4": Architecture(_resnet(_S4, 1), (64, 64), 192, 5, 20, 4, "stride 4, one 3x3 block"),
+    "pyramid-rf3s2": Architecture(_pyramid((3, 2, 1.0, 0)), (32, 32), 192, 6, 3, 2, "stride 2, one convolution"),
+    "pyramid-rf4s2": Architecture(
+        _pyramid((3, 1, 0.25, 1), (2, 2, 1.0, 0)), (32, 32), 192, 6, 4, 2, "stride 2, a block before it"
+    ),
+    "pyramid-rf6s2": Architecture(
+        _pyramid((3, 1, 0.25, 1), (4, 2, 1.0, 0)), (32, 32), 192, 6, 6, 2, "stride 2, a block before it"
+    ),
+    "pyramid-rf5s3": Architecture(
+        _pyramid((3, 1, 0.25, 1), (3, 3, 1.0, 0)), (32, 32), 192, 6, 5, 3, "stride 3, a block before it"
+    ),
+    "pyramid-rf4s4": Architecture(
+        _pyramid((2, 2, 0.5, 2), (2, 2, 1.0, 0)), (32, 32), 192, 6, 4, 4, "stride 4, two blocks at stride 2"
+    ),
+    "pyramid-rf7s4": Architecture(
+        _pyramid((3, 1, 0.25, 0), (3, 2, 0.5, 2), (2, 2, 1.0, 0)),
+        (32, 32),
+        192,
+        6,
+        7,
+        4,
+        "stride 4, two blocks at stride 2",
+    ),
+    "pyramid-rf8s4": Architecture(
+        _pyramid((3, 1, 0.25, 0), (2, 2, 0.5, 2), (3, 2, 1.0, 0)),
+        (32, 32),
+        192,
+        6,
+        8,
+        4,
+        "stride 4, two blocks at stride 2",
+    ),
     "convnet-rf10s4": Architecture(
         _convnet(_PLAIN_S4), (32, 32), 128, 1, 10, 4, "stride 4, no batch norm, no shortcuts"
     ),

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 import safetensors.torch
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
 
 from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, shown
 from bagcert.files import read_regular, write_together
 from bagcert.nets import get_architecture
+from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.region_scorer import RegionScorer, not_finite
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -53,7 +55,10 @@ class ModelConfig(BaseModel):
     width: int = Field(ge=1, le=65536)
     depth: int = Field(ge=1, le=4096)
     padded: bool = True
-    head: Literal["binary", "fixed-point"]
+    head: Literal["binary", "fixed-point", "attention-pooling"]
+    values: int | None = Field(default=None, ge=1, le=1024)
+    attention_heads: int | None = Field(default=None, ge=1, le=1024)
+    hidden: int | None = Field(default=None, ge=1, le=1024)
     scale: float = Field(gt=0, allow_inf_nan=False)
     mean: list[Finite] = Field(min_length=3, max_length=6)
     std: list[Annotated[Finite, Field(gt=0)]] = Field(min_length=3, max_length=6)
@@ -71,9 +76,33 @@ class ModelConfig(BaseModel):
 
     def build(self) -> RegionScorer:
         """The scorer with fresh weights."""
-        architecture, channels = get_architecture(self.architecture), len(self.mean)
-        net = architecture.build(len(self.class_names), self.width, self.depth, self.padded, channels)
-        return RegionScorer(net, self.class_names, self.image_size, self.head, self.scale, self.mean, self.std)
+        readout = None
+        if self.head == "attention-pooling":
+            if not self.values or not self.attention_heads or not self.hidden or self.values % self.attention_heads:
+                raise UsageError(
+                    "attention pooling needs values (a multiple of attention_heads), heads and hidden units"
+                )
+            sizes = (self.values, self.attention_heads, self.hidden)
+            readout = AttentionReadout(
+                len(self.class_names), *sizes, self._map_size(self.values + self.attention_heads)
+            )
+        net = self._net(len(self.class_names) if readout is None else readout.channels)
+        return RegionScorer(
+            net, self.class_names, self.image_size, self.head, self.scale, self.mean, self.std, readout=readout
+        )
+
+    def _net(self, outputs: int) -> nn.Module:
+        architecture = get_architecture(self.architecture)
+        return architecture.build(outputs, self.width, self.depth, self.padded, len(self.mean))
+
+    def _map_size(self, outputs: int) -> tuple[int, int]:
+        """(rows, columns) of the map for images of `image_size`, found without memory."""
+        with torch.device("meta"):
+            try:
+                shape = self._net(outputs).eval()(torch.empty(1, len(self.mean), *self.image_size)).shape
+            except RuntimeError as error:
+                raise UsageError(f"images of {self.image_size} px are too small for {self.architecture}") from error
+        return shape[2], shape[3]
 
 
 def write_model(folder: Path, scorer: RegionScorer, config: ModelConfig) -> None:

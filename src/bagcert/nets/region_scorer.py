@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bagcert.aggregation import PRODUCT_LIMIT
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid
 from bagcert.images import as_batch
+from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.geometry import derive_grid
 from bagcert.nets.probe import check_locality
 from bagcert.scores import FIXED_POINT_LIMIT, ScoreMap, binarize, quantize, slack_of
@@ -21,8 +23,8 @@ from bagcert.scores import FIXED_POINT_LIMIT, ScoreMap, binarize, quantize, slac
 if TYPE_CHECKING:
     from bagcert.backends.runner import Runner
 
-Head = Literal["binary", "fixed-point"]
-HEADS: tuple[Head, ...] = ("binary", "fixed-point")
+Head = Literal["binary", "fixed-point", "attention-pooling"]
+HEADS: tuple[Head, ...] = ("binary", "fixed-point", "attention-pooling")
 PIXELS_AT_ONCE = 2**18  # 256 images of 32x32: large enough for speed, small enough for caches and memory
 
 
@@ -50,7 +52,8 @@ class RegionScorer(nn.Module):
             layer must be local. Its geometry is derived from its layers when first needed.
         class_names: one per output channel.
         image_size: (height_px, width_px) the net is meant for.
-        head: "binary" (scores `[z > 0]`, range [0, 1]) or "fixed-point" (`clip(round(z * scale), ±2047)`).
+        head: "binary" (scores `[z > 0]`, range [0, 1]), "fixed-point" (`clip(round(z * scale), ±2047)`), or
+            "attention-pooling" (values and attention weights for a readout, see `bagcert.aggregation`).
         scale: of the fixed-point head.
         mean, std: per channel, applied as the first layer; three values for RGB images, one for grey ones, six for
             ablated ones `[x, 1 - x]` (`bagcert.defenses.derandomized_smoothing`), which only `forward` takes.
@@ -73,10 +76,13 @@ class RegionScorer(nn.Module):
         scale: float = 1.0,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
+        readout: AttentionReadout | None = None,
     ) -> None:
         super().__init__()
         if head not in HEADS:
             raise UsageError(f"a head is one of {', '.join(HEADS)}; got {head!r}")
+        if (readout is not None) != (head == "attention-pooling"):
+            raise UsageError(f"the attention-pooling head needs a readout, and no other head takes one; got {head!r}")
         if not 0 < scale < math.inf:
             raise UsageError(f"the scale of the fixed-point head must be positive and finite, got {scale}")
         if len(class_names) < 2:
@@ -91,6 +97,7 @@ class RegionScorer(nn.Module):
             raise UsageError(f"mean and std must be finite and std positive, got {tuple(mean)} and {tuple(std)}")
         self.normalize = Normalize(mean, std)
         self.net = net
+        self.readout = readout
         self.class_names = tuple(class_names)
         self.image_size = (image_size[0], image_size[1])
         self.head = head
@@ -205,8 +212,14 @@ class RegionScorer(nn.Module):
         self.grid(size)  # says in a sentence what an image that is too small lacks
         return self.to_scores(self.real_scores(batch), size)
 
-    def to_scores(self, z: Float[Tensor, "batch classes rows cols"], image_size: tuple[int, int]) -> ScoreMap:
+    def to_scores(self, z: Float[Tensor, "batch channels rows cols"], image_size: tuple[int, int]) -> ScoreMap:
         """The head: integers with their range and geometry, from real scores of images of `image_size`."""
+        if self.readout is not None:
+            if self.tolerance > 0:
+                raise UnsoundError("attention pooling needs a network whose locality is exact on this device and dtype")
+            scores = self.readout.integers(z)
+            readout = self.readout.frozen()
+            return ScoreMap(scores, -PRODUCT_LIMIT, PRODUCT_LIMIT, self.grid(image_size), readout=readout)
         low, high = (0, 1) if self.head == "binary" else (-FIXED_POINT_LIMIT, FIXED_POINT_LIMIT)
         scores = self.integers(z)
         slack = slack_of(z, self.tolerance, self.integers, high - low) if self.tolerance > 0 else None
@@ -214,6 +227,8 @@ class RegionScorer(nn.Module):
 
     def integers(self, z: Float[Tensor, "batch classes rows cols"]) -> Tensor:
         """The head alone: int16 of the same shape, never falling where `z` rises."""
+        if self.readout is not None:
+            return self.readout.integers(z)
         return binarize(z) if self.head == "binary" else quantize(z, self.scale)
 
     def fold_batch_norm(self) -> "RegionScorer":

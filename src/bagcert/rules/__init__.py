@@ -12,6 +12,7 @@ from torch import Tensor
 from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
 from bagcert.rules import detection, double_masking, levine_feizi, robust_masking, vote
+from bagcert.rules.guard import require_sum
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 
@@ -35,6 +36,16 @@ class Rule:
     summary: str
 
 
+def sum_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Tensor:
+    """The class with the largest sum over all regions, whatever the threat.
+
+    Raises:
+        UsageError: class scores are not sums over regions.
+    """
+    require_sum(score_map, "vote")
+    return score_map.predict()
+
+
 def plain_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Tensor:
     """The class with the largest sum over all regions, whatever the threat."""
     return score_map.predict()
@@ -43,11 +54,11 @@ def plain_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Tensor:
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule("vote", vote.vote, plain_prediction, "recovery", "class sums that no single window can overturn"),
+        Rule("vote", vote.vote, sum_prediction, "recovery", "class sums that no single window can overturn"),
         Rule(
             "levine-feizi",
             levine_feizi.levine_feizi,
-            plain_prediction,
+            sum_prediction,
             "recovery",
             "class sums further apart than any patch has regions; weaker than vote, for comparison",
         ),

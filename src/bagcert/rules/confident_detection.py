@@ -19,7 +19,7 @@ from torch import Tensor
 from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
 from bagcert.rules.detection import detection
-from bagcert.rules.guard import guarded
+from bagcert.rules.guard import guarded, require_sum
 from bagcert.rules.union_masking import Unions
 from bagcert.rules.windows import Windows, chunks, per_image
 from bagcert.scores import ScoreMap, exact_arithmetic
@@ -50,6 +50,7 @@ def confident_detection(
     Raises:
         UsageError: tau or scale out of range; several patches lead to more mask unions than can be enumerated.
     """
+    require_sum(score_map, "confident-detection")
     check_confidence(confidence, scale)
     return guarded(partial(_certify, confidence=confidence, scale=scale))(score_map, threat)
 
@@ -64,6 +65,7 @@ def alerts(
     Raises:
         UsageError: as `confident_detection`.
     """
+    require_sum(score_map, "confident-detection")
     check_confidence(confidence, scale)
     prediction = score_map.predict()
     raised = torch.empty(len(score_map), dtype=torch.bool, device=prediction.device)

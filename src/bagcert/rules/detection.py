@@ -3,6 +3,7 @@
 import torch
 
 from bagcert.certificate import Certificate
+from bagcert.rules.attention_masking import attention_detection
 from bagcert.rules.guard import guarded
 from bagcert.rules.union_masking import Unions
 from bagcert.rules.windows import Windows, chunks, per_image
@@ -28,6 +29,8 @@ def detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     Raises:
         UsageError: several patches lead to more mask unions than can be enumerated.
     """
+    if score_map.readout is not None:
+        return attention_detection(score_map, threat)
     batch, device = len(score_map), score_map.scores.device
     unions = Unions.of(score_map, threat) if threat.patches > 1 else None
     windows = Windows.of(score_map, threat) if unions is None else unions.windows

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bagcert.certificate import Certificate
+from bagcert.rules.attention_masking import attention_double_masking, attention_prediction
 from bagcert.rules.guard import guarded
 from bagcert.rules.union_masking import union_double_masking, union_prediction
 from bagcert.rules.window_pairs import worst_pairs
@@ -30,6 +31,8 @@ def double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate
     Raises:
         UsageError: several patches lead to more mask unions than can be enumerated.
     """
+    if score_map.readout is not None:
+        return attention_double_masking(score_map, threat)
     if threat.patches > 1:
         return union_double_masking(score_map, threat)
     windows = Windows.of(score_map, threat)
@@ -61,6 +64,8 @@ def double_masking_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> 
     Raises:
         UsageError: several patches lead to more mask unions than can be enumerated.
     """
+    if score_map.readout is not None:
+        return attention_prediction(score_map, threat)
     if threat.patches > 1:
         return union_prediction(score_map, threat)
     windows = Windows.of(score_map, threat)

@@ -13,10 +13,24 @@ from functools import wraps
 import torch
 
 from bagcert.certificate import Certificate
+from bagcert.errors import UsageError
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 
 Certify = Callable[[ScoreMap, PatchThreatModel], Certificate]
+
+
+def require_sum(score_map: ScoreMap, rule: str) -> None:
+    """Refuses a map whose class scores are not sums of region scores.
+
+    Raises:
+        UsageError: the map has a readout.
+    """
+    if score_map.readout is not None:
+        raise UsageError(
+            f"the rule {rule} needs class scores that are sums over regions; this model pools regions by attention: "
+            "use double-masking or detection"
+        )
 
 
 def guarded(certify: Certify) -> Certify:

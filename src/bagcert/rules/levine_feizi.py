@@ -3,7 +3,7 @@
 import torch
 
 from bagcert.certificate import Certificate
-from bagcert.rules.guard import guarded
+from bagcert.rules.guard import guarded, require_sum
 from bagcert.rules.windows import Windows
 from bagcert.scores import ScoreMap, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
@@ -21,6 +21,7 @@ def levine_feizi(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     Raises:
         UsageError: the threat is for images of another size.
     """
+    require_sum(score_map, "levine-feizi")
     windows = Windows.of(score_map, threat, maximal=threat.allowed is None)
     sums = score_map.class_sums
     prediction = lowest_argmax(sums)

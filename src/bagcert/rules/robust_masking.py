@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
-from bagcert.rules.guard import guarded
+from bagcert.rules.guard import guarded, require_sum
 from bagcert.rules.union_masking import Unions
 from bagcert.rules.windows import Windows, chunks
 from bagcert.scores import ScoreMap, exact_arithmetic, exact_dtype, lowest_argmax, tie_penalty
@@ -53,6 +53,7 @@ def robust_masking(score_map: ScoreMap, threat: PatchThreatModel, threshold: obj
         UsageError: a threshold that is no such share, scores too large for it, or several patches with more unions
             of windows than can be enumerated.
     """
+    require_sum(score_map, "robust-masking")
     share = exact_share(threshold)
     return guarded(partial(_certify, share=share))(score_map, threat)
 
@@ -65,6 +66,7 @@ def robust_masking_prediction(
     Raises:
         UsageError: as there.
     """
+    require_sum(score_map, "robust-masking")
     share = exact_share(threshold)
     masks = _Masks.of(score_map, threat)
     prediction = torch.empty(len(score_map), dtype=torch.int64, device=score_map.scores.device)

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bagcert.certificate import Certificate
-from bagcert.rules.guard import guarded
+from bagcert.rules.guard import guarded, require_sum
 from bagcert.rules.windows import Windows, chunks, per_image
 from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
@@ -25,6 +25,7 @@ def vote(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     Raises:
         UsageError: the threat is for images of another size.
     """
+    require_sum(score_map, "vote")
     # With allowed placements a maximal window may hold more than any single reach, so the reaches themselves are used.
     windows = Windows.of(score_map, threat, maximal=threat.allowed is None)
     batch, device = len(score_map), score_map.scores.device

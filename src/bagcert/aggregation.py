@@ -1,0 +1,131 @@
+"""Spatial aggregation by attention pooling: the regions that are kept become one integer score per class.
+
+A sum of class scores is the weakest function of the kept regions. Attention pooling followed by a small network is
+stronger, and masking it is still a subtraction: the double-masking proof holds for any function of the kept regions.
+
+Every region has integer weights `e` in [1, 255], one per attention head, and integer values `v` in [-511, 511]. The map
+holds the products `u = e v` and the weights. For a kept set K of regions:
+
+    U_d = sum over K of u_d        A_h = sum over K of e_h        q_d = clip(floor(U_d / A_h(d) + 1/2), -127, 127)
+    t = clip(floor((first q + first_bias) / 128 + 1/2), 0, 127)   scores = second t + skip q + bias
+
+Source: Ilse et al., "Attention-based deep multiple instance learning", ICML 2018.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bagcert.errors import UsageError
+
+WEIGHT_LIMIT = 255
+"""The largest attention weight of a region."""
+VALUE_LIMIT = 511
+"""The largest value of a region, up to its sign."""
+PRODUCT_LIMIT = WEIGHT_LIMIT * VALUE_LIMIT
+POOLED_LIMIT = 127
+"""The largest pooled value and the largest hidden value."""
+HIDDEN_UNIT = 128
+"""Hidden sums are divided by this before they are rounded."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPooling:
+    """The integer readout of attention pooling: sums over the kept regions in, one integer score per class out.
+
+    Attributes:
+        first, first_bias: integers [hidden, values] and [hidden].
+        second: integers [classes, hidden].
+        skip, bias: integers [classes, values] and [classes].
+        heads: attention heads; each weighs `values / heads` consecutive values.
+
+    All results are exact. Sums over regions and products stay below 2^24 (float64 is used for more than 128
+    regions). A quotient U / A that is no half-integer differs from each half-integer by at least 1 / (2 A) >= 2^-18,
+    and a correctly rounded division moves it by less, so that `floor(U / A + 1/2)` is that of the rational numbers.
+
+    Raises:
+        UsageError: shapes do not fit each other, or a product could leave the exact range of float32.
+    """
+
+    first: Int[Tensor, "hidden values"]
+    first_bias: Int[Tensor, " hidden"]
+    second: Int[Tensor, "classes hidden"]
+    skip: Int[Tensor, "classes values"]
+    bias: Int[Tensor, " classes"]
+    heads: int
+
+    def __post_init__(self) -> None:
+        hidden, values, classes = len(self.first), self.first.shape[1], len(self.second)
+        shapes = (self.first_bias.shape, self.second.shape, self.skip.shape, self.bias.shape)
+        if shapes != ((hidden,), (classes, hidden), (classes, values), (classes,)):
+            raise UsageError(f"the matrices of a readout do not fit each other: {[list(shape) for shape in shapes]}")
+        if classes < 2 or self.heads < 1 or values % self.heads:
+            raise UsageError(
+                f"a readout needs at least two classes and a multiple of its heads as values, got {classes} classes, "
+                f"{values} values and {self.heads} heads"
+            )
+        for name, weights, bias in (
+            ("hidden layer", self.first, self.first_bias),
+            ("output layer", torch.cat([self.second, self.skip], 1), self.bias),
+        ):
+            if weights.dtype.is_floating_point or bias.dtype.is_floating_point:
+                raise UsageError(f"the {name} of a readout must hold integers, got {weights.dtype} and {bias.dtype}")
+            largest = weights.abs().long().sum(1) * POOLED_LIMIT + bias.abs().long()
+            # One bit is left for the difference of two scores.
+            if int(largest.max()) >= 2**23:
+                raise UsageError(f"the {name} of a readout can reach {int(largest.max()):,}; sums are exact below 2^23")
+
+    @property
+    def values(self) -> int:
+        """How many values each region has."""
+        return self.first.shape[1]
+
+    @property
+    def classes(self) -> int:
+        """How many classes."""
+        return len(self.bias)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the map: values, then heads."""
+        return self.values + self.heads
+
+    def to(self, device: torch.device) -> "AttentionPooling":
+        """The same readout on a device."""
+        parts = (self.first, self.first_bias, self.second, self.skip, self.bias)
+        return AttentionPooling(*(part.to(device) for part in parts), self.heads)
+
+    def pooled(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch values"]:
+        """`q`: weighted means of the values over the kept regions, rounded; 0 where nothing is kept."""
+        total = sums[..., : self.values].unflatten(-1, (self.heads, -1))
+        weight = sums[..., self.values :, None].clamp(min=1)
+        return total.div(weight).add_(0.5).floor_().clamp_(-POOLED_LIMIT, POOLED_LIMIT).flatten(-2)
+
+    def scores(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch classes"]:
+        """Integer scores of every class from sums over the kept regions, in an exact float type.
+
+        To be called inside `bagcert.scores.exact_arithmetic`.
+        """
+        first, first_bias, second, bias = self._matrices(sums.dtype)
+        pooled = self.pooled(sums)
+        hidden = (pooled @ first).add_(first_bias).div_(HIDDEN_UNIT).add_(0.5).floor_().clamp_(0, POOLED_LIMIT)
+        return torch.cat([hidden, pooled], -1).matmul(second).add_(bias)
+
+    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Transposed weights in a float type, converted once per type."""
+        kept = self.__dict__.setdefault("_converted", {})
+        if dtype not in kept:
+            second = torch.cat([self.second, self.skip], 1)
+            kept[dtype] = tuple(part.to(dtype) for part in (self.first.T, self.first_bias, second.T, self.bias))
+        return kept[dtype]
+
+
+def pooling_dtype(regions: int) -> torch.dtype:
+    """float32 while every sum over this many regions is exact in it, float64 above.
+
+    >>> pooling_dtype(128), pooling_dtype(129)
+    (torch.float32, torch.float64)
+    """
+    return torch.float32 if regions * PRODUCT_LIMIT < 2**24 else torch.float64

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from bagcert.aggregation import PRODUCT_LIMIT, AttentionPooling
+from bagcert.errors import UsageError
+from bagcert.grid import RegionGrid
+from bagcert.rules import RULES
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel
+from tests.properties import pooling
+
+
+def test_rules_agree_with_plain_integers_and_hold_under_attack():
+    totals = pooling.count(150, seed=11)
+    assert totals["certified"] > 40
+    assert totals["disagreements"] == totals["broken_certificates"] == 0
+
+
+def small_map():
+    readout = AttentionPooling(
+        torch.eye(2).int(), torch.zeros(2).int(), torch.eye(2).int(), torch.eye(2).int(), torch.zeros(2).int(), heads=1
+    )
+    scores = torch.ones(1, 3, 4, 4, dtype=torch.int32)
+    return ScoreMap(scores, -PRODUCT_LIMIT, PRODUCT_LIMIT, RegionGrid.from_axis(2, 2, 0, (8, 8)), readout=readout)
+
+
+@pytest.mark.parametrize("rule", ["vote", "levine-feizi", "robust-masking"])
+def test_linear_rule_refused(rule):
+    for ask in (RULES[rule].certify, RULES[rule].predict):
+        with pytest.raises(UsageError, match="attention"):
+            ask(small_map(), PatchThreatModel.parse(2, (8, 8)))
+
+
+def test_weight_out_of_range_refused():
+    score_map = small_map()
+    scores = score_map.scores.clone()
+    scores[0, 2, 0, 0] = 0
+    with pytest.raises(UsageError, match=r"attention weights must lie in \[1, 255\]"):
+        ScoreMap(scores, score_map.low, score_map.high, score_map.grid, readout=score_map.readout)
+
+
+def test_slack_refused():
+    score_map = small_map()
+    with pytest.raises(UsageError, match="exact"):
+        ScoreMap(
+            score_map.scores,
+            score_map.low,
+            score_map.high,
+            score_map.grid,
+            slack=torch.zeros_like(score_map.scores),
+            readout=score_map.readout,
+        )
+
+
+def test_readout_that_could_round_refused():
+    with pytest.raises(UsageError, match="exact below 2"):
+        AttentionPooling(
+            torch.full((1, 2), 40_000), torch.zeros(1).int(), torch.ones(2, 1).int(), torch.ones(2, 2).int(),
+            torch.zeros(2).int(), heads=1,
+        )  # fmt: skip
