@@ -257,14 +257,15 @@ def any_double_masking_prediction(score, masks, shape):
         return labels[0]
     majority = min(set(labels), key=lambda label: (-labels.count(label), label))
     for mask, label in zip(masks, first, strict=True):
-        if label is not None and label != majority:
-            if all(any_masked_prediction(score, mask | other) == label for other in masks):
-                return label
+        if label in (None, majority):
+            continue
+        if all(any_masked_prediction(score, mask | other) == label for other in masks):
+            return label
     return majority
 
 
 def any_margin(score, masks, label):
-    """The least lead of a label over its rivals under some masks, less 1 before it; -1 at most where nothing is left."""
+    """The least lead of a label over its rivals under some masks, less 1 over earlier ones; -1 if nothing is left."""
     margin = None
     for mask in masks:
         scores = score(mask)

@@ -102,7 +102,7 @@ class OptimizerSection(_Section):
     warmup: float = Field(default=0.2, ge=0, lt=1, description="share of all steps")
     schedule: Literal["cosine", "hold"] = Field(
         default="cosine",
-        description="after the warm-up: cosine to zero; or the top rate, and linear to zero over the last `decay` share",
+        description="after warm-up: cosine to zero; or the top rate, then linear to zero in the last `decay` share",
     )
     decay: float = Field(default=0.25, gt=0, le=1, description="share of all steps, for the schedule hold")
     warmup_steps: int | None = Field(default=None, ge=1, description="instead of warmup; needed to extend a run")

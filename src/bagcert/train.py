@@ -260,18 +260,13 @@ def _optimizer(recipe: Recipe, scorer: RegionScorer) -> torch.optim.Optimizer:
     """Weight decay on kernels only, not on batch norm or biases."""
     section = recipe.optimizer
     kernels = [p for p in scorer.net.parameters() if p.ndim > 1]
-    readout = [] if scorer.readout is None else list(scorer.readout.parameters())
     others = [p for p in scorer.net.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": kernels, "weight_decay": section.weight_decay},
-        {"params": [*others, *readout], "weight_decay": 0.0},
-    ]
+    others += [] if scorer.readout is None else list(scorer.readout.parameters())
+    groups = [{"params": kernels, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if section.name == "muon":
         *inner, classifier = kernels
         rate = section.learning_rate
-        return MuonAdamW(
-            inner, [classifier, *others, *readout], rate, rate * section.others_share, section.weight_decay
-        )
+        return MuonAdamW(inner, [classifier, *others], rate, rate * section.others_share, section.weight_decay)
     if section.name == "sgd":
         return torch.optim.SGD(groups, section.learning_rate, momentum=section.momentum, nesterov=section.momentum > 0)
     return torch.optim.AdamW(groups, section.learning_rate)

@@ -34,7 +34,7 @@ class AttentionReadout(nn.Module):
         values: channels that are pooled.
         heads: attention heads, each for `values / heads` of the values.
         hidden: hidden units after the pooling.
-        map_size: (rows, columns). Each head has a learned bias per region, so that it can attend to a part of the image.
+        map_size: (rows, columns). Each head has a learned bias per region and can so attend to a part of the image.
     """
 
     def __init__(self, classes: int, values: int, heads: int, hidden: int, map_size: tuple[int, int]) -> None:
