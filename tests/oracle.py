@@ -227,11 +227,11 @@ def readout_scores(values, weights, readout, mask):
     for d in range(len(values)):
         weight = [int(weights[d // each][cell]) for cell in kept]
         total = sum(e * int(values[d][cell]) for e, cell in zip(weight, kept, strict=True))
-        pooled.append(max(-127, min(127, floor(Fraction(total, sum(weight)) + Fraction(1, 2)))))
+        pooled.append(max(-127, min(127, round(Fraction(total, sum(weight))))))
     hidden = []
     for row, bias in zip(readout["first"], readout["first_bias"], strict=True):
         total = sum(int(a) * q for a, q in zip(row, pooled, strict=True)) + int(bias)
-        hidden.append(max(0, min(127, floor(Fraction(total, 128) + Fraction(1, 2)))))
+        hidden.append(max(0, min(127, round(Fraction(total, 128)))))
     scores = []
     for c, bias in enumerate(readout["bias"]):
         from_hidden = sum(int(b) * t for b, t in zip(readout["second"][c], hidden, strict=True))

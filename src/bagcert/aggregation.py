@@ -6,8 +6,10 @@ stronger, and masking it is still a subtraction: the double-masking proof holds 
 Every region has integer weights `e` in [1, 255], one per attention head, and integer values `v` in [-511, 511]. The map
 holds the products `u = e v` and the weights. For a kept set K of regions:
 
-    U_d = sum over K of u_d        A_h = sum over K of e_h        q_d = clip(floor(U_d / A_h(d) + 1/2), -127, 127)
-    t = clip(floor((first q + first_bias) / 128 + 1/2), 0, 127)   scores = second t + skip q + bias
+    U_d = sum over K of u_d        A_h = sum over K of e_h        q_d = clip(round(U_d / A_h(d)), -127, 127)
+    t = clip(round((first q + first_bias) / 128), 0, 127)   scores = second t + skip q + bias
+
+where `round` takes halves to the even neighbor.
 
 Source: Ilse et al., "Attention-based deep multiple instance learning", ICML 2018.
 """
@@ -42,8 +44,8 @@ class AttentionPooling:
         heads: attention heads; each weighs `values / heads` consecutive values.
 
     All results are exact. Sums over regions and products stay below 2^24 (float64 is used for more than 128
-    regions). A quotient U / A that is no half-integer differs from each half-integer by at least 1 / (2 A) >= 2^-18,
-    and a correctly rounded division moves it by less, so that `floor(U / A + 1/2)` is that of the rational numbers.
+    regions). A quotient U / A below 128 that is no half-integer differs from each by at least 1 / (2 A) > 2^-17. A
+    correctly rounded division moves it by at most 2^-18, so that `round(U / A)` is that of the rational numbers.
 
     Raises:
         UsageError: shapes do not fit each other, or a product could leave the exact range of float32.
@@ -101,24 +103,26 @@ class AttentionPooling:
         """`q`: weighted means of the values over the kept regions, rounded; 0 where nothing is kept."""
         total = sums[..., : self.values].unflatten(-1, (self.heads, -1))
         weight = sums[..., self.values :, None].clamp(min=1)
-        return total.div(weight).add_(0.5).floor_().clamp_(-POOLED_LIMIT, POOLED_LIMIT).flatten(-2)
+        return total.div(weight).round_().clamp_(-POOLED_LIMIT, POOLED_LIMIT).flatten(-2)
 
     def scores(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch classes"]:
         """Integer scores of every class from sums over the kept regions, in an exact float type.
 
         To be called inside `bagcert.scores.exact_arithmetic`.
         """
-        first, first_bias, second, bias = self._matrices(sums.dtype)
-        pooled = self.pooled(sums)
-        hidden = (pooled @ first).add_(first_bias).div_(HIDDEN_UNIT).add_(0.5).floor_().clamp_(0, POOLED_LIMIT)
-        return torch.cat([hidden, pooled], -1).matmul(second).add_(bias)
+        first, first_bias, second, skip, bias = self._matrices(sums.dtype)
+        pooled = self.pooled(sums.flatten(0, -2))
+        # Dividing by a power of two is exact, also before the sum.
+        hidden = torch.addmm(first_bias, pooled, first).round_().clamp_(0, POOLED_LIMIT)
+        scores = torch.addmm(bias, pooled, skip).addmm_(hidden, second)
+        return scores.unflatten(0, sums.shape[:-1])
 
-    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Transposed weights in a float type, converted once per type."""
+    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Transposed weights in a float type, those of the hidden layer over `HIDDEN_UNIT`; converted once per type."""
         kept = self.__dict__.setdefault("_converted", {})
         if dtype not in kept:
-            second = torch.cat([self.second, self.skip], 1)
-            kept[dtype] = tuple(part.to(dtype) for part in (self.first.T, self.first_bias, second.T, self.bias))
+            first = [part.to(dtype) / HIDDEN_UNIT for part in (self.first.T, self.first_bias)]
+            kept[dtype] = (*first, *(part.to(dtype) for part in (self.second.T, self.skip.T, self.bias)))
         return kept[dtype]
 
 

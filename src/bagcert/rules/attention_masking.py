@@ -24,7 +24,7 @@ from bagcert.threat import PatchThreatModel
 MOST_PAIRS = 10_000_000
 NO_LABEL = 2.0**24
 """A lead above that of any row."""
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 """Readouts in one product: their pooled values stay in the cache of a processor core."""
 
 
@@ -72,15 +72,17 @@ class Masks:
         return completed(self.masks, torch.ones_like(self.whole))
 
     @cached_property
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pairs (i, j) with i < j, the distinct intersections [k, regions] of masks, and that of each pair."""
-        i, j = torch.triu_indices(len(self), len(self), 1, device=self.masks.device)
-        shared, number = [], []
-        for part in torch.arange(len(i), device=i.device).split(1 << 20):
-            distinct, index = torch.unique(self.masks[i[part]] & self.masks[j[part]], dim=0, return_inverse=True)
-            number.append(index + sum(map(len, shared)))
-            shared.append(distinct)
-        return i, j, torch.cat(shared), torch.cat(number)
+    def blocks(self) -> list["_Block"]:
+        """All pairs of masks, in blocks of consecutive first masks."""
+        blocks, start = [], 0
+        while start < len(self):
+            count = min(max(1, ROWS_AT_ONCE // (len(self) - start)), len(self) - start)
+            both = (self.masks[start : start + count, None] & self.masks[None, start:]).flatten(0, 1)
+            (overlapping,) = both.any(1).nonzero(as_tuple=True)
+            shared, number = torch.unique(both[overlapping], dim=0, return_inverse=True)
+            blocks.append(_Block(start, count, overlapping, shared, number))
+            start += count
+        return blocks
 
     def without(
         self, evidence: Float[Tensor, "*batch channels regions"], masks: Tensor
@@ -88,16 +90,44 @@ class Masks:
         """Sums over all regions but those of each mask."""
         return (evidence @ (~masks).T.to(evidence.dtype)).transpose(-1, -2)
 
-    def pair_sums(self, evidence: Float[Tensor, "channels regions"]) -> Iterator[tuple[slice, Tensor]]:
-        """Sums over all regions but those of two masks [pairs, channels], some pairs at a time."""
-        i, j, shared, number = self.pairs
-        total = evidence.sum(1)
-        single = total - self.masks.to(evidence.dtype) @ evidence.T
-        twice = shared.to(evidence.dtype) @ evidence.T - total
-        for start in range(0, len(i), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            sums = single.index_select(0, i[part]).add_(single.index_select(0, j[part]))
-            yield part, sums.add_(twice.index_select(0, number[part]))
+    def pair_sums(
+        self, evidence: Float[Tensor, "channels regions"], single: Float[Tensor, "masks channels"]
+    ) -> Iterator[tuple["_Block", Tensor]]:
+        """Sums over all regions but those of two masks [pairs, channels], a block at a time.
+
+        Args:
+            single: `without` of every mask.
+        """
+        # total - W(m) - W(m') + O(m, m') = single(m) + single(m') - total + O(m, m')
+        less = single - evidence.sum(1)
+        for block in self.blocks:
+            first, second = less[block.start : block.start + block.count], single[block.start :]
+            sums = (first[:, None] + second).flatten(0, 1)
+            both = block.shared.to(evidence.dtype) @ evidence.T
+            sums.index_add_(0, block.overlapping, both.index_select(0, block.number))
+            yield block, sums
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Pairs of each of `count` masks from `start` on with every mask from `start` on.
+
+    Attributes:
+        overlapping: which pairs share regions.
+        shared: boolean [sets, regions], the distinct sets of shared regions.
+        number: which of them each overlapping pair shares.
+    """
+
+    start: int
+    count: int
+    overlapping: Int[Tensor, " overlapping"]
+    shared: Bool[Tensor, "sets regions"]
+    number: Int[Tensor, " overlapping"]
+
+    def pair(self, row: int, masks: int) -> tuple[int, int]:
+        """The two masks of a row, of `masks` in all."""
+        first, second = divmod(row, masks - self.start)
+        return self.start + first, self.start + second
 
 
 def attention_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
@@ -115,17 +145,16 @@ def attention_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> C
     with exact_arithmetic(device):
         for image in range(batch):
             evidence = score_map.evidence(image)
-            sums = masks.without(evidence, masks.masks)
-            scores = readout.scores(sums)
+            single = masks.without(evidence, masks.masks)
+            scores = readout.scores(single)
             label = _prediction(masks, readout, evidence, scores)
-            lead, worst = _lead(scores, label, sums).min(0)
+            lead, worst = _lead(scores, label, single).min(0)
             first = second = int(worst)
             if lead >= 0 and len(masks) > 1:
-                i, j, _, _ = masks.pairs
-                for part, sums in masks.pair_sums(evidence):
+                for block, sums in masks.pair_sums(evidence, single):
                     least, worst = _lead(readout.scores(sums), label, sums).min(0)
                     if least < lead:
-                        lead, first, second = least, int(i[part][worst]), int(j[part][worst])
+                        lead, (first, second) = least, block.pair(int(worst), len(masks))
             margin[image], prediction[image] = lead.long(), label
             pair[image, 0], pair[image, 1] = first, second
     if bool(masks.completed.any()):
@@ -176,9 +205,9 @@ def _lead(
     Rows in which nothing is kept have no label; callers count them apart.
     """
     label = label.reshape(1)
-    lead = scores[:, label] - scores - tie_penalty(label, scores.shape[1])
-    lead[:, label] = torch.inf
-    return lead.amin(1).masked_fill(sums[:, -1] == 0, NO_LABEL)
+    rivals = scores + tie_penalty(label, scores.shape[1])
+    rivals[:, label] = -torch.inf
+    return (scores[:, int(label)] - rivals.amax(1)).masked_fill_(sums[:, -1] == 0, NO_LABEL)
 
 
 def _prediction(
