@@ -6,6 +6,7 @@ from PIL import Image
 
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.threat import PatchThreatModel
+from tests import oracle
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,8 @@ def test_the_last_row_and_column_are_placements():
 def test_allowed_placements_by_counting():
     allowed = np.random.default_rng(0).random((9, 8)) < 0.8
     threat = PatchThreatModel((9, 8), ((2, 3), (1, 1)), 1, allowed)
-    assert threat.shapes == ((1, 1), (2, 3))  # a smaller shape may fit where the larger does not
+    assert threat.shapes == ((2, 3),)
+    assert threat.maximal_shapes == ((1, 3), (2, 1), (2, 2), (2, 3))  # smaller ones fit where the largest does not
     for top in range(8):
         for left in range(6):
             assert threat.placements((2, 3))[top, left] == allowed[top : top + 2, left : left + 3].all()
@@ -102,6 +104,52 @@ def test_allowed_placements_by_counting():
     assert threat != PatchThreatModel((9, 8), ((2, 3), (1, 1)))
 
 
+@pytest.mark.parametrize("text", ["2x3", "1x1", "3+1x5", "area:6", "9x8"])
+def test_maximal_rectangles_are_those_of_the_definition(text):
+    random = np.random.default_rng(len(text))
+    for density in (0.3, 0.6, 0.9, 1.0):
+        allowed = random.random((9, 8)) < density
+        threat = PatchThreatModel.parse(text, (9, 8), allowed)
+        shapes = [(h, 6 // h) for h in range(1, 7)] if text == "area:6" else threat.shapes
+        expected = oracle.maximal(oracle.promised((9, 8), shapes, allowed))
+        found = [(shape, *corner) for shape in threat.maximal_shapes for corner in threat.corners(shape).tolist()]
+        assert found == expected
+        for (h, w), top, left in oracle.promised((9, 8), shapes, allowed)[::7]:
+            assert threat.allows(top, left, h, w)
+
+
+def test_no_rectangle_but_the_promised_ones_is_allowed():
+    allowed = np.zeros((6, 7), dtype=bool)
+    allowed[1:5, 2:6] = True
+    threat = PatchThreatModel((6, 7), ((2, 3),), 1, allowed)
+    assert threat.allows(1, 2, 2, 3)
+    assert threat.allows(4, 5, 1, 1)
+    for other in ((0, 2, 2, 3), (1, 4, 2, 3), (1, 2, 3, 2), (1, 2, 0, 3), (-5, 2, 2, 3), (1, 2, 2, 4), (4, 2, 2, 3)):
+        assert not threat.allows(*other)
+    assert not PatchThreatModel((6, 7), ((2, 3),)).allows(5, 0, 2, 3)
+
+
+def test_a_mask_that_its_owner_changes_changes_no_threat():
+    allowed = np.zeros((6, 7), dtype=bool)
+    allowed[1:3, 2:5] = True
+    threat, meant = PatchThreatModel((6, 7), ((2, 2),), 1, allowed), allowed.copy()
+    allowed[:] = True
+    assert (threat.allowed == meant).all()
+    assert threat.corners((2, 2)).tolist() == [[1, 2], [1, 3]]
+    assert threat != PatchThreatModel((6, 7), ((2, 2),), 1, allowed)
+    with pytest.raises(ValueError, match="read-only"):
+        threat.allowed[:] = True
+
+
+def test_large_masks_are_gone_through_in_parts(monkeypatch):
+    allowed = np.random.default_rng(4).random((40, 30)) < 0.8
+    whole = PatchThreatModel.parse("area:12", (40, 30), allowed)
+    expected = {shape: whole.corners(shape).tolist() for shape in whole.maximal_shapes}
+    monkeypatch.setattr("bagcert.rectangles.MOST_PIXELS", 90)
+    parts = PatchThreatModel.parse("area:12", (40, 30), allowed)
+    assert {shape: parts.corners(shape).tolist() for shape in parts.maximal_shapes} == expected
+
+
 def test_a_mask_image(tmp_path):
     mask = np.zeros((8, 8), dtype=np.uint8)
     mask[:4] = 255
@@ -109,8 +157,10 @@ def test_a_mask_image(tmp_path):
     threat = PatchThreatModel.parse("2", (8, 8), tmp_path / "mask.png")
     assert threat.placements((2, 2)).sum() == 3 * 7
     assert threat.placements((2, 2))[:3].all()  # the white part
-    with pytest.raises(UsageError, match="no room"):
-        PatchThreatModel.parse("5", (8, 8), tmp_path / "mask.png")
+    assert PatchThreatModel.parse("5", (8, 8), tmp_path / "mask.png").maximal_shapes == ((4, 5),)
+    Image.fromarray(0 * mask).save(tmp_path / "black.png")
+    with pytest.raises(UsageError, match="has no room for any patch of 5"):
+        PatchThreatModel.parse("5", (8, 8), tmp_path / "black.png")
     with pytest.raises(UsageError, match="9x9 px like the image, got 8x8"):
         PatchThreatModel.parse("2", (9, 9), str(tmp_path / "mask.png"))
 

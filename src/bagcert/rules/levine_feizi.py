@@ -21,7 +21,7 @@ def levine_feizi(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     Raises:
         UsageError: the threat is for images of another size.
     """
-    windows = Windows.of(score_map, threat, maximal=threat.allowed is None)
+    windows = Windows.of(score_map, threat)
     sums = score_map.class_sums
     prediction = lowest_argmax(sums)
     sizes = windows.sizes.masked_fill(~windows.keep, -1)

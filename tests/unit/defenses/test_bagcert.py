@@ -270,7 +270,7 @@ class TestPlacements:
         with pytest.raises(UsageError, match="must be 12x10 px"):
             model.certify(images, 2, placements=allowed.T)
         with pytest.raises(UsageError, match="has no room"):
-            model.certify(images, 5, placements=allowed)
+            model.certify(images, 5, placements=np.zeros_like(allowed))
         with pytest.raises(UnreadableError, match="there is no mask image"):
             model.certify(images, 2, placements=tmp_path / "none.png")
 
