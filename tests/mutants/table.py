@@ -67,7 +67,6 @@ RECTANGLES = {
         ("maximal[rows] &= reach < wide[rows]", "maximal[rows] &= reach < wide[rows] + 1")
     ],
     "the last part of the rows forgotten": [("for some in np.array_split(", "for some in [[]] + np.array_split(")],
-    "a patch as wide as the last shape only": [("widest[h] = max(widest[h], w)", "widest[h] = w")],
 }
 
 VERIFY = {
@@ -79,7 +78,7 @@ VERIFY = {
     ],
     "checker: only the largest shapes within a mask": [("new[:-1] &= (tall[:-1] != taller).any(1)", "new[:] = False")],
     "checker: within a mask a row too many is left out": [
-        ("new[1:] &= (tall[1:] != taller).any(1)", "new[1:] &= (tall[1:] != taller).all(1)")
+        ("new[1:] &= (tall[1:] != taller).any(1)", "new[1:] &= ~tall[:-1].any(1)")
     ],
     "checker: windows kept though they lie in another": [
         ("@ _inside(lines[1]).T == 1)", "@ _inside(lines[1]).T >= 1)")
@@ -118,9 +117,8 @@ GRID = {
         ("is_maximal = _inside(distinct).sum(1) == 1", "is_maximal = _inside(distinct).sum(1) >= 1")
     ],
     "windows kept under a mask though they lie in another": [("keep = found & (holders == 1)", "keep = found.copy()")],
-    "windows dropped under a mask that lie in one other": [
-        ("keep = found & (holders == 1)", "keep = found & (holders == holders[found].min())"),
-        ("holders = _inside(row_lines)", "holders = _inside(row_lines).T"),
+    "windows kept under a mask whose rows hold another's, not those that lie in none": [
+        ("holders = _inside(row_lines).astype", "holders = _inside(row_lines).T.astype")
     ],
     "the order of windows under a mask is that of their columns": [("return distinct[::-1], {", "return distinct, {")],
     "only the smallest shape under a mask": [("for shape in reversed(shapes):", "for shape in shapes[:1]:")],
@@ -414,11 +412,12 @@ LARGEST = {
     "largest: several patches counted as one": [
         ("_squares(score_map.grid, side, patches)).certified", "_squares(score_map.grid, side)).certified")
     ],
-    "largest: several patches by bisection, as if it were monotone": [
+    "largest: several patches up to the first side that fails": [
+        ("= number\n        open_ = open_[~holds]", "= number\n        open_ = open_[holds]"),
         (
-            "result[open_[holds]] = number\n        open_ = open_[~holds]",
-            "result[open_[holds]] = number\n        open_ = open_",
-        )
+            "in reversed(list(enumerate(distinct_sides(score_map.grid), 1))):",
+            "in enumerate(distinct_sides(score_map.grid), 1):",
+        ),
     ],
     "largest: a masking rule is worth its masks on every image": [
         ("return certificate.certified.long() *", "return torch.ones_like(certificate.margin) *")
