@@ -132,8 +132,8 @@ class PatchThreatModel:
         if isinstance(text, tuple | list):
             if len(text) != 2:
                 raise UsageError(f"a patch is a side or a (height, width) pair in px, got {text!r}")
-            text = f"{text[0]}x{text[1]}"
-        patches, shapes, notation = _read_notation(str(text), image_size)
+            text = f"{_digits(text[0])}x{_digits(text[1])}"
+        patches, shapes, notation = _read_notation(_digits(text), image_size)
         if isinstance(allowed, str | Path):
             allowed = _read_mask(Path(allowed))
         return cls((image_size[0], image_size[1]), tuple(shapes), patches, allowed, notation)
@@ -229,6 +229,13 @@ def _read_notation(text: str, image_size: tuple[int, int]) -> tuple[int, list[tu
     if len(terms) > MOST_TERMS:
         raise UsageError(f"a set has at most {MOST_TERMS} shapes, got {len(terms):,}")
     return patches, [shape for term in terms for shape in _shapes(term, notation, image_size)], notation
+
+
+def _digits(value: object) -> str:
+    """A number or text as text; Python itself refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+        raise UsageError(f"a number in a patch has at most {MOST_DIGITS} digits")
+    return str(value)
 
 
 def _undominated(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 MOST_SIDE, MOST_SCORES = 8192, 2**25  # of a record: the side of an image, a score map or a list of classes
 MOST_TERMS, MOST_LINES, MOST_CELLS = 2**8, 2**11, 2**24  # shapes of a notation, lines of an axis, sizes of tables
-MOST_LOOKS, MOST_WORK = 2**28, 2**38  # pixels looked at for placements, products for rivals or pairs of masks
+MOST_LOOKS, MOST_WORK = 2**27, 2**38  # pixels looked at for placements, products for rivals or pairs of masks
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,11 @@ class _Axis:
 
     def __init__(self, regions: list, pixels: int) -> None:
         _need(len(regions) * pixels <= MOST_CELLS, "the geometry is too large to go through", "limit")
-        self.count, self.ids, self.left = np.zeros((pixels + 1, len(regions)), np.int16), dict[bytes, int](), MOST_LOOKS
+        self.count, self.ids, self.left = (
+            np.zeros((pixels + 1, len(regions)), np.int16),
+            dict[bytes, int](),
+            2**3 * MOST_LOOKS,
+        )
         for region, (start, stop) in ((region, run) for region, runs in enumerate(regions) for run in runs):
             self.count[start + 1 : stop + 1, region] = 1
         self.count = self.count.cumsum(0, dtype=np.int16)
@@ -194,13 +198,14 @@ def _within(widest: np.ndarray, allowed: np.ndarray, rows: _Axis, cols: _Axis) -
         if widest[h] == widest[h + 1]:  # where a row more takes nothing, the higher patches say it all
             new[:-1] &= (tall[:-1] != taller).any(1)
             new[1:] &= (tall[1:] != taller).any(1)
-        looks -= allowed.size // 2**6 + int(new.sum()) * width
+        looks -= allowed.size // 2**8 + int(new.sum()) * width
         _need(looks >= 0, "the mask leaves too many placements to go through", "limit")
-        black = np.unpackbits(tall[new], axis=1, count=width) == 0
-        end = np.minimum.accumulate(np.where(black, np.arange(width), width)[:, ::-1], axis=1)[:, ::-1]
-        wide = np.minimum(end - np.arange(width), widest[h])  # of the widest patch from each pixel on
-        top, left = wide.nonzero()
-        reached[row[new.nonzero()[0][top]], col_of[wide[top, left], left]] = True
+        for tops in np.array_split(new.nonzero()[0], int(new.sum()) * width // 2**22 + 1):  # to bound memory
+            black = np.unpackbits(tall[tops], axis=1, count=width) == 0
+            end = np.minimum.accumulate(np.where(black, np.arange(width), width)[:, ::-1], axis=1)[:, ::-1]
+            wide = np.minimum(end - np.arange(width), widest[h])  # of the widest patch from each pixel on
+            top, left = wide.nonzero()
+            reached[row[tops[top]], col_of[wide[top, left], left]] = True
         tall = taller
     reached = reached[np.ix_(*order)]
     some = reached & np.outer(lines[0].any(1), lines[1].any(1))  # a product with an empty line holds no region

@@ -1,6 +1,7 @@
 """The deployed defense: loading, and predictions that are those of the certificates."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -236,6 +237,16 @@ class TestDeployment:
         assert (score_map.low, score_map.high) == (-2047, 2047)
         assert score_map.grid.touched_rows(2).shape == (11, 12)
         assert score_map.grid.touched_cols("2x4").shape == (7, 10)
+
+
+@pytest.mark.parametrize("patch", ["9" * 400 + "%", "9" * 900, "1000000000000*1", "five", "13"])
+def test_a_folder_whose_patch_makes_no_sense_is_refused_in_one_sentence(folder, patch, tmp_path):
+    shutil.copytree(folder, tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / CONFIG).read_text())
+    (tmp_path / "odd" / CONFIG).write_text(json.dumps({**config, "patch": patch}))
+    with pytest.raises(UnreadableError, match=r"config\.json cannot be deployed: ") as error:
+        load(tmp_path / "odd")
+    assert len(str(error.value)) < 400
 
 
 class TestPlacements:
