@@ -138,11 +138,8 @@ class _Axis:
 
     def __init__(self, regions: list, pixels: int) -> None:
         _need(len(regions) * pixels <= MOST_CELLS, "the geometry is too large to go through", "limit")
-        self.count, self.ids, self.left = (
-            np.zeros((pixels + 1, len(regions)), np.int16),
-            dict[bytes, int](),
-            2**3 * MOST_LOOKS,
-        )
+        self.count = np.zeros((pixels + 1, len(regions)), np.int16)
+        self.ids, self.left = dict[bytes, int](), 2**3 * MOST_LOOKS
         for region, (start, stop) in ((region, run) for region, runs in enumerate(regions) for run in runs):
             self.count[start + 1 : stop + 1, region] = 1
         self.count = self.count.cumsum(0, dtype=np.int16)

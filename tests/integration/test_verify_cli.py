@@ -129,6 +129,7 @@ def test_records_are_verified_with_and_without_the_model(home: Path, records: li
         "verified": True,
         "fault": None,
         "reason": "pixels, geometry and scores are those of the model",
+        "repeats_line": None,
     }
 
 
