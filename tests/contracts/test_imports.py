@@ -14,8 +14,8 @@ MODULES = {
 EXEMPT = {"bagcert"}  # the front door names everything, and loads it on first use
 
 LEVELS = {
-    1: "errors extras files addresses ahead ranks devices rectangles threat grid scores certificate records images draws "
-    "distributed verify",
+    1: "errors extras files addresses ahead ranks devices rectangles threat grid scores certificate records images "
+    "draws distributed verify",
     2: "backends rules nets data losses optimizers recipe preprocess record_lines image_records gallery_file",
     3: "defenses train training_data objective run_folder validation locality model_card",
     4: "attacks gallery export hub failsafe evaluation_log certificate_records record_file describe",

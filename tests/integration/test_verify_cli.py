@@ -83,6 +83,14 @@ def test_a_record_of_a_part_of_the_image_says_so(home: Path, tmp_path: Path) -> 
     assert (code, found["verified"], found["threat"]) == (0, True, "5 within the allowed placements")
     record = json.loads((tmp_path / "c.jsonl").read_text())
     assert (record["record_version"], record["threat"]["shapes"]) == (2, [[5, 5]])
+    old = write(tmp_path / "old.jsonl", [{**record, "record_version": 1}])
+    words = "version 1 left out smaller patches within a mask"
+    code, _, err = run("verify", old)
+    assert code == 5
+    assert words in err
+    code, _, err = run("certify", home / "photos", *options, "--record", old, "--resume")
+    assert code == 2
+    assert words.replace("version 1 ", "of version 1, which ") in err
     record["verdict"]["margin"] += 1
     code, _, err = run("verify", write(tmp_path / "forged.jsonl", [record]))
     assert code == 4
