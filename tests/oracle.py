@@ -19,22 +19,35 @@ def lines(seen, side):
     ]
 
 
-def allowed_placements(image_size, shapes, allowed):
-    """(shape, top, left) of every admissible patch."""
+def promised(image_size, shapes, allowed=None):
+    """(shape, top, left) of every patch that a threat allows: all rectangles that fit inside one of the shapes."""
     height, width = image_size
     found = []
-    for h, w in shapes:
-        for top in range(height - h + 1):
-            for left in range(width - w + 1):
-                if allowed is None or allowed[top : top + h, left : left + w].all():
-                    found.append(((h, w), top, left))
+    for h in range(1, height + 1):
+        for w in range(1, width + 1):
+            if not any(h <= most_h and w <= most_w for most_h, most_w in shapes):
+                continue
+            for top in range(height - h + 1):
+                for left in range(width - w + 1):
+                    if allowed is None or allowed[top : top + h, left : left + w].all():
+                        found.append(((h, w), top, left))
     return found
 
 
+def maximal(rectangles):
+    """Those (shape, top, left) that lie in no other."""
+
+    def inside(one, other):
+        ((h, w), top, left), ((h2, w2), top2, left2) = one, other
+        return top2 <= top and left2 <= left and top + h <= top2 + h2 and left + w <= left2 + w2
+
+    return [one for one in rectangles if not any(one != other and inside(one, other) for other in rectangles)]
+
+
 def reaches(rows_seen, cols_seen, shapes, allowed=None):
-    """R(l) for every admissible placement, straight from which region sees which pixel."""
+    """R(l) for every patch a threat allows, straight from which region sees which pixel."""
     found = []
-    for (h, w), top, left in allowed_placements((rows_seen.shape[1], cols_seen.shape[1]), shapes, allowed):
+    for (h, w), top, left in promised((rows_seen.shape[1], cols_seen.shape[1]), shapes, allowed):
         rows = rows_seen[:, top : top + h].any(1)
         cols = cols_seen[:, left : left + w].any(1)
         found.append((((h, w), top, left), np.outer(rows, cols)))
@@ -54,28 +67,27 @@ def _first_maximal(line, every):
 
 
 def mask_set(rows_seen, cols_seen, shapes, allowed=None):
-    """The masks of the double-masking defence, in the order (shape, top, left)."""
+    """The windows: what votes are reckoned over, and the masks of the masking rules, in their order."""
+    if allowed is not None:
+        return _mask_set_within(rows_seen, cols_seen, shapes, allowed)
     masks = []
-    for shape in sorted(shapes):
-        rows, cols = lines(rows_seen, shape[0]), lines(cols_seen, shape[1])
-        found = set()
-        for _, top, left in allowed_placements((rows_seen.shape[1], cols_seen.shape[1]), [shape], allowed):
-            found.add((_first_maximal(rows[top], rows), _first_maximal(cols[left], cols)))
+    for h, w in sorted(shapes):
+        rows, cols = lines(rows_seen, h), lines(cols_seen, w)
+        found = {(_first_maximal(row, rows), _first_maximal(col, cols)) for row in rows for col in cols}
         for row, col in sorted(found, key=lambda window: (rows.index(window[0]), cols.index(window[1]))):
             masks.append(np.outer(row, col))
     return masks
 
 
-def distinct_per_shape(rows_seen, cols_seen, shapes, allowed=None):
-    """Each reach once per shape."""
-    masks = []
-    for shape in sorted(shapes):
-        seen = set()
-        for _, mask in reaches(rows_seen, cols_seen, [shape], allowed):
-            if mask.tobytes() not in seen:
-                seen.add(mask.tobytes())
-                masks.append(mask)
-    return masks
+def _mask_set_within(rows_seen, cols_seen, shapes, allowed):
+    """Every reach that lies in no other, sorted by the strings of 0 and 1 of its rows, then of its columns."""
+    found = {mask.tobytes(): mask for _, mask in reaches(rows_seen, cols_seen, shapes, allowed)}.values()
+    most = [mask for mask in found if not any((mask <= other).all() and (mask != other).any() for other in found)]
+
+    def bits(mask):
+        return mask.any(1).tolist(), mask.any(0).tolist()
+
+    return sorted(most, key=bits, reverse=True)
 
 
 def unions(masks, patches):

@@ -29,6 +29,10 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
         "python -m tests.properties.agreement --cases 3000 --json",
         ("disagreements", "broken_certificates", "vote_certified_not_double_masking"),
     ),
+    "masks": (
+        "python -m tests.properties.masks --cases 10000 --json",
+        ("broken_certificates", "disagreements", "records_refused"),
+    ),
     "mutants": ("python -m tests.mutants.run --out OUT", ("survived",)),
     "faults": (
         "python -m tests.faults.run --kills 50 --out OUT",

@@ -20,7 +20,7 @@ from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
 from bagcert.images import Photo
 from bagcert.preprocess import Preprocessing
-from bagcert.record_lines import RECORD_VERSION, seal
+from bagcert.record_lines import seal
 from bagcert.records import Record
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
@@ -51,7 +51,7 @@ def certificate_record(
         raise UsageError(f"a record is of one image, got {len(score_map)} score maps, {len(certificate)} certificates")
     (said,) = Record.each(certificate)
     record = {
-        "record_version": RECORD_VERSION,
+        "record_version": 1 if certificate.threat.allowed is None else 2,
         "source": photo.source,
         "image": {
             "size_px": list(photo.stored_size),

@@ -16,22 +16,20 @@ from bagcert.threat import PatchThreatModel
 
 @dataclass(frozen=True, eq=False)
 class WindowBlock:
-    """The windows one patch shape leads to: the products of `rows` and `cols` that `keep` marks.
+    """Windows that are products of row sets and column sets: those of `rows` and `cols` that `keep` marks.
 
     Attributes:
-        shape: (height_px, width_px) of the patch.
         rows: boolean [row windows, map rows].
         cols: boolean [column windows, map columns].
         keep: boolean [row windows, column windows].
-        tops, lefts: int [row windows, column windows], one admissible placement whose reach lies in the window.
+        places: int [row windows, column windows, 4], the first `[top, left, height, width]` in pixels whose reach is
+            the window; meaningless where there is none.
     """
 
-    shape: tuple[int, int]
     rows: np.ndarray
     cols: np.ndarray
     keep: np.ndarray
-    tops: np.ndarray
-    lefts: np.ndarray
+    places: np.ndarray
 
     @cached_property
     def regions(self) -> np.ndarray:
@@ -120,14 +118,14 @@ class RegionGrid:
         same = self.map_size == other.map_size and self.image_size == other.image_size
         return same and not (other.rows_seen & ~self.rows_seen).any() and not (other.cols_seen & ~self.cols_seen).any()
 
-    def windows(self, threat: PatchThreatModel, maximal: bool = True) -> tuple[WindowBlock, ...]:
-        """What one patch of the threat can reach: a block of windows per shape, in the order (shape, top, left).
+    def windows(self, threat: PatchThreatModel) -> tuple[WindowBlock, ...]:
+        """What one patch of the threat can reach: the maximal reaches R(l), so that every reach lies inside a window.
 
-        With `maximal`, windows inside another are left out, so that every reach R(l) lies inside a window;
-        enough wherever a larger window is never better for the attacked. Each allowed placement is mapped to
-        one maximal window that contains its reach. Without it, exactly the reaches R(l), each once per axis.
+        Anywhere in the image there is a block for each shape, with the reaches that lie in no other of their shape,
+        in the order (shape, top, left). Under a mask there is one block with the reaches that lie in no other at all,
+        in descending order of their row sets, then of their column sets, as strings of 0 and 1.
         """
-        return _windows(self, threat, maximal)
+        return _windows(self, threat)
 
     def _shape(self, patch: "int | str | tuple[int, int]") -> tuple[int, int]:
         shapes = PatchThreatModel.parse(patch, self.image_size).shapes
@@ -153,8 +151,8 @@ def _compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
     return (outer.astype(np.float32) @ inner.astype(np.float32)) > 0
 
 
-def _axis_windows(touched: np.ndarray, maximal: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct (maximal) lines of `touched` in order of first appearance, and for each line one that holds it."""
+def _lines(touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct lines of `touched` in order of first appearance, and which of them each placement has."""
     # Neighbouring placements mostly reach the same regions; thousands of lines are few runs, and only those are sorted.
     changes = np.ones(len(touched), dtype=bool)
     changes[1:] = (touched[1:] != touched[:-1]).any(1)
@@ -163,46 +161,67 @@ def _axis_windows(touched: np.ndarray, maximal: bool) -> tuple[np.ndarray, np.nd
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    distinct, line = runs[first[order]], rank[line.reshape(-1)][run_of]
-    if not maximal:
-        return distinct, line
-    counts = distinct.astype(np.int64)
-    inside = counts @ counts.T == counts.sum(1)[:, None]  # [a, b]: line a lies inside line b
-    is_maximal = inside.sum(1) == 1
-    container = (inside & is_maximal[None, :]).argmax(1)
-    position = np.cumsum(is_maximal) - 1
-    return distinct[is_maximal], position[container][line]
+    return runs[first[order]], rank[line.reshape(-1)][run_of]
 
 
-def _witnesses(touched: np.ndarray, window_of: np.ndarray) -> np.ndarray:
-    """For each window the first placement among those that reach most of it."""
-    order = np.lexsort((-touched.sum(1), window_of))
-    return order[np.unique(window_of[order], return_index=True)[1]]
+def _inside(lines: np.ndarray) -> np.ndarray:
+    """Boolean [lines, lines]: does line a lie inside line b?"""
+    counts = lines.astype(np.float32)
+    return counts @ counts.T == counts.sum(1)[:, None]
+
+
+def _axis_windows(touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The maximal lines of `touched` in order of first appearance, and the first placement of each."""
+    distinct, line_of = _lines(touched)
+    is_maximal = _inside(distinct).sum(1) == 1
+    first = np.unique(line_of, return_index=True)[1]
+    return distinct[is_maximal], first[is_maximal]
 
 
 @lru_cache(maxsize=256)
-def _windows(grid: RegionGrid, threat: PatchThreatModel, maximal: bool) -> tuple[WindowBlock, ...]:
+def _windows(grid: RegionGrid, threat: PatchThreatModel) -> tuple[WindowBlock, ...]:
     if threat.image_size != grid.image_size:
         raise UsageError(f"the threat is for images of {threat.image_size} px, the grid for {grid.image_size} px")
+    if threat.allowed is not None:
+        return (_restricted(grid, threat),)
     blocks = []
     for shape in threat.shapes:
-        touched_rows, touched_cols = _touched(grid.rows_seen, shape[0]), _touched(grid.cols_seen, shape[1])
-        rows, row_of = _axis_windows(touched_rows, maximal)
-        cols, col_of = _axis_windows(touched_cols, maximal)
+        rows, tops = _axis_windows(_touched(grid.rows_seen, shape[0]))
+        cols, lefts = _axis_windows(_touched(grid.cols_seen, shape[1]))
         size = (len(rows), len(cols))
-        if threat.allowed is None:
-            keep = np.ones(size, dtype=bool)
-            top, left = _witnesses(touched_rows, row_of), _witnesses(touched_cols, col_of)
-            tops, lefts = np.broadcast_to(top[:, None], size), np.broadcast_to(left[None, :], size)
-        else:
-            top, left = np.nonzero(threat.placements(shape))
-            reach = touched_rows.sum(1)[top] * touched_cols.sum(1)[left]
-            window = row_of[top] * size[1] + col_of[left]
-            order = np.lexsort((-reach, window))
-            found, first = np.unique(window[order], return_index=True)
-            keep = np.zeros(size, dtype=bool)
-            tops, lefts = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-            keep.flat[found], tops.flat[found], lefts.flat[found] = True, top[order[first]], left[order[first]]
-        if keep.any():
-            blocks.append(WindowBlock(shape, rows, cols, keep, tops, lefts))
+        places = np.stack(np.broadcast_arrays(tops[:, None], lefts[None, :], *shape), 2)
+        blocks.append(WindowBlock(rows, cols, np.ones(size, dtype=bool), places))
     return tuple(blocks)
+
+
+def _restricted(grid: RegionGrid, threat: PatchThreatModel) -> WindowBlock:
+    """The maximal reaches under a mask, whatever their shape."""
+    shapes = threat.maximal_shapes
+    row_lines, row_of = _axis_lines(grid.rows_seen, {h for h, _ in shapes})
+    col_lines, col_of = _axis_lines(grid.cols_seen, {w for _, w in shapes})
+    places = np.zeros((len(row_lines), len(col_lines), 4), dtype=np.int64)
+    for shape in reversed(shapes):  # the first placement of a reach, in the order (shape, top, left), is set last
+        corners = threat.corners(shape)[::-1]
+        reach = row_of[shape[0]][corners[:, 0]], col_of[shape[1]][corners[:, 1]]
+        places[reach] = np.concatenate([corners, np.broadcast_to(shape, corners.shape)], 1)
+    found = places[:, :, 2] > 0
+    holds_some = np.outer(row_lines.any(1), col_lines.any(1))
+    if not (found & holds_some).any():  # no patch reaches a region
+        place = places[tuple(np.argwhere(found)[0])][None, None]
+        nothing = [np.zeros((1, count), dtype=bool) for count in grid.map_size]
+        return WindowBlock(nothing[0], nothing[1], np.ones((1, 1), dtype=bool), place)
+    found &= holds_some
+    holders = _inside(row_lines).astype(np.float32) @ found.astype(np.float32) @ _inside(col_lines).T
+    keep = found & (holders == 1)  # inside itself only
+    rows, cols = keep.any(1), keep.any(0)
+    return WindowBlock(row_lines[rows], col_lines[cols], keep[rows][:, cols], places[rows][:, cols])
+
+
+def _axis_lines(seen: np.ndarray, sides: set[int]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """The distinct lines of patches of any of `sides`, those with earlier regions first; by side each placement's."""
+    lines = {side: _lines(_touched(seen, side)) for side in sorted(sides)}
+    distinct, which = np.unique(np.concatenate([own for own, _ in lines.values()]), axis=0, return_inverse=True)
+    which = len(distinct) - 1 - which.reshape(-1)  # descending
+    ends = np.cumsum([len(own) for own, _ in lines.values()])
+    parts = np.split(which, ends[:-1])
+    return distinct[::-1], {side: part[of] for part, (side, (_, of)) in zip(parts, lines.items(), strict=True)}

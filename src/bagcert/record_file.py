@@ -125,6 +125,11 @@ class RecordFile:
 
     def _check(self, record: dict[str, Any], index: int, number: int) -> None:
         """Is this what the run would have written there?"""
+        if record["threat"]["allowed"] is not None and record["record_version"] == 1:
+            raise UsageError(
+                f"line {number} of {self.path} is of version 1, which left out smaller patches within a mask; choose "
+                "another --record"
+            )
         for name, here in self._common.items():
             there = record["network"]["fit"] if name == "fit" else record[name]
             if there != here:

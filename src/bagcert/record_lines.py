@@ -9,7 +9,9 @@ from typing import Any
 from bagcert.errors import UnreadableError
 from bagcert.files import open_regular
 
-RECORD_VERSION = 1
+RECORD_VERSIONS = (1, 2)
+"""Version 2 is of records that restrict placements. Those of version 1 left out smaller patches within the mask."""
+
 MOST_LINE_BYTES = 2**26
 FIELDS = {
     "record": "record_version source image network model geometry threat rule scores locality verdict environment "
@@ -43,7 +45,7 @@ def from_line(line: bytes) -> dict[str, Any]:
     """A record from its line; its form is checked, not what it says.
 
     Raises:
-        ValueError: longer than 64 MiB, not JSON, a key twice, NaN, another version, missing or unknown fields,
+        ValueError: longer than 64 MiB, not JSON, a key twice, NaN, an unknown version, missing or unknown fields,
             another SHA-256 than that of its content.
     """
     if len(line) > MOST_LINE_BYTES:
@@ -60,8 +62,8 @@ def from_line(line: bytes) -> dict[str, Any]:
         raise ValueError("it is not a JSON object")
     if "record_version" not in record:
         raise ValueError("it has no record_version, so it is no certificate record")
-    if record["record_version"] != RECORD_VERSION or type(record["record_version"]) is not int:
-        raise ValueError(f"its record_version is {record['record_version']!r}; this reads {RECORD_VERSION}")
+    if record["record_version"] not in RECORD_VERSIONS or type(record["record_version"]) is not int:
+        raise ValueError(f"its record_version is {record['record_version']!r}; this reads 1 and 2")
     for name, fields in FIELDS.items():
         part, what = (record, "it") if name == "record" else (record[name], f"its {name}")
         if not isinstance(part, dict):

@@ -3,23 +3,33 @@
 This is the only module that knows placements. Everything is in pixels of the image the user has.
 """
 
-import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
+from math import ceil, isqrt
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bagcert.errors import UnreadableError, UsageError, shown
 from bagcert.files import open_regular
+from bagcert.rectangles import maximal_rectangles
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 NOTATION = "5, 2x8, 2%, 5+2x8 (either shape), area:25 (any rectangle of at most 25 px), 2*5 (two patches)"
 
 MASK_FORMATS = ("PNG", "BMP", "GIF", "JPEG", "TIFF", "WEBP")
+ORIENTATION_TAG = 0x0112
 MAX_MASK_BYTES = 1 << 29
 MAX_MASK_PIXELS = 100_000_000
 """A mask has the size of an image, so its limits are those of `bagcert.images`."""
+
+MOST_PATCHES, MOST_TERMS, MOST_DIGITS = 64, 256, 20
+"""Of a notation: rectangles at once, shapes in a set, digits in a number."""
 
 _SQUARE = re.compile(r"(\d+)")
 _RECTANGLE = re.compile(r"(\d+)x(\d+)")
@@ -32,21 +42,25 @@ _PATCHES = re.compile(r"(\d+)\*(.+)")
 class PatchThreatModel:
     """An attacker who replaces the pixels under `patches` rectangles of an image, and nothing else.
 
-    Each rectangle has one of `shapes` (height_px, width_px), lies inside the image, and, when `allowed` is
-    given, wholly inside its True part. The content is unrestricted. A certificate against a shape also
-    covers every smaller patch, and a sticker of any form inside the rectangle.
+    Each rectangle fits inside one of `shapes` (height_px, width_px), lies inside the image, and, when `allowed`
+    is given, wholly inside its True part. The content is unrestricted. A sticker of any form inside such a
+    rectangle is covered too.
+
+    It is enough to look at the maximal rectangles, those that lie in no other the attacker may use. Anywhere in
+    an image they have the `shapes` themselves. Under a mask they may be smaller, so whoever goes through placements
+    takes `maximal_shapes` and `corners`, which hold with and without a mask.
 
     Source: METHOD section 1 of the design notes; Metzen & Yatsura, ICLR 2021, section 3.
 
     Attributes:
         image_size: (height_px, width_px) of the image.
-        shapes: the shapes the attacker may choose from, ascending, none inside another unless `allowed` is given.
-        patches: how many rectangles at once.
-        allowed: boolean [height, width], or None for everywhere.
+        shapes: the largest shapes of a patch, ascending; those inside another are left out.
+        patches: how many rectangles at once, at most 64.
+        allowed: boolean [height, width], or None for everywhere. The array is copied; the copy is read-only.
         notation: the text this was parsed from, for tables and records.
 
     Raises:
-        UsageError: a shape is 0 or larger than the image, or no placement is allowed.
+        UsageError: a shape is 0 or larger than the image, too many patches, or no pixel is allowed.
     """
 
     image_size: tuple[int, int]
@@ -65,24 +79,23 @@ class PatchThreatModel:
                 raise UsageError(f"a patch must be at least 1x1 px, got {h}x{w}")
             if h > height or w > width:
                 raise UsageError(f"a patch of {h}x{w} px does not fit into an image of {height}x{width} px")
-        if self.patches < 1:
-            raise UsageError(f"the number of patches must be at least 1, got {self.patches}")
-        if self.allowed is None:
-            # Inside an image every placement of a smaller shape lies in one of the larger; under a mask it may not.
-            shapes = _undominated(shapes)
-        else:
-            allowed = np.ascontiguousarray(self.allowed, dtype=bool)
+        if not 1 <= self.patches <= MOST_PATCHES:
+            raise UsageError(f"the number of patches must be from 1 to {MOST_PATCHES}, got {self.patches}")
+        shapes = _undominated(shapes)
+        if self.allowed is not None:
+            allowed = np.array(self.allowed, dtype=bool, order="C")  # a copy, which nobody else can change
             if allowed.shape != (height, width):
                 found = "x".join(map(str, allowed.shape))
                 raise UsageError(
                     f"the mask of allowed placements must be {height}x{width} px like the image, got {found}"
                 )
+            allowed.setflags(write=False)
             object.__setattr__(self, "allowed", allowed)
         object.__setattr__(self, "shapes", tuple(shapes))
         if not self.notation:
             text = "+".join(f"{h}x{w}" for h, w in shapes)
             object.__setattr__(self, "notation", f"{self.patches}*{text}" if self.patches > 1 else text)
-        if self.allowed is not None and not any(self.placements(shape).any() for shape in shapes):
+        if self.allowed is not None and not self.allowed.any():
             raise UsageError(f"the mask of allowed placements has no room for any patch of {self.notation}")
 
     @classmethod
@@ -119,8 +132,8 @@ class PatchThreatModel:
         if isinstance(text, tuple | list):
             if len(text) != 2:
                 raise UsageError(f"a patch is a side or a (height, width) pair in px, got {text!r}")
-            text = f"{text[0]}x{text[1]}"
-        patches, shapes, notation = _read_notation(str(text), image_size)
+            text = f"{_digits(text[0])}x{_digits(text[1])}"
+        patches, shapes, notation = _read_notation(_digits(text), image_size)
         if isinstance(allowed, str | Path):
             allowed = _read_mask(Path(allowed))
         return cls((image_size[0], image_size[1]), tuple(shapes), patches, allowed, notation)
@@ -133,8 +146,32 @@ class PatchThreatModel:
         """Every left column of a patch of `shape`: int [W - w + 1], the last one included."""
         return np.arange(self.image_size[1] - shape[1] + 1)
 
+    @property
+    def maximal_shapes(self) -> tuple[tuple[int, int], ...]:
+        """The shapes of the maximal rectangles, ascending; without a mask these are `shapes`."""
+        return self.shapes if self.allowed is None else tuple(self._maximal)
+
+    def corners(self, shape: tuple[int, int]) -> np.ndarray:
+        """Top and left of every maximal rectangle of one of `maximal_shapes`: int [rectangles, 2], ascending."""
+        if self.allowed is None:
+            return np.argwhere(self.placements(shape))
+        return np.stack(np.divmod(self._maximal[shape], self.image_size[1]), 1)
+
+    @cached_property
+    def _maximal(self) -> dict[tuple[int, int], np.ndarray]:
+        """By shape, ascending: the index of the first pixel of every maximal rectangle in the white part."""
+        assert self.allowed is not None
+        return maximal_rectangles(self.shapes, self.allowed)
+
+    def allows(self, top: int, left: int, height: int, width: int) -> bool:
+        """May a patch be exactly this rectangle?"""
+        fits = any(height <= h and width <= w for h, w in self.shapes)
+        inside = top >= 0 and left >= 0 and top + height <= self.image_size[0] and left + width <= self.image_size[1]
+        white = self.allowed is None or bool(self.allowed[top : top + height, left : left + width].all())
+        return min(height, width) >= 1 and fits and inside and white
+
     def placements(self, shape: tuple[int, int]) -> np.ndarray:
-        """Boolean [tops, lefts]: may a patch of `shape` lie there?"""
+        """Boolean [tops, lefts]: is a rectangle of `shape` inside the image and the white part there?"""
         h, w = shape
         if self.allowed is None:
             return np.ones((self.image_size[0] - h + 1, self.image_size[1] - w + 1), dtype=bool)
@@ -183,10 +220,22 @@ def check_notation(text: str) -> None:
 def _read_notation(text: str, image_size: tuple[int, int]) -> tuple[int, list[tuple[int, int]], str]:
     """How many patches, their shapes, and the text in its plain form."""
     notation = text.strip().lower().replace(" ", "")
+    if any(len(number) > MOST_DIGITS for number in re.findall(r"\d+", notation)):
+        raise UsageError(f"a number in a patch has at most {MOST_DIGITS} digits; got {shown(notation, 60)!r}")
     patches, shapes_text = 1, notation
     if match := _PATCHES.fullmatch(notation):
         patches, shapes_text = int(match[1]), match[2]
-    return patches, [s for part in shapes_text.split("+") for s in _shapes(part, notation, image_size)], notation
+    terms = shapes_text.split("+")
+    if len(terms) > MOST_TERMS:
+        raise UsageError(f"a set has at most {MOST_TERMS} shapes, got {len(terms):,}")
+    return patches, [shape for term in terms for shape in _shapes(term, notation, image_size)], notation
+
+
+def _digits(value: object) -> str:
+    """A number or text as text; Python itself refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+        raise UsageError(f"a number in a patch has at most {MOST_DIGITS} digits")
+    return str(value)
 
 
 def _undominated(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -212,9 +261,9 @@ def _shapes(part: str, notation: str, image_size: tuple[int, int]) -> list[tuple
     if match := _RECTANGLE.fullmatch(part):
         return [(int(match[1]), int(match[2]))]
     if match := _PERCENT.fullmatch(part):
-        # Rounding guards against 2 % of 2,500 px becoming 50.00000000000001 and the side one px too large.
-        share = round(float(match[1]) / 100 * height * width, 6)
-        side = math.ceil(round(math.sqrt(share), 9))
+        share = Fraction(match[1]) * height * width / 100
+        side = isqrt(ceil(share))
+        side += side**2 < share  # the smallest side whose square has the share
         return [(side, side)]
     if match := _AREA.fullmatch(part):
         area = int(match[1])
@@ -222,7 +271,7 @@ def _shapes(part: str, notation: str, image_size: tuple[int, int]) -> list[tuple
         if not fitting:
             raise UsageError(f"no rectangle of at most {area} px fits into the image; an area must be at least 1 px")
         return fitting
-    raise UsageError(f"a patch is written {NOTATION}; got {notation!r}")
+    raise UsageError(f"a patch is written {NOTATION}; got {shown(notation, 60)!r}")
 
 
 def _read_mask(path: Path) -> np.ndarray:
@@ -232,9 +281,24 @@ def _read_mask(path: Path) -> np.ndarray:
         with open_regular(path, MAX_MASK_BYTES) as file, Image.open(file, formats=MASK_FORMATS) as image:
             if image.size[0] * image.size[1] > MAX_MASK_PIXELS:
                 raise ValueError(f"it has more than {MAX_MASK_PIXELS:,} pixels")
-            return np.asarray(image.convert("L")) >= 128
+            if image.format == "TIFF" and image.getexif().get(ORIENTATION_TAG, 1) != 1:
+                # Pillow would turn the pixels, and the mask is one of pixels as stored.
+                raise ValueError("it is a TIFF with an orientation tag; save it without one")
+            return _white(image)
     except FileNotFoundError:
         raise UnreadableError(f"there is no mask image {path}") from None
     except Exception as error:  # decoders raise whatever they trip over in a broken file
         reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
         raise UnreadableError(f"the mask {path} cannot be read as an image: {reason}") from error
+
+
+def _white(image: "Image.Image") -> np.ndarray:
+    """Boolean [height, width]: is a pixel at least half white?"""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return np.asarray(image.convert("L")) >= 2**7
+    values = np.asarray(image)  # 16 bits
+    if values.min() < 0 or values.max() >= 2**16:
+        raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits")
+    return values >= 2**15

@@ -9,13 +9,15 @@ import re
 import zlib
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import combinations_with_replacement, islice, product
+from itertools import combinations_with_replacement
 from math import ceil, comb, inf, isqrt, prod
+from operator import index
 
 import numpy as np
 
 MOST_SIDE, MOST_SCORES = 8192, 2**25  # of a record: the side of an image, a score map or a list of classes
-MOST_WORK, MOST_TRIES = 2**38, 2**12  # of the checker: products for pairs of masks, ways to attain the margin
+MOST_TERMS, MOST_LINES, MOST_CELLS = 2**8, 2**11, 2**24  # shapes of a notation, lines of an axis, sizes of tables
+MOST_LOOKS, MOST_WORK = 2**27, 2**38  # pixels looked at for placements, products for rivals or pairs of masks
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,14 @@ def _unpack(text: str, shape: list[int], dtype: str) -> np.ndarray:
 
 
 class _Claim:
-    """A record as numbers, with R(l) of every placement; refuses what is not of the proper form."""
+    """A record as numbers, with the windows that its patches reach; refuses what is not of the proper form."""
 
     def __init__(self, record: dict) -> None:
-        _need(record["record_version"] == 1, f"the record version is {record['record_version']}, this checks 1")
         threat, scores, self.rule = record["threat"], record["scores"], record["rule"]
+        version, masked = record["record_version"], threat["allowed"] is not None
+        _need(version in (1, 2) and type(version) is int, f"the record version is {version}, this checks 1 and 2")
+        _need(masked or version == 1, "a record of version 2 must restrict placements")
+        _need(not masked or version == 2, "version 1 left out smaller patches within a mask; certify the image again")
         height, width = size = [_int(side, 1, MOST_SIDE, "a side in px") for side in record["image"]["size_px"]]
         shape = [_int(length, 1, MOST_SIDE, "a side of the score map") for length in scores["shape"]]
         _need(len(shape) == 3 and shape[0] > 1 and prod(shape) <= MOST_SCORES, f"scores of shape {shape}")
@@ -88,91 +93,152 @@ class _Claim:
         for runs, pixels in ((runs, pixels) for axis, pixels in zip(seen, size, strict=True) for runs in axis):
             ends = [_int(end, 0, pixels, "an end of a run of pixels") for start, stop in runs for end in (start, stop)]
             _need(ends == sorted(set(ends)), f"the pixels of a region must be ascending runs [start, stop), got {runs}")
-        self.patches, self.allowed = _int(threat["patches"], 1, 64, "the number of patches"), None
-        if threat["allowed"] is not None:
+        self.patches, allowed = _int(threat["patches"], 1, 64, "the number of patches"), None
+        if masked:
             bits = _unpack(threat["allowed"], [-(-height * width // 8)], "u1")
-            self.allowed = np.unpackbits(bits, count=height * width).reshape(height, width) > 0
-        shapes = _shapes(threat["notation"], self.patches, height, width, self.allowed is None)
+            allowed = np.unpackbits(bits, count=height * width).reshape(height, width) > 0
+        widest = _widest(threat["notation"], self.patches, height, width)
+        shapes = [[h, int(widest[h])] for h in range(1, height + 1) if widest[h] > widest[h + 1]]
         _need(threat["shapes"] == shapes, f"the threat {threat['notation']} means the shapes {shapes}", "proof")
-        _need(shapes and all(1 <= h <= height and 1 <= w <= width for h, w in shapes), "a patch does not fit")
-        self.reaches = {(h, w): _Reaches(seen, size, (h, w), self.allowed) for h, w in shapes}
-        self.worst, places = [], record["verdict"]["worst_placement"]  # of worst: (shape, row line, column line)
+        rows, cols = [_Axis(regions, pixels) for regions, pixels in zip(seen, size, strict=True)]
+        # Lines of rows, lines of columns, and which of their products are windows.
+        self.blocks = _anywhere(shapes, rows, cols) if allowed is None else [_within(widest, allowed, rows, cols)]
+        _need(sum(keep.size for *_, keep in self.blocks) <= MOST_CELLS, "too many windows to go through", "limit")
+        self.worst, places = [], record["verdict"]["worst_placement"]
         count = self.patches * (2 if self.rule == "double-masking" else 1)
-        for _, (top, left, h, w) in zip(range(count), [places] if count == 1 else places, strict=True):
-            there = (h, w) in self.reaches and self.reaches[h, w].free[top : top + 1, left : left + 1].any()
-            _need(there and min(top, left) >= 0, f"the worst placement {[top, left, h, w]} is not allowed", "proof")
-            self.worst.append(((h, w), self.reaches[h, w].of[0][top], self.reaches[h, w].of[1][left]))
-
-    def cells(self, shape: tuple[int, int], i: np.integer, j: np.integer) -> np.ndarray:
-        """The regions of two lines, 0 or 1, flattened."""
-        return np.outer(self.reaches[shape].lines[0][i], self.reaches[shape].lines[1][j]).ravel()
+        for _, place in zip(range(count), [places] if count == 1 else places, strict=True):
+            top, left, h, w = map(index, place)
+            there = min(top, left, h - 1, w - 1) >= 0 and h <= height - top and w <= min(width - left, widest[h])
+            there = there and (allowed is None or allowed[top : top + h, left : left + w].all())
+            _need(there, f"the worst placement {place} is not allowed", "proof")
+            self.worst.append((h, w, rows.line(top, h), cols.line(left, w)))
 
 
-def _shapes(notation: str, patches: int, height: int, width: int, anywhere: bool) -> list[list[int]]:
-    """The shapes meant by 5, 2x8, 2%, 5+2x8, area:25 or 2*5, without those inside another if they may lie anywhere."""
-    number, _, terms = notation.rpartition("*")
+def _widest(notation: str, patches: int, height: int, width: int) -> np.ndarray:
+    """By height: the width of the widest patch that 5, 2x8, 2%, 5+2x8, area:25 or 2*5 stands for; 0 for none."""
+    number, _, text = notation.rpartition("*")
     _need(int(number or 1) == patches, f"the threat {notation} is not of {patches} patches", "proof")
-    found: set[tuple[int, int]] = set()
-    for term in terms.split("+"):
+    terms, widest = text.split("+"), np.zeros(height + 2, dtype=int)
+    _need(len(terms) <= MOST_TERMS, f"{len(terms):,} shapes are too many to go through", "limit")
+    for term in terms:
         ((area, share, h, w),) = re.findall(r"\A(?:area:(\d+)|(\d+(?:\.\d+)?)%|(\d+)(?:x(\d+))?)\Z", term)
-        side = isqrt(ceil(Fraction(share) * height * width / 100) - 1) + 1 if share else int(h or 0)
-        of_area = {(h, min(width, int(area) // h)) for h in range(1, min(height, int(area)) + 1)} if area else set()
-        found |= of_area or {(side, int(w or side))}
-    inside = {s for s in found for t in found if s != t and s[0] <= t[0] and s[1] <= t[1]} if anywhere else set()
-    return sorted([h, w] for h, w in found - inside)
+        if area:
+            wide = np.minimum(width, min(int(area), height * width) // np.arange(1, height + 1))
+        else:
+            tall = isqrt(ceil(Fraction(share) * height * width / 100) - 1) + 1 if share else int(h)
+            _need(1 <= tall <= height and 1 <= int(w or tall) <= width, "a patch does not fit")
+            wide = np.where(np.arange(1, height + 1) <= tall, int(w or tall), 0)
+        widest[1:-1] = np.maximum(widest[1:-1], wide)
+    _need(widest[1] > 0, "a patch must be of at least 1 px")
+    return widest
 
 
-class _Reaches:
-    """R(l) of every placement l of one shape: the regions in lines[0][of[0][top]] and in lines[1][of[1][left]]."""
+class _Axis:
+    """The lines of an axis: the sets of regions that see a pixel of some run of pixels, numbered."""
 
-    def __init__(self, seen: tuple, size: list[int], shape: tuple[int, int], allowed: np.ndarray | None) -> None:
-        self.lines, self.of, self.inside = [], [], []
-        for regions, pixels, side in zip(seen, size, shape, strict=True):
-            touched = np.zeros((pixels - side + 1, len(regions)))
-            for region, (start, stop) in ((region, run) for region, runs in enumerate(regions) for run in runs):
-                touched[max(0, start - side + 1) : stop, region] = 1  # where a patch of this side meets the run
-            _, first, of = np.unique(touched, axis=0, return_index=True, return_inverse=True)
-            lines = touched[np.sort(first)]  # each once, in the order of placements
-            self.lines.append(lines)
-            self.of.append(first.argsort().argsort()[of.reshape(-1)])
-            self.inside.append(lines @ lines.T == lines.sum(1)[:, None])  # [a, b]: line a lies inside line b
-        self.maximal = [inside.sum(1) == 1 for inside in self.inside]  # lines inside no other
-        self.free = np.broadcast_to(True, [len(of) for of in self.of])  # [top, left]: may a patch lie there?
-        self.kept = np.ones([len(lines) for lines in self.lines], dtype=bool)  # [line, line]: is it some patch's reach?
-        if allowed is not None:
-            across = np.lib.stride_tricks.sliding_window_view(allowed, shape[1], 1).min(2)
-            self.free = np.lib.stride_tricks.sliding_window_view(across, shape[0], 0).min(2)
-            self.kept[:] = False
-            self.kept[tuple(of[at] for of, at in zip(self.of, self.free.nonzero(), strict=True))] = True
+    def __init__(self, regions: list, pixels: int) -> None:
+        _need(len(regions) * pixels <= MOST_CELLS, "the geometry is too large to go through", "limit")
+        self.count = np.zeros((pixels + 1, len(regions)), np.int16)
+        self.ids, self.left = dict[bytes, int](), 2**3 * MOST_LOOKS
+        for region, (start, stop) in ((region, run) for region, runs in enumerate(regions) for run in runs):
+            self.count[start + 1 : stop + 1, region] = 1
+        self.count = self.count.cumsum(0, dtype=np.int16)
+
+    def line(self, first: int, side: int) -> np.ndarray:
+        return (self.count[first + side] > self.count[first]).astype(float)
+
+    def of(self, side: int) -> np.ndarray:
+        """The number of the line that each run of `side` pixels has."""
+        self.left -= self.count.size + 2**6 * len(self.count)
+        _need(self.left >= 0, "the shapes are too many to go through", "limit")
+        lines = np.packbits(self.count[side:] > self.count[:-side], axis=1)
+        new = np.append(True, (lines[1:] != lines[:-1]).any(1))
+        ids = [self.ids.setdefault(line.tobytes(), len(self.ids)) for line in lines[new]]
+        _need(len(self.ids) < 2**15, "the sets of rows or columns are too many to go through", "limit")
+        return np.array(ids)[new.cumsum() - 1]
+
+    def lines(self, numbers: list[int]) -> np.ndarray:
+        _need(len(numbers) <= MOST_LINES, f"{len(numbers):,} sets of rows or columns are too many", "limit")
+        packed = np.frombuffer(b"".join(self.ids), np.uint8).reshape(len(self.ids), -1)[numbers]
+        return np.unpackbits(packed, axis=1, count=self.count.shape[1]).astype(np.float32)
+
+
+def _inside(lines: np.ndarray) -> np.ndarray:
+    """[a, b]: line a lies inside line b."""
+    return (lines @ lines.T == lines.sum(1)[:, None]).astype(np.float32)
+
+
+def _anywhere(shapes: list, rows: _Axis, cols: _Axis) -> list[tuple[np.ndarray, ...]]:
+    """The windows of each shape: products of lines that lie in no other, in the order of their placements."""
+    blocks = []
+    for h, w in shapes:
+        lines = [axis.lines(list(dict.fromkeys(axis.of(side).tolist()))) for axis, side in ((rows, h), (cols, w))]
+        most = [own[_inside(own).sum(1) == 1] for own in lines]
+        blocks.append((*most, np.ones([len(own) for own in most], dtype=bool)))
+    return blocks
+
+
+def _within(widest: np.ndarray, allowed: np.ndarray, rows: _Axis, cols: _Axis) -> tuple[np.ndarray, ...]:
+    """Every R(l) of a patch in the white part that lies in no other, those with earlier rows, then columns, first."""
+    width, looks = allowed.shape[1], MOST_LOOKS
+    _need(allowed.any(), "no patch lies in the white part")
+    row_of = [rows.of(h) for h in range(1, int(np.flatnonzero(widest)[-1]) + 1)]
+    col_of = np.zeros((widest[1] + 1, width), dtype=np.int16)  # by width and first column
+    for w in range(1, widest[1] + 1):
+        col_of[w, : width - w + 1] = cols.of(w)
+    order = [sorted(axis.ids.values(), key=list(axis.ids).__getitem__, reverse=True) for axis in (rows, cols)]
+    lines = [axis.lines(numbers) for axis, numbers in zip((rows, cols), order, strict=True)]
+    reached = np.zeros([len(own) for own in lines], dtype=bool)
+    tall = white = np.packbits(allowed, axis=1)  # by top: where a column of h pixels is white
+    for h, row in enumerate(row_of, 1):
+        taller, new = tall[:-1] & white[h:], np.array(tall.any(1))
+        if widest[h] == widest[h + 1]:  # where a row more takes nothing, the higher patches say it all
+            new[:-1] &= (tall[:-1] != taller).any(1)
+            new[1:] &= (tall[1:] != taller).any(1)
+        looks -= allowed.size // 2**8 + int(new.sum()) * width
+        _need(looks >= 0, "the mask leaves too many placements to go through", "limit")
+        for tops in np.array_split(new.nonzero()[0], int(new.sum()) * width // 2**22 + 1):  # to bound memory
+            black = np.unpackbits(tall[tops], axis=1, count=width) == 0
+            end = np.minimum.accumulate(np.where(black, np.arange(width), width)[:, ::-1], axis=1)[:, ::-1]
+            wide = np.minimum(end - np.arange(width), widest[h])  # of the widest patch from each pixel on
+            top, left = wide.nonzero()
+            reached[row[tops[top]], col_of[wide[top, left], left]] = True
+        tall = taller
+    reached = reached[np.ix_(*order)]
+    some = reached & np.outer(lines[0].any(1), lines[1].any(1))  # a product with an empty line holds no region
+    keep = some & (_inside(lines[0]) @ some.astype(np.float32) @ _inside(lines[1]).T == 1)
+    if not some.any():
+        keep[tuple(np.argwhere(reached)[0])] = True  # one window, of no region
+    used = keep.any(1), keep.any(0)
+    return lines[0][used[0]], lines[1][used[1]], keep[np.ix_(*used)]
 
 
 def _vote(claim: _Claim) -> tuple[int, float, float]:
     """Each rival at `high` and the label at `low` in R(l); levine-feizi: in as many regions as the largest R(l) has."""
     sums, vote, margins, attained = claim.scores.sum((1, 2)), claim.rule == "vote", [], []
+    work = sum((rows.size + keep.size) * cols.shape[1] + 2**6 * keep.size for rows, cols, keep in claim.blocks)
+    _need(len(sums) * work <= MOST_WORK, f"{len(sums):,} classes are too many to go through", "limit")
     label = int(sums.argmax())  # the lowest index among equals
-    several = claim.patches > 1 and claim.allowed is None  # distinct maximal reaches hold all that patches reach
+    places = {(h, w, *map(bytes, lines)): lines for h, w, *lines in claim.worst}  # repeated where there are too few
+    worst = list(places.values()) if vote else [lines for _, _, *lines in claim.worst]
     for rival in set(range(len(sums))) - {label}:
         lead = sums[label] - sums[rival] - (rival < label)
         gap = claim.scores[label] - claim.scores[rival] if vote else np.full_like(claim.scores[0], claim.span)
-        damage = {s: r.lines[0] @ (claim.span + gap) @ r.lines[1].T for s, r in claim.reaches.items()}
-        each = [damage[s][r.kept & np.outer(*r.maximal) if several else r.kept] for s, r in claim.reaches.items()]
-        most = np.sort(np.concatenate(each))[::-1][: claim.patches]
-        margins.append(lead - (most.sum() if vote else most[0] * claim.patches))
-        places = set(claim.worst) if vote else claim.worst  # repeated where there are fewer than patches
-        attained.append(lead - sum(damage[shape][i, j] for shape, i, j in places))
+        damage = np.concatenate([(rows @ (claim.span + gap) @ cols.T)[keep] for rows, cols, keep in claim.blocks])
+        most = np.partition(damage, -min(claim.patches, len(damage)))[-claim.patches :]
+        margins.append(lead - (most.sum() if vote else most.max() * claim.patches))
+        attained.append(lead - sum(rows @ (claim.span + gap) @ cols for rows, cols in worst))
     return label, min(margins), min(attained)
 
 
 def _masks(claim: _Claim) -> tuple[int, float, float]:
     """One mask (detection) or any two must leave the label on top; K patches: the masks are unions of K masks."""
-    double, robust, masks = claim.rule == "double-masking", claim.rule == "robust-masking", list[tuple]()
-    for shape, reach in claim.reaches.items():  # in the order (shape, top, left); every reach lies in a maximal one
-        rows, cols = ((inside & most).argmax(1) for inside, most in zip(reach.inside, reach.maximal, strict=True))
-        masks += [(shape, i, j) for i, j in sorted({(rows[a], cols[b]) for a, b in np.argwhere(reach.kept)})]
-    count = comb(len(masks) + claim.patches - 1, claim.patches)
-    _need(count**2 * claim.scores.size <= MOST_WORK, f"{count:,} masks are too many to go through in pairs", "limit")
-    off = {mask: 1 - claim.cells(*mask) for mask in masks}
-    outside = np.array([np.prod(each, axis=0) for each in combinations_with_replacement(off.values(), claim.patches)])
+    double, robust = claim.rule == "double-masking", claim.rule == "robust-masking"
+    count = comb(sum(int(keep.sum()) for *_, keep in claim.blocks) + claim.patches - 1, claim.patches)
+    fits = count**2 * claim.scores.size <= MOST_WORK and count * claim.scores[0].size <= MOST_CELLS
+    _need(fits, f"{count:,} masks are too many to go through in pairs", "limit")
+    off = [1 - np.outer(rows[i], cols[j]).ravel() for rows, cols, keep in claim.blocks for i, j in np.argwhere(keep)]
+    outside = np.array([np.prod(each, axis=0) for each in combinations_with_replacement(off, claim.patches)], float)
     flat = (claim.scores.clip(0) if robust else claim.scores).reshape(len(claim.scores), -1).T
     label = int(((outside @ flat).min(0) if robust else flat.sum(0)).argmax())  # robust: each less its strongest mask
     if double:
@@ -191,9 +257,8 @@ def _masks(claim: _Claim) -> tuple[int, float, float]:
 
     rounds = ((keep[None] if robust else outside * keep) for keep in outside) if double or robust else [outside]
     least, empty = np.min([lead(keep) for keep in rounds], axis=0)
-    holders = [[k for m, k in off.items() if m[0] == at[0] and not (k * claim.cells(*at)).any()] for at in claim.worst]
-    tries = islice(product(*holders), MOST_TRIES)
-    return label, min(least, empty), min(empty, *(lead(np.prod(each, axis=0)[None])[0] for each in tries))
+    worst = np.prod([1 - np.outer(rows, cols).ravel() for *_, rows, cols in claim.worst], axis=0)
+    return label, min(least, empty), min(empty, lead(worst[None])[0])
 
 
 _RULES = {"vote": _vote, "levine-feizi": _vote, "double-masking": _masks, "detection": _masks, "robust-masking": _masks}

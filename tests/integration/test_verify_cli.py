@@ -70,13 +70,55 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
+def test_a_record_of_a_part_of_the_image_says_so(home: Path, tmp_path: Path) -> None:
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[:3, :3] = 255
+    Image.fromarray(mask).save(tmp_path / "corner.png")
+    options = ("--model", "digits", "--patch", 5, "--placements", tmp_path / "corner.png", "--device", "cpu")
+    code, out, _ = run("certify", home / "photos" / "0.png", *options, "--record", tmp_path / "c.jsonl", "--json")
+    (said,) = json.loads(out)["results"][0]["results"]
+    assert (code, said["threat"]) == (0, "5 within the allowed placements")
+    code, out, _ = run("verify", tmp_path / "c.jsonl", "--json")
+    (found,) = json.loads(out)["results"]
+    assert (code, found["verified"], found["threat"]) == (0, True, "5 within the allowed placements")
+    record = json.loads((tmp_path / "c.jsonl").read_text())
+    assert (record["record_version"], record["threat"]["shapes"]) == (2, [[5, 5]])
+    old = write(tmp_path / "old.jsonl", [{**record, "record_version": 1}])
+    words = "version 1 left out smaller patches within a mask"
+    code, _, err = run("verify", old)
+    assert code == 5
+    assert words in err
+    code, _, err = run("certify", home / "photos", *options, "--record", old, "--resume")
+    assert code == 2
+    assert words.replace("version 1 ", "of version 1, which ") in err
+    record["verdict"]["margin"] += 1
+    code, _, err = run("verify", write(tmp_path / "forged.jsonl", [record]))
+    assert code == 4
+    assert "double-masking, 5 within the allowed placements): the margin is" in err
+
+
+def test_repeated_records_and_distinct_images_are_counted(
+    home: Path, records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    _, out, _ = run("verify", home / "r.jsonl")
+    assert out.endswith(" not; 3 distinct images, 0 repeated records\n")
+    same = {**records[1], "source": "elsewhere.png"}  # the same pixels, rule and patch under another name
+    path = write(tmp_path / "again.jsonl", [*records[:2], records[0], same])
+    _, out, _ = run("verify", path)
+    assert out.endswith(" not; 1 distinct image, 2 repeated records\n")
+    found = json.loads(run("verify", path, "--json")[1])
+    assert (found["records"], found["distinct_images"], found["repeated"]) == (4, 1, 2)
+    assert [result["repeats_line"] for result in found["results"]] == [None, None, 1, 2]
+
+
 def test_records_are_verified_with_and_without_the_model(home: Path, records: list[dict[str, Any]]) -> None:
     certified = sum(record["verdict"]["certified"] for record in records)
     assert 0 < certified < len(records) == 12
     code, out, err = run("verify", home / "r.jsonl")
     assert (code, err) == (0, "")
     basis = "given the recorded scores and geometry"
-    assert out == f"12 of 12 records hold, {basis}: {certified} certified, {12 - certified} not\n"
+    counted = f"{certified} certified, {12 - certified} not; 3 distinct images, 0 repeated records"
+    assert out == f"12 of 12 records hold, {basis}: {counted}\n"
     options = ("--model", "digits", "--images", home / "photos", "--device", "cpu", "--json")
     code, out, err = run("verify", home / "r.jsonl", *options)
     assert (code, err) == (0, "")
@@ -95,6 +137,7 @@ def test_records_are_verified_with_and_without_the_model(home: Path, records: li
         "verified": True,
         "fault": None,
         "reason": "pixels, geometry and scores are those of the model",
+        "repeats_line": None,
     }
 
 

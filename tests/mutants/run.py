@@ -27,6 +27,7 @@ FAST_TESTS = [
     "tests/unit/rules/test_double_masking.py",
     "tests/unit/rules/test_largest.py",
     "tests/properties/test_exactness.py::test_agreement_script",
+    "tests/properties/test_masks.py::test_no_patch_within_a_mask_breaks_a_certificate",
     "tests/proofs/test_double_masking_exhaustive.py::test_every_binary_map_under_every_attack[2x4-1x2]",
 ]
 

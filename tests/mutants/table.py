@@ -18,18 +18,25 @@ THREAT = {
     "tops without the last": [("self.image_size[0] - shape[0] + 1", "self.image_size[0] - shape[0]")],
     "lefts without the last": [("self.image_size[1] - shape[1] + 1", "self.image_size[1] - shape[1]")],
     "one forbidden pixel under a patch is allowed": [("integral[:-h, :-w]) == 0", "integral[:-h, :-w]) <= 1")],
-    "the part of a mask image that is forbidden counts as allowed": [(">= 128", "< 128")],
+    "the part of a mask image that is forbidden counts as allowed": [(">= 2**7", "< 2**7")],
+    "a mask of 16 bits is white from less than 1 % on": [(">= 2**15", ">= 2**8")],
+    "the mask is the array of the caller": [
+        ('np.array(self.allowed, dtype=bool, order="C")', "np.asarray(self.allowed, dtype=bool)")
+    ],
+    "only the largest shapes under a mask": [
+        (
+            "self.shapes if self.allowed is None else tuple(self._maximal)",
+            "tuple(shape for shape in self.shapes if self.allowed is None or shape in self._maximal)",
+        )
+    ],
     "several patches read as one": [
         ("patches, shapes_text = int(match[1]), match[2]", "patches, shapes_text = 1, match[2]")
     ],
     "height and width swapped": [
         ("return [(int(match[1]), int(match[2]))]", "return [(int(match[2]), int(match[1]))]")
     ],
-    "percentages rounded down": [("math.ceil(", "math.floor(")],
+    "percentages rounded down": [("side += side**2 < share", "side += 0")],
     "areas without the tallest rectangle": [("range(1, min(height, area) + 1)", "range(1, min(height, area))")],
-    "smaller shapes dropped under a mask, where they may fit alone": [
-        ("if self.allowed is None:\n            # Inside", "if shapes:\n            # Inside")
-    ],
     "shapes dropped though they are wider than the taller ones": [("if shape[1] > widest:", "if widest == 0:")],
     "equally wide shapes kept though they lie in another": [("if shape[1] > widest:", "if shape[1] >= widest:")],
     "threats equal whatever their allowed placements, so that cached windows are mixed up": [
@@ -43,6 +50,39 @@ THREAT = {
     ],
     "a patch wider than the image is accepted": [("if h > height or w > width:", "if h > height and w > width:")],
     "a patch of height 0 is accepted": [("if h < 1 or w < 1:", "if h < 1 and w < 1:")],
+}
+
+RECTANGLES = {
+    "rectangles dropped that begin beside a white pixel": [
+        ("(run[:, :-1] == 0) | (wide[:, 1:] == widest[height])", "run[:, :-1] == 0")
+    ],
+    "rectangles dropped that are a pixel wider than what is white below or above": [
+        ("maximal[rows] &= reach < wide[rows]", "maximal[rows] &= reach + 1 < wide[rows]")
+    ],
+    "rectangles dropped though a higher one is no patch": [("if widest[height + 1] == widest[height]:", "if height:")],
+    "heights looked at only in rows that are black throughout": [
+        ("(column & ~lower).any(1) & (column & ~upper).any(1)", "(column & ~lower).all(1) & (column & ~upper).all(1)")
+    ],
+    "rectangles kept though they may be a pixel higher": [
+        ("maximal[rows] &= reach < wide[rows]", "maximal[rows] &= reach < wide[rows] + 1")
+    ],
+    "the last part of the rows forgotten": [("for some in np.array_split(", "for some in [[]] + np.array_split(")],
+}
+
+VERIFY = {
+    "checker: of each height only the widest patch within a mask": [
+        (
+            "wide = np.minimum(end - np.arange(width), widest[h])",
+            "wide = np.where(end - np.arange(width) >= widest[h], widest[h], 0)",
+        )
+    ],
+    "checker: only the largest shapes within a mask": [("new[:-1] &= (tall[:-1] != taller).any(1)", "new[:] = False")],
+    "checker: within a mask a row too many is left out": [
+        ("new[1:] &= (tall[1:] != taller).any(1)", "new[1:] &= ~tall[:-1].any(1)")
+    ],
+    "checker: windows kept though they lie in another": [
+        ("@ _inside(lines[1]).T == 1)", "@ _inside(lines[1]).T >= 1)")
+    ],
 }
 
 GRID = {
@@ -64,22 +104,31 @@ GRID = {
         ("return count[side:] > count[:-side]", "return count[side:] > count[:-side] + (seen.sum(1) > 1)")
     ],
     "touched columns from the height of the patch": [("self._shape(patch)[1]", "self._shape(patch)[0]")],
-    "minimal windows instead of maximal ones": [("inside.sum(1) == 1", "inside.sum(0) == 1")],
+    "minimal windows instead of maximal ones": [
+        ("is_maximal = _inside(distinct).sum(1) == 1", "is_maximal = _inside(distinct).sum(0) == 1")
+    ],
     "the last maximal window dropped": [
         (
-            "is_maximal = inside.sum(1) == 1",
-            "is_maximal = (inside.sum(1) == 1) & (np.arange(len(inside)) < max(1, len(inside) - 1))",
+            "is_maximal = _inside(distinct).sum(1) == 1",
+            "is_maximal = (_inside(distinct).sum(1) == 1) & (np.arange(len(distinct)) < max(1, len(distinct) - 1))",
         )
     ],
-    "windows kept though they lie in another": [("is_maximal = inside.sum(1) == 1", "is_maximal = inside.sum(1) >= 1")],
+    "windows kept though they lie in another": [
+        ("is_maximal = _inside(distinct).sum(1) == 1", "is_maximal = _inside(distinct).sum(1) >= 1")
+    ],
+    "windows kept under a mask though they lie in another": [("keep = found & (holders == 1)", "keep = found.copy()")],
+    "windows kept under a mask whose rows hold another's, not those that lie in none": [
+        ("holders = _inside(row_lines).astype", "holders = _inside(row_lines).T.astype")
+    ],
+    "the order of windows under a mask is that of their columns": [("return distinct[::-1], {", "return distinct, {")],
+    "only the smallest shape under a mask": [("for shape in reversed(shapes):", "for shape in shapes[:1]:")],
+    "only the largest shape under a mask": [("for shape in reversed(shapes):", "for shape in shapes[-1:]:")],
     "inside and outside confused": [("counts.sum(1)[:, None]", "counts.sum(1)[None, :]")],
     "windows in another order than placements": [("order = np.argsort(first)", "order = np.argsort(-first)")],
     "runs of equal lines end only where every region changes": [
         ("(touched[1:] != touched[:-1]).any(1)", "(touched[1:] != touched[:-1]).all(1)")
     ],
-    "all windows kept where placements are restricted": [
-        ("keep = np.zeros(size, dtype=bool)", "keep = np.ones(size, dtype=bool)")
-    ],
+    "all windows kept where placements are restricted": [("keep = found & (holders == 1)", "keep = holders >= 0")],
     "only the first shape of a set": [("for shape in threat.shapes:", "for shape in threat.shapes[:1]:")],
     "only the last shape of a set": [("for shape in threat.shapes:", "for shape in threat.shapes[-1:]:")],
     "resizing narrows what a pixel reaches": [("inner.astype(np.float32)) > 0", "inner.astype(np.float32)) > 1")],
@@ -87,9 +136,7 @@ GRID = {
     "a transposed grid is the same grid": [
         ("RegionGrid(self.cols_seen, self.rows_seen)", "RegionGrid(self.rows_seen, self.cols_seen)")
     ],
-    "the witness of a window is the placement that reaches least": [
-        ("order = np.lexsort((-touched.sum(1), window_of))", "order = np.lexsort((touched.sum(1), window_of))")
-    ],
+    "the witness of a window is a placement that reaches another": [("first[is_maximal]", "first[: is_maximal.sum()]")],
     "windows one row smaller than they are": [
         ("np.outer(self.rows.sum(1), self.cols.sum(1))", "np.outer(self.rows.sum(1) - 1, self.cols.sum(1))")
     ],
@@ -219,7 +266,6 @@ VOTE = {
     ],
     "the weakest window": [("damage.amax(2, keepdim=True)", "damage.amin(2, keepdim=True)")],
     "K patches counted as one": [("_largest(damage, threat.patches)", "_largest(damage, 1)")],
-    "maximal windows where placements are restricted": [("maximal=threat.allowed is None", "maximal=True")],
     "the label its own rival": [("left.scatter_(1, label[:, None], torch.iinfo(torch.int64).max)", "pass")],
     "the worst placement is the best one": [
         (".sort(dim=1, descending=True, stable=True)", ".sort(dim=1, descending=False, stable=True)")
@@ -354,7 +400,7 @@ UNION_MASKING = {
 LARGEST = {
     "largest certified side off by one": [("*(side - 1 for side in sides[1:])", "*(side for side in sides[1:])")],
     "largest certified side one window set too small": [
-        (", device=device)[low]", ", device=device)[(low - 1).clamp(min=0)]")
+        ("last_px[_bisected(score_map, rule)]", "last_px[(_bisected(score_map, rule) - 1).clamp(min=0)]")
     ],
     "the largest side never tried": [
         ("high = torch.full_like(low, len(sides))", "high = torch.full_like(low, len(sides) - 1)")
@@ -363,7 +409,16 @@ LARGEST = {
     "certifiable: the smallest side first": [
         ("in reversed(list(zip(sides, last_px, strict=True))):", "in list(zip(sides, last_px, strict=True)):")
     ],
-    "largest: several patches counted as one": [("threat.patches if threat else 1", "1")],
+    "largest: several patches counted as one": [
+        ("_squares(score_map.grid, side, patches)).certified", "_squares(score_map.grid, side)).certified")
+    ],
+    "largest: several patches up to the first side that fails": [
+        ("= number\n        open_ = open_[~holds]", "= number\n        open_ = open_[holds]"),
+        (
+            "in reversed(list(enumerate(distinct_sides(score_map.grid), 1))):",
+            "in enumerate(distinct_sides(score_map.grid), 1):",
+        ),
+    ],
     "largest: a masking rule is worth its masks on every image": [
         ("return certificate.certified.long() *", "return torch.ones_like(certificate.margin) *")
     ],
@@ -378,6 +433,8 @@ MUTANTS = [
     Mutant(name, tuple((file, text, replacement) for text, replacement in edits))
     for file, mistakes in {
         "threat.py": THREAT,
+        "rectangles.py": RECTANGLES,
+        "verify.py": VERIFY,
         "grid.py": GRID,
         "scores.py": SCORES,
         "rules/windows.py": WINDOWS,

@@ -16,7 +16,7 @@ from tests.properties.cases import Case, attacked, build, from_generator
 def expected(case: Case, image: int) -> dict[str, tuple[int, int]]:
     """(prediction, margin) of every rule, from the definitions."""
     scores, low, high = case.scores[image], case.score_map.low, case.score_map.high
-    masks, windows, patches = case.masks, case.vote_windows, case.threat.patches
+    masks, windows, patches = case.masks, case.windows, case.threat.patches
     return {
         "vote": oracle.vote(scores, windows, low, high, patches),
         "levine-feizi": oracle.levine_feizi(scores, windows, low, high, patches),

@@ -38,15 +38,14 @@ class Case:
         return grid.rows_seen, grid.cols_seen, self.threat.shapes, self.threat.allowed
 
     @property
-    def masks(self):
-        """The mask set of the masking rules, straight from the definitions."""
-        return oracle.unions(oracle.mask_set(*self.geometry), self.threat.patches)
+    def windows(self):
+        """What one patch can reach, straight from the definitions."""
+        return oracle.mask_set(*self.geometry)
 
     @property
-    def vote_windows(self):
-        if self.threat.allowed is None:
-            return oracle.mask_set(*self.geometry)
-        return oracle.distinct_per_shape(*self.geometry)
+    def masks(self):
+        """The mask set of the masking rules: one window for each patch."""
+        return oracle.unions(self.windows, self.threat.patches)
 
     @property
     def reaches(self):

@@ -114,7 +114,7 @@ def test_what_is_no_line_of_a_record() -> None:
         (b"[" * 100_000, "nested too deeply"),
         (b"[1]", "not a JSON object"),
         (b"{}", "no record_version"),
-        (line.replace(b'"record_version":1', b'"record_version":2'), "record_version is 2; this reads 1"),
+        (line.replace(b'"record_version":1', b'"record_version":3'), "record_version is 3; this reads 1 and 2"),
         (line.replace(b'"record_version":1', b'"record_version":true'), "record_version is True"),
         (line.replace(b'"scale":2047.0', b'"scale":NaN'), "NaN is no number"),
         (line.replace(b'"scale":2047.0', b'"scale":-Infinity'), "-Infinity is no number"),

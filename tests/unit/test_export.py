@@ -28,8 +28,7 @@ def expected(rule, scores, rows_seen, cols_seen, threat, low, high):
     """(label, margin) of one map by the definitions in plain loops."""
     geometry = (rows_seen, cols_seen, threat.shapes, threat.allowed)
     if rule == "vote":
-        windows = oracle.mask_set(*geometry) if threat.allowed is None else oracle.distinct_per_shape(*geometry)
-        return oracle.vote(scores, windows, low, high, threat.patches)
+        return oracle.vote(scores, oracle.mask_set(*geometry), low, high, threat.patches)
     return oracle.double_masking(scores, oracle.unions(oracle.mask_set(*geometry), threat.patches))
 
 

@@ -6,6 +6,7 @@ from PIL import Image
 
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.threat import PatchThreatModel
+from tests import oracle
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,46 @@ def test_nonsense_is_refused_by_name(text, message):
         PatchThreatModel.parse(text, (32, 32))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("9" * 400 + "%", "at most 20 digits"),
+        ("0." + "3" * 400 + "%", "at most 20 digits"),
+        ("9" * 5000, "at most 20 digits"),
+        ("2x" + "9" * 5000, "at most 20 digits"),
+        ("area:" + "9" * 5000, "at most 20 digits"),
+        ("9" * 5000 + "*1", "at most 20 digits"),
+        (10**5000, "at most 20 digits"),
+        ((1, 10**5000), "at most 20 digits"),
+        ("9" * 20, "does not fit into an image of 32x32"),
+        ("9" * 20 + "%", "does not fit into an image of 32x32"),
+        ("1000000000000*1", "from 1 to 64, got 1000000000000"),
+        ("65*1", "from 1 to 64, got 65"),
+        ("+".join(["1"] * 257), "at most 256 shapes, got 257"),
+        ("x" * 5000, "a patch is written"),
+        ("0%", "at least 1x1"),
+        ("0.%", "a patch is written"),
+    ],
+    ids=lambda value: str(value)[:12] if isinstance(value, str) else type(value).__name__,
+)
+def test_numbers_no_image_has_are_refused_in_one_sentence(text, message):
+    with pytest.raises(UsageError, match=message) as error:
+        PatchThreatModel.parse(text, (32, 32))
+    assert len(str(error.value)) < 250
+    assert "\n" not in str(error.value)
+
+
+def test_the_largest_numbers_that_make_sense():
+    assert PatchThreatModel.parse("64*1", (32, 32)).patches == 64
+    assert PatchThreatModel.parse("area:" + "9" * 20, (32, 32)).shapes == ((32, 32),)
+    assert PatchThreatModel.parse("+".join(["1"] * 256), (32, 32)).shapes == ((1, 1),)
+
+
+def test_a_percentage_a_little_above_a_whole_square_is_rounded_up():
+    assert PatchThreatModel.parse("1.000000001%", (100, 100)).shapes == ((11, 11),)
+    assert PatchThreatModel.parse("0.99999999999999999999%", (100, 100)).shapes == ((10, 10),)
+
+
 def test_a_threat_model_passes_through():
     threat = PatchThreatModel((32, 32), ((5, 5),))
     assert PatchThreatModel.parse(threat, (32, 32)) is threat
@@ -92,7 +133,8 @@ def test_the_last_row_and_column_are_placements():
 def test_allowed_placements_by_counting():
     allowed = np.random.default_rng(0).random((9, 8)) < 0.8
     threat = PatchThreatModel((9, 8), ((2, 3), (1, 1)), 1, allowed)
-    assert threat.shapes == ((1, 1), (2, 3))  # a smaller shape may fit where the larger does not
+    assert threat.shapes == ((2, 3),)
+    assert threat.maximal_shapes == ((1, 3), (2, 1), (2, 2), (2, 3))  # smaller ones fit where the largest does not
     for top in range(8):
         for left in range(6):
             assert threat.placements((2, 3))[top, left] == allowed[top : top + 2, left : left + 3].all()
@@ -102,6 +144,52 @@ def test_allowed_placements_by_counting():
     assert threat != PatchThreatModel((9, 8), ((2, 3), (1, 1)))
 
 
+@pytest.mark.parametrize("text", ["2x3", "1x1", "3+1x5", "area:6", "9x8"])
+def test_maximal_rectangles_are_those_of_the_definition(text):
+    random = np.random.default_rng(len(text))
+    for density in (0.3, 0.6, 0.9, 1.0):
+        allowed = random.random((9, 8)) < density
+        threat = PatchThreatModel.parse(text, (9, 8), allowed)
+        shapes = [(h, 6 // h) for h in range(1, 7)] if text == "area:6" else threat.shapes
+        expected = oracle.maximal(oracle.promised((9, 8), shapes, allowed))
+        found = [(shape, *corner) for shape in threat.maximal_shapes for corner in threat.corners(shape).tolist()]
+        assert found == expected
+        for (h, w), top, left in oracle.promised((9, 8), shapes, allowed)[::7]:
+            assert threat.allows(top, left, h, w)
+
+
+def test_no_rectangle_but_the_promised_ones_is_allowed():
+    allowed = np.zeros((6, 7), dtype=bool)
+    allowed[1:5, 2:6] = True
+    threat = PatchThreatModel((6, 7), ((2, 3),), 1, allowed)
+    assert threat.allows(1, 2, 2, 3)
+    assert threat.allows(4, 5, 1, 1)
+    for other in ((0, 2, 2, 3), (1, 4, 2, 3), (1, 2, 3, 2), (1, 2, 0, 3), (-5, 2, 2, 3), (1, 2, 2, 4), (4, 2, 2, 3)):
+        assert not threat.allows(*other)
+    assert not PatchThreatModel((6, 7), ((2, 3),)).allows(5, 0, 2, 3)
+
+
+def test_a_mask_that_its_owner_changes_changes_no_threat():
+    allowed = np.zeros((6, 7), dtype=bool)
+    allowed[1:3, 2:5] = True
+    threat, meant = PatchThreatModel((6, 7), ((2, 2),), 1, allowed), allowed.copy()
+    allowed[:] = True
+    assert (threat.allowed == meant).all()
+    assert threat.corners((2, 2)).tolist() == [[1, 2], [1, 3]]
+    assert threat != PatchThreatModel((6, 7), ((2, 2),), 1, allowed)
+    with pytest.raises(ValueError, match="read-only"):
+        threat.allowed[:] = True
+
+
+def test_large_masks_are_gone_through_in_parts(monkeypatch):
+    allowed = np.random.default_rng(4).random((40, 30)) < 0.8
+    whole = PatchThreatModel.parse("area:12", (40, 30), allowed)
+    expected = {shape: whole.corners(shape).tolist() for shape in whole.maximal_shapes}
+    monkeypatch.setattr("bagcert.rectangles.MOST_PIXELS", 90)
+    parts = PatchThreatModel.parse("area:12", (40, 30), allowed)
+    assert {shape: parts.corners(shape).tolist() for shape in parts.maximal_shapes} == expected
+
+
 def test_a_mask_image(tmp_path):
     mask = np.zeros((8, 8), dtype=np.uint8)
     mask[:4] = 255
@@ -109,10 +197,47 @@ def test_a_mask_image(tmp_path):
     threat = PatchThreatModel.parse("2", (8, 8), tmp_path / "mask.png")
     assert threat.placements((2, 2)).sum() == 3 * 7
     assert threat.placements((2, 2))[:3].all()  # the white part
-    with pytest.raises(UsageError, match="no room"):
-        PatchThreatModel.parse("5", (8, 8), tmp_path / "mask.png")
+    assert PatchThreatModel.parse("5", (8, 8), tmp_path / "mask.png").maximal_shapes == ((4, 5),)
+    Image.fromarray(0 * mask).save(tmp_path / "black.png")
+    with pytest.raises(UsageError, match="has no room for any patch of 5"):
+        PatchThreatModel.parse("5", (8, 8), tmp_path / "black.png")
     with pytest.raises(UsageError, match="9x9 px like the image, got 8x8"):
         PatchThreatModel.parse("2", (9, 9), str(tmp_path / "mask.png"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_mask_of_16_bits_is_white_from_one_half_on(suffix, tmp_path):
+    mask = np.array([[0, 255, 256, 2**15 - 1], [2**15, 2**15 + 1, 2**16 - 1, 300]], dtype=np.uint16)
+    Image.fromarray(mask).save(tmp_path / f"mask.{suffix}")
+    threat = PatchThreatModel.parse("1", (2, 4), tmp_path / f"mask.{suffix}")
+    assert threat.allowed.tolist() == [[False] * 4, [True, True, True, False]]
+
+
+def test_a_mask_whose_range_is_not_known_is_refused(tmp_path):
+    Image.fromarray(np.full((2, 2), 0.7, dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UnreadableError, match="floating-point"):
+        PatchThreatModel.parse("1", (2, 2), tmp_path / "float.tif")
+    for value in (2**16, -1):
+        Image.fromarray(np.array([[0, value]], dtype=np.int32)).save(tmp_path / "wide.tif")
+        with pytest.raises(UnreadableError, match="more than 16 bits"):
+            PatchThreatModel.parse("1", (1, 2), tmp_path / "wide.tif")
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
+def test_a_mask_is_in_stored_pixels_or_refused(orientation, tmp_path):
+    """Pillow turns a TIFF upright when it loads it, and nothing else."""
+    mask = np.zeros((4, 4), dtype=np.uint8)
+    mask[0, :3] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for suffix in ("png", "jpg", "webp"):
+        Image.fromarray(mask).save(tmp_path / f"mask.{suffix}", exif=exif, quality=100)
+        assert (PatchThreatModel.parse("1", (4, 4), tmp_path / f"mask.{suffix}").allowed == (mask > 0)).all()
+    Image.fromarray(mask).save(tmp_path / "mask.tif", tiffinfo={0x0112: orientation})
+    with pytest.raises(UnreadableError, match="TIFF with an orientation tag"):
+        PatchThreatModel.parse("1", (4, 4), tmp_path / "mask.tif")
+    Image.fromarray(mask).save(tmp_path / "mask.tif", tiffinfo={0x0112: 1})
+    assert (PatchThreatModel.parse("1", (4, 4), tmp_path / "mask.tif").allowed == (mask > 0)).all()
 
 
 def test_unreadable_masks(tmp_path):

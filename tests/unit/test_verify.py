@@ -4,7 +4,9 @@ import ast
 import base64
 import copy
 import sys
+import time
 import zlib
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def record_of(score_map: ScoreMap, certificate: Certificate, image: int = 0) -> 
     """What the checker reads of a record."""
     said = Record.each(certificate)[image]
     return {
-        "record_version": 1,
+        "record_version": 1 if certificate.threat.allowed is None else 2,
         "image": {"size_px": list(score_map.grid.image_size)},
         "geometry": geometry_fields(score_map.grid),
         "threat": threat_fields(certificate.threat),
@@ -91,7 +93,7 @@ def refused(record: dict[str, Any], fault: str, *words: str) -> None:
 
 def test_it_is_short_and_imports_nothing_of_the_package() -> None:
     text = SOURCE.read_text()
-    assert len(text.splitlines()) < 200
+    assert len(text.splitlines()) < 270
     imported = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -176,6 +178,90 @@ def test_what_it_cannot_go_through_is_not_verified() -> None:
     record["geometry"] = geometry_fields(large)
     record["scores"]["shape"] = [3, 40, 40]
     refused(with_scores(record, np.zeros((3, 40, 40))), "limit", "masks are too many")
+
+
+def in_seconds(record: dict[str, Any], most: float) -> Verdict:
+    started = time.process_time()
+    verdict = verify_record(record)
+    assert time.process_time() - started < most, verdict
+    return verdict
+
+
+def large(record: dict[str, Any], side: int, regions: int, classes: int = 2) -> dict[str, Any]:
+    """The record of an image of `side` px in which every row and column of pixels is seen by other regions."""
+    codes = list(islice(combinations(range(regions), regions // 2), side))
+    runs = []
+    for region in range(regions):
+        seen = np.array([region in code for code in codes] + [False]).astype(int)
+        edges = np.flatnonzero(np.diff(seen, prepend=0))
+        runs.append(edges.reshape(-1, 2).tolist())
+    scores = np.zeros((classes, regions, regions), dtype="<i2")
+    data = base64.b64encode(zlib.compress(scores.tobytes())).decode()
+    return {
+        **record,
+        "locality": "exact",
+        "image": {**record["image"], "size_px": [side, side]},
+        "geometry": {"rows": runs, "cols": runs},
+        "threat": {**record["threat"], "notation": "1", "shapes": [[1, 1]]},
+        "scores": {"shape": list(scores.shape), "low": 0, "high": 1, "data": data, "slack": None},
+        "verdict": {**record["verdict"], "worst_placement": [0, 0, 1, 1]},
+    }
+
+
+@pytest.mark.parametrize("shapes", [300, 8000, 30_000])
+def test_more_shapes_than_it_goes_through_are_a_limit_at_once(shapes: int) -> None:
+    terms = "+".join(f"{i}x{shapes + 1 - i}" for i in range(1, shapes + 1))
+    verdict = in_seconds(altered(certified_record("detection"), "threat", "notation", value=terms), 0.5)
+    assert (verdict.fault, verdict.reason) == ("limit", f"{shapes:,} shapes are too many to go through")
+
+
+@pytest.mark.parametrize("rule", ["detection", "double-masking", "robust-masking", "vote", "levine-feizi"])
+@pytest.mark.parametrize("side", [1024, 2048, 8192])
+def test_more_windows_than_it_goes_through_are_a_limit_at_once(side: int, rule: str) -> None:
+    record = large(certified_record(rule), side, 16)
+    if rule == "double-masking":
+        record["verdict"]["worst_placement"] = [[0, 0, 1, 1]] * 2
+    verdict = in_seconds(record, 2)
+    if rule in ("vote", "levine-feizi") and side <= 2048:
+        assert verdict.fault == "proof"  # of the two classes, every window was gone through
+    else:
+        assert (verdict.ok, verdict.fault) == (False, "limit")
+
+
+def test_more_classes_shapes_and_lines_than_it_goes_through_are_a_limit_at_once() -> None:
+    record = large(certified_record("vote"), 2000, 16, classes=8192)
+    verdict = in_seconds(record, 2)
+    assert (verdict.fault, verdict.reason) == ("limit", "8,192 classes are too many to go through")
+    record = large(certified_record("vote"), 8192, 14)
+    shapes = [[h, min(8192, 8192 // h)] for h in range(1, 8193)]
+    shapes = [shape for shape, after in zip(shapes, [*shapes[1:], [0, 0]], strict=True) if shape[1] > after[1]]
+    record["threat"] |= {"notation": "area:8192", "shapes": shapes}
+    verdict = in_seconds(record, 3)
+    assert (verdict.ok, verdict.fault) == (False, "limit")
+
+
+def test_more_placements_than_it_goes_through_are_a_limit_within_seconds() -> None:
+    """A mask of 67 million pixels packs into a few kB."""
+    record = {**large(certified_record("vote"), 8192, 4), "record_version": 2}
+    stripes = (np.add.outer(np.arange(8192), np.arange(8192)) % 64) < 32
+    packed = base64.b64encode(zlib.compress(np.packbits(stripes).tobytes(), 9)).decode()
+    for side, words in ((40, "the mask leaves too many placements"), (8192, "the shapes are too many")):
+        record["threat"] |= {"notation": str(side), "shapes": [[side, side]], "allowed": packed}
+        verdict = in_seconds(record, 8)
+        assert (verdict.fault, verdict.reason) == ("limit", f"{words} to go through")
+
+
+@pytest.mark.parametrize("restricted", [False, True])
+@pytest.mark.parametrize("rule", ["vote", "levine-feizi"])
+def test_a_thousand_classes_at_224_px_against_every_rectangle_of_an_area(rule: str, restricted: bool) -> None:
+    grid = RegionGrid.from_axis(17, 8, -4, (224, 224))
+    scores = np.random.default_rng(0).integers(0, 2, (1, 1000, *grid.map_size)).astype(np.int16)
+    scores[:, 3] = 1
+    score_map = ScoreMap(torch.as_tensor(scores), 0, 1, grid)
+    allowed = np.hypot(*np.indices((224, 224)) - 112.0) < 90 if restricted else None
+    threat = PatchThreatModel.parse("area:25", (224, 224), allowed)
+    record = record_of(score_map, RULES[rule].certify(score_map, threat))
+    assert in_seconds(record, 30).ok
 
 
 # Forged records
@@ -296,8 +382,10 @@ def test_a_smaller_geometry_is_only_as_good_as_its_word() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("record_version",), 2, "version is 2, this checks 1"),
-        (("record_version",), "1", "version is 1, this checks 1"),
+        (("record_version",), 3, "version is 3, this checks 1 and 2"),
+        (("record_version",), "1", "version is 1, this checks 1 and 2"),
+        (("record_version",), 2, "version 2 must restrict placements"),
+        (("threat", "allowed"), "AAAA", "version 1 left out smaller patches within a mask; certify the image again"),
         (("locality",), "hoped for", "locality"),
         (("image", "size_px"), [8, 8, 8], "malformed"),
         (("image", "size_px"), [8, 0], "from 1 to 8192, got 0"),
@@ -327,7 +415,6 @@ def test_a_smaller_geometry_is_only_as_good_as_its_word() -> None:
         (("threat", "patches"), 10**6, "from 1 to 64"),
         (("threat", "notation"), "five", "malformed"),
         (("threat", "notation"), None, "malformed"),
-        (("threat", "allowed"), "AAAA", "malformed"),
         (("verdict",), {}, "malformed"),
         (("verdict", "worst_placement"), [0, 0, 2], "malformed"),
         (("verdict", "worst_placement"), None, "malformed"),
@@ -355,6 +442,7 @@ def test_packed_data_is_not_inflated_beyond_what_it_stands_for() -> None:
     bomb = base64.b64encode(zlib.compress(bytes(2**22))).decode()
     record = certified_record("vote")
     refused(altered(record, "scores", "data", value=bomb), "record", "must be of 384 bytes")
+    record = certified_record("vote", allowed=np.ones((8, 8), dtype=bool))
     refused(altered(record, "threat", "allowed", value=bomb), "record", "must be of 8 bytes")
     short = base64.b64encode(zlib.compress(bytes(383))).decode()
     refused(altered(record, "scores", "data", value=short), "record", "must be of 384 bytes")

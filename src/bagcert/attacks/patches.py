@@ -20,7 +20,7 @@ def canvas_size(threat: PatchThreatModel) -> tuple[int, int]:
 
 
 def every_placement(threat: PatchThreatModel) -> Int[Tensor, "placements 4"]:
-    """All placements of one patch, the last row and column included, in the order (shape, top, left)."""
+    """All maximal placements of one patch, the last row and column included, in the order (shape, top, left)."""
     return _every_placement(threat)
 
 
@@ -29,7 +29,7 @@ def nearest_placements(threat: PatchThreatModel, rectangles: Int[Tensor, "*rows 
 
     Certificates of masking on pixels name masks, which are larger than patches.
     """
-    shapes = torch.tensor(threat.shapes)
+    shapes = torch.tensor(threat.maximal_shapes)
     flat = rectangles.reshape(-1, 4)
     foreign = ~(flat[:, None, 2:] == shapes).all(2).any(1) | (threat.allowed is not None)
     distinct, which = flat[foreign].unique(dim=0, return_inverse=True)
@@ -89,10 +89,7 @@ def stays_inside(
     for row, patches in enumerate(placements.tolist()):
         differs = (images[row] != patched[row]).any(-1)
         for top, left, height, width in patches:
-            if (height, width) not in threat.shapes or top < 0 or left < 0:
-                break
-            allowed = threat.placements((height, width))
-            if top >= allowed.shape[0] or left >= allowed.shape[1] or not allowed[top, left]:
+            if not threat.allows(top, left, height, width):
                 break
             differs[top : top + height, left : left + width] = False
         else:
@@ -103,7 +100,7 @@ def stays_inside(
 @lru_cache(maxsize=16)
 def _every_placement(threat: PatchThreatModel) -> Tensor:
     parts = []
-    for shape in threat.shapes:
-        corners = torch.as_tensor(threat.placements(shape)).nonzero()
+    for shape in threat.maximal_shapes:
+        corners = torch.as_tensor(threat.corners(shape))
         parts.append(torch.cat([corners, torch.tensor(shape).expand(len(corners), 2)], 1))
     return torch.cat(parts)

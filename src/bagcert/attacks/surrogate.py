@@ -205,8 +205,8 @@ class _Crop:
         """None where crops would be no smaller, or give other scores than the whole image does."""
         if threat.patches > 1:
             return None
-        rows = _Axis.of(grid.rows_seen, {h for h, _ in threat.shapes})
-        cols = _Axis.of(grid.cols_seen, {w for _, w in threat.shapes})
+        rows = _Axis.of(grid.rows_seen, {h for h, _ in threat.maximal_shapes})
+        cols = _Axis.of(grid.cols_seen, {w for _, w in threat.maximal_shapes})
         if rows is None or cols is None:
             return None
         height, width = grid.image_size

@@ -1,5 +1,7 @@
 """`bagcert verify`."""
 
+from hashlib import sha256
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +47,8 @@ def verify(
     if not total:
         raise UnreadableError(f"{file} holds no records")
     results: list[dict[str, Any]] = []
+    images_seen: set[str] = set()
+    first_lines: dict[bytes, int] = {}
     with progress("verifying") as report:
         for number, line in enumerate(lines(file), 1):
             record = None
@@ -56,11 +60,16 @@ def verify(
             except ValueError as error:
                 verdict = Verdict(False, str(error), "record")
             results.append(_result(number, record, verdict))
+            if verdict.ok and record is not None:
+                images_seen.add(dumps([record["image"][name] for name in ("size_px", "pixels_sha256")]))
+                earlier = first_lines.setdefault(_question(record), number)
+                results[-1]["repeats_line"] = earlier if earlier < number else None
             if not verdict.ok and not json:
                 warn(_sentence(results[-1]))
             report(number, total)
     bad = [result for result in results if not result["verified"]]
     certified = sum(result["certified"] is True for result in results if result["verified"])
+    repeated = sum(result["repeats_line"] is not None for result in results)
     if json:
         print_json(
             {
@@ -70,6 +79,8 @@ def verify(
                 "records": len(results),
                 "verified": len(results) - len(bad),
                 "certified": certified,
+                "distinct_images": len(images_seen),
+                "repeated": repeated,
                 "results": results,
             }
         )
@@ -77,7 +88,8 @@ def verify(
         basis = "given the recorded scores and geometry" if model is None else f"scores and geometry as of {model}"
         held = len(results) - len(bad)
         stdout().print(
-            f"{held} of {len(results)} records hold, {basis}: {certified} certified, {held - certified} not",
+            f"{held} of {len(results)} records hold, {basis}: {certified} certified, {held - certified} not; "
+            f"{_of(len(images_seen), 'distinct image')}, {_of(repeated, 'repeated record')}",
             soft_wrap=True,
             markup=False,
         )
@@ -106,17 +118,29 @@ def _recomputing(name: str, images: Path | None, device: str) -> "Callable[[dict
     return check
 
 
+def _question(record: dict[str, Any]) -> bytes:
+    """A hash of what a record answers: which rule of which model, against which patch, on which pixels."""
+    asked = {name: record[name] for name in ("image", "network", "model", "threat", "rule")}
+    return sha256(dumps(asked, sort_keys=True).encode("ascii")).digest()
+
+
+def _of(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def _result(number: int, record: dict[str, Any] | None, verdict: "Verdict") -> dict[str, Any]:
     found: dict[str, Any] = {"line": number}
     if record is None:
         found |= dict.fromkeys(("source", "rule", "threat", "prediction", "certified", "margin", "locality"))
     else:
         said = {name: record["verdict"][name] for name in ("prediction", "certified", "margin")}
-        notation = record["threat"]["notation"]
-        found |= {"source": record["source"], "rule": record["rule"], "threat": notation, **said}
+        threat = record["threat"]["notation"]
+        if record["threat"]["allowed"] is not None:
+            threat += " within the allowed placements"
+        found |= {"source": record["source"], "rule": record["rule"], "threat": threat, **said}
         found["locality"] = record["locality"]
     reason = verdict.reason[:MOST_CHARACTERS]  # which may quote what a hostile record holds
-    return {**found, "verified": verdict.ok, "fault": verdict.fault or None, "reason": reason}
+    return {**found, "verified": verdict.ok, "fault": verdict.fault or None, "reason": reason, "repeats_line": None}
 
 
 def _sentence(result: dict[str, Any]) -> str:

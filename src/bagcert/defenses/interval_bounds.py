@@ -186,6 +186,6 @@ def boxes_of(threat: PatchThreatModel) -> Int[Tensor, "boxes patches 4"]:
         UsageError: there are more than 20,000.
     """
     rectangles: list[tuple[int, ...]] = []
-    for shape in threat.shapes:
-        rectangles += [(top, left, *shape) for top, left in np.argwhere(threat.placements(shape)).tolist()]
+    for shape in threat.maximal_shapes:
+        rectangles += [(top, left, *shape) for top, left in threat.corners(shape).tolist()]
     return unions(rectangles, threat.patches, MOST_BOXES, "interval bounds are for few placements and one patch")

@@ -114,8 +114,8 @@ class Undefended:
         prediction = self.predict(images, rule=rule)
         height, width = as_batch(images[:1]).shape[2:]
         threat = PatchThreatModel.parse(patch, (height, width), placements)
-        shape = next(shape for shape in threat.shapes if threat.placements(shape).any())
-        top, left = np.argwhere(threat.placements(shape))[0]
+        shape = threat.maximal_shapes[0]
+        top, left = threat.corners(shape)[0]
         worst = torch.tensor([[int(top), int(left), *shape]], device=prediction.device).repeat(len(prediction), 1)
         none = torch.zeros_like(prediction, dtype=torch.bool)
         return Certificate(prediction, none, torch.full_like(prediction, -1), worst, RULE, threat)

@@ -177,18 +177,16 @@ def rule_module(rule: str, grid: RegionGrid, threat: PatchThreatModel, classes: 
     """
     if rule not in RULE_MODULES:
         raise UsageError(f"the rule {rule} cannot be exported; {' and '.join(RULE_MODULES)} can")
-    # As in `bagcert.rules.vote`: with allowed placements a maximal window may hold more than any single reach.
-    inside = _masks(grid, threat, maximal=rule != VoteModule.name or threat.allowed is None)
+    inside = _masks(grid, threat)
     if rule == DoubleMaskingModule.name and threat.patches > 1:
         inside = _unions(inside, threat, classes)
     return RULE_MODULES[rule](inside, classes, span, threat.patches)
 
 
-def _masks(grid: RegionGrid, threat: PatchThreatModel, maximal: bool) -> Bool[np.ndarray, "windows regions"]:
-    """The windows in the order (shape, top, left)."""
+def _masks(grid: RegionGrid, threat: PatchThreatModel) -> Bool[np.ndarray, "windows regions"]:
+    """The windows in the order of `RegionGrid.windows`."""
     parts = [
-        (block.rows[:, None, :, None] & block.cols[None, :, None, :])[block.keep]
-        for block in grid.windows(threat, maximal)
+        (block.rows[:, None, :, None] & block.cols[None, :, None, :])[block.keep] for block in grid.windows(threat)
     ]
     return np.concatenate([part.reshape(len(part), -1) for part in parts])
 

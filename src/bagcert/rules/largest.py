@@ -27,9 +27,10 @@ def largest_certified_px(
 ) -> Int[Tensor, " batch"]:
     """The side in pixels of the largest square patch each image is certified against as deployed; 0 if none.
 
-    For the vote rules by bisection over the sides 1 ... min(H, W), since a larger patch costs more. For masking
-    rules, whose prediction belongs to one mask set, the largest square that the masks of `threat` cover where the
-    image is certified, else 0.
+    For the vote rules over the sides 1 ... min(H, W): by bisection for one patch, since a larger one costs more. The
+    bound for several patches is not monotone, so all sides are tried, the largest first. For masking rules, whose
+    prediction belongs to one mask set, the largest square that the masks of `threat` cover where the image is
+    certified, else 0.
 
     Args:
         score_map: the scores of a batch.
@@ -50,6 +51,28 @@ def largest_certified_px(
         return certificate.certified.long() * covered_px(score_map.grid, threat)
     if threat is not None and threat.allowed is not None:
         raise UsageError("the largest certified patch is over all placements; this threat allows only some")
+    last_px = torch.tensor([0, *_last_px(score_map.grid)], device=score_map.scores.device)
+    if threat is not None and threat.patches > 1:
+        return last_px[_scanned(score_map, rule, threat.patches)]
+    return last_px[_bisected(score_map, rule)]
+
+
+def _scanned(score_map: ScoreMap, rule: str, patches: int) -> Int[Tensor, " batch"]:
+    """How many of the distinct sides there are up to the largest that each image is certified against."""
+    device = score_map.scores.device
+    result = torch.zeros(len(score_map), dtype=torch.int64, device=device)
+    open_ = torch.arange(len(score_map), device=device)
+    for number, side in reversed(list(enumerate(distinct_sides(score_map.grid), 1))):
+        if not len(open_):
+            break
+        holds = get_rule(rule).certify(score_map[open_], _squares(score_map.grid, side, patches)).certified
+        result[open_[holds]] = number
+        open_ = open_[~holds]
+    return result
+
+
+def _bisected(score_map: ScoreMap, rule: str) -> Int[Tensor, " batch"]:
+    """The same for one patch, where no side beyond one that fails holds."""
     sides = distinct_sides(score_map.grid)
     device = score_map.scores.device
     # sides[low - 1] holds (0: nothing known to hold), sides[high] fails (len(sides): nothing known to fail)
@@ -59,11 +82,10 @@ def largest_certified_px(
         middle = (low + high) // 2
         for index in middle[low < high].unique().tolist():
             (images,) = ((middle == index) & (low < high)).nonzero(as_tuple=True)
-            tested = _squares(score_map.grid, sides[index], threat.patches if threat else 1)
-            holds = chosen.certify(score_map[images], tested).certified
+            holds = get_rule(rule).certify(score_map[images], _squares(score_map.grid, sides[index])).certified
             low[images[holds]] = index + 1
             high[images[~holds]] = index
-    return torch.tensor([0, *_last_px(score_map.grid)], device=device)[low]
+    return low
 
 
 def largest_certifiable_px(score_map: ScoreMap, label: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
@@ -147,8 +169,7 @@ def _has_room(threat: PatchThreatModel, side: int) -> bool:
 def _covers(masks: tuple[WindowBlock, ...], grid: RegionGrid, side: int, threat: PatchThreatModel) -> bool:
     """Does every reach of the squares of a side lie in a mask?"""
     squares = PatchThreatModel(grid.image_size, ((side, side),), threat.patches, threat.allowed)
-    # With allowed placements the reaches themselves count: the window of one may hold more than the patch can reach.
-    for block in grid.windows(squares, maximal=threat.allowed is None):
+    for block in grid.windows(squares):
         covered = ~block.keep
         for mask in masks:
             rows = ~(block.rows @ ~mask.rows.T)  # [row windows, row windows of the mask]: lies inside

@@ -22,7 +22,7 @@ def levine_feizi(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
         UsageError: the threat is for images of another size.
     """
     require_sum(score_map, "levine-feizi")
-    windows = Windows.of(score_map, threat, maximal=threat.allowed is None)
+    windows = Windows.of(score_map, threat)
     sums = score_map.class_sums
     prediction = lowest_argmax(sums)
     sizes = windows.sizes.masked_fill(~windows.keep, -1)

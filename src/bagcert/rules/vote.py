@@ -26,8 +26,7 @@ def vote(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
         UsageError: the threat is for images of another size.
     """
     require_sum(score_map, "vote")
-    # With allowed placements a maximal window may hold more than any single reach, so the reaches themselves are used.
-    windows = Windows.of(score_map, threat, maximal=threat.allowed is None)
+    windows = Windows.of(score_map, threat)
     batch, device = len(score_map), score_map.scores.device
     margin = torch.empty(batch, dtype=torch.int64, device=device)
     prediction = torch.empty_like(margin)

@@ -114,7 +114,7 @@ class _PairTable:
         first, second: the row windows of each pair.
         rows: [3 * pairs, map rows], for each pair the rows of i only, of both, of j only.
         cols: [3 * map columns, column pairs], stacked: columns of the first, of either, of the second.
-        keep: which column pairs are windows of both blocks; None if all.
+        keep: by row window of the first and of the second block, which column pairs are windows there; None if all.
         starts, widths: where the two blocks begin in the flat order, and their numbers of column windows.
     """
 
@@ -122,7 +122,7 @@ class _PairTable:
     second: Int[Tensor, " pairs"]
     rows: Float[Tensor, "3 pairs m"]
     cols: Float[Tensor, "n3 colpairs"]
-    keep: Bool[Tensor, "pairs colpairs"] | None
+    keep: tuple[Bool[Tensor, "rows colpairs"], Bool[Tensor, "rows2 colpairs"]] | None
     starts: tuple[int, int]
     widths: tuple[int, int]
 
@@ -137,7 +137,7 @@ class _PairTable:
         of_rows = torch.stack([rows[i] & ~rows2[j], rows[i] & rows2[j], rows2[j] & ~rows[i]])
         a, b = torch.ones(len(cols), len(cols2), device=device).nonzero(as_tuple=True)
         of_cols = torch.cat([cols[a], cols[a] | cols2[b], cols2[b]], 1).T.contiguous()
-        both = None if windows.gaps is None else keep[i][:, a] & keep2[j][:, b]
+        both = None if windows.gaps is None else (keep[:, a], keep2[:, b])
         starts, widths = (windows.starts[first], windows.starts[second]), (len(cols), len(cols2))
         return cls(i, j, of_rows.to(dtype), of_cols.to(dtype), both, starts, widths)
 
@@ -176,7 +176,8 @@ def _search(
         r, p = row[some], pair[some]
         taken = parts[r, :, p].flatten(1) @ table.cols
         if table.keep is not None:
-            taken.masked_fill_(~table.keep[p], -torch.inf)
+            kept = table.keep[0][table.first[p]] & table.keep[1][table.second[p]]
+            taken.masked_fill_(~kept, -torch.inf)
         most, column = taken.max(1)
         first = table.starts[0] + table.first[p] * table.widths[0] + column // table.widths[1]
         second = table.starts[1] + table.second[p] * table.widths[1] + column % table.widths[1]

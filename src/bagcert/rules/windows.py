@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = 2**22  # of the largest temporary; a handful of them stays with
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """The windows of every block in the order (shape, top, left), flattened; those not kept stay as gaps.
+    """The windows of every block in the order of `RegionGrid.windows`, flattened; those not kept stay as gaps.
 
     Gaps keep every block a product of row and column windows, so that sums over all windows are two matrix
     products. They are marked in `keep`; every maximum must leave them out.
@@ -28,9 +28,9 @@ class Windows:
     device: torch.device
 
     @classmethod
-    def of(cls, score_map: ScoreMap, threat: PatchThreatModel, maximal: bool = True) -> "Windows":
+    def of(cls, score_map: ScoreMap, threat: PatchThreatModel) -> "Windows":
         """The windows a threat leads to on the grid of a score map, on the device of its scores."""
-        return cls(score_map.grid, score_map.grid.windows(threat, maximal), score_map.scores.device)
+        return cls(score_map.grid, score_map.grid.windows(threat), score_map.scores.device)
 
     def __len__(self) -> int:
         return sum(block.keep.size for block in self.blocks)
@@ -60,13 +60,8 @@ class Windows:
 
     @cached_property
     def placements(self) -> Int[Tensor, "windows 4"]:
-        """`[top, left, height, width]` in pixels of one admissible patch whose reach lies in each window."""
-        parts = []
-        for block in self.blocks:
-            corner = [torch.as_tensor(side.copy(), device=self.device).flatten() for side in (block.tops, block.lefts)]
-            shape = [torch.full_like(corner[0], side) for side in block.shape]
-            parts.append(torch.stack([*corner, *shape], 1))
-        return torch.cat(parts).long()
+        """`[top, left, height, width]` in pixels of one admissible patch whose reach is the window."""
+        return torch.cat([torch.as_tensor(block.places, device=self.device).flatten(0, 1) for block in self.blocks])
 
     @cached_property
     def masks(self) -> Bool[Tensor, "windows rows cols"]:

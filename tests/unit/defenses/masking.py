@@ -45,12 +45,10 @@ def mask_unions(found, patches, size=SIZE):
     return [union_of(members, size) for members in combinations_with_replacement(found, patches)]
 
 
-def placements(size, shapes, allowed=None):
+def placements(size, shapes):
     found = []
     for h, w in shapes:
-        for top, left in product(range(size[0] - h + 1), range(size[1] - w + 1)):
-            if allowed is None or allowed[top : top + h, left : left + w].all():
-                found.append((top, left, h, w))
+        found += [(top, left, h, w) for top, left in product(range(size[0] - h + 1), range(size[1] - w + 1))]
     return found
 
 

@@ -1,6 +1,7 @@
 """The deployed defense: loading, and predictions that are those of the certificates."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -238,6 +239,16 @@ class TestDeployment:
         assert score_map.grid.touched_cols("2x4").shape == (7, 10)
 
 
+@pytest.mark.parametrize("patch", ["9" * 400 + "%", "9" * 900, "1000000000000*1", "five", "13"])
+def test_a_folder_whose_patch_makes_no_sense_is_refused_in_one_sentence(folder, patch, tmp_path):
+    shutil.copytree(folder, tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / CONFIG).read_text())
+    (tmp_path / "odd" / CONFIG).write_text(json.dumps({**config, "patch": patch}))
+    with pytest.raises(UnreadableError, match=r"config\.json cannot be deployed: ") as error:
+        load(tmp_path / "odd")
+    assert len(str(error.value)) < 400
+
+
 class TestPlacements:
     @pytest.fixture
     def allowed(self):
@@ -270,7 +281,7 @@ class TestPlacements:
         with pytest.raises(UsageError, match="must be 12x10 px"):
             model.certify(images, 2, placements=allowed.T)
         with pytest.raises(UsageError, match="has no room"):
-            model.certify(images, 5, placements=allowed)
+            model.certify(images, 5, placements=np.zeros_like(allowed))
         with pytest.raises(UnreadableError, match="there is no mask image"):
             model.certify(images, 2, placements=tmp_path / "none.png")
 

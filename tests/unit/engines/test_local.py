@@ -150,6 +150,33 @@ def test_every_rule_takes_a_mask_of_placements(rule: str, tmp_path: Path) -> Non
         assert inside.largest_certified_px == anywhere.largest_certified_px
 
 
+def test_smaller_rectangles_within_a_mask_on_a_photo_count(tmp_path: Path) -> None:
+    """Two strips in pixels of the photo; the larger patch fits into neither, smaller ones fit into both."""
+    mask = np.zeros((24, 20), dtype=np.uint8)
+    mask[1:4, 2:9] = mask[8:18, 14:16] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    file = _save(tmp_path / "a.png", size=(24, 20))
+    for patch in ("6", "area:36"):
+        (verdict,) = certify_files(tiny.color_model(), [file], [patch], ["vote"], placements=tmp_path / "mask.png")
+        assert isinstance(verdict, FileVerdict)
+        top, left, height, width = verdict.results[0].worst_placement
+        assert mask[top : top + height, left : left + width].all()
+        strips = {
+            name: np.where(np.add.outer(rows, cols) > 1, mask, 0)
+            for name, rows, cols in (
+                ("upper", np.arange(24) < 6, np.ones(20)),
+                ("lower", np.arange(24) >= 6, np.ones(20)),
+            )
+        }
+        margins = []
+        for name, strip in strips.items():
+            Image.fromarray(strip).save(tmp_path / f"{name}.png")
+            (alone,) = certify_files(tiny.color_model(), [file], [patch], ["vote"], placements=tmp_path / f"{name}.png")
+            assert isinstance(alone, FileVerdict)
+            margins.append(alone.results[0].margin)
+        assert verdict.results[0].margin == min(margins)
+
+
 def test_an_image_too_small_for_the_patch_is_an_error_in_its_place(tmp_path: Path) -> None:
     small, large = _save(tmp_path / "small.png", size=(6, 6)), _save(tmp_path / "large.png", size=(20, 20))
     first, second = certify_files(tiny.color_model(), [small, large], ["9"])

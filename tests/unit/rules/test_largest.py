@@ -88,6 +88,19 @@ def test_two_patches():
     assert expected.any()
 
 
+def test_a_larger_square_may_be_certified_against_two_patches_where_a_smaller_one_is_not():
+    """Two windows of 3 px count the region in the middle twice; the one window of 5 px counts it once."""
+    cols = np.zeros((7, 5), dtype=bool)
+    cols[[0, 1, 2], [0, 2, 4]] = True  # four regions see nothing
+    grid = RegionGrid(np.ones((1, 5), dtype=bool), cols)
+    scores = torch.zeros(2, 2, 1, 7, dtype=torch.int16)
+    scores[0, 0] = 1
+    score_map = ScoreMap(scores, 0, 1, grid)
+    threats = [PatchThreatModel.parse(f"2*{side}", (5, 5)) for side in (3, 5)]
+    assert [bool(RULES["vote"].certify(score_map, threat).certified[0]) for threat in threats] == [False, True]
+    assert largest_certified_px(score_map, "vote", threats[0]).tolist() == [5, 0]
+
+
 def test_what_is_missing_is_named():
     score_map = example(RegionGrid.from_axis(1, 1, 0, (6, 6)))
     with pytest.raises(UsageError, match="name the threat"):
