@@ -162,7 +162,7 @@ def slack_of(
 
     With H the head: max(H(z + tolerance) - H(z), H(z) - H(z - tolerance)), rounded outward. So a binary score with
     |z| <= tolerance counts for the attacker, and a fixed-point score only where a rounding boundary is that near.
-    NaN may become anything: `span`.
+    NaN and infinities, which another order of summation may avoid, may become anything: `span`.
 
     Args:
         z: real scores, float32.
@@ -178,7 +178,7 @@ def slack_of(
     below = torch.nextafter((exact - tolerance).float(), torch.full_like(z, -torch.inf))
     scores = head(z)
     slack = torch.maximum(head(above) - scores, scores - head(below))
-    return slack.masked_fill(z.isnan(), span)
+    return slack.masked_fill(~z.isfinite(), span)
 
 
 def lowest_argmax(values: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ SCORES = {
     "slack upwards only": [
         ("torch.maximum(head(above) - scores, scores - head(below))", "head(above) - scores"),
     ],
-    "NaN has no slack": [("return slack.masked_fill(z.isnan(), span)", "return slack")],
+    "NaN has no slack": [("return slack.masked_fill(~z.isfinite(), span)", "return slack")],
     "devices that cannot count trusted": [
         ("if (found := sums.tolist()) != expected:", "if not (found := sums.tolist()):")
     ],

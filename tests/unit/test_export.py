@@ -116,6 +116,8 @@ def test_the_guard_counts_what_the_tolerance_allows(head, rule):
     z = torch.rand(300, 3, *SIDE, generator=random) - 0.5
     z[:, 0] += torch.linspace(0, 1, 300)[:, None, None]
     z[::7, 0, 0, 0] = torch.nan
+    z[1::7, 0, 0, 0] = torch.inf
+    z[2::7, 1, 0, 0] = -torch.inf
     label, certified, margin, scores = module.decide(z)
     found = []
     for share in (1.0, 1.02):

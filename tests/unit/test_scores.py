@@ -152,3 +152,8 @@ def test_a_device_that_cannot_count_is_refused(monkeypatch):
 def test_slack_is_what_either_direction_and_nan_can_do():
     z = torch.tensor([0.2, -0.2, 1e-4, -1e-4, 0.0, float("nan")]).reshape(1, 1, 1, 6)
     assert slack_of(z, 1e-3, binarize, 1).flatten().tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_an_infinite_score_may_become_anything():
+    z = torch.tensor([torch.inf, -torch.inf, 3e38]).reshape(1, 1, 1, 3)
+    assert slack_of(z, 1e-3, lambda z: quantize(z, 1e-38), 4094).flatten().tolist() == [4094, 4094, 0]

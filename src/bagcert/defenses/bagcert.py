@@ -16,7 +16,7 @@ from bagcert.errors import UnreadableError, UsageError
 from bagcert.locality import LocalityReport, cached_report, require_local
 from bagcert.locality.cache import cache_folder
 from bagcert.nets.model_folder import CONFIG, WEIGHTS, ModelConfig, read_model, weights_sha256
-from bagcert.nets.region_scorer import RegionScorer
+from bagcert.nets.region_scorer import RegionScorer, not_finite
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap, check_counting
 from bagcert.threat import PatchLike, PatchThreatModel
@@ -131,7 +131,9 @@ def load(
         PatchThreatModel.parse(config.patch, scorer.image_size)
     except UsageError as error:
         raise UnreadableError(f"{folder / CONFIG} cannot be deployed: {error}") from None
-    scorer.fold_batch_norm().to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if broken := not_finite(scorer.fold_batch_norm().state_dict()):
+        raise UnreadableError(f"tensor {broken!r} in {folder / WEIGHTS} is not finite with batch norm folded into it")
+    scorer.to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scorer.autocast_dtype = DTYPES[dtype]
     check_counting(target)
     cache = cache_folder()

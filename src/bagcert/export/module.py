@@ -13,6 +13,7 @@ from bagcert.scores import FIXED_POINT_LIMIT
 from bagcert.threat import PatchThreatModel
 
 OUTPUTS = ("label", "certified", "margin", "scores")
+LARGEST = torch.finfo(torch.float32).max
 ROUNDING = 2.0**-20  # of a score; several times what rounding z, its product with the scale and a sum can do
 
 Decision = tuple[
@@ -93,7 +94,7 @@ class CertifiedModule(nn.Module):
             below, above = ((wide + room * sign).round().clamp(self.low, self.high) for sign in (-1, 1))
         scores = self.head(z)
         slack = torch.maximum(above - scores, scores - below)  # as in `bagcert.scores.slack_of`
-        slack = torch.where(z.isnan(), float(self.high - self.low), slack)
+        slack = torch.where(z.abs() <= LARGEST, slack, float(self.high - self.low))  # NaN and infinities
         own = (self.rule.index == label[:, None])[:, :, None, None]
         return torch.where(own, scores - slack, scores + slack).clamp(self.low, self.high)
 

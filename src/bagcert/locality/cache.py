@@ -26,7 +26,7 @@ from bagcert.locality.measurement import measure, shapes_for
 from bagcert.locality.report import LocalityReport
 from bagcert.nets.region_scorer import RegionScorer
 
-VERSION = 1  # of what is measured; another number makes old entries void
+VERSION = 2  # of what is measured; another number makes old entries void
 MOST_BYTES = 2**18
 _REPORT = TypeAdapter(LocalityReport)
 

@@ -83,7 +83,7 @@ def measure(
             footprint = compare_footprint(scorer, backend.grid)
     probes, largest = run_probes(backend, shapes, images, thorough, seed)
     report = LocalityReport(footprint=footprint, probes=probes, largest_score=largest, refusal=refusal, **facts)
-    if not report.nan_spreads:
+    if not report.nan_may_spread:
         return report
     return replace(report, activation_bound=_proved_bound(scorer, backend.grid))
 
@@ -122,7 +122,7 @@ def run_probes(
     else:
         add(prober.contents(large, ("mixed", *nan)), large)
         if not fixed:  # one image is enough to meet the kernels for one image
-            add(Prober(backend, clean[1:], places[-1:], random, prober.seen).contents(1, ("mixed",)), 1)
+            add(Prober(backend, clean[1:], places[-1:], random, prober.seen).contents(1, ("mixed", *nan)), 1)
     if large > 1:
         add({"other neighbours": prober.neighbours(large, thorough)}, large)
     if thorough:

@@ -32,9 +32,8 @@ class Change:
     def compare(self, backend: Backend, before: Tensor, after: Tensor, mask: Tensor | None = None) -> Tensor:
         """Takes in one batch; returns how much each image moved in all, float64 [batch]."""
         mask = torch.ones_like(before, dtype=torch.bool) if mask is None else mask.expand_as(before)
-        # NaN that stays NaN has not moved.
-        moved = (before != after) & ~(before.isnan() & after.isnan()) & mask
-        distance = (after.double() - before.double()).abs().nan_to_num(nan=torch.inf).where(moved, 0)
+        moved = (before != after) & mask  # NaN has always moved, also where it was NaN before
+        distance = magnitude(after.double() - before.double()).where(moved, 0)
         levels = (backend.head(after).long() - backend.head(before).long()).abs().where(mask, 0)
         self.trials += len(before)
         self.scores += int(mask.sum())
@@ -52,7 +51,7 @@ class Prober:
         images: clean images [images, channels, height, width] in [0, 1], tried in turn.
         places: where patches lie, tried in turn.
         random: the source of contents.
-        largest_score: of all score maps seen; filled on the way.
+        largest_score: of all clean score maps seen; filled on the way.
     """
 
     backend: Backend
@@ -63,7 +62,7 @@ class Prober:
 
     @property
     def largest_score(self) -> float:
-        """The largest finite |z| of clean images so far."""
+        """The largest |z| of clean images so far; inf where one of them is not finite."""
         return max(self.seen, default=0.0)
 
     def contents(self, batch_size: int, names: tuple[str, ...]) -> dict[str, Change]:
@@ -151,7 +150,7 @@ class Prober:
 
     def _scores(self, clean: Tensor) -> Tensor:
         scores = self.backend.scores(clean)
-        self.seen.append(float(scores.double().abs().nan_to_num(0.0, 0.0, 0.0).max()))
+        self.seen.append(float(magnitude(scores).max()))
         return scores
 
     def _with(self, clean: Tensor, places: list[Place], name: str) -> Tensor:
@@ -181,6 +180,11 @@ class Prober:
             return searched
         has_slope = (slope != 0).flatten(1).any(1)[:, None, None, None]
         return torch.where(has_slope, (image + STEP * slope.sign()).clamp(0, 1), searched)
+
+
+def magnitude(values: Tensor) -> Tensor:
+    """Absolute values, with NaN as inf."""
+    return values.abs().masked_fill(values.isnan(), torch.inf)
 
 
 def outside_pixels(clean: Tensor, places: list[Place]) -> Tensor:

@@ -51,9 +51,10 @@ class LocalityReport:
         patches: (height_px, width_px) of the patches tried.
         footprint: what NaN in pixel lines reached, compared with the declared receptive fields.
         probes: the numerical ones.
-        largest_score: the largest |z| seen, the scale that limits refer to.
+        largest_score: the largest |z| of clean images, the scale that limits refer to; inf where one is not finite.
         activation_bound: no value in the net exceeds it, whatever the image; None where unknown or not asked for. It
-            is asked for where NaN spreads beyond the receptive fields though the layers are local: see `overflow`.
+            is asked for where NaN spreads, or may spread, beyond the receptive fields though the layers are local: see
+            `overflow`.
         refusal: a reason to refuse whatever the probes say, or "".
         thorough: all of it, as `bagcert doctor` does, or the short check at load.
     """
@@ -101,6 +102,16 @@ class LocalityReport:
         )
 
     @property
+    def nan_may_spread(self) -> bool:
+        """Does it, or is this a backend that hides NaN (OpenVINO's ReLU does), in a dtype whose kernels spread it?"""
+        return self.nan_spreads or (self.backend == "openvino" and self.dtype != "float32")
+
+    @property
+    def is_finite(self) -> bool:
+        """Are all scores of clean images finite? Otherwise what a patch does to them cannot be told."""
+        return math.isfinite(self.largest_score)
+
+    @property
     def cannot_overflow(self) -> bool:
         """Is it proved that no value in the net becomes infinite or NaN?"""
         return self.activation_bound is not None and self.activation_bound < OVERFLOW
@@ -108,7 +119,7 @@ class LocalityReport:
     @property
     def consequence(self) -> Consequence:
         """Within one configuration: exact where nothing moved at all, guarded below the limit, else refused."""
-        if self.refusal or (self.nan_spreads and not self.cannot_overflow):
+        if self.refusal or not self.is_finite or (self.nan_may_spread and not self.cannot_overflow):
             return "refused"
         return _consequence(self.leak_z, LEAK_LIMIT * self.largest_score)
 
@@ -134,8 +145,15 @@ class LocalityReport:
         """Why it is refused, in a clause; "" if it is not."""
         if self.refusal:
             return self.refusal
+        if not self.is_finite:
+            return "an image without a patch has scores that are NaN or infinite"
         if self.nan_spreads and not self.cannot_overflow:
             return "NaN in a pixel reaches regions that are declared not to see it"
+        if self.nan_may_spread and not self.cannot_overflow:
+            return (
+                f"{self.backend} in {self.dtype} may spread infinite values beyond a patch's reach, and it is not "
+                "proved that this network has none"
+            )
         if self.consequence == "refused":
             limit = LEAK_LIMIT * self.largest_score
             name = next(p.name for p in self.probes if p.kind != "drift" and p.largest_z == self.leak_z)
