@@ -163,9 +163,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     options = parser.parse_args()
     totals = count(options.cases, options.seed, options.dtype, options.backend)
-    command = (
-        f"python -m tests.properties.hostile --cases {options.cases} --seed {options.seed} --dtype {options.dtype}"
-    )
+    command = f"python -m tests.properties.hostile --cases {options.cases} --seed {options.seed}"
+    command += f" --dtype {options.dtype} --backend {options.backend}"
     print(
         json.dumps({"command": command, **totals})
         if options.json
