@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bagcert.errors import UnsoundError, UsageError
+from bagcert.full_precision import full_precision
 from bagcert.grid import RegionGrid, WindowBlock
 
 FIXED_POINT_LIMIT = 2047
+EXACT_SUMS = 2**53  # float64 holds every integer below
 MANY_CLASSES = 32
 
 
@@ -33,8 +34,8 @@ class ScoreMap:
             None where locality is exact. Rules count it for the attacker. METHOD section 3.6.
 
     Raises:
-        UsageError: scores are not integers, out of range, of fewer than two classes, or not on the grid; a slack of
-            another shape, not of integers, or negative.
+        UsageError: scores are not integers, out of range, of fewer than two classes, or not on the grid; a range whose
+            sums would round; a slack of another shape, not of integers, or negative.
     """
 
     scores: Int[Tensor, "batch classes rows cols"]
@@ -44,7 +45,7 @@ class ScoreMap:
     slack: Int[Tensor, "batch classes rows cols"] | None = None
 
     def __post_init__(self) -> None:
-        if self.scores.dtype.is_floating_point or self.scores.dtype in (torch.bool, torch.complex64):
+        if not _is_integer(self.scores.dtype):
             raise UsageError(f"scores must be integers, got {self.scores.dtype}")
         if self.scores.ndim != 4 or tuple(self.scores.shape[2:]) != self.grid.map_size:
             raise UsageError(
@@ -55,13 +56,19 @@ class ScoreMap:
             raise UsageError("a certificate needs at least two classes, got one")
         if self.low >= self.high:
             raise UsageError(f"the range of scores must have low < high, got [{self.low}, {self.high}]")
+        regions = self.grid.map_size[0] * self.grid.map_size[1]
+        if 4 * max(self.span, abs(self.low), abs(self.high)) * regions >= EXACT_SUMS:
+            raise UsageError(
+                f"sums of scores in [{self.low}, {self.high}] over {regions:,} regions can reach 2^53, where float64 "
+                "rounds them; scale the scores down"
+            )
         if self.scores.numel() and not (self.low <= self.scores.min() and self.scores.max() <= self.high):
             raise UsageError(
                 f"scores must lie in [{self.low}, {self.high}], found "
                 f"[{int(self.scores.min())}, {int(self.scores.max())}]"
             )
         if self.slack is not None:
-            if self.slack.shape != self.scores.shape or self.slack.dtype.is_floating_point:
+            if self.slack.shape != self.scores.shape or not _is_integer(self.slack.dtype):
                 raise UsageError(
                     f"slack must be integers {list(self.scores.shape)}, got {self.slack.dtype} {list(self.slack.shape)}"
                 )
@@ -133,7 +140,7 @@ class ScoreMap:
             return self
         own = torch.zeros(len(self), self.classes, 1, 1, dtype=torch.bool, device=self.scores.device)
         own[torch.arange(len(self), device=own.device), prediction] = True
-        scores, slack = self.scores.long(), self.slack.long()
+        scores, slack = self.scores.long(), self.slack.long().clamp(max=self.span)
         worst = torch.where(own, scores - slack, scores + slack).clamp(self.low, self.high)
         return replace(self, scores=worst, slack=None)
 
@@ -191,6 +198,10 @@ def tie_penalty(prediction: Int[Tensor, " batch"], classes: int) -> Int[Tensor, 
     return (torch.arange(classes, device=prediction.device)[None, :] < prediction[:, None]).long()
 
 
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
 def exact_dtype(span: int, regions: int) -> torch.dtype:
     """float32 while every sum the rules form is below 2^24, float64 above.
 
@@ -205,9 +216,10 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """No autocast, no gradients, full float32 products whatever the user has set: sums of integers are exact inside.
 
     Raises:
-        UnsoundError: this device does not count an all-ones map with one zero correctly.
+        UnsoundError: this device does not count an all-ones map with one zero correctly, or another thread changed the
+            precision of products meanwhile, see `full_precision`.
     """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_precision():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
         _check_counting(str(device))
         yield
 
@@ -220,29 +232,6 @@ def check_counting(device: torch.device) -> None:
     """
     with exact_arithmetic(device):
         pass
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Turns off TF32 and bfloat16 matrix products, which round integers above 2^11 and 2^8."""
-    homes = (torch.backends.cuda, torch.backends.mkldnn)
-    backends: list[Any] = [home.matmul for home in homes if hasattr(home, "matmul")]
-    if all(hasattr(backend, "fp32_precision") for backend in backends):
-        before = [backend.fp32_precision for backend in backends]
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
-    else:  # torch before 2.9
-        legacy = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(legacy)
 
 
 def window_sums(maps: Tensor, block: WindowBlock) -> Tensor:

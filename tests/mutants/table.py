@@ -152,7 +152,7 @@ SCORES = {
         ("self.low <= self.scores.min() and self.scores.max() <= self.high", "self.low <= self.scores.min()")
     ],
     "rules under the autocast of the caller": [("torch.autocast(device.type, enabled=False), ", "")],
-    "reduced precision of products left on": [('backend.fp32_precision = "ieee"', "pass")],
+    "ranges accepted whose sums round": [("regions >= EXACT_SUMS:", "regions < 0:")],
     "slack helps the label": [
         ("torch.where(own, scores - slack, scores + slack)", "torch.where(own, scores + slack, scores - slack)")
     ],
@@ -165,6 +165,16 @@ SCORES = {
     "devices that cannot count trusted": [
         ("if (found := sums.tolist()) != expected:", "if not (found := sums.tolist()):")
     ],
+}
+
+FULL_PRECISION = {
+    "reduced precision of products left on": [
+        ("            _set(_FULL)\n            self._inside += 1", "            self._inside += 1")
+    ],
+    "precision put back while another thread sums": [
+        ("_set(_FULL if self._inside else self._users)", "_set(self._users)")
+    ],
+    "a change of precision in another thread goes unnoticed": [("return self._changes == changes", "return True")],
 }
 
 WINDOWS = {
@@ -380,6 +390,7 @@ MUTANTS = [
         "threat.py": THREAT,
         "grid.py": GRID,
         "scores.py": SCORES,
+        "full_precision.py": FULL_PRECISION,
         "rules/windows.py": WINDOWS,
         "rules/guard.py": GUARD,
         "rules/vote.py": VOTE,

@@ -35,6 +35,7 @@ def test_names_say_which_mutant_is_meant():
         "threat.py",
         "grid.py",
         "scores.py",
+        "full_precision.py",
         "rules",
     }
 
