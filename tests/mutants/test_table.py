@@ -36,6 +36,9 @@ def test_names_say_which_mutant_is_meant():
         "grid.py",
         "scores.py",
         "full_precision.py",
+        "nets",
+        "locality",
+        "export",
         "rules",
     }
 
