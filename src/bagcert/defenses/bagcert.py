@@ -108,7 +108,8 @@ def load(
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: float32 or bfloat16.
         portable: certificates are to hold as well where the attacked image is seen in another batch size or with
-            another number of threads, whose kernels may round otherwise: that drift is guarded against, too.
+            another number of threads, whose kernels may round otherwise: 8 times the drift that was measured is guarded
+            against, too. That is an estimate; where you can, certify and deploy in one configuration.
         checked: False leaves the measurement out, for whoever measures next.
         backend: what computes the forward pass, on the CPU: torch, onnxruntime or openvino; or auto, the fastest of
             those installed. Locality is measured on that backend; heads and rules are the same on all.

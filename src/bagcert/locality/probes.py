@@ -14,6 +14,8 @@ from bagcert.locality.report import Kind, Probe
 Place = tuple[int, int, int, int]  # top, left, height, width in pixels
 CLIMBS = 8  # steps of the adversarial probe
 STEP = 0.5  # of the range of a pixel
+DRIFT_IMAGES = 32  # for each batch size
+BLOCKS = (1, 2, 4, 8)  # pixels; large sums round most, and these images have the largest
 
 
 @dataclass
@@ -120,11 +122,11 @@ class Prober:
         return change
 
     def batch_size(self, size: int, reference: int) -> Change:
-        """The same images in batches of `size` instead of `reference`."""
+        """The same images in batches of `size` instead of `reference`, `DRIFT_IMAGES` of them or one batch."""
         change = Change()
         clean, _ = self._batch(0, reference)
         before = self._scores(clean)
-        count = min(reference, max(size, 4 * size if size < 8 else size))
+        count = min(reference, max(size, DRIFT_IMAGES))
         for start in range(0, count - size + 1, size):
             part = slice(start, start + size)
             change.compare(self.backend, before[part], self.backend.scores(clean[part]))
@@ -218,6 +220,18 @@ def clean_images(image_size: tuple[int, int], channels: int, count: int, random:
     """Noise over the whole range and, in turn, pale grey, whose range a patch widens as quantization would notice."""
     images = torch.rand(count, channels, *image_size, generator=random)
     images[1::2] = 0.5 + 0.05 * (images[1::2] - 0.5)
+    return images
+
+
+def saturated_images(image_size: tuple[int, int], channels: int, count: int, random: torch.Generator) -> Tensor:
+    """Noise, and in turn blocks of several sizes whose channels are 0 or 1: what rounds most from kernel to kernel."""
+    images = torch.rand(count, channels, *image_size, generator=random)
+    for number, side in enumerate(BLOCKS, 1):
+        part = images[number :: len(BLOCKS) + 1]
+        cells = [-(-pixels // side) for pixels in image_size]
+        blocks = torch.randint(0, 2, (len(part), channels, *cells), generator=random).float()
+        blocks = blocks.repeat_interleave(side, 2).repeat_interleave(side, 3)
+        part.copy_(blocks[..., : image_size[0], : image_size[1]])
     return images
 
 

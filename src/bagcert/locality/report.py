@@ -16,6 +16,9 @@ DRIFT_LIMIT = 2e-2
 # float32 and bfloat16 end at 3.4e38; what is left covers the rounding of weights and of sums.
 OVERFLOW = 1e30
 SAFETY = 4.0  # a measured maximum is no bound
+# Likewise. Searches of up to 60 s for images on which the shipped CIFAR-10 model drifts found 2.1 times what
+# the probes find.
+DRIFT_SAFETY = 8.0
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,16 @@ class LocalityReport:
         return self.consequence if drift == "exact" else drift
 
     def tolerance(self, portable: bool = False) -> float:
-        """How far `z` may move, for the guard: 4 times the largest leak (portable: leak or drift) measured; 0 if none.
+        """How far `z` may move, for the guard: 4 times the largest leak measured; 0 if none.
+
+        Portable: 8 times the largest drift, if that is more. It is an estimate from a few images, not a bound.
 
         >>> report = LocalityReport("m", "torch", "cpu", "float32", 1, (8, 8), (), "equal", (), 1.0, "", True)
         >>> report.consequence, report.tolerance()
         ('exact', 0.0)
         """
-        return SAFETY * (max(self.leak_z, self.drift_z) if portable else self.leak_z)
+        leak = SAFETY * self.leak_z
+        return max(leak, DRIFT_SAFETY * self.drift_z) if portable else leak
 
     @property
     def reason(self) -> str:
