@@ -196,7 +196,10 @@ PROBES = {
         ("float(magnitude(scores).max())", "float(scores.abs().nan_to_num(0.0, 0.0, 0.0).max())")
     ],
     "what becomes infinite has moved a finite way": [
-        ("values.abs().masked_fill(values.isnan(), torch.inf)", "values.abs().nan_to_num(nan=torch.inf)")
+        (
+            "values.double().abs().masked_fill(values.isnan(), torch.inf)",
+            "values.double().abs().nan_to_num(nan=torch.inf)",
+        )
     ],
 }
 

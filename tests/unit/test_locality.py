@@ -326,6 +326,14 @@ class TestOverflow:
         change.compare(backend, z, z.clone())
         assert change.largest_z == math.inf
 
+    @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.float16])
+    def test_scores_of_other_types_are_measured(self, dtype):
+        """An exported file returns integers."""
+        backend = Backend(lambda x: (100 * x).to(dtype), torch.Tensor.long, RegionGrid(np.eye(8), np.eye(8)), 3)
+        probes, largest = run_probes(backend, ((2, 2),), None, thorough=False)
+        assert {probe.largest_z for probe in probes if probe.kind == "leak"} == {0.0}
+        assert 90 < largest <= 100
+
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_scores_of_clean_images_that_are_not_finite_are_refused(self, value):
         """Whatever computes them; a cell that no patch reaches is enough."""

@@ -185,8 +185,8 @@ class Prober:
 
 
 def magnitude(values: Tensor) -> Tensor:
-    """Absolute values, with NaN as inf."""
-    return values.abs().masked_fill(values.isnan(), torch.inf)
+    """Absolute values in float64, with NaN as inf; a file may return whole numbers."""
+    return values.double().abs().masked_fill(values.isnan(), torch.inf)
 
 
 def outside_pixels(clean: Tensor, places: list[Place]) -> Tensor:
