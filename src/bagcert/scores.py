@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,9 +15,11 @@ from torch import Tensor
 
 from bagcert.aggregation import PRODUCT_LIMIT, WEIGHT_LIMIT, AttentionPooling, pooling_dtype
 from bagcert.errors import UnsoundError, UsageError
+from bagcert.full_precision import full_precision
 from bagcert.grid import RegionGrid, WindowBlock
 
 FIXED_POINT_LIMIT = 2047
+EXACT_SUMS = 2**53  # float64 holds every integer below
 MANY_CLASSES = 32
 
 
@@ -36,8 +37,8 @@ class ScoreMap:
             the readout pools, [batch, values + heads, rows, cols].
 
     Raises:
-        UsageError: scores are not integers, out of range, of fewer than two classes, or not on the grid; a slack of
-            another shape, not of integers, or negative.
+        UsageError: scores are not integers, out of range, of fewer than two classes, or not on the grid; a range whose
+            sums would round; a slack of another shape, not of integers, or negative.
     """
 
     scores: Int[Tensor, "batch classes rows cols"]
@@ -48,7 +49,7 @@ class ScoreMap:
     readout: AttentionPooling | None = None
 
     def __post_init__(self) -> None:
-        if self.scores.dtype.is_floating_point or self.scores.dtype in (torch.bool, torch.complex64):
+        if not _is_integer(self.scores.dtype):
             raise UsageError(f"scores must be integers, got {self.scores.dtype}")
         if self.scores.ndim != 4 or tuple(self.scores.shape[2:]) != self.grid.map_size:
             raise UsageError(
@@ -59,6 +60,12 @@ class ScoreMap:
             raise UsageError("a certificate needs at least two classes, got one")
         if self.low >= self.high:
             raise UsageError(f"the range of scores must have low < high, got [{self.low}, {self.high}]")
+        regions = self.grid.map_size[0] * self.grid.map_size[1]
+        if 4 * max(self.span, abs(self.low), abs(self.high)) * regions >= EXACT_SUMS:
+            raise UsageError(
+                f"sums of scores in [{self.low}, {self.high}] over {regions:,} regions can reach 2^53, where float64 "
+                "rounds them; scale the scores down"
+            )
         if self.scores.numel() and not (self.low <= self.scores.min() and self.scores.max() <= self.high):
             raise UsageError(
                 f"scores must lie in [{self.low}, {self.high}], found "
@@ -67,7 +74,7 @@ class ScoreMap:
         if self.readout is not None:
             self._check_evidence(self.readout)
         if self.slack is not None:
-            if self.slack.shape != self.scores.shape or self.slack.dtype.is_floating_point:
+            if self.slack.shape != self.scores.shape or not _is_integer(self.slack.dtype):
                 raise UsageError(
                     f"slack must be integers {list(self.scores.shape)}, got {self.slack.dtype} {list(self.slack.shape)}"
                 )
@@ -160,7 +167,7 @@ class ScoreMap:
             return self
         own = torch.zeros(len(self), self.classes, 1, 1, dtype=torch.bool, device=self.scores.device)
         own[torch.arange(len(self), device=own.device), prediction] = True
-        scores, slack = self.scores.long(), self.slack.long()
+        scores, slack = self.scores.long(), self.slack.long().clamp(max=self.span)
         worst = torch.where(own, scores - slack, scores + slack).clamp(self.low, self.high)
         return replace(self, scores=worst, slack=None)
 
@@ -189,7 +196,7 @@ def slack_of(
 
     With H the head: max(H(z + tolerance) - H(z), H(z) - H(z - tolerance)), rounded outward. So a binary score with
     |z| <= tolerance counts for the attacker, and a fixed-point score only where a rounding boundary is that near.
-    NaN may become anything: `span`.
+    NaN and infinities, which another order of summation may avoid, may become anything: `span`.
 
     Args:
         z: real scores, float32.
@@ -205,7 +212,7 @@ def slack_of(
     below = torch.nextafter((exact - tolerance).float(), torch.full_like(z, -torch.inf))
     scores = head(z)
     slack = torch.maximum(head(above) - scores, scores - head(below))
-    return slack.masked_fill(z.isnan(), span)
+    return slack.masked_fill(~z.isfinite(), span)
 
 
 def lowest_argmax(values: Tensor) -> Tensor:
@@ -216,6 +223,10 @@ def lowest_argmax(values: Tensor) -> Tensor:
 def tie_penalty(prediction: Int[Tensor, " batch"], classes: int) -> Int[Tensor, "batch classes"]:
     """`1[c < prediction]`: what the tie rule takes from the prediction's lead over each class."""
     return (torch.arange(classes, device=prediction.device)[None, :] < prediction[:, None]).long()
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def exact_dtype(span: int, regions: int) -> torch.dtype:
@@ -232,9 +243,10 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """No autocast, no gradients, full float32 products whatever the user has set: sums of integers are exact inside.
 
     Raises:
-        UnsoundError: this device does not count an all-ones map with one zero correctly.
+        UnsoundError: this device does not count an all-ones map with one zero correctly, or another thread changed the
+            precision of products meanwhile, see `full_precision`.
     """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_precision():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
         _check_counting(str(device))
         yield
 
@@ -247,29 +259,6 @@ def check_counting(device: torch.device) -> None:
     """
     with exact_arithmetic(device):
         pass
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Turns off TF32 and bfloat16 matrix products, which round integers above 2^11 and 2^8."""
-    homes = (torch.backends.cuda, torch.backends.mkldnn)
-    backends: list[Any] = [home.matmul for home in homes if hasattr(home, "matmul")]
-    if all(hasattr(backend, "fp32_precision") for backend in backends):
-        before = [backend.fp32_precision for backend in backends]
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
-    else:  # torch before 2.9
-        legacy = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(legacy)
 
 
 def window_sums(maps: Tensor, block: WindowBlock) -> Tensor:

@@ -33,7 +33,7 @@ from bagcert.distributed import Team
 from bagcert.draws import BatchDraws
 from bagcert.errors import BagcertError, UsageError
 from bagcert.nets import get_architecture
-from bagcert.nets.model_folder import ModelConfig, read_model, write_model
+from bagcert.nets.model_folder import ModelConfig, normalization, read_model, write_model
 from bagcert.nets.region_scorer import RegionScorer, not_finite
 from bagcert.nets.synchronized import synchronize_batch_norm
 from bagcert.objective import make_objective, network_input
@@ -127,7 +127,10 @@ def train(
         if config.head == "fixed-point" and not config.ablated:
             scale = scale_of(validation_scores(run.shipping, images.held_out))
         provenance = _provenance(source, images.training, accelerator, run.seconds, limit)
-        write_model(out, run.shipping, config.model_copy(update={"scale": scale, "provenance": provenance}))
+        # A model that a run starts from brings its normalization.
+        normalize = normalization(run.shipping.state_dict(), config)
+        changes = {"scale": scale, "provenance": provenance, **normalize}
+        write_model(out, run.shipping, config.model_copy(update=changes))
 
     started, seconds_before = time.monotonic(), run.seconds
     running, counted = torch.zeros((), device=accelerator.device), 0

@@ -199,7 +199,7 @@ SCORES = {
         ("self.low <= self.scores.min() and self.scores.max() <= self.high", "self.low <= self.scores.min()")
     ],
     "rules under the autocast of the caller": [("torch.autocast(device.type, enabled=False), ", "")],
-    "reduced precision of products left on": [('backend.fp32_precision = "ieee"', "pass")],
+    "ranges accepted whose sums round": [("regions >= EXACT_SUMS:", "regions < 0:")],
     "slack helps the label": [
         ("torch.where(own, scores - slack, scores + slack)", "torch.where(own, scores + slack, scores - slack)")
     ],
@@ -208,10 +208,78 @@ SCORES = {
     "slack upwards only": [
         ("torch.maximum(head(above) - scores, scores - head(below))", "head(above) - scores"),
     ],
-    "NaN has no slack": [("return slack.masked_fill(z.isnan(), span)", "return slack")],
+    "NaN has no slack": [("return slack.masked_fill(~z.isfinite(), span)", "return slack")],
     "devices that cannot count trusted": [
         ("if (found := sums.tolist()) != expected:", "if not (found := sums.tolist()):")
     ],
+}
+
+FULL_PRECISION = {
+    "reduced precision of products left on": [
+        ("            _set(_FULL)\n            self._inside += 1", "            self._inside += 1")
+    ],
+    "precision put back while another thread sums": [
+        ("_set(_FULL if self._inside else self._users)", "_set(self._users)")
+    ],
+    "a change of precision in another thread goes unnoticed": [("return self._changes == changes", "return True")],
+}
+
+MODEL_FOLDER = {
+    "a normalization beside that of the config is accepted": [("in normalization(tensors, config):", "in ():")],
+    "negative variances are accepted": [('if name.endswith("running_var") and', 'if name == "running_var" and')],
+}
+
+REGION_SCORER = {
+    "deviations that float32 cannot divide by are accepted": [
+        ("if not all(map(is_normal, std)):", "if not all(value > 0 for value in std):")
+    ],
+}
+
+PROBES = {
+    "NaN before and after has not moved": [
+        ("moved = (before != after) & mask", "moved = (before != after) & ~(before.isnan() & after.isnan()) & mask")
+    ],
+    "scores that are not finite left out of the largest": [
+        ("float(magnitude(scores).max())", "float(scores.abs().nan_to_num(0.0, 0.0, 0.0).max())")
+    ],
+    "what becomes infinite has moved a finite way": [
+        (
+            "values.double().abs().masked_fill(values.isnan(), torch.inf)",
+            "values.double().abs().nan_to_num(nan=torch.inf)",
+        )
+    ],
+}
+
+REPORT = {
+    "scores of clean images may be infinite": [("not self.is_finite or (self.nan_may_spread", "(self.nan_may_spread")],
+    "a backend that hides NaN needs no proof": [
+        (' or (self.backend == "openvino" and self.dtype != "float32")', ""),
+    ],
+}
+
+OVERFLOW = {
+    "the bound on activations with the sign of the deviation": [("centered / std.abs()", "centered / std")],
+    "the bound on activations with the sign of the weights": [("take(parameter.abs_())", "take(parameter)")],
+    "the bound on activations with the sign of running means": [(".abs_().neg_()", "")],
+    "the bound on activations without the image": [("for value in (mean, centered, image):", "for value in ():")],
+    "the bound on activations without the weights": [("take(parameter.abs_())", "parameter.abs_()")],
+}
+
+EXPORT_MODULE = {
+    "a file certifies what is no image": [("margin = self.image_range.refuse(margin, in_range)", "")],
+    "infinite scores have no slack in a file": [("torch.where(z.abs() <= LARGEST, ", "torch.where(~z.isnan(), ")],
+}
+
+IMAGE_RANGE = {
+    "an image below the range is one": [("(images >= -ROUNDING) & ", "")],
+    "an image above the range is one": [(" & (images <= 1 + ROUNDING)", "")],
+    "an image with NaN is one": [
+        (
+            "fine = (images >= -ROUNDING) & (images <= 1 + ROUNDING)",
+            "fine = ~((images < -ROUNDING) | (images > 1 + ROUNDING))",
+        )
+    ],
+    "an image is one if any pixel is": [(".amin(1)", ".amax(1)")],
 }
 
 WINDOWS = {
@@ -437,6 +505,14 @@ MUTANTS = [
         "verify.py": VERIFY,
         "grid.py": GRID,
         "scores.py": SCORES,
+        "full_precision.py": FULL_PRECISION,
+        "nets/model_folder.py": MODEL_FOLDER,
+        "nets/region_scorer.py": REGION_SCORER,
+        "locality/probes.py": PROBES,
+        "locality/report.py": REPORT,
+        "locality/overflow.py": OVERFLOW,
+        "export/module.py": EXPORT_MODULE,
+        "export/image_range.py": IMAGE_RANGE,
         "rules/windows.py": WINDOWS,
         "rules/guard.py": GUARD,
         "rules/vote.py": VOTE,

@@ -37,6 +37,10 @@ def test_names_say_which_mutant_is_meant():
         "verify.py",
         "grid.py",
         "scores.py",
+        "full_precision.py",
+        "nets",
+        "locality",
+        "export",
         "rules",
     }
 

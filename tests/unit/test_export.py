@@ -10,6 +10,7 @@ import torch
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.export import CertifiedModule, export_model, writer
 from bagcert.export.check import check_rule, made_up
+from bagcert.export.image_range import WRONG, out_of_range
 from bagcert.export.rules import EXACT, lowest_largest, rule_module
 from bagcert.grid import RegionGrid
 from bagcert.locality import Probe
@@ -115,6 +116,8 @@ def test_the_guard_counts_what_the_tolerance_allows(head, rule):
     z = torch.rand(300, 3, *SIDE, generator=random) - 0.5
     z[:, 0] += torch.linspace(0, 1, 300)[:, None, None]
     z[::7, 0, 0, 0] = torch.nan
+    z[1::7, 0, 0, 0] = torch.inf
+    z[2::7, 1, 0, 0] = -torch.inf
     label, certified, margin, scores = module.decide(z)
     found = []
     for share in (1.0, 1.02):
@@ -135,10 +138,10 @@ def test_a_runtime_that_does_not_count_certifies_nothing():
     module = CertifiedModule(tiny.color_model(size=SIDE).scorer, "double-masking", PatchThreatModel.parse("1", SIDE))
     images = torch.zeros(2, 3, *SIDE)
     images[:, 1] = 0.5
-    label, certified, margin, _, _ = module(images)
+    label, certified, margin, *_ = module(images)
     assert (label.tolist(), certified.tolist()) == ([1, 1], [True, True])
     with torch.autocast("cpu", torch.bfloat16):
-        _, certified, margin, _, _ = module(images)
+        _, certified, margin, *_ = module(images)
     assert certified.tolist() == [False, False]
     assert margin.tolist() == [-EXACT, -EXACT]
 
@@ -229,6 +232,53 @@ def test_any_number_of_images(files):
     for number in range(9):
         for whole, alone in zip(together, run.run(None, {"images": images[number : number + 1]}), strict=True):
             assert np.array_equal(whole[number], alone[0])
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_a_file_certifies_no_image_that_is_none(files, rule):
+    """NaN, infinities, what was not divided by 255 or was normalized before, in one pixel or in all."""
+    scores = np.zeros((1, 3, *SIDE))
+    scores[:, 1] = 2047
+    run = session(files[0] / f"{rule}.onnx")
+    image = as_images(scores)
+    assert run.run(None, {"images": image})[1].tolist() == [True]
+    assert run.run(None, {"images": np.clip(image * 1.0000005, -1e-7, None)})[1].tolist() == [True]  # by rounding
+    wrong = [np.nan, np.inf, -np.inf, 1e38, -1e38, 255, -5, 1.001, -0.001]
+    for value in wrong:
+        broken = np.repeat(image, 3, 0)
+        broken[0, 0, 0, 0] = value
+        broken[1] = value
+        label, certified, margin, _ = run.run(None, {"images": broken})
+        assert certified.tolist() == [False, False, True]
+        assert margin[:2].tolist() == [-EXACT, -EXACT]
+        assert label[2] == 1
+
+
+def test_a_graph_without_the_check_of_its_images_leaves_no_file(files, monkeypatch, tmp_path):
+    graph = type(files[1]["vote"])()
+    graph.CopyFrom(files[1]["vote"])
+    (node,) = [node for node in graph.graph.node if node.op_type == "GreaterOrEqual" and "images" in node.input]
+    node.op_type = "Less"  # true of no image, so that the check refuses all
+    monkeypatch.setattr(writer, "to_onnx", lambda *given: graph)
+    with pytest.raises(UnsoundError, match="is not the package's"):
+        export_model(tiny.color_model(size=SIDE), tmp_path / "m.onnx", THREATS["vote"], "vote")
+    monkeypatch.setattr(writer, "to_onnx", lambda *given: files[1]["vote"])
+    monkeypatch.setattr("bagcert.export.check.out_of_range", lambda images: images)  # as if they were fine to the file
+    with pytest.raises(UnsoundError, match="certifies an image with the value nan"):
+        export_model(tiny.color_model(size=SIDE), tmp_path / "m.onnx", THREATS["vote"], "vote")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_out_of_range_lose_their_certificates_in_the_module():
+    module = CertifiedModule(tiny.color_model(size=SIDE).scorer, "double-masking", PatchThreatModel.parse("1", SIDE))
+    images = torch.zeros(1, 3, *SIDE)
+    images[:, 1] = 0.5
+    assert module(images)[1].tolist() == [True]
+    _, certified, margin, _, _, in_range = module(out_of_range(images))
+    assert len(margin) == 2 * len(WRONG)
+    assert not certified.any()
+    assert not in_range.any()
+    assert margin.unique().tolist() == [-EXACT]
 
 
 @pytest.mark.parametrize("rule", RULE_NAMES)

@@ -22,6 +22,7 @@ from bagcert.locality import cache as cache_module
 from bagcert.locality.backend import Backend, torch_backend
 from bagcert.locality.measurement import run_probes
 from bagcert.locality.overflow import activation_bound
+from bagcert.locality.probes import Change, saturated_images
 from bagcert.nets import get_architecture
 from bagcert.nets.geometry import derive_grid
 from bagcert.nets.region_scorer import RegionScorer
@@ -188,6 +189,39 @@ class TestMeasure:
         assert "batch of 8 instead of 64" not in drifted
         assert any("threads" in name for name in drifted)
 
+    def test_drift_that_only_saturated_images_show_is_found(self):
+        """As much as of rows of 0 or 1; noise has none of these."""
+
+        def scores(images):
+            saturated = ((images == 0) | (images == 1)).all(1, keepdim=True)
+            return images + 1e-5 * saturated * (len(images) < 64)
+
+        backend = Backend(scores, lambda z: quantize(z, 1000.0), RegionGrid(np.eye(8), np.eye(8)), 3)
+        probes, _ = run_probes(backend, ((2, 2),), None, thorough=True)
+        found = {probe.name: probe for probe in probes if probe.kind == "drift"}
+        for size in (1, 2, 7, 8, 16, 33):
+            probe = found[f"batch of {size} instead of 64"]
+            assert probe.largest_z == pytest.approx(1e-5, rel=0.05)
+            assert probe.trials >= 28
+
+    def test_saturated_images_are_blocks_of_several_sizes_and_noise(self):
+        images = saturated_images((9, 14), 3, 50, torch.Generator().manual_seed(0))
+        assert images.shape == (50, 3, 9, 14)
+        assert ((images[::5] > 0) & (images[::5] < 1)).all()
+        for number, side in enumerate((1, 2, 4, 8), 1):
+            part = images[number::5]
+            assert part.unique().tolist() == [0, 1]
+            assert all(torch.equal(part[..., 0, 0], part[..., k, k]) for k in range(side))
+            assert not torch.equal(part[..., 0, 0], part[..., side, side])
+
+    def test_the_guard_of_portable_certificates_is_wider(self):
+        report = measure(tiny.color_model(), thorough=False)
+        leak = Probe("random, batch of 1", "leak", 1, 1, 1e-6, 1)
+        drift = Probe("batch of 1 instead of 64", "drift", 1, 1, 1e-5, 1)
+        assert replace(report, probes=(leak, drift)).tolerance() == 4e-6
+        assert replace(report, probes=(leak, drift)).tolerance(portable=True) == 8e-5
+        assert replace(report, probes=(leak,)).tolerance(portable=True) == 4e-6
+
     def test_a_patch_that_does_not_fit_is_refused(self):
         with pytest.raises(UsageError, match="does not fit"):
             measure(tiny.color_model(), "9")
@@ -247,6 +281,103 @@ class TestOverflow:
         nn.init.constant_(layer.bias, 1.0)
         assert activation_bound(scorer_of(nn.Sequential(layer))) == 7.0
 
+    def test_it_covers_the_normalized_image_whatever_the_layers_make_of_it(self):
+        layer = nn.Conv2d(3, 3, 1)
+        nn.init.constant_(layer.weight, 1e-9)
+        nn.init.zeros_(layer.bias)
+        scorer = scorer_of(nn.Sequential(layer), mean=(0.0, -1e4, 0.5), std=(1.0, 1e-4, 1.0))
+        assert activation_bound(scorer) >= float(scorer.normalize(torch.ones(1, 3, *SIZE)).abs().max()) > 9e7
+
+    def test_it_takes_deviations_means_and_weights_without_their_signs(self):
+        def bound(sign):
+            layer = nn.Conv2d(3, 3, 1, bias=False)
+            nn.init.constant_(layer.weight, sign * 2.0)
+            net = nn.Sequential(layer, nn.BatchNorm2d(3)).eval()
+            for tensor in (net[1].weight.data, net[1].bias.data, net[1].running_mean):
+                tensor.fill_(sign * 3.0)
+            scorer = scorer_of(net, mean=(sign * 0.7,) * 3)
+            scorer.normalize.std.fill_(sign * 0.25)  # from a folder that nobody checked
+            return activation_bound(scorer)
+
+        # |x - mean| / std <= 6.8, three times 2 of it 40.8, and (40.8 + 3) * 3 + 3.
+        assert bound(-1) == pytest.approx(134.4, rel=1e-4)
+        assert bound(1) == pytest.approx(62.4, rel=1e-4)  # likewise from |x - mean| / std <= 2.8
+
+    def test_it_covers_weights_that_bfloat16_makes_infinite(self):
+        first, second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        nn.init.constant_(first.weight, 1e-12)
+        nn.init.constant_(second.weight, 3.4e38)
+        nn.init.zeros_(first.bias)
+        assert second.weight.bfloat16().isinf().all()
+        assert activation_bound(scorer_of(nn.Sequential(first, second))) > 1e38
+
+    def test_a_variance_without_a_root_has_no_bound(self):
+        net = nn.Sequential(body(), nn.BatchNorm2d(3)).eval()
+        net[1].running_var.fill_(-1.0)
+        assert activation_bound(scorer_of(net)) == math.inf
+
+    def test_scores_that_are_nan_before_and_after_have_moved(self):
+        change = Change()
+        backend = torch_backend(scorer_of(body()))
+        z = torch.zeros(1, 3, *SIZE)
+        change.compare(backend, z, z.clone())
+        assert change.largest_z == 0
+        z[0, 0, 0, 0] = torch.nan
+        change.compare(backend, z, z.clone())
+        assert change.largest_z == math.inf
+
+    @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.float16])
+    def test_scores_of_other_types_are_measured(self, dtype):
+        """An exported file returns integers."""
+        backend = Backend(lambda x: (100 * x).to(dtype), torch.Tensor.long, RegionGrid(np.eye(8), np.eye(8)), 3)
+        probes, largest = run_probes(backend, ((2, 2),), None, thorough=False)
+        assert {probe.largest_z for probe in probes if probe.kind == "leak"} == {0.0}
+        assert 90 < largest <= 100
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_scores_of_clean_images_that_are_not_finite_are_refused(self, value):
+        """Whatever computes them; a cell that no patch reaches is enough."""
+
+        def scores(images):
+            z = images.clone()
+            z[:, 0, 0, 0] = value
+            return z
+
+        grid = RegionGrid(np.eye(8), np.eye(8))
+        backend = Backend(scores, lambda z: quantize(z, 1000.0), grid, 3)
+        probes, largest = run_probes(backend, ((2, 2),), None, thorough=False)
+        report = replace(measure(scorer_of(body()), thorough=False), probes=probes, largest_score=largest)
+        assert report.consequence == report.across_configurations == "refused"
+        assert "NaN or infinite" in report.reason
+        assert json.dumps(report.to_dict(), allow_nan=False)
+
+    @pytest.mark.parametrize(("dtype", "consequence"), [("float32", "exact"), ("bfloat16", "refused")])
+    def test_a_backend_that_hides_nan_needs_the_proof_in_bfloat16(self, dtype, consequence):
+        report = replace(measure(tiny.color_model(), thorough=False), backend="openvino", dtype=dtype)
+        assert report.consequence == consequence
+        assert ("may spread" in report.reason) == (consequence == "refused")
+        assert replace(report, activation_bound=1e3).consequence == "exact"
+
+    def test_and_is_given_it_where_there_is_one(self):
+        class Runner:
+            name = "openvino"
+
+            def __init__(self, scorer):
+                self.scorer = scorer
+
+            def versions(self):
+                return {}
+
+            def __call__(self, images):
+                with torch.no_grad():
+                    return self.scorer(images).nan_to_num()
+
+        for net, consequence in ((body(), "exact"), (nn.Sequential(body(), nn.GELU()), "refused")):
+            scorer = scorer_of(nn.Sequential(net))
+            scorer.autocast_dtype, scorer.runner = torch.bfloat16, Runner(scorer)
+            report = measure(scorer, "2", thorough=False)
+            assert (report.backend, report.nan_spreads, report.consequence) == ("openvino", False, consequence)
+
     def test_unknown_layers_have_no_bound(self):
         assert activation_bound(scorer_of(nn.Sequential(body(), nn.Softmax(1)))) == math.inf
 
@@ -282,7 +413,7 @@ class TestGuard:
         z = torch.tensor([[[[0.0, 0.05, 0.3, -0.05, -0.3]]]])
         assert slack_of(z, 0.1, binarize, 1).flatten().tolist() == [1, 1, 0, 1, 0]
         z = torch.tensor([[[[0.149, 0.12, 5.0, float("inf"), float("nan")]]]])
-        assert slack_of(z, 0.002, lambda z: quantize(z, 10.0), 4094).flatten().tolist() == [1, 0, 0, 0, 4094]
+        assert slack_of(z, 0.002, lambda z: quantize(z, 10.0), 4094).flatten().tolist() == [1, 0, 0, 4094, 4094]
 
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 4)])
@@ -387,7 +518,7 @@ class TestDeployed:
         report = replace(fine.locality, probes=(leak, drift))
         monkeypatch.setattr(defenses, "cached_report", lambda model, thorough=False: report)
         assert load("digits", device="cpu").scorer.tolerance == 4 * leak.largest_z
-        assert load("digits", device="cpu", portable=True).scorer.tolerance == 4 * drift.largest_z
+        assert load("digits", device="cpu", portable=True).scorer.tolerance == 8 * drift.largest_z
         assert load("digits", device="cpu", checked=False).scorer.tolerance == 0
         report = replace(report, probes=(replace(leak, largest_z=math.inf),))
         with pytest.raises(UnsoundError, match="digits is not local"):

@@ -5,6 +5,7 @@ import torch
 from bagcert import scores
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid
+from bagcert.rules import RULES
 from bagcert.rules.windows import Windows
 from bagcert.scores import (
     ScoreMap,
@@ -63,11 +64,47 @@ def test_sums_and_parts():
         (torch.zeros(1, 2, 3, 4, dtype=torch.int16), 1, 1, "low < high"),
         (torch.full((1, 2, 3, 4), 2), 0, 1, r"found \[2, 2\]"),
         (torch.full((1, 2, 3, 4), -1), 0, 1, r"found \[-1, -1\]"),
+        (torch.zeros(1, 2, 3, 4, dtype=torch.long), 0, 2**60, "over 12 regions can reach 2"),
+        (torch.zeros(1, 2, 3, 4, dtype=torch.long), 0, 10**30, "over 12 regions can reach 2"),
+        (torch.full((1, 2, 3, 4), 2**60), 2**60, 2**60 + 1, "over 12 regions can reach 2"),
+        (torch.full((1, 2, 3, 4), -(2**60)), -(2**60) - 1, -(2**60), "over 12 regions can reach 2"),
     ],
 )
 def test_what_is_no_score_map_is_refused(scores, low, high, message):
     with pytest.raises(UsageError, match=message):
         ScoreMap(scores, low, high, GRID)
+
+
+def test_the_largest_range_whose_sums_are_exact_is_taken():
+    regions = GRID.map_size[0] * GRID.map_size[1]
+    most = (2**53 - 1) // (4 * regions)
+    for low, high in ((0, most), (-most, 0)):
+        scores = torch.full((1, 2, *GRID.map_size), low)
+        scores[0, 1] = high
+        scores[0, 0, 0, 0] = high
+        score_map = ScoreMap(scores, low, high, GRID)
+        assert score_map.exact_dtype == torch.float64
+        levels = score_map.levels()
+        assert levels.sum((2, 3)).long().tolist() == [[most, most * regions]]
+        with pytest.raises(UsageError, match="where float64 rounds them"):
+            ScoreMap(scores, low - (low < 0), high + (high > 0), GRID)
+
+
+def test_a_slack_beyond_counting_is_at_most_the_range():
+    scores = torch.full((1, 2, *GRID.map_size), 5)
+    slack = torch.full_like(scores, torch.iinfo(torch.int64).max)
+    worst = ScoreMap(scores, 0, 9, GRID, slack).worst_case(torch.tensor([1]))
+    assert worst.scores[0, 0].unique().tolist() == [9]
+    assert worst.scores[0, 1].unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("rule", ["double-masking", "detection"])
+def test_a_range_whose_sums_would_round_certifies_nothing(rule):
+    """A rival ahead by one: float64 rounds it away, in the sum of all regions or of those outside a mask."""
+    scores = torch.full((1, 2, *GRID.map_size), 2**60)
+    scores[0, 0] -= 1
+    with pytest.raises(UsageError, match="scale the scores down"):
+        RULES[rule].certify(ScoreMap(scores, 0, 2**60, GRID), PatchThreatModel.parse("1", GRID.image_size))
 
 
 def test_heads():
@@ -152,3 +189,8 @@ def test_a_device_that_cannot_count_is_refused(monkeypatch):
 def test_slack_is_what_either_direction_and_nan_can_do():
     z = torch.tensor([0.2, -0.2, 1e-4, -1e-4, 0.0, float("nan")]).reshape(1, 1, 1, 6)
     assert slack_of(z, 1e-3, binarize, 1).flatten().tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_an_infinite_score_may_become_anything():
+    z = torch.tensor([torch.inf, -torch.inf, 3e38]).reshape(1, 1, 1, 3)
+    assert slack_of(z, 1e-3, lambda z: quantize(z, 1e-38), 4094).flatten().tolist() == [4094, 4094, 0]

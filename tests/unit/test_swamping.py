@@ -1,7 +1,7 @@
 """Swamping: whatever numbers a net puts out under a patch, certified predictions stand.
 
-The net here hands its output to the attacker: where red and green differ it adds 1e30, infinities of both signs, or a
-product with a subnormal weight; neighbouring pixels of both kinds cancel to NaN.
+The net here hands its output to the attacker: where red and green differ by nearly the whole range it adds 1e30,
+infinities of both signs, or a product with a subnormal weight; neighbouring pixels of both kinds cancel to NaN.
 """
 
 import numpy as np
@@ -19,6 +19,7 @@ from tests import oracle
 SIZE, PATCH = (7, 8), 2
 NAMES = ("blue", "not blue", "neither")
 SCALE = 1500.0
+THRESHOLD = 1 - 2**-8  # bfloat16 holds it; the noise that locality is measured on stays below
 # What the attacker's signal of 1e30 is multiplied by, and what it then adds to each class.
 SWAMPS = {
     "1e30": (1.0, (1.0, 1.0, -1.0)),
@@ -31,8 +32,12 @@ SWAMPS = {
 def swamped_model(swamp, strength, head, dtype=None, rule="vote"):
     """Class scores are the mean over 3x3 px of how blue, how little blue and a constant, plus the swamp."""
     gain, added = swamp
-    first = nn.Conv2d(3, 2, 1, bias=False)
-    first.weight.data = torch.tensor([[0.0, 0.0, 1.0], [strength, -strength, 0.0]])[:, :, None, None]
+    first = nn.Conv2d(3, 3, 1)  # blue, and by how much red is above or below green by more than the threshold
+    first.weight.data = torch.tensor([[0.0, 0.0, 1.0], [1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])[:, :, None, None]
+    first.bias.data = torch.tensor([0.0, -THRESHOLD, -THRESHOLD])
+    gate = nn.Conv2d(3, 2, 1, bias=False)
+    up = strength / (1 - THRESHOLD)
+    gate.weight.data = torch.tensor([[1.0, 0.0, 0.0], [0.0, up, -up]])[:, :, None, None]
     middle = nn.Conv2d(2, 2, 1, bias=False)
     middle.weight.data = torch.tensor([[1.0, 0.0], [0.0, gain]])[:, :, None, None]
     second = nn.Conv2d(2, 3, 3, padding=1)
@@ -40,7 +45,7 @@ def swamped_model(swamp, strength, head, dtype=None, rule="vote"):
     second.weight.data[:, 0] = torch.tensor([1.0, -1.0, 0.0])[:, None, None] / 9
     second.weight.data[:, 1] = torch.tensor(added)[:, None, None]
     second.bias.data = torch.tensor([-0.4, 0.4, -0.3])
-    net = nn.Sequential(first, middle, second)
+    net = nn.Sequential(first, nn.ReLU(), gate, middle, second)
     scorer = RegionScorer(net, NAMES, SIZE, head, SCALE)
     scorer.autocast_dtype = dtype
     return BagCert(scorer, rule, PATCH)
@@ -50,17 +55,17 @@ def clean_images():
     """Red equals green to the last bit, so the swamp is dry: blue, not blue, and in the last image one wet pixel."""
     images = torch.full((3, 3, *SIZE), 0.25)
     images[0, 2], images[1, 2], images[2, 2] = 0.95, 0.0, 1.0
-    images[2, 0, 6, 7] = 0.75
+    images[2, :2, 6, 7] = torch.tensor([1.0, 0.0])
     return images
 
 
 def contents():
-    """Red minus green under the patch: up, down, both, hardly."""
+    """Red minus green under the patch: up, down, both, hardly enough."""
     up = torch.tensor([1.0, 0.0, 0.5])[:, None, None].expand(3, PATCH, PATCH)
     down = torch.tensor([0.0, 1.0, 0.5])[:, None, None].expand(3, PATCH, PATCH)
     checkers = torch.where(torch.tensor([[True, False], [False, True]]), up, down)
     halves = torch.where(torch.tensor([[True, True], [False, False]]), up, down)
-    hardly = torch.tensor([0.25, 0.25 + 2**-20, 0.0])[:, None, None].expand(3, PATCH, PATCH)
+    hardly = torch.tensor([1.0, 2**-9, 0.0])[:, None, None].expand(3, PATCH, PATCH)
     return [up, down, checkers, halves, hardly]
 
 
@@ -131,6 +136,19 @@ def test_certified_predictions_stand_in_float32(swamp, head):
     else:
         assert z.isinf().any()
         assert bool(z.isnan().any()) == (swamp == "infinities and NaN")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_scores_of_clean_images_that_are_not_finite_are_refused(sign, dtype):
+    model = swamped_model(SWAMPS["1e30"], 1e30, "fixed-point", dtype)
+    if sign:
+        model.scorer.net[-1].bias.data[2] = sign * torch.inf
+    else:
+        model.scorer.net[0].bias.data[1:] = 3e38  # overflows on both sides of a difference
+        assert model.scorer.real_scores(clean_images()).isnan().any()
+    with pytest.raises(UnsoundError, match="an image without a patch has scores that are NaN or infinite"):
+        model.check_locality()
 
 
 @pytest.mark.parametrize("head", ["fixed-point", "binary"])

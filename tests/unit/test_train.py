@@ -342,6 +342,16 @@ def test_fine_tuning_starts_from_the_weights_of_a_model(
     assert tuned[0] < fresh[0]
 
 
+def test_fine_tuning_on_other_images_keeps_and_states_the_normalization(whole: Path, tmp_path: Path) -> None:
+    paler = tiny.image_set(tint=150, seed=4)
+    out = train(tiny.recipe(), tmp_path / "tuned", paler, init=whole, device="cpu")
+    scorer, config = read_model(out)
+    start = read_model(whole)[0]
+    assert config.mean == pytest.approx(read_model(whole)[1].mean, rel=1e-6)
+    assert torch.equal(scorer.normalize.std, start.normalize.std)
+    assert read_model(train(tiny.recipe(), tmp_path / "fresh", paler, device="cpu"))[1].mean != config.mean
+
+
 @pytest.mark.parametrize("names", [tiny.COLORS, ("red", "green", "yellow"), ("a", "b", "c", "d")])
 def test_the_classifier_is_kept_for_the_same_classes_only(whole: Path, names: tuple[str, ...]) -> None:
     given, config = read_model(whole)

@@ -16,7 +16,7 @@ from bagcert.errors import UnreadableError, UsageError
 from bagcert.locality import LocalityReport, cached_report, require_local
 from bagcert.locality.cache import cache_folder
 from bagcert.nets.model_folder import CONFIG, WEIGHTS, ModelConfig, read_model, weights_sha256
-from bagcert.nets.region_scorer import RegionScorer
+from bagcert.nets.region_scorer import RegionScorer, not_finite
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap, check_counting
 from bagcert.threat import PatchLike, PatchThreatModel
@@ -108,7 +108,8 @@ def load(
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: float32 or bfloat16.
         portable: certificates are to hold as well where the attacked image is seen in another batch size or with
-            another number of threads, whose kernels may round otherwise: that drift is guarded against, too.
+            another number of threads, whose kernels may round otherwise: 8 times the drift that was measured is guarded
+            against, too. That is an estimate; where you can, certify and deploy in one configuration.
         checked: False leaves the measurement out, for whoever measures next.
         backend: what computes the forward pass, on the CPU: torch, onnxruntime or openvino; or auto, the fastest of
             those installed. Locality is measured on that backend; heads and rules are the same on all.
@@ -131,7 +132,9 @@ def load(
         PatchThreatModel.parse(config.patch, scorer.image_size)
     except UsageError as error:
         raise UnreadableError(f"{folder / CONFIG} cannot be deployed: {error}") from None
-    scorer.fold_batch_norm().to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if broken := not_finite(scorer.fold_batch_norm().state_dict()):
+        raise UnreadableError(f"tensor {broken!r} in {folder / WEIGHTS} is not finite with batch norm folded into it")
+    scorer.to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     scorer.autocast_dtype = DTYPES[dtype]
     check_counting(target)
     cache = cache_folder()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bagcert.errors import UnsoundError
+from bagcert.export.image_range import out_of_range, require_refused
 from bagcert.export.module import CertifiedModule
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
@@ -61,7 +62,7 @@ def check_rule(run: Run, module: CertifiedModule, scorer: RegionScorer, threat: 
 def check_images(
     run: Run, images: Tensor, module: CertifiedModule, scorer: RegionScorer, threat: PatchThreatModel, quantized: bool
 ) -> Check:
-    """Images through the whole file, all at once and one by one.
+    """Images through the whole file, all at once and one by one, and some that are none.
 
     Args:
         run: the file with `z` among its outputs.
@@ -69,7 +70,8 @@ def check_images(
         quantized: the scores are meant to be others than torch's; only the proof is checked.
 
     Raises:
-        UnsoundError: an answer is not that of the package's rule on the file's scores, or the scores are not torch's.
+        UnsoundError: an answer is not that of the package's rule on the file's scores, the scores are not torch's, or
+            an image with values outside [0, 1] is certified.
     """
     found = run(images.numpy())
     z = torch.from_numpy(np.array(found[4]))
@@ -78,6 +80,8 @@ def check_images(
         alone = run(images[number : number + 1].numpy())
         own = torch.from_numpy(np.array(alone[4]))
         _compare(alone, torch.from_numpy(np.array(alone[3])), own, module, scorer, threat, "an image alone")
+    _, certified, margin, *_ = run(out_of_range(images).numpy())
+    require_refused(certified, margin)
     expected = scorer.integers(scorer.forward_batch(images)).cpu().numpy().astype(np.int64)
     distance = np.abs(found[3].astype(np.int64) - expected)
     moved = float((distance > 0).mean())

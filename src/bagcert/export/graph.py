@@ -8,8 +8,12 @@ from bagcert import __version__
 from bagcert.backends.network import REAL_SCORES
 from bagcert.certificate_records import geometry_fields, threat_fields
 from bagcert.defenses.bagcert import BagCert
+from bagcert.export.image_range import IN_RANGE
 from bagcert.export.module import CertifiedModule
 from bagcert.threat import PatchThreatModel
+
+INSIDE = (REAL_SCORES, IN_RANGE)
+"""What a checked graph has among its outputs beside those of the file."""
 
 
 def metadata(
@@ -55,12 +59,12 @@ def with_outputs(model: Any, names: Sequence[str]) -> Any:
 
 
 def behind_network(model: Any) -> Any:
-    """Head, rule and proof of a checked graph by themselves, node by node the same: `z` in, `OUTPUTS` out."""
+    """Head, rule and proof of a checked graph by themselves, node by node the same: `INSIDE` in, `OUTPUTS` out."""
     model = _copied(model)
-    shape = next(output for output in model.graph.output if output.name == REAL_SCORES)
+    outputs = {output.name: output for output in model.graph.output}
     del model.graph.input[:]
-    model.graph.input.append(shape)
-    kept = [output for output in model.graph.output if output.name != REAL_SCORES]
+    model.graph.input.extend(outputs[name] for name in INSIDE)
+    kept = [output for name, output in outputs.items() if name not in INSIDE]
     del model.graph.output[:]
     model.graph.output.extend(kept)
     _prune(model)

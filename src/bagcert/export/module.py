@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bagcert.backends import inference_copy
 from bagcert.errors import UsageError
+from bagcert.export.image_range import ImageRange
 from bagcert.export.rules import EXACT, RuleModule, rule_module
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
@@ -13,6 +14,7 @@ from bagcert.scores import FIXED_POINT_LIMIT
 from bagcert.threat import PatchThreatModel
 
 OUTPUTS = ("label", "certified", "margin", "scores")
+LARGEST = torch.finfo(torch.float32).max
 ROUNDING = 2.0**-20  # of a score; several times what rounding z, its product with the scale and a sum can do
 
 Decision = tuple[
@@ -25,7 +27,8 @@ class CertifiedModule(nn.Module):
 
     Proof and prediction are formed in float32 from whole numbers below 2^24. A runtime that does not count those
     exactly (one that computes in bfloat16, say) certifies nothing: beside the other sums two just below 2^24 are formed
-    that differ by one, and where their difference is not one the margin is -2^24.
+    that differ by one, and where their difference is not one the margin is -2^24. So it is for images that are not in
+    [0, 1], see `image_range`.
 
     Args:
         scorer: the network, with its head and geometry; its weights are copied.
@@ -58,11 +61,14 @@ class CertifiedModule(nn.Module):
         self.register_buffer("large", large)
         self.register_buffer("ones", torch.ones(regions, 1))
         self.net = inference_copy(scorer)
+        self.image_range = ImageRange()
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, ...]:
-        """`decide`, and the real-valued scores."""
-        z = self.net(images)
-        return (*self.decide(z), z)
+        """`decide` for images in [0, 1], no certificate for others; the real-valued scores, and which images are so."""
+        z, in_range = self.net(images), self.image_range(images)
+        label, _, margin, scores = self.decide(z)
+        margin = self.image_range.refuse(margin, in_range)
+        return label, margin >= 0, margin, scores, z, in_range
 
     def decide(self, z: Float[Tensor, "batch classes rows cols"]) -> Decision:
         """Label, certified, margin and integer scores from real-valued scores."""
@@ -93,7 +99,7 @@ class CertifiedModule(nn.Module):
             below, above = ((wide + room * sign).round().clamp(self.low, self.high) for sign in (-1, 1))
         scores = self.head(z)
         slack = torch.maximum(above - scores, scores - below)  # as in `bagcert.scores.slack_of`
-        slack = torch.where(z.isnan(), float(self.high - self.low), slack)
+        slack = torch.where(z.abs() <= LARGEST, slack, float(self.high - self.low))  # NaN and infinities
         own = (self.rule.index == label[:, None])[:, :, None, None]
         return torch.where(own, scores - slack, scores + slack).clamp(self.low, self.high)
 

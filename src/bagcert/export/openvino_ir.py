@@ -36,7 +36,8 @@ def runner(xml: Path, threads: int) -> Run:
     request = model.create_infer_request()
 
     def run(inputs: np.ndarray) -> list[np.ndarray]:
-        found = request.infer([inputs])
+        in_range = [np.ones(len(inputs), dtype=bool) for _ in model.inputs[1:]]  # of the part behind the network
+        found = request.infer([inputs, *in_range])
         return [np.array(found[k]) for k in range(len(model.outputs))]
 
     return run

@@ -1,7 +1,7 @@
 """Writing a file: export, measure, compare, and only then write."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from bagcert.backends.onnx_runtime import onnx_session
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.export.check import Check, Run, check_images, check_rule
-from bagcert.export.graph import behind_network, metadata, with_metadata, with_outputs
+from bagcert.export.graph import INSIDE, behind_network, metadata, with_metadata, with_outputs
 from bagcert.export.int8 import quantized
 from bagcert.export.module import OUTPUTS, CertifiedModule
 from bagcert.export.openvino_ir import intermediate, require_openvino, runner
@@ -164,7 +164,7 @@ class _Build:
     def graph(self, module: CertifiedModule) -> Any:
         self.on_step("writing the graph")
         scorer = self.model.scorer
-        graph = to_onnx(module, (scorer.channels, *scorer.image_size), [*OUTPUTS, REAL_SCORES])
+        graph = to_onnx(module, (scorer.channels, *scorer.image_size), [*OUTPUTS, *INSIDE])
         if self.calibration is None:
             return graph
         images, labels = self.calibration.images, self.calibration.labels
@@ -201,8 +201,13 @@ def _samples(model: BagCert, images: Tensor | None) -> Tensor:
 def _function(model: Any) -> Run:
     """A graph as a function, through onnxruntime."""
     session = onnx_session(model.SerializeToString(), torch.get_num_threads())
-    name = session.get_inputs()[0].name
-    return lambda inputs: session.run(None, {name: np.ascontiguousarray(inputs, dtype=np.float32)})
+    name, *others = [each.name for each in session.get_inputs()]
+
+    def run(inputs: np.ndarray) -> Sequence[np.ndarray]:
+        feed = {name: np.ascontiguousarray(inputs, dtype=np.float32)}
+        return session.run(None, feed | {other: np.ones(len(inputs), dtype=bool) for other in others})
+
+    return run
 
 
 def _same(final: bytes, graph: Any, samples: Tensor) -> None:

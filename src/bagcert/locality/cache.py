@@ -22,11 +22,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from bagcert.errors import BagcertError
 from bagcert.files import read_regular, write_atomically
+from bagcert.full_precision import product_precision
 from bagcert.locality.measurement import measure, shapes_for
 from bagcert.locality.report import LocalityReport
 from bagcert.nets.region_scorer import RegionScorer
 
-VERSION = 1  # of what is measured; another number makes old entries void
+VERSION = 2  # of what is measured; another number makes old entries void
 MOST_BYTES = 2**18
 _REPORT = TypeAdapter(LocalityReport)
 
@@ -135,8 +136,10 @@ def _digest(body: bytes) -> str:
 
 def _arithmetic() -> list[str]:
     """Settings of torch that choose kernels."""
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    settings = (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    precisions = [*product_precision(), cudnn.conv.fp32_precision, mkldnn.conv.fp32_precision]
+    settings = (*precisions, cudnn.benchmark, cudnn.deterministic)
     return [str(setting) for setting in (*settings, mkldnn.is_available(), getattr(mkldnn, "enabled", None))]
 
 

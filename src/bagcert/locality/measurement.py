@@ -12,7 +12,7 @@ from bagcert.errors import BagcertError, UnsoundError, UsageError
 from bagcert.grid import RegionGrid
 from bagcert.locality.backend import Backend, precision, torch_backend
 from bagcert.locality.overflow import activation_bound
-from bagcert.locality.probes import Change, Prober, clean_images, places_for, thread_counts
+from bagcert.locality.probes import Change, Prober, clean_images, places_for, saturated_images, thread_counts
 from bagcert.locality.report import Footprint, LocalityReport, Probe
 from bagcert.nets.probe import probe_grid
 from bagcert.nets.region_scorer import RegionScorer
@@ -83,7 +83,7 @@ def measure(
             footprint = compare_footprint(scorer, backend.grid)
     probes, largest = run_probes(backend, shapes, images, thorough, seed)
     report = LocalityReport(footprint=footprint, probes=probes, largest_score=largest, refusal=refusal, **facts)
-    if not report.nan_spreads:
+    if not report.nan_may_spread:
         return report
     return replace(report, activation_bound=_proved_bound(scorer, backend.grid))
 
@@ -101,9 +101,8 @@ def run_probes(
     fixed = backend.batch_size
     large = fixed or (max(BATCH_SIZES) if thorough else max(4, min(SHORT_BATCH, SHORT_PIXELS // (size[0] * size[1]))))
     clean = clean_images(size, backend.channels, max(large, SHORT_BATCH), random)
-    if images is not None and len(images):
-        own = images[: len(clean) // 2].cpu().float()
-        clean = torch.cat([clean[: len(clean) - len(own)], own])
+    own = clean[:0] if images is None else images[: len(clean) // 2].cpu().float()
+    clean = torch.cat([clean[: len(clean) - len(own)], own])
     places = places_for(size, shapes, random, RANDOM_PLACES)
     prober = Prober(backend, clean, places if thorough else places[:large], random)
     nan = ("NaN",) if backend.takes_nan else ()
@@ -122,11 +121,12 @@ def run_probes(
     else:
         add(prober.contents(large, ("mixed", *nan)), large)
         if not fixed:  # one image is enough to meet the kernels for one image
-            add(Prober(backend, clean[1:], places[-1:], random, prober.seen).contents(1, ("mixed",)), 1)
+            add(Prober(backend, clean[1:], places[-1:], random, prober.seen).contents(1, ("mixed", *nan)), 1)
     if large > 1:
         add({"other neighbours": prober.neighbours(large, thorough)}, large)
     if thorough:
-        add_drift(prober, probes, large)
+        saturated = saturated_images(size, backend.channels, len(clean) - len(own), random)
+        add_drift(Prober(backend, torch.cat([saturated, own]), places, random), probes, large)
     return tuple(probes), prober.largest_score
 
 

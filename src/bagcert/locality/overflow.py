@@ -2,7 +2,8 @@
 
 Some kernels multiply values they have no use for by zero: bfloat16 convolutions on CPUs read pixels in pairs and pad
 with zero weights. That is exact while values are finite; but 0 * inf is NaN, far from the patch. So where NaN spreads
-beyond the receptive field, no value may ever overflow, and this has to be proved, not sampled.
+beyond the receptive field, no value may ever overflow, and this has to be proved, not sampled. OpenVINO's ReLU makes 0
+of NaN, so there the probes cannot tell whether NaN spreads; in bfloat16 the proof is always asked for.
 """
 
 import copy
@@ -12,17 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bagcert.locality.probes import magnitude
 from bagcert.nets.bagnet import BagNet, Bottleneck
+from bagcert.nets.region_convnet import RegionConvNet
 from bagcert.nets.region_resnet import RegionResNet, Residual
 from bagcert.nets.region_scorer import RegionScorer
 
 # Layers for which |out| <= layer with absolute weights (|in|), and modules that only add up and crop what they hold.
 _LAYERS = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity}
-_CONTAINERS = {nn.Sequential, RegionResNet, Residual, BagNet, Bottleneck}
+_CONTAINERS = {nn.Sequential, RegionConvNet, RegionResNet, Residual, BagNet, Bottleneck}
 
 
 def activation_bound(scorer: RegionScorer) -> float:
     """A bound on every |value| in the net, for all images in [0, 1]; inf where it is not known.
+
+    Values are the normalized image, the output of every layer, and the weights themselves, which bfloat16 may round to
+    infinity.
 
     Guarantee: an upper bound in exact arithmetic, by induction over the layers: with all weights, biases and means
     made positive, each layer's output on a bound of its input is a bound of its output. Only the layers of the
@@ -34,19 +40,26 @@ def activation_bound(scorer: RegionScorer) -> float:
     net = copy.deepcopy(scorer.net).cpu().double().eval()
     largest = [0.0]
 
+    def take(value: Tensor) -> None:
+        largest.append(float(magnitude(value).max()))
+
     def record(part: nn.Module, inputs: Any, out: Tensor) -> None:
-        largest.append(float(out.abs().max().nan_to_num(math.inf)))
+        take(out)
 
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for part in net.modules():
             part.register_forward_hook(record)
             for parameter in part.parameters(recurse=False):
-                parameter.abs_()
+                take(parameter.abs_())
             if isinstance(part, nn.BatchNorm2d):
-                if part.running_mean is None:
+                if part.running_mean is None or part.running_var is None:
                     return math.inf
-                part.running_mean.abs_().neg_()
+                take(part.running_mean.abs_().neg_())
+                take((1 if part.weight is None else part.weight) / (part.running_var + part.eps).sqrt())
         mean, std = scorer.normalize.mean.cpu().double(), scorer.normalize.std.cpu().double()
-        image = torch.maximum(mean.abs(), (1 - mean).abs()) / std
+        centered = torch.maximum(mean.abs(), (1 - mean).abs())
+        image = centered / std.abs()
+        for value in (mean, centered, image):
+            take(value)
         net(image.expand(1, -1, *scorer.image_size).contiguous())
     return max(largest)

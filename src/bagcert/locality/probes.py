@@ -14,6 +14,8 @@ from bagcert.locality.report import Kind, Probe
 Place = tuple[int, int, int, int]  # top, left, height, width in pixels
 CLIMBS = 8  # steps of the adversarial probe
 STEP = 0.5  # of the range of a pixel
+DRIFT_IMAGES = 32  # for each batch size
+BLOCKS = (1, 2, 4, 8)  # pixels; large sums round most, and these images have the largest
 
 
 @dataclass
@@ -32,9 +34,8 @@ class Change:
     def compare(self, backend: Backend, before: Tensor, after: Tensor, mask: Tensor | None = None) -> Tensor:
         """Takes in one batch; returns how much each image moved in all, float64 [batch]."""
         mask = torch.ones_like(before, dtype=torch.bool) if mask is None else mask.expand_as(before)
-        # NaN that stays NaN has not moved.
-        moved = (before != after) & ~(before.isnan() & after.isnan()) & mask
-        distance = (after.double() - before.double()).abs().nan_to_num(nan=torch.inf).where(moved, 0)
+        moved = (before != after) & mask  # NaN has always moved, also where it was NaN before
+        distance = magnitude(after.double() - before.double()).where(moved, 0)
         levels = (backend.head(after).long() - backend.head(before).long()).abs().where(mask, 0)
         self.trials += len(before)
         self.scores += int(mask.sum())
@@ -52,7 +53,7 @@ class Prober:
         images: clean images [images, channels, height, width] in [0, 1], tried in turn.
         places: where patches lie, tried in turn.
         random: the source of contents.
-        largest_score: of all score maps seen; filled on the way.
+        largest_score: of all clean score maps seen; filled on the way.
     """
 
     backend: Backend
@@ -63,7 +64,7 @@ class Prober:
 
     @property
     def largest_score(self) -> float:
-        """The largest finite |z| of clean images so far."""
+        """The largest |z| of clean images so far; inf where one of them is not finite."""
         return max(self.seen, default=0.0)
 
     def contents(self, batch_size: int, names: tuple[str, ...]) -> dict[str, Change]:
@@ -121,11 +122,11 @@ class Prober:
         return change
 
     def batch_size(self, size: int, reference: int) -> Change:
-        """The same images in batches of `size` instead of `reference`."""
+        """The same images in batches of `size` instead of `reference`, `DRIFT_IMAGES` of them or one batch."""
         change = Change()
         clean, _ = self._batch(0, reference)
         before = self._scores(clean)
-        count = min(reference, max(size, 4 * size if size < 8 else size))
+        count = min(reference, max(size, DRIFT_IMAGES))
         for start in range(0, count - size + 1, size):
             part = slice(start, start + size)
             change.compare(self.backend, before[part], self.backend.scores(clean[part]))
@@ -151,7 +152,7 @@ class Prober:
 
     def _scores(self, clean: Tensor) -> Tensor:
         scores = self.backend.scores(clean)
-        self.seen.append(float(scores.double().abs().nan_to_num(0.0, 0.0, 0.0).max()))
+        self.seen.append(float(magnitude(scores).max()))
         return scores
 
     def _with(self, clean: Tensor, places: list[Place], name: str) -> Tensor:
@@ -181,6 +182,11 @@ class Prober:
             return searched
         has_slope = (slope != 0).flatten(1).any(1)[:, None, None, None]
         return torch.where(has_slope, (image + STEP * slope.sign()).clamp(0, 1), searched)
+
+
+def magnitude(values: Tensor) -> Tensor:
+    """Absolute values in float64, with NaN as inf; a file may return whole numbers."""
+    return values.double().abs().masked_fill(values.isnan(), torch.inf)
 
 
 def outside_pixels(clean: Tensor, places: list[Place]) -> Tensor:
@@ -214,6 +220,18 @@ def clean_images(image_size: tuple[int, int], channels: int, count: int, random:
     """Noise over the whole range and, in turn, pale grey, whose range a patch widens as quantization would notice."""
     images = torch.rand(count, channels, *image_size, generator=random)
     images[1::2] = 0.5 + 0.05 * (images[1::2] - 0.5)
+    return images
+
+
+def saturated_images(image_size: tuple[int, int], channels: int, count: int, random: torch.Generator) -> Tensor:
+    """Noise, and in turn blocks of several sizes whose channels are 0 or 1: what rounds most from kernel to kernel."""
+    images = torch.rand(count, channels, *image_size, generator=random)
+    for number, side in enumerate(BLOCKS, 1):
+        part = images[number :: len(BLOCKS) + 1]
+        cells = [-(-pixels // side) for pixels in image_size]
+        blocks = torch.randint(0, 2, (len(part), channels, *cells), generator=random).float()
+        blocks = blocks.repeat_interleave(side, 2).repeat_interleave(side, 3)
+        part.copy_(blocks[..., : image_size[0], : image_size[1]])
     return images
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import safetensors.torch
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, shown
 from bagcert.files import read_regular, write_together
@@ -123,7 +123,7 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
 
     Raises:
         UnreadableError: a file is missing, truncated or not what it should be; tensors are missing, extra,
-            of another shape, or not finite.
+            of another shape, or not finite; the normalization is not that of the config; a variance is negative.
     """
     config = read_config(folder)
     path = folder / WEIGHTS
@@ -157,9 +157,21 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
             )
     if broken := not_finite(tensors):
         raise UnreadableError(f"tensor {broken!r} in {path} has values that are not finite")
+    for name in normalization(tensors, config):
+        raise UnreadableError(f"tensor 'normalize.{name}' in {path} is not the {name} that {CONFIG} states")
+    for name, tensor in sorted(tensors.items()):
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise UnreadableError(f"tensor {name!r} in {path} has a negative variance")
     scorer.to_empty(device="cpu")
     scorer.load_state_dict(tensors)
     return scorer.eval(), config
+
+
+def normalization(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[float]]:
+    """What the tensors say of `mean` and `std` where the config, in float32, says otherwise; {} where they agree."""
+    found = {name: tensors[f"normalize.{name}"].flatten().tolist() for name in ("mean", "std")}
+    stated = {"mean": config.mean, "std": config.std}
+    return {name: own for name, own in found.items() if own != torch.tensor(stated[name], dtype=torch.float32).tolist()}
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -35,7 +35,7 @@ class ProbeReport:
         nan_footprint_inside: no region became NaN that was declared not to see the pixel; False is never
             returned, `check_locality` raises instead.
         largest_leak: the largest change of an output outside the declared reach of a patch, in units of the
-            output; 0.0 means that every such bit stood still, inf that one became or ceased to be NaN.
+            output; 0.0 means that every such bit stood still, inf that one was, became or ceased to be NaN.
         measured: the measured grid; None where the cheaper check, which only says yes or no, was enough.
         patches: how many patches with contents were tried.
     """
@@ -223,9 +223,9 @@ def _largest_leak(
         reach = np.stack([np.outer(touched_rows[top], touched_cols[left]) for top, left in here])
         outside = ~torch.as_tensor(reach, device=out_before.device)[:, None].expand_as(out_before)
         a, b = out_before[outside].double(), out_after[outside].double()
-        moved = (a != b) & ~(a.isnan() & b.isnan())
+        moved = a != b  # NaN has always moved, also where it was NaN before
         if moved.any():
-            leak = max(leak, float((a - b)[moved].abs().nan_to_num(nan=torch.inf).max()))
+            leak = max(leak, float((a - b)[moved].abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()))
     return leak
 
 

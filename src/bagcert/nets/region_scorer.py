@@ -1,6 +1,5 @@
 """A network with its geometry, its head and its class names: images in [0,1] in, integer score maps out."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 
 Head = Literal["binary", "fixed-point", "attention-pooling"]
 HEADS: tuple[Head, ...] = ("binary", "fixed-point", "attention-pooling")
+FLOAT32 = torch.finfo(torch.float32)
+NORMAL = f"positive and finite in float32, from {FLOAT32.tiny:.4g} to {FLOAT32.max:.4g}"
 PIXELS_AT_ONCE = 2**18  # 256 images of 32x32: large enough for speed, small enough for caches and memory
 
 
@@ -83,8 +84,8 @@ class RegionScorer(nn.Module):
             raise UsageError(f"a head is one of {', '.join(HEADS)}; got {head!r}")
         if (readout is not None) != (head == "attention-pooling"):
             raise UsageError(f"the attention-pooling head needs a readout, and no other head takes one; got {head!r}")
-        if not 0 < scale < math.inf:
-            raise UsageError(f"the scale of the fixed-point head must be positive and finite, got {scale}")
+        if not is_normal(scale):
+            raise UsageError(f"the scale of the fixed-point head must be {NORMAL}, got {scale}")
         if len(class_names) < 2:
             raise UsageError(f"a region scorer needs at least two class names, got {len(class_names)}")
         if len(image_size) != 2 or min(image_size) < 1:
@@ -93,8 +94,10 @@ class RegionScorer(nn.Module):
             raise UsageError(
                 f"mean and std have three values (RGB), one (grey) or six (ablated RGB), got {len(mean)} and {len(std)}"
             )
-        if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
-            raise UsageError(f"mean and std must be finite and std positive, got {tuple(mean)} and {tuple(std)}")
+        if not all(abs(value) <= FLOAT32.max for value in mean):
+            raise UsageError(f"mean must be finite in float32, got {tuple(mean)}")
+        if not all(map(is_normal, std)):
+            raise UsageError(f"std must be {NORMAL}, got {tuple(std)}")
         self.normalize = Normalize(mean, std)
         self.net = net
         self.readout = readout
@@ -259,6 +262,15 @@ class RegionScorer(nn.Module):
         if isinstance(images, np.ndarray):
             return as_batch(np.repeat(images, 3, axis))[:, :1]
         return as_batch(images.repeat_interleave(3, axis))[:, :1]
+
+
+def is_normal(value: float) -> bool:
+    """Can float32 multiply by a value and divide by it: positive, finite, and not so small that digits are lost?
+
+    >>> is_normal(1e-30), is_normal(1e-44), is_normal(1e300), is_normal(float("nan"))
+    (True, False, False, False)
+    """
+    return FLOAT32.tiny <= value <= FLOAT32.max
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:

@@ -235,6 +235,59 @@ class TestConfig:
             tracemalloc.stop()
 
 
+class TestNormalization:
+    """The tensors that the network uses are those that the config states, and fit to divide by."""
+
+    @pytest.mark.parametrize("name", ["mean", "std"])
+    @pytest.mark.parametrize("value", [0.25, -0.25, 0.0, 1e-44, 3e38])
+    def test_tensors_beside_the_config_are_refused(self, tmp_path, name, value):
+        written(tmp_path)
+        rewrite_tensors(tmp_path, lambda tensors: tensors[f"normalize.{name}"].view(-1)[1:2].fill_(value))
+        with pytest.raises(UnreadableError, match=f"'normalize.{name}' .* is not the {name} that {CONFIG} states"):
+            read_model(tmp_path)
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, 1e-44, 1e-60, 1e39])
+    def test_deviations_that_float32_cannot_divide_by_are_refused(self, tmp_path, value):
+        written(tmp_path)
+        rewrite_config(tmp_path, std=[0.2, value, 0.3])
+        rewrite_tensors(tmp_path, lambda tensors: tensors["normalize.std"].view(-1)[1:2].fill_(min(value, 3e38)))
+        with pytest.raises(UnreadableError, match=r"std\.1: input|std must be positive and finite in float32"):
+            read_model(tmp_path)
+
+    def test_means_that_float32_does_not_hold_are_refused(self, tmp_path):
+        written(tmp_path)
+        rewrite_config(tmp_path, mean=[0.4, 1e39, 0.6])
+        with pytest.raises(UnreadableError, match="mean must be finite in float32"):
+            read_model(tmp_path)
+
+    @pytest.mark.parametrize("scale", [1e-44, 1e39])
+    def test_a_scale_that_float32_does_not_hold_is_refused(self, tmp_path, scale):
+        written(tmp_path)
+        rewrite_config(tmp_path, scale=scale)
+        with pytest.raises(UnreadableError, match="scale of the fixed-point head must be positive and finite"):
+            read_model(tmp_path)
+
+    def test_as_many_digits_as_float32_holds_are_enough(self, tmp_path):
+        mean = [0.1, 1 / 3, 0.7000000123]
+        written(tmp_path, mean=mean)
+        assert read_model(tmp_path)[1].mean == mean
+        rewrite_config(tmp_path, mean=torch.tensor(mean).tolist())
+        assert read_model(tmp_path)[1].mean == torch.tensor(mean).tolist()
+
+    @pytest.mark.parametrize("value", [-1e-30, -1e-6, -1.0])
+    def test_negative_variances_are_refused(self, tmp_path, value):
+        written(tmp_path)
+        rewrite_tensors(tmp_path, lambda tensors: tensors["net.1.running_var"][3:4].fill_(value))
+        with pytest.raises(UnreadableError, match=r"'net.1.running_var' .* has a negative variance"):
+            read_model(tmp_path)
+
+    def test_a_variance_of_nothing_is_fine(self, tmp_path):
+        """That of a channel which is always 0; batch norm adds to it before it divides."""
+        written(tmp_path)
+        rewrite_tensors(tmp_path, lambda tensors: tensors["net.1.running_var"].zero_())
+        read_model(tmp_path)
+
+
 class TestWriting:
     def test_weights_that_are_not_finite_are_not_written(self, tmp_path):
         config = config_of()

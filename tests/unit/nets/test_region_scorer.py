@@ -331,7 +331,7 @@ class TestFromModule:
             ({"scale": 0.0}, "scale of the fixed-point head must be positive"),
             ({"mean": (0.5,)}, "three values .* got 1 and 3"),
             ({"mean": (0.5,) * 4, "std": (0.5,) * 4}, "got 4 and 4"),
-            ({"std": (0.5, 0.0, 0.5)}, "std positive"),
+            ({"std": (0.5, 0.0, 0.5)}, "std must be positive"),
             ({"mean": (0.5, float("nan"), 0.5)}, "must be finite"),
             ({"image_size": (0, 8)}, "each at least 1"),
         ],

@@ -167,9 +167,9 @@ class TestThreshold:
             exact_share(Fraction(0.2))
 
     def test_scores_beyond_counting_are_refused(self):
-        scores = ScoreMap(torch.zeros(1, 2, 1, 4, dtype=torch.int64), 0, 2**60, line(4))
-        with pytest.raises(UsageError, match="too large for the masking threshold 1/3"):
-            robust_masking(scores, one_px(scores), "1/3")
+        scores = ScoreMap(torch.zeros(1, 2, 1, 4, dtype=torch.int64), 0, 2**48, line(4))
+        with pytest.raises(UsageError, match="too large for the masking threshold 1/999983"):
+            robust_masking(scores, one_px(scores), "1/999983")
 
 
 def test_large_scores_are_counted_exactly():
