@@ -29,6 +29,10 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
         "python -m tests.properties.agreement --cases 3000 --json",
         ("disagreements", "broken_certificates", "vote_certified_not_double_masking"),
     ),
+    "photo-files": (
+        "python -m tests.properties.photo_files --cases 3000 --json",
+        ("broken_certificates", "misreported"),
+    ),
     "mutants": ("python -m tests.mutants.run --out OUT", ("survived",)),
     "faults": (
         "python -m tests.faults.run --kills 50 --out OUT",

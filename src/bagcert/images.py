@@ -40,6 +40,8 @@ STRIP_PIXELS = 1 << 21
 # Other formats Pillow knows run programs (EPS) or have no signature of their own (TGA).
 _FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "ICO")
 _ORIENTATION_TAG = 0x0112
+_PHOTOMETRIC_TAG, _YCBCR = 0x0106, 6
+_PLANAR_TAG = 0x011C
 
 # Stored axes swapped, stored rows reversed, stored columns reversed, for each EXIF orientation.
 _TURNS = {
@@ -112,7 +114,8 @@ def read_image(image: str | Path | bytes | io.IOBase, name: str | None = None) -
     """Reads one image file of any common format and mode, and runs nothing that it names.
 
     Grey, palette, CMYK and 1-bit images become RGB; 16-bit values keep their upper 8 bits; transparent pixels are
-    laid over white; of an animation the first frame counts. A broken EXIF block counts as orientation 1.
+    laid over white; of an animation the first frame counts. A broken EXIF block counts as orientation 1, but a TIFF
+    with one is refused.
 
     Args:
         image: a path, the bytes of a file, or an open binary file.
@@ -218,9 +221,17 @@ def _decode(file: io.IOBase, name: str) -> Photo:
         with image:
             pixels = _checked_pixels(image)
             with _large_lock if pixels > LARGE_IMAGE_PIXELS else nullcontext():
+                orientation = _orientation(image)
+                if image.format == "TIFF":
+                    _check_turn(image, orientation, name)
                 image.load()
                 _checked_pixels(image)  # an icon holds an image that may be larger than the icon said
-                return Photo(_rgb(image, name), _orientation(image), name)
+                stored = _rgb(image, name)
+                if orientation is None:
+                    orientation = 1
+                elif _orientation(image) != orientation:  # Pillow turns a TIFF upright and then drops the tag
+                    stored = _turned_back(stored, orientation)
+                return Photo(stored, orientation, name)
     except UnreadableError:
         raise
     except UnidentifiedImageError:
@@ -266,9 +277,28 @@ def _strip(strip: Image.Image, transparent: bool, name: str) -> np.ndarray:
     return np.asarray(strip.convert("RGB"))
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation that an image has now, 1 if it has none; None where the metadata is broken."""
     try:
         orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # a broken block of metadata does not make the pixels unreadable
-        return 1
+    except Exception:  # decoders raise whatever they trip over
+        return None
     return orientation if orientation in _TURNS else 1
+
+
+def _check_turn(image: Image.Image, orientation: int | None, name: str) -> None:
+    """Refuses a TIFF of which it is not known how Pillow turns it while loading."""
+    if orientation is None:
+        raise UnreadableError(f"{name} has an orientation that cannot be read; save it again without one")
+    compression, tags = image.info.get("compression"), image.getexif()
+    ycbcr = tags.get(_PHOTOMETRIC_TAG) == _YCBCR or compression == "tiff_jpeg"
+    by_pillow = compression == "raw" or (compression == "jpeg" and tags.get(_PLANAR_TAG, 1) == 1)
+    if orientation != 1 and ycbcr and not by_pillow:  # libtiff makes RGB of it; with older Pillow it also turns it
+        raise UnreadableError(f"{name} is a YCbCr TIFF with EXIF orientation {orientation}; save it again as RGB")
+
+
+def _turned_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """The stored pixels of an image that was turned upright: undoes `Photo.upright`."""
+    swapped, rows_reversed, cols_reversed = turn(orientation)
+    stored = pixels.swapaxes(0, 1) if swapped else pixels
+    return np.ascontiguousarray(stored[:: -1 if rows_reversed else 1, :: -1 if cols_reversed else 1])
