@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bagcert.cli.console import fail, print_json, progress, stdout, warn
+from bagcert.cli.console import fail, print_json, progress, say, warn
 from bagcert.cli.options import Device, Json
 
 if TYPE_CHECKING:
@@ -76,11 +76,7 @@ def verify(
     else:
         basis = "given the recorded scores and geometry" if model is None else f"scores and geometry as of {model}"
         held = len(results) - len(bad)
-        stdout().print(
-            f"{held} of {len(results)} records hold, {basis}: {certified} certified, {held - certified} not",
-            soft_wrap=True,
-            markup=False,
-        )
+        say(f"{held} of {len(results)} records hold, {basis}: {certified} certified, {held - certified} not")
     if bad:
         code = next(code for fault, code in EXIT_CODES.items() if any(result["fault"] == fault for result in bad))
         fail(f"{len(bad)} of {len(results)} records are not verified; {_sentence(bad[0])}", code)
