@@ -151,18 +151,15 @@ def as_batch(images: np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width
     Raises:
         UsageError: another type, dtype or layout, no image or no pixel, values that are NaN or outside [0, 1].
     """
+    images = with_batch_axis(images)
     if isinstance(images, np.ndarray):
-        if images.dtype.kind not in "uf":
-            raise UsageError(f"images must be uint8 or floating-point, got {images.dtype}")
+        if images.dtype.kind not in "uf" or images.dtype.itemsize > 8:
+            raise UsageError(f"images must be uint8 or floating-point of at most 64 bits, got {images.dtype}")
         if images.dtype.kind == "u" and images.dtype != np.uint8:
             raise UsageError(f"integer images must be uint8, got {images.dtype}")
         # torch warns of read-only memory and refuses negative strides and foreign byte orders.
         native = np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("="))
         images = torch.from_numpy(native if native.flags.writeable else native.copy())
-    if not isinstance(images, Tensor):
-        raise UsageError(f"images must be a numpy array or a torch tensor, got {type(images).__name__}")
-    if images.ndim == 3:
-        images = images[None]
     if images.dtype == torch.uint8:
         _check_layout(images, channels=3, expected="uint8 images must be [batch, height, width, 3] with values 0..255")
         return images.permute(0, 3, 1, 2).float().div(255)
@@ -177,6 +174,23 @@ def as_batch(images: np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width
             f"float images must lie in [0, 1], found {found}; normalization is the network's first layer, leave it out"
         )
     return images
+
+
+def with_batch_axis(images: object) -> np.ndarray | Tensor:
+    """The images as they are, or one image without the batch axis as a batch of one.
+
+    Raises:
+        UsageError: no numpy array and no torch tensor, or a tensor that is sparse, nested or on the meta device.
+    """
+    if isinstance(images, Tensor):
+        if images.is_nested or images.layout != torch.strided:
+            kind = "nested" if images.is_nested else str(images.layout).removeprefix("torch.")
+            raise UsageError(f"images must be a dense tensor, got a {kind} one")
+        if images.is_meta:
+            raise UsageError("images must have values, got a tensor on the meta device")
+    elif not isinstance(images, np.ndarray):
+        raise UsageError(f"images must be a numpy array or a torch tensor, got {type(images).__name__}")
+    return images[None] if images.ndim == 3 else images
 
 
 def _check_layout(images: Tensor, channels: int, expected: str) -> None:

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, Photo, as_batch, read_image
+from bagcert.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, Photo, as_batch, read_image, with_batch_axis
+from tests import tiny
 
 
 def _pixels(height: int = 7, width: int = 5) -> np.ndarray:
@@ -296,6 +298,34 @@ def test_read_only_and_reversed_arrays_are_taken() -> None:
 def test_other_arrays_are_refused(images: np.ndarray, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         as_batch(images)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda zeros: zeros.to_sparse(), "must be a dense tensor, got a sparse_coo one"),
+        (lambda zeros: zeros[0].to_sparse(), "must be a dense tensor, got a sparse_coo one"),
+        (lambda zeros: zeros.to_mkldnn(), "must be a dense tensor, got a _mkldnn one"),
+        (lambda zeros: torch.nested.nested_tensor([zeros[0]]), "must be a dense tensor, got a nested one"),
+        (lambda zeros: torch.nested.nested_tensor([zeros[0]], layout=torch.jagged), "got a nested one"),
+        (lambda zeros: zeros.to("meta"), "must have values, got a tensor on the meta device"),
+        (lambda zeros: zeros[0].to("meta"), "must have values, got a tensor on the meta device"),
+    ],
+)
+@pytest.mark.parametrize("take", [as_batch, tiny.color_model().score_map, tiny.color_model().certify])
+def test_tensors_of_other_kinds_are_refused(take: Callable, make: Callable, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        take(make(torch.zeros(1, 3, 8, 8)))
+
+
+def test_what_torch_has_no_numbers_for_is_refused() -> None:
+    wide = np.zeros((1, 3, 8, 8), np.longdouble)
+    if wide.itemsize > 8:  # it is another name of float64 elsewhere
+        with pytest.raises(UsageError, match="at most 64 bits, got float"):
+            as_batch(wide)
+    with pytest.raises(UsageError, match="must be a numpy array or a torch tensor, got list"):
+        with_batch_axis([[0.0]])
 
 
 def _hollow(path: Path, head: bytes, size: int) -> Path:
