@@ -33,6 +33,10 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
         "python -m tests.properties.masks --cases 10000 --json",
         ("broken_certificates", "disagreements", "records_refused"),
     ),
+    "photo-files": (
+        "python -m tests.properties.photo_files --cases 3000 --json",
+        ("broken_certificates", "misreported"),
+    ),
     "mutants": ("python -m tests.mutants.run --out OUT", ("survived",)),
     "faults": (
         "python -m tests.faults.run --kills 50 --out OUT",

@@ -53,11 +53,7 @@ def certificate_record(
     record = {
         "record_version": 1 if certificate.threat.allowed is None else 2,
         "source": photo.source,
-        "image": {
-            "size_px": list(photo.stored_size),
-            "exif_orientation": photo.orientation,
-            "pixels_sha256": pixels_sha256(photo.pixels),
-        },
+        "image": image_fields(photo),
         "network": {
             "size_px": list(preprocessing.size),
             "fit": preprocessing.fit,
@@ -77,6 +73,15 @@ def certificate_record(
         "environment": environment,
     }
     return seal(record)
+
+
+def image_fields(photo: Photo) -> dict[str, Any]:
+    """What tells an image from every other: size and orientation as stored, and a hash of the pixels."""
+    return {
+        "size_px": list(photo.stored_size),
+        "exif_orientation": photo.orientation,
+        "pixels_sha256": pixels_sha256(photo.pixels),
+    }
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:

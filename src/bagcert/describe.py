@@ -1,6 +1,5 @@
 """What a model is: geometry, size, cost, provenance, and what was measured of it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bagcert.defenses.bagcert import model_folder
-from bagcert.errors import UnreadableError
-from bagcert.model_card import RESULTS
+from bagcert.model_card import read_results
 from bagcert.nets.model_folder import WEIGHTS, read_model, weights_sha256
 
 
@@ -21,7 +19,7 @@ def describe(name: str) -> dict[str, Any]:
 
     Raises:
         UsageError: no such model.
-        UnreadableError: its files are damaged.
+        UnreadableError: its files are damaged, or the evaluation beside the weights is of other weights.
     """
     folder = model_folder(name)
     scorer, config = read_model(folder)
@@ -50,15 +48,12 @@ def describe(name: str) -> dict[str, Any]:
         "weights_bytes": (folder / WEIGHTS).stat().st_size,
         "provenance": config.provenance,
         "recipe": config.recipe,
-        "results": _results(folder / RESULTS),
+        "results": _results(folder),
     }
 
 
-def _results(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
+def _results(folder: Path) -> list[dict[str, Any]]:
+    run = read_results(folder, weights_sha256(folder))
+    if run is None:
         return []
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        return [{**row, "data": run["data"], "split": run["split"], "images": run["images"]} for row in run["results"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnreadableError(f"{path} is not the JSON of an evaluation: {error}") from None
+    return [{**row, "data": run.data, "split": run.split, "images": run.images} for row in run.to_dict()["results"]]

@@ -7,6 +7,9 @@ from difflib import get_close_matches
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """What has no place in a name or a message: line ends, what moves a terminal's cursor, halves of characters."""
 
+BIDIRECTIONAL = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""What turns the direction of writing, so that a text reads otherwise than it is."""
+
 
 class BagcertError(Exception):
     """Something went wrong that is worth one clear sentence, not a traceback."""
@@ -39,11 +42,20 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
 
 
+def cleaned(text: object) -> str:
+    r"""A text on one line, of the same length, with "?" for all that moves a cursor or turns the direction of writing.
+
+    >>> cleaned("two\nlines\x1b[2J")
+    'two?lines?[2J'
+    """
+    return BIDIRECTIONAL.sub("?", CONTROL.sub("?", str(text)))
+
+
 def shown(text: object, limit: int = 200) -> str:
     r"""A text that came out of a file, fit for a message: on one line, without control characters, not too long.
 
     >>> shown("two\nlines"), shown("abcdef", 3)
     ('two?lines', 'abc ...')
     """
-    line = CONTROL.sub("?", str(text).strip())
+    line = cleaned(str(text).strip())
     return line if len(line) <= limit else line[:limit] + " ..."

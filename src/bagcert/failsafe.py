@@ -14,6 +14,7 @@ from torch import Tensor
 from bagcert.certificate import Certificate
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UsageError
+from bagcert.images import with_batch_axis
 from bagcert.rules import get_rule
 from bagcert.threat import PatchLike, PatchThreatModel
 
@@ -76,9 +77,12 @@ class FailSafe:
     def __call__(self, images: np.ndarray | Tensor) -> list[Verdict]:
         """A verdict for each image: uint8 [batch, height, width, 3] or float [batch, 3, height, width] in [0, 1].
 
+        One image without the batch axis counts as a batch of one, for the fallback as well.
+
         Raises:
             UsageError: bad images, or a fallback that does not answer once per image it was given.
         """
+        images = with_batch_axis(images)
         certificate = self.model.certify(images, self.threat, self.rule)
         certified = certificate.certified.cpu()
         labels: list[int | None] = certificate.prediction.tolist()

@@ -40,6 +40,8 @@ STRIP_PIXELS = 1 << 21
 # Other formats Pillow knows run programs (EPS) or have no signature of their own (TGA).
 _FORMATS = ("WEBP", "PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "ICO")
 _ORIENTATION_TAG = 0x0112
+_PHOTOMETRIC_TAG, _YCBCR = 0x0106, 6
+_PLANAR_TAG = 0x011C
 
 # Stored axes swapped, stored rows reversed, stored columns reversed, for each EXIF orientation.
 _TURNS = {
@@ -112,7 +114,8 @@ def read_image(image: str | Path | bytes | io.IOBase, name: str | None = None) -
     """Reads one image file of any common format and mode, and runs nothing that it names.
 
     Grey, palette, CMYK and 1-bit images become RGB; 16-bit values keep their upper 8 bits; transparent pixels are
-    laid over white; of an animation the first frame counts. A broken EXIF block counts as orientation 1.
+    laid over white; of an animation the first frame counts. A broken EXIF block counts as orientation 1, but a TIFF
+    with one is refused.
 
     Args:
         image: a path, the bytes of a file, or an open binary file.
@@ -148,18 +151,15 @@ def as_batch(images: np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width
     Raises:
         UsageError: another type, dtype or layout, no image or no pixel, values that are NaN or outside [0, 1].
     """
+    images = with_batch_axis(images)
     if isinstance(images, np.ndarray):
-        if images.dtype.kind not in "uf":
-            raise UsageError(f"images must be uint8 or floating-point, got {images.dtype}")
+        if images.dtype.kind not in "uf" or images.dtype.itemsize > 8:
+            raise UsageError(f"images must be uint8 or floating-point of at most 64 bits, got {images.dtype}")
         if images.dtype.kind == "u" and images.dtype != np.uint8:
             raise UsageError(f"integer images must be uint8, got {images.dtype}")
         # torch warns of read-only memory and refuses negative strides and foreign byte orders.
         native = np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("="))
         images = torch.from_numpy(native if native.flags.writeable else native.copy())
-    if not isinstance(images, Tensor):
-        raise UsageError(f"images must be a numpy array or a torch tensor, got {type(images).__name__}")
-    if images.ndim == 3:
-        images = images[None]
     if images.dtype == torch.uint8:
         _check_layout(images, channels=3, expected="uint8 images must be [batch, height, width, 3] with values 0..255")
         return images.permute(0, 3, 1, 2).float().div(255)
@@ -174,6 +174,23 @@ def as_batch(images: np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width
             f"float images must lie in [0, 1], found {found}; normalization is the network's first layer, leave it out"
         )
     return images
+
+
+def with_batch_axis(images: object) -> np.ndarray | Tensor:
+    """The images as they are, or one image without the batch axis as a batch of one.
+
+    Raises:
+        UsageError: no numpy array and no torch tensor, or a tensor that is sparse, nested or on the meta device.
+    """
+    if isinstance(images, Tensor):
+        if images.is_nested or images.layout != torch.strided:
+            kind = "nested" if images.is_nested else str(images.layout).removeprefix("torch.")
+            raise UsageError(f"images must be a dense tensor, got a {kind} one")
+        if images.is_meta:
+            raise UsageError("images must have values, got a tensor on the meta device")
+    elif not isinstance(images, np.ndarray):
+        raise UsageError(f"images must be a numpy array or a torch tensor, got {type(images).__name__}")
+    return images[None] if images.ndim == 3 else images
 
 
 def _check_layout(images: Tensor, channels: int, expected: str) -> None:
@@ -218,9 +235,17 @@ def _decode(file: io.IOBase, name: str) -> Photo:
         with image:
             pixels = _checked_pixels(image)
             with _large_lock if pixels > LARGE_IMAGE_PIXELS else nullcontext():
+                orientation = _orientation(image)
+                if image.format == "TIFF":
+                    _check_turn(image, orientation, name)
                 image.load()
                 _checked_pixels(image)  # an icon holds an image that may be larger than the icon said
-                return Photo(_rgb(image, name), _orientation(image), name)
+                stored = _rgb(image, name)
+                if orientation is None:
+                    orientation = 1
+                elif _orientation(image) != orientation:  # Pillow turns a TIFF upright and then drops the tag
+                    stored = _turned_back(stored, orientation)
+                return Photo(stored, orientation, name)
     except UnreadableError:
         raise
     except UnidentifiedImageError:
@@ -266,9 +291,28 @@ def _strip(strip: Image.Image, transparent: bool, name: str) -> np.ndarray:
     return np.asarray(strip.convert("RGB"))
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation that an image has now, 1 if it has none; None where the metadata is broken."""
     try:
         orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # a broken block of metadata does not make the pixels unreadable
-        return 1
+    except Exception:  # decoders raise whatever they trip over
+        return None
     return orientation if orientation in _TURNS else 1
+
+
+def _check_turn(image: Image.Image, orientation: int | None, name: str) -> None:
+    """Refuses a TIFF of which it is not known how Pillow turns it while loading."""
+    if orientation is None:
+        raise UnreadableError(f"{name} has an orientation that cannot be read; save it again without one")
+    compression, tags = image.info.get("compression"), image.getexif()
+    ycbcr = tags.get(_PHOTOMETRIC_TAG) == _YCBCR or compression == "tiff_jpeg"
+    by_pillow = compression == "raw" or (compression == "jpeg" and tags.get(_PLANAR_TAG, 1) == 1)
+    if orientation != 1 and ycbcr and not by_pillow:  # libtiff makes RGB of it; with older Pillow it also turns it
+        raise UnreadableError(f"{name} is a YCbCr TIFF with EXIF orientation {orientation}; save it again as RGB")
+
+
+def _turned_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """The stored pixels of an image that was turned upright: undoes `Photo.upright`."""
+    swapped, rows_reversed, cols_reversed = turn(orientation)
+    stored = pixels.swapaxes(0, 1) if swapped else pixels
+    return np.ascontiguousarray(stored[:: -1 if rows_reversed else 1, :: -1 if cols_reversed else 1])

@@ -1,13 +1,12 @@
 """The card of a model on the hub: what was proved of it, against whom, and what no certificate covers."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bagcert.errors import CONTROL, UnreadableError, shown
+from bagcert.errors import UnreadableError, cleaned, shown
 from bagcert.files import read_regular
 from bagcert.nets.model_folder import ModelConfig
 from bagcert.records import SCHEMA_VERSION, Row, RunInfo
@@ -17,9 +16,6 @@ RESULTS = "results.json"
 MAX_RESULTS_BYTES = 1 << 22
 MOST_CLASS_NAMES = 50  # of those that are listed
 MOST_CHARACTERS = 200  # of one name
-
-BIDIRECTIONAL = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""What turns the direction of writing, so that a text reads otherwise than it is."""
 
 CITATION = """\
 @software{bagcert,
@@ -141,7 +137,7 @@ def code(text: object, in_table: bool = False) -> str:
     >>> print(code("cat"), code("a`b"), code("<b>\n|", in_table=True))
     `cat` `` a`b `` `<b>?\|`
     """
-    line = BIDIRECTIONAL.sub("?", CONTROL.sub("?", str(text)))
+    line = cleaned(text)
     line = line[:MOST_CHARACTERS] + " ..." if len(line) > MOST_CHARACTERS else line
     if not line.strip():
         return "(empty)"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bagcert.errors import UnreadableError, UsageError, nearest, shown
+from bagcert.errors import UnreadableError, UsageError, cleaned, nearest, shown
 from bagcert.files import read_regular
 
 MAX_RECIPE_BYTES = 1 << 16
@@ -263,7 +263,8 @@ def _toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        quoted = json.dumps(value, ensure_ascii=False)
+        return "".join(f"\\u{ord(letter):04x}" if cleaned(letter) != letter else letter for letter in quoted)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return repr(value)

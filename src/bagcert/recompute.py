@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bagcert.certificate_records import geometry_fields, model_fields, pixels_sha256, scores_fields
+from bagcert.certificate_records import geometry_fields, image_fields, model_fields, pixels_sha256, scores_fields
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnreadableError
 from bagcert.images import Photo, read_image
@@ -39,12 +39,7 @@ def recompute(record: dict[str, Any], model: BagCert, path: Path) -> Verdict:
         photo = read_image(path)
     except UnreadableError as error:
         return Verdict(False, f"its image cannot be compared: {error}", "image")
-    image = {
-        "size_px": list(photo.stored_size),
-        "exif_orientation": photo.orientation,
-        "pixels_sha256": pixels_sha256(photo.pixels),
-    }
-    for name, there, here in _pairs(record["image"], image):
+    for name, there, here in _pairs(record["image"], image_fields(photo)):
         if there != here:
             return _refused(f"the {name} of its image is {there}, that of {path} is {here}")
     return _scores(record, model, photo)

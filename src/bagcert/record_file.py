@@ -1,15 +1,17 @@
 """A file of certificate records that a kill at any moment leaves fit to be resumed."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from bagcert.certificate_records import model_fields, threat_fields
+from bagcert.certificate_records import image_fields, model_fields, threat_fields
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.files import require_writable
+from bagcert.images import Photo
 from bagcert.record_lines import from_line, lines, to_line
 from bagcert.rules import get_rule
 from bagcert.threat import PatchThreatModel, check_notation
@@ -22,13 +24,18 @@ class RecordFile:
 
     What a kill cuts off is at most the end of the last image: `resume` keeps the records of all whole images, drops
     the rest, and `holds` says which need not be done again. The finished file is the same, byte for byte, as that of
-    a run never interrupted.
+    a run never interrupted, if the images are the same.
 
     Args:
         path: the file; without `resume` there must be none.
         model, fit, environment: the same in every record.
         rules, patches: as asked for, at least one each; `placements` restricts all patches.
         resume: go on with what is there.
+
+    Attributes:
+        kept: how many images the file held from the beginning.
+        held: how many of them `holds` was asked for.
+        changed: the names that it was asked for and that the file has with other pixels only.
 
     Raises:
         UsageError: there is a file already, or it holds another model, environment, rule or patch; an unknown rule or
@@ -58,9 +65,12 @@ class RecordFile:
         self.path = path
         self.environment = environment
         self.kept = 0
+        self.held = 0
+        self.changed: list[str] = []
         self._common = {"model": model_fields(model), "environment": environment, "fit": fit}
         self._placements = placements
-        self._done: Counter[str] = Counter()
+        self._done: Counter[tuple[str, str]] = Counter()
+        self._names: set[str] = set()
         whole = self._read() if path.exists() else 0
         try:
             self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
@@ -76,11 +86,18 @@ class RecordFile:
     ) -> None:
         self._file.close()
 
-    def holds(self, source: str) -> bool:
-        """Is this image done? Each call counts for one image of that name."""
-        if not self._done[source]:
+    def holds(self, photo: Photo) -> bool:
+        """Is an image of this name and these very pixels done? Each call counts for one of them."""
+        if photo.source not in self._names:
             return False
-        self._done[source] -= 1
+        key = _key(photo.source, image_fields(photo))
+        if key not in self._done:
+            self.changed.append(photo.source)
+            return False
+        if not self._done[key]:
+            return False
+        self._done[key] -= 1
+        self.held += 1
         return True
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
@@ -112,12 +129,14 @@ class RecordFile:
             except ValueError as error:
                 raise UnreadableError(f"line {number} of {self.path} is no whole record: {error}") from None
             self._check(record, len(group), number)
-            if group and group[0]["source"] != record["source"]:
+            key = _key(record["source"], record["image"])
+            if group and _key(group[0]["source"], group[0]["image"]) != key:
                 raise UnreadableError(f"line {number} of {self.path} is of another image than the line before")
             group.append(record)
             position += len(line)
             if len(group) == len(self._asked):
-                self._done[record["source"]] += 1
+                self._done[key] += 1
+                self._names.add(record["source"])
                 self.kept += 1
                 whole = position
                 group.clear()
@@ -146,6 +165,10 @@ class RecordFile:
             there, here = f"{record['rule']} against {record['threat']['notation']}", f"{rule} against {patch}"
             same = " with other placements" if there == here else ""
             raise UsageError(f"line {number} of {self.path} is of {there}{same}, this run has {here} there")
+
+
+def _key(source: str, image: dict[str, Any]) -> tuple[str, str]:
+    return source, json.dumps(image, sort_keys=True)
 
 
 def _short(value: Any) -> str:

@@ -65,6 +65,17 @@ class TestEveryDefense:
             assert int(alone.prediction[0]) == int(together.prediction[i])
             assert bool(alone.certified[0]) == bool(together.certified[i])
 
+    def test_one_image_needs_no_batch_axis(self, name):
+        defense, pixels = deployed(name), images()[:1]
+        floats = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255
+        for batch in (pixels, floats, torch.from_numpy(floats)):
+            for patch in ("2", THREAT):
+                whole, alone = defense.certify(batch, patch), defense.certify(batch[0], patch)
+                assert alone.threat == whole.threat == THREAT
+                for found in ("prediction", "certified", "margin", "worst_placement"):
+                    assert torch.equal(getattr(alone, found), getattr(whole, found)), found
+                assert torch.equal(defense.predict(batch[0], patch), whole.prediction)
+
     def test_what_is_certified_holds(self, name):
         defense, pixels = deployed(name), images()
         certificate = defense.certify(pixels, THREAT)

@@ -1,6 +1,7 @@
 """`bagcert certify --record` and `bagcert verify`: from image files to a rechecked proof, and what forgers meet."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -158,6 +159,34 @@ def test_a_run_resumed_leaves_the_same_bytes(home: Path, tmp_path: Path) -> None
     code, out, _ = run(*certify, "--resume")
     assert (code, json.loads(out)["results"]) == (0, [])
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("case", ["replaced", "another of that name"])
+def test_a_resumed_run_certifies_an_image_that_is_not_the_recorded_one(
+    case: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "r.jsonl"
+    certify = ("certify", "x.png", "--model", "digits", "--device", "cpu", "--record", record)
+    for folder, number in (("a", 0), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.png").write_bytes((home / "photos" / f"{number}.png").read_bytes())
+    monkeypatch.chdir(tmp_path / "a")
+    assert run(*certify)[0] == 0
+    if case == "replaced":
+        (tmp_path / "a" / "x.png").write_bytes((tmp_path / "b" / "x.png").read_bytes())
+    else:
+        monkeypatch.chdir(tmp_path / "b")
+    code, out, err = run(*certify, "--resume")
+    assert code == 0
+    assert "x.png" in out
+    assert err == f"Warning: {record} holds a certificate of another image named x.png; this one was certified anew\n"
+    hashes = [json.loads(line)["image"]["pixels_sha256"] for line in record.read_bytes().splitlines()]
+    pixels = [np.asarray(Image.open(home / "photos" / f"{number}.png").convert("RGB")) for number in (0, 2)]
+    assert hashes == [hashlib.sha256(each.tobytes()).hexdigest() for each in pixels]
+    whole = record.read_bytes()
+    code, out, err = run(*certify, "--resume")
+    assert (code, out, record.read_bytes()) == (0, "", whole)
+    assert "held 1 of 1 images already" in err
 
 
 def test_a_killed_run_is_completed(home: Path, tmp_path: Path) -> None:

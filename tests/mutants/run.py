@@ -33,6 +33,8 @@ FAST_TESTS = [
     "tests/proofs/test_theorem_cases.py",
     "tests/unit/rules/test_double_masking.py",
     "tests/unit/rules/test_largest.py",
+    "tests/unit/test_images.py::test_a_tiff_that_pillow_turns_while_loading_keeps_its_stored_pixels",
+    "tests/unit/test_certificate_records.py::test_a_name_given_twice_is_done_twice",
     "tests/properties/test_exactness.py::test_agreement_script",
     "tests/properties/test_masks.py::test_no_patch_within_a_mask_breaks_a_certificate",
     "tests/proofs/test_double_masking_exhaustive.py::test_every_binary_map_under_every_attack[2x4-1x2]",

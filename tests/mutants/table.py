@@ -497,9 +497,37 @@ LARGEST = {
     "a masked square covered where none fits": [("if _has_room(threat, middle) and _covers(", "if _covers(")],
 }
 
+IMAGES = {
+    "an orientation applied twice": [("stored = _turned_back(stored, orientation)", "pass")],
+    "a TIFF taken as Pillow turns it": [("stored = _turned_back(stored, orientation)", "orientation = 1")],
+    "the orientation of a TIFF ignored": [
+        (
+            "return Photo(stored, orientation, name)",
+            "return Photo(stored, 1 if image.format == 'TIFF' else orientation, name)",
+        )
+    ],
+    "a turn undone in the order in which it was made": [
+        (
+            "stored = pixels.swapaxes(0, 1) if swapped else pixels\n",
+            "rows_reversed, cols_reversed = (cols_reversed, rows_reversed)[:: 1 if swapped else -1]\n"
+            "    stored = pixels.swapaxes(0, 1) if swapped else pixels\n",
+        )
+    ],
+}
+
+RECORD_FILE = {
+    "resume by name alone": [("return source, json.dumps(image, sort_keys=True)", 'return source, ""')],
+    "an image of a known name is never asked for its pixels": [
+        ("        if key not in self._done:\n", "        if key not in self._done and not self._names:\n"),
+        ("        if not self._done[key]:\n            return False\n", ""),
+    ],
+}
+
 MUTANTS = [
     Mutant(name, tuple((file, text, replacement) for text, replacement in edits))
     for file, mistakes in {
+        "images.py": IMAGES,
+        "record_file.py": RECORD_FILE,
         "threat.py": THREAT,
         "rectangles.py": RECTANGLES,
         "verify.py": VERIFY,

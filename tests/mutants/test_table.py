@@ -42,6 +42,8 @@ def test_names_say_which_mutant_is_meant():
         "locality",
         "export",
         "rules",
+        "images.py",
+        "record_file.py",
     }
 
 

@@ -28,16 +28,19 @@ ENVIRONMENT = {"device": "cpu", "backend": "torch", "dtype": "float32", "threads
 PREPROCESSING = Preprocessing((8, 8))
 
 
+def photo(source: str = "a.png", size=(8, 8), orientation: int = 1) -> Photo:
+    return Photo(tiny.pixels(np.array([1]), size, tint=150)[0], orientation, source)
+
+
 def make(
     source: str = "a.png", rule: str = "vote", patch: str = "2", size=(8, 8), orientation: int = 1, **changes: Any
 ):
-    model = tiny.color_model()
-    photo = Photo(tiny.pixels(np.array([1]), size, tint=150)[0], orientation, source)
-    geometry = PREPROCESSING.geometry(photo.stored_size, orientation)
-    score_map = geometry.score_map(model.score_map(PREPROCESSING.apply(photo)[None]))
+    model, image = tiny.color_model(), photo(source, size, orientation)
+    geometry = PREPROCESSING.geometry(image.stored_size, orientation)
+    score_map = geometry.score_map(model.score_map(PREPROCESSING.apply(image)[None]))
     allowed = changes.pop("allowed", None)
-    certificate = get_rule(rule).certify(score_map, PatchThreatModel.parse(patch, photo.stored_size, allowed))
-    return certificate_record(model, PREPROCESSING, photo, score_map, certificate, ENVIRONMENT)
+    certificate = get_rule(rule).certify(score_map, PatchThreatModel.parse(patch, image.stored_size, allowed))
+    return certificate_record(model, PREPROCESSING, image, score_map, certificate, ENVIRONMENT)
 
 
 def test_a_record_holds_what_docs_records_md_says() -> None:
@@ -170,7 +173,7 @@ def _write(path: Path, resume: bool = False) -> list[str]:
     done = []
     with _file(path, resume) as file:
         for records in _images():
-            if not file.holds(records[0]["source"]):
+            if not file.holds(photo(records[0]["source"])):
                 file.append(records)
                 done.append(records[0]["source"])
     return done
@@ -201,8 +204,14 @@ def test_a_name_given_twice_is_done_twice(tmp_path: Path) -> None:
         file.append(first)
     with _file(path, resume=True) as file:
         assert file.kept == 2
-        assert [file.holds("a.png") for _ in range(3)] == [True, True, False]
-        assert not file.holds("b.png")
+        assert [file.holds(photo("a.png")) for _ in range(3)] == [True, True, False]
+        assert not file.holds(photo("b.png"))
+        assert (file.held, file.changed) == (2, [])
+        brighter = Photo(photo("a.png").pixels | 1, source="a.png")
+        turned = Photo(photo("a.png").pixels, 3, "a.png")
+        assert not file.holds(brighter)
+        assert not file.holds(turned)
+        assert (file.held, file.changed) == (2, ["a.png", "a.png"])
 
 
 def test_a_file_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:
@@ -253,6 +262,11 @@ def test_another_file_is_never_cut(tmp_path: Path) -> None:
         assert path.read_bytes() == content
     mixed = to_line(_images()[0][0]) + to_line(_images()[1][1])
     path.write_bytes(mixed)
+    with pytest.raises(UnreadableError, match=r"line 2 .* is of another image than the line before"):
+        _file(path, resume=True)
+    other = make("a.png", "detection")
+    other["image"] |= {"pixels_sha256": "0" * 64}
+    path.write_bytes(to_line(_images()[0][0]) + to_line(seal(other)))
     with pytest.raises(UnreadableError, match=r"line 2 .* is of another image than the line before"):
         _file(path, resume=True)
 

@@ -100,6 +100,21 @@ def test_the_fallback_is_asked_about_the_doubtful_images_only(as_tensor: bool) -
     assert answers == [9 if i % 2 else None for i in range(len(answers))]
 
 
+@pytest.mark.parametrize("kind", ["bytes", "floats", "tensor"])
+def test_the_fallback_is_given_one_image_whole(kind: str) -> None:
+    """Without the batch axis as well, where indexing would take a row or a channel of it."""
+    pixels = _digits(1)[0][0]
+    image = pixels if kind == "bytes" else pixels.transpose(2, 0, 1).astype(np.float32) / 255
+    image = torch.from_numpy(image) if kind == "tensor" else image
+    given: list = []
+    fail_safe = FailSafe(bagcert.load("digits"), "2", lambda images: given.append(images) or [7] * len(images))
+    (verdict,) = fail_safe(image)
+    assert (verdict.certified, verdict.label) == (False, 7)
+    assert verdict == fail_safe(image[None])[0]
+    for asked in given:
+        np.testing.assert_array_equal(np.asarray(asked), np.asarray(image)[None])
+
+
 def test_without_doubt_the_fallback_is_not_asked() -> None:
     white = np.full((1, 8, 8, 3), 0, np.uint8)
     white[..., 0] = 255

@@ -7,15 +7,17 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, Photo, as_batch, read_image
+from bagcert.images import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, Photo, as_batch, read_image, with_batch_axis
+from tests import tiny
 
 
 def _pixels(height: int = 7, width: int = 5) -> np.ndarray:
@@ -100,6 +102,55 @@ def test_orientation_is_kept_beside_stored_pixels_and_upright_agrees_with_pillow
     assert photo.orientation == orientation
     np.testing.assert_array_equal(photo.pixels, _pixels())
     np.testing.assert_array_equal(photo.upright(), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))))
+
+
+def _tiff(orientation: object, mode: str = "RGB", **options: object) -> bytes:
+    return _encode(Image.fromarray(_pixels()).convert(mode), "TIFF", tiffinfo={0x0112: orientation}, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_a_tiff_that_pillow_turns_while_loading_keeps_its_stored_pixels(
+    orientation: int, compression: str | None
+) -> None:
+    encoded = _tiff(orientation, compression=compression)
+    photo = read_image(encoded)
+    assert photo.orientation == orientation
+    np.testing.assert_array_equal(photo.pixels, _pixels())
+    np.testing.assert_array_equal(photo.upright(), np.asarray(Image.open(io.BytesIO(encoded))))
+    grey = read_image(_tiff(orientation, "L", compression=compression))
+    np.testing.assert_array_equal(grey.pixels[:, :, 0], np.asarray(Image.fromarray(_pixels()).convert("L")))
+
+
+@pytest.mark.parametrize("format", ["TIFF", "PNG", "JPEG", "WEBP"])
+def test_an_orientation_in_xmp_alone_leaves_the_stored_pixels_where_they_are(format: str) -> None:
+    packet = b'<rdf:Description tiff:Orientation="6"/>'
+    name = "tiffinfo" if format == "TIFF" else "xmp"
+    image = Image.fromarray(_pixels(16, 24))
+    plain = np.asarray(Image.open(io.BytesIO(_encode(image, format))).convert("RGB"))
+    photo = read_image(_encode(image, format, **{name: {700: packet} if format == "TIFF" else packet}))
+    np.testing.assert_array_equal(photo.pixels, plain)
+    assert photo.orientation in ((1, 6) if format == "PNG" else (6,))
+
+
+def test_a_tiff_that_older_pillow_turns_twice_is_refused() -> None:
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        with pytest.raises(UnreadableError, match="is a YCbCr TIFF with EXIF orientation 3; save it again as RGB"):
+            read_image(_tiff(3, "YCbCr", compression=compression))
+        assert read_image(_tiff(1, "YCbCr", compression=compression)).stored_size == (7, 5)
+    assert read_image(_tiff(6, compression="jpeg")).stored_size == (7, 5)
+
+
+def test_a_tiff_whose_orientation_cannot_be_read_is_refused() -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[700] = 2  # XMP as a text, at which Pillow raises an error
+    tags[700] = "no bytes"
+    with pytest.raises(UnreadableError, match="orientation that cannot be read"):
+        read_image(_encode(Image.fromarray(_pixels()), "TIFF", tiffinfo=tags))
+    for odd in (0, 9, 600):  # Pillow turns by no such number
+        photo = read_image(_tiff(odd))
+        assert photo.orientation == 1
+        np.testing.assert_array_equal(photo.pixels, _pixels())
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -247,6 +298,34 @@ def test_read_only_and_reversed_arrays_are_taken() -> None:
 def test_other_arrays_are_refused(images: np.ndarray, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         as_batch(images)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda zeros: zeros.to_sparse(), "must be a dense tensor, got a sparse_coo one"),
+        (lambda zeros: zeros[0].to_sparse(), "must be a dense tensor, got a sparse_coo one"),
+        (lambda zeros: zeros.to_mkldnn(), "must be a dense tensor, got a _mkldnn one"),
+        (lambda zeros: torch.nested.nested_tensor([zeros[0]]), "must be a dense tensor, got a nested one"),
+        (lambda zeros: torch.nested.nested_tensor([zeros[0]], layout=torch.jagged), "got a nested one"),
+        (lambda zeros: zeros.to("meta"), "must have values, got a tensor on the meta device"),
+        (lambda zeros: zeros[0].to("meta"), "must have values, got a tensor on the meta device"),
+    ],
+)
+@pytest.mark.parametrize("take", [as_batch, tiny.color_model().score_map, tiny.color_model().certify])
+def test_tensors_of_other_kinds_are_refused(take: Callable, make: Callable, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        take(make(torch.zeros(1, 3, 8, 8)))
+
+
+def test_what_torch_has_no_numbers_for_is_refused() -> None:
+    wide = np.zeros((1, 3, 8, 8), np.longdouble)
+    if wide.itemsize > 8:  # it is another name of float64 elsewhere
+        with pytest.raises(UsageError, match="at most 64 bits, got float"):
+            as_batch(wide)
+    with pytest.raises(UsageError, match="must be a numpy array or a torch tensor, got list"):
+        with_batch_axis([[0.0]])
 
 
 def _hollow(path: Path, head: bytes, size: int) -> Path:

@@ -7,6 +7,7 @@ failed, 5 some inputs unreadable.
 import os
 import signal
 import sys
+import warnings
 from contextlib import suppress
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from bagcert.cli.attack import attack
 from bagcert.cli.benchmark import benchmark
 from bagcert.cli.certify import certify
 from bagcert.cli.compare import compare
-from bagcert.cli.console import fail
+from bagcert.cli.console import fail, say, warn
 from bagcert.cli.demo import demo
 from bagcert.cli.doctor import doctor
 from bagcert.cli.evaluate import evaluate
@@ -47,7 +48,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> bool:
     if asked:
-        print(f"bagcert {__version__}")
+        say(f"bagcert {__version__}")
         raise typer.Exit
     return asked
 
@@ -84,6 +85,7 @@ def main() -> None:
     """Runs the command line; a user's mistake is one sentence and an exit code, never a traceback."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    warnings.showwarning = lambda message, category, *where: warn(f"{category.__name__}: {message}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: whole files, a sentence, exit code 1
     code = None
     command = typer.main.get_command(app)

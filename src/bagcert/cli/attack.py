@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bagcert.cli.console import check_output, fail, print_json, progress, stdout
+from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, styled
 from bagcert.cli.options import Data, Device, Dtype, Json, Limit, Model, Patches, Placements, Rules, Split
 
 if TYPE_CHECKING:
@@ -163,29 +163,23 @@ def _write(info: "AttackInfo", images: list, out: Path | None, records: Path | N
 
 
 def _print(info: "AttackInfo") -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("patch")
-    table.add_column("rule")
-    for column in ("clean", "attacked", "certified", "attempts", "broken certificates"):
-        table.add_column(column, justify="right")
+    rows = []
     for row in info.results:
         broken = row.broken_certificates
-        table.add_row(
-            row.threat,
-            row.rule,
-            f"{row.clean_accuracy:.1%}",
-            f"{row.attacked_accuracy:.1%}",
-            f"{row.certified_accuracy:.1%}",
-            f"{row.attempts:,}",
-            f"[red]{broken}[/]" if broken else "0",
+        rows.append(
+            (
+                row.threat,
+                row.rule,
+                f"{row.clean_accuracy:.1%}",
+                f"{row.attacked_accuracy:.1%}",
+                f"{row.certified_accuracy:.1%}",
+                f"{row.attempts:,}",
+                styled(broken, "red" if broken else ""),
+            )
         )
-    console = stdout()
-    console.print(escape(f"{info.model} on {info.data} ({info.split}, {info.images:,} images)"), soft_wrap=True)
-    console.print(table)
-    console.print(
+    say(f"{info.model} on {info.data} ({info.split}, {info.images:,} images)")
+    print_table(rows, ("patch", "rule"), ("clean", "attacked", "certified", "attempts", "broken certificates"))
+    say(
         f"{', '.join(info.attack['attacks'])}; {info.seconds['total']:.1f} s in all "
         f"({info.device}, {info.dtype}, {info.threads} threads)"
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bagcert.cli.console import print_json, progress, stdout
+from bagcert.cli.console import print_json, print_table, progress, say
 from bagcert.cli.options import DATA_HELP, Device, Json
 
 if TYPE_CHECKING:
@@ -70,33 +70,27 @@ def benchmark(
         print_json([row.to_dict() for row in rows])
         return
     _print(rows)
-    stdout().print(f"Results and networks are in {out}; plots: {', '.join(path.name for path in plots)}")
+    say(f"Results and networks are in {out}; plots: {', '.join(path.name for path in plots)}")
 
 
 def _print(rows: "list[BenchmarkRow]") -> None:
-    from rich.table import Table
-
-    console = stdout()
+    right = ("clean", "certified", "images", "passes", "images/s predict", "certify", "MiB", "training s")
     for patch in dict.fromkeys(row.patch for row in rows):
         some = [row for row in rows if row.patch == patch]
-        console.print(f"{some[0].data} ({some[0].split}), patch {patch}, {some[0].device}, {some[0].threads} threads")
-        table = Table()
-        table.add_column("defense", no_wrap=True)
-        table.add_column("guarantee")
-        for column in ("clean", "certified", "images", "passes", "images/s predict", "certify", "MiB", "training s"):
-            table.add_column(column, justify="right")
-        for row in sorted(some, key=lambda row: -row.certified_accuracy):
-            passes, speed = row.forward_passes, row.images_per_second
-            table.add_row(
+        say(f"{some[0].data} ({some[0].split}), patch {patch}, {some[0].device}, {some[0].threads} threads")
+        cells = [
+            (
                 row.defense,
                 row.guarantee,
                 f"{row.clean_accuracy:.1%}",
                 f"{row.certified_accuracy:.1%}",
                 f"{row.images:,}",
-                f"{passes['predict']:,} / {passes['certify']:,}",
-                f"{speed['predict']:,.0f}",
-                f"{speed['certify']:,.0f}",
+                f"{row.forward_passes['predict']:,} / {row.forward_passes['certify']:,}",
+                f"{row.images_per_second['predict']:,.0f}",
+                f"{row.images_per_second['certify']:,.0f}",
                 f"{row.peak_memory_mib:,}",
                 f"{row.training_seconds:,.0f}",
             )
-        console.print(table)
+            for row in sorted(some, key=lambda row: -row.certified_accuracy)
+        ]
+        print_table(cells, ("defense", "guarantee"), right, first_whole=True)

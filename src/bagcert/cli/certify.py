@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from bagcert.cli.certify_many import certify_data
-from bagcert.cli.console import check_output, fail, print_json, progress, stdout, warn
+from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, styled, warn
 from bagcert.cli.options import Backend, Device, Dtype, Fit, Json, Patches, Placements, Portable, Rules
 
 
@@ -140,16 +140,19 @@ def certify(
             }
             records = RecordFile(record, loaded, rule or (), patch or (), environment, fit, placements, resume)
             stack.enter_context(records)
-        kept = 0 if records is None else records.kept
         for found in certify_files(loaded, files, patch or (), rule or (), fit, placements, records):
             if isinstance(found, FileError):
                 errors.append(found)
                 warn(found.error)
             else:
                 verdicts.append(found)
-            report(kept + len(verdicts) + len(errors), len(files))
-    if kept:
-        warn(f"{record} held {kept} of {len(files)} images already; they are not certified again, nor listed here")
+            held = 0 if records is None else records.held
+            report(held + len(verdicts) + len(errors), len(files))
+    for source in () if records is None else records.changed:
+        warn(f"{record} holds a certificate of another image named {source}; this one was certified anew")
+    if records is not None and records.held:
+        already = f"{records.held} of {len(files)} images already"
+        warn(f"{record} held {already}; they are not certified again, nor listed here")
     if explain is not None and verdicts:
         from bagcert.images import read_image
         from bagcert.report.explain import write_explanation
@@ -173,37 +176,24 @@ def certify(
 
 
 def _print(verdicts: list) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    for column in (
-        "image",
-        "size, px",
-        "class",
-        "patch",
-        "rule",
-        "certified",
-        "margin",
-        "worst placement",
-        "largest, px",
-    ):
-        table.add_column(column, overflow="fold")
+    rows = []
     for verdict in verdicts:
         for i, result in enumerate(verdict.results):
             first = i == 0
-            table.add_row(
-                escape(verdict.source) if first else "",
-                "x".join(map(str, verdict.size_px)) if first else "",
-                escape(verdict.class_name) if first else "",
-                result.threat,
-                result.rule,
-                "[green]yes[/]" if result.certified else "[red]no[/]",
-                str(result.margin),
-                str(result.worst_placement),
-                str(verdict.largest_certifiable_px) if first else "",
+            rows.append(
+                (
+                    verdict.source if first else "",
+                    "x".join(map(str, verdict.size_px)) if first else "",
+                    verdict.class_name if first else "",
+                    result.threat,
+                    result.rule,
+                    styled("yes", "green") if result.certified else styled("no", "red"),
+                    str(result.margin),
+                    str(result.worst_placement),
+                    str(verdict.largest_certifiable_px) if first else "",
+                )
             )
-    if verdicts:
-        console = stdout()
-        console.print(table)
-        console.print("largest: side of the largest square for which a defence built for it certifies the same class")
+    if rows:
+        columns = ("image", "size, px", "class", "patch", "rule", "certified", "margin", "worst placement")
+        print_table(rows, (*columns, "largest, px"), fold=True)
+        say("largest: side of the largest square for which a defence built for it certifies the same class")

@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from bagcert.cli.console import fail, print_json, progress, stdout
+from bagcert.cli.console import fail, print_json, print_table, progress, say
 
 
 def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) -> None:
@@ -33,32 +33,14 @@ def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) 
 
 
 def _print(found: dict[str, Any], out: Path) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    for column in ("patch", "rule"):
-        table.add_column(column)
     labelled = any(row["clean_accuracy"] is not None for row in found["results"])
-    for column in ("certified images", "share", *(("clean", "certified accuracy") if labelled else ())):
-        table.add_column(column, justify="right")
+    rows = []
     for row in found["results"]:
         shares = (row["clean_accuracy"], row["certified_accuracy"]) if labelled else ()
-        table.add_row(
-            escape(row["patch"]),
-            row["rule"],
-            f"{row['certified']:,}",
-            f"{row['certified_share']:.1%}",
-            *(f"{share:.1%}" for share in shares),
-        )
-    console = stdout()
-    console.print(
-        escape(f"{found['model']} on {found['data']}: {found['images']:,} images, {found['errors']:,} with errors"),
-        soft_wrap=True,
-    )
-    console.print(table)
+        certified = (f"{row['certified']:,}", f"{row['certified_share']:.1%}")
+        rows.append((row["patch"], row["rule"], *certified, *(f"{share:.1%}" for share in shares)))
+    say(f"{found['model']} on {found['data']}: {found['images']:,} images, {found['errors']:,} with errors")
+    right = ("certified images", "share", *(("clean", "certified accuracy") if labelled else ()))
+    print_table(rows, ("patch", "rule"), right)
     speed = f", {found['images_per_second']:g} images/s" if found["images_per_second"] else ""
-    console.print(
-        escape(f"{found['certified_now']:,} of them now in {found['seconds']:.1f} s ({found['engine']}){speed}; {out}"),
-        soft_wrap=True,
-    )
+    say(f"{found['certified_now']:,} of them now in {found['seconds']:.1f} s ({found['engine']}){speed}; {out}")

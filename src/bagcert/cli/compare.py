@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bagcert.cli.console import print_json, stdout
+from bagcert.cli.console import print_json, print_table, say
 from bagcert.cli.options import Json
 
 if TYPE_CHECKING:
@@ -47,32 +47,27 @@ def compare(
 
 
 def _print(found: "Comparison", show: int) -> None:
-    from rich.table import Table
-
-    console = stdout()
-    console.print(f"{found.images:,} images in both runs; {found.rules[0]} and {found.rules[1]} against {found.threat}")
-    table = Table()
-    table.add_column("accuracy")
-    for column in ("first", "second", "difference", "95 % interval", "only first", "only second", "p (McNemar)"):
-        table.add_column(column, justify="right")
-    for test in found.tests:
-        low, high = test.interval95
-        table.add_row(
+    say(f"{found.images:,} images in both runs; {found.rules[0]} and {found.rules[1]} against {found.threat}")
+    rows = [
+        (
             test.measure,
             f"{test.first:.1%}",
             f"{test.second:.1%}",
             f"{test.difference:+.1%}",
-            f"{low:+.1%} to {high:+.1%}",
+            f"{test.interval95[0]:+.1%} to {test.interval95[1]:+.1%}",
             f"{test.only_first:,}",
             f"{test.only_second:,}",
             f"{test.p_value:.2g}",
         )
-    console.print(table)
+        for test in found.tests
+    ]
+    right = ("first", "second", "difference", "95 % interval", "only first", "only second", "p (McNemar)")
+    print_table(rows, ("accuracy",), right)
     for change in found.changed[:show]:
         before, after = (
             f"{prediction}{' certified' if certified else ''}"
             for prediction, certified in zip(change["prediction"], change["certified"], strict=True)
         )
-        console.print(f"image {change['index']} (label {change['label']}): {before} -> {after}")
+        say(f"image {change['index']} (label {change['label']}): {before} -> {after}")
     if len(found.changed) > show:
-        console.print(f"... {len(found.changed):,} images changed; --json lists all")
+        say(f"... {len(found.changed):,} images changed; --json lists all")

@@ -1,18 +1,23 @@
-"""What every command shares: where text goes, how progress looks, the table of results."""
+"""What every command shares: where text goes, how progress looks, the table of results.
+
+All that a command prints goes through this module, and no other module of the command line prints. Names come out of
+files and may be hostile: texts stand on one line, without control characters, and nothing in them is markup.
+"""
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from rich.box import HEAVY_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from bagcert.errors import CONTROL
+from bagcert.errors import cleaned
 from bagcert.ranks import is_first_here
 from bagcert.records import RunInfo
 
@@ -26,31 +31,82 @@ class Report(Protocol):
         """Done so far, of how many, and a short note."""
 
 
-def stdout() -> Console:
-    """For results."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_WHEN_PIPED, highlight=False, emoji=False)
+def say(line: str = "", style: str = "") -> None:
+    """One line of results on stdout."""
+    _stdout().print(styled(line, style), soft_wrap=True)
 
 
-def stderr() -> Console:
-    """For progress and errors."""
-    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+def say_all(text: str) -> None:
+    """Several lines on stdout, for a text whose line ends are ours."""
+    for line in text.removesuffix("\n").split("\n"):
+        say(line)
+
+
+def tell(line: str) -> None:
+    """One line of progress on stderr."""
+    _stderr().print(styled(line))
 
 
 def fail(sentence: str, exit_code: int) -> NoReturn:
     """One sentence on stderr, and out. Of several processes on a machine the first says it."""
     if is_first_here():
-        stderr().print(f"[bold red]Error:[/] {_line(sentence)}")
+        _stderr().print(Text.assemble(("Error:", "bold red"), " ", _joined(sentence)))
     sys.exit(exit_code)
 
 
 def warn(sentence: str) -> None:
     """One sentence on stderr."""
-    stderr().print(f"[yellow]Warning:[/] {_line(sentence)}")
+    _stderr().print(Text.assemble(("Warning:", "yellow"), " ", _joined(sentence)))
+
+
+def styled(text: object, style: str = "") -> Text:
+    """A text in a color or weight of our own."""
+    return Text(cleaned(text), style)
+
+
+def print_table(
+    rows: Iterable[Sequence[str | Text]],
+    left: Sequence[str] = (),
+    right: Sequence[str] = (),
+    title: str | None = None,
+    fold: bool = False,
+    first_whole: bool = False,
+) -> None:
+    """A table on stdout.
+
+    Args:
+        rows: a cell for each column; texts as they came, or what `styled` made of one.
+        left, right: names of the columns aligned to the left, and of those after them aligned to the right.
+        title: above it.
+        fold: are cells that are too long broken anywhere, and not cut short?
+        first_whole: is the first column never broken?
+    """
+    table = Table(title=None if title is None else styled(title), title_justify="left", box=HEAVY_HEAD)
+    for number, name in enumerate((*left, *right)):
+        table.add_column(
+            styled(name),
+            justify="left" if number < len(left) else "right",
+            overflow="fold" if fold else "ellipsis",
+            no_wrap=first_whole and number == 0,
+        )
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else styled(cell) for cell in row))
+    _stdout().print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Names and values on stdout, one below the other."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(styled(name), styled(value))
+    _stdout().print(table)
 
 
 def print_json(value: Any) -> None:
     """The machine-readable result, alone on stdout."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    print(json.dumps(value, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))  # the one that JSON leaves as it is
 
 
 def check_output(path: Path, suffix: str = ".json") -> None:
@@ -71,52 +127,50 @@ def progress(what: str) -> Iterator[Report]:
 
     Until it is told how much there is to do, it only moves to and fro.
     """
-    console = stderr()
+    console = _stderr()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None, note="")
+        task = bar.add_task(cleaned(what), total=None, note="")
 
         def report(done: int, total: int, note: str = "") -> None:
             bar.update(task, completed=done, total=total)
             if note:
-                bar.update(task, note=note)
+                bar.update(task, note=cleaned(note))
 
         yield report
 
 
 def print_results(info: RunInfo) -> None:
     """The table of an evaluation."""
-    table = Table()
-    table.add_column("patch")
-    table.add_column("rule")
     attacked = ("attacked",) if info.attack else ()
-    for column in ("clean", *attacked, "certified", "certified, 95 % interval", "seconds"):
-        table.add_column(column, justify="right")
+    rows = []
     for row in info.results:
         low, high = row.interval95["certified_accuracy"]
-        table.add_row(
-            row.threat,
-            row.rule,
-            f"{row.clean_accuracy:.1%}",
-            *(() if row.attacked_accuracy is None else (f"{row.attacked_accuracy:.1%}",)),
-            f"{row.certified_accuracy:.1%}",
-            f"{low:.1%} to {high:.1%}",
-            f"{row.seconds:.2f}",
+        rows.append(
+            (
+                row.threat,
+                row.rule,
+                f"{row.clean_accuracy:.1%}",
+                *(() if row.attacked_accuracy is None else (f"{row.attacked_accuracy:.1%}",)),
+                f"{row.certified_accuracy:.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{row.seconds:.2f}",
+            )
         )
-    console = stdout()
-    title = f"{info.model} on {info.data} ({info.split}, {info.images:,} images)"
-    console.print(escape(title), soft_wrap=True)  # a table's own title would be cut to the table's width
-    console.print(table)
+    # A title of the table would be cut to the table's width.
+    say(f"{info.model} on {info.data} ({info.split}, {info.images:,} images)")
+    right = ("clean", *attacked, "certified", "certified, 95 % interval", "seconds")
+    print_table(rows, ("patch", "rule"), right)
     seconds = info.seconds
-    console.print(
+    say(
         f"forward pass {seconds['forward']:.1f} s, loading {seconds['load']:.1f} s, {seconds['total']:.1f} s in all "
         f"({info.device}, {info.dtype}, {info.threads} threads)"
     )
@@ -125,9 +179,17 @@ def print_results(info: RunInfo) -> None:
             sum(getattr(row, name) or 0 for row in info.results)
             for name in ("attempts", "certified_attempts", "broken_certificates")
         )
-        console.print(f"{attempts:,} attempts, {certified:,} of them on certified images; {broken} certificates broken")
+        say(f"{attempts:,} attempts, {certified:,} of them on certified images; {broken} certificates broken")
 
 
-def _line(sentence: str) -> str:
-    joined = " ".join(line.strip() for line in sentence.splitlines())
-    return escape(CONTROL.sub("?", joined))  # names of files may hold what moves the cursor
+def _stdout() -> Console:
+    return Console(width=None if sys.stdout.isatty() else WIDTH_WHEN_PIPED, highlight=False, emoji=False, markup=False)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False, emoji=False, markup=False, soft_wrap=True)
+
+
+def _joined(sentence: str) -> str:
+    """A sentence on one line, though libraries break theirs."""
+    return cleaned(" ".join(line.strip() for line in sentence.splitlines()))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bagcert.cli.console import check_output, print_json, print_results, progress, stdout
+from bagcert.cli.console import check_output, print_json, print_results, progress, say
 from bagcert.cli.options import Json
 
 PATCHES = ("1", "2")
@@ -56,10 +56,8 @@ def demo(
         print_json(evaluation.info.to_dict())
         return
     print_results(evaluation.info)
-    stdout().print(
-        "clean: share answered rightly. certified: share answered rightly and proved to stay so whatever is put\n"
-        "under one patch of that size, anywhere. Next: bagcert certify PHOTO.jpg"
-    )
-    stdout().print(f"The report is in {page}", soft_wrap=True, markup=False)
+    say("clean: share answered rightly. certified: share answered rightly and proved to stay so whatever is put")
+    say("under one patch of that size, anywhere. Next: bagcert certify PHOTO.jpg")
+    say(f"The report is in {page}")
     if out is not None:
-        stdout().print(f"The model is in {out}: bagcert evaluate {out} --data digits --patch 1x3")
+        say(f"The model is in {out}: bagcert evaluate {out} --data digits --patch 1x3")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bagcert.cli.console import fail, print_json, progress, stdout
+from bagcert.cli.console import fail, print_json, print_table, progress, say
 from bagcert.cli.options import Device, Dtype, Json, Model, OnePatch
 
 if TYPE_CHECKING:
@@ -108,32 +108,20 @@ def _cost(
 
 
 def _print(report: "LocalityReport", cost: list[dict[str, Any]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    for column in ("probe", "kind"):
-        table.add_column(column)
-    for column in ("images", "largest change, z", "largest change, levels"):
-        table.add_column(column, justify="right")
+    rows = []
     for probe in report.probes:
         change = "0" if probe.largest_z == 0 else f"{probe.largest_z:.3g}"
-        table.add_row(escape(probe.name), probe.kind, str(probe.trials), change, str(probe.largest_levels))
+        rows.append((probe.name, probe.kind, str(probe.trials), change, str(probe.largest_levels)))
     patches = ", ".join(f"{height}x{width}" for height, width in report.patches)
-    console = stdout()
-    console.print(
-        escape(f"{report.model}: {report.backend} on {report.device}, {report.dtype}, patches of {patches} px"),
-        soft_wrap=True,
-    )
-    console.print(table)
+    say(f"{report.model}: {report.backend} on {report.device}, {report.dtype}, patches of {patches} px")
+    print_table(rows, ("probe", "kind"), ("images", "largest change, z", "largest change, levels"))
     for sentence in sentences(report):
-        console.print(escape(sentence), soft_wrap=True)
+        say(sentence)
     for row in cost:
-        console.print(
+        say(
             f"  guard against {row['guard']:<15} tolerance {row['tolerance_z']:.3g}  certified "
             f"{row['certified_accuracy']:.2%}  (lost {row['certified_accuracy_lost']:.2%}, {row['threat']} by "
-            f"{row['rule']}, {row['images']:,} images)",
-            soft_wrap=True,
+            f"{row['rule']}, {row['images']:,} images)"
         )
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bagcert.cli.console import check_output, print_json, progress, stdout
+from bagcert.cli.console import check_output, print_json, progress, say
 from bagcert.cli.options import ExportedRule, Fit, Json, Model, OnePatch, Placements
 
 if TYPE_CHECKING:
@@ -108,9 +108,7 @@ def _images(model: "BagCert", data: str, split: str, count: int, fit: str) -> "C
 
 
 def _print(found: "Exported") -> None:
-    from rich.markup import escape
-
-    console, check, about = stdout(), found.check, found.metadata
+    check, about = found.check, found.metadata
     lines = [
         f"{', '.join(found.files)}: {about['model']}, {about['rule']} against {about['patch']} px",
         f"  locality in onnxruntime: {found.locality}"
@@ -135,4 +133,4 @@ def _print(found: "Exported") -> None:
                 f"{found.accuracy['images']} images beside the {found.accuracy['calibration_images']} for calibration"
             )
     for line in lines:
-        console.print(escape(line), soft_wrap=True)
+        say(line)

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bagcert.cli.console import print_json, stdout
+from bagcert.cli.console import print_facts, print_json, print_table, say
 from bagcert.cli.options import Json
 
 
@@ -22,26 +22,18 @@ def info(
     if json:
         print_json(found)
         return
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in found.items():
-        if key not in ("recipe", "results"):
-            table.add_row(key.replace("_", " "), escape(_plain(value)))
-    console = stdout()
-    console.print(table)
+    shown = {key: value for key, value in found.items() if key not in ("recipe", "results")}
+    print_facts((key.replace("_", " "), _plain(value)) for key, value in shown.items())
     if found["results"]:
-        console.print("\n[bold]measured[/]")
+        say()
+        say("measured", "bold")
         for row in found["results"]:
-            console.print(
+            say(
                 f"  {row['threat']:>8} {row['rule']:<15} clean {row['clean_accuracy']:.1%}  certified "
-                f"{row['certified_accuracy']:.1%}  ({row['data']}, {row['images']:,} images)",
-                markup=False,
+                f"{row['certified_accuracy']:.1%}  ({row['data']}, {row['images']:,} images)"
             )
-    console.print("\nThe recipe: bagcert info MODEL --json, or recipe in config.json")
+    say()
+    say("The recipe: bagcert info MODEL --json, or recipe in config.json")
 
 
 def _list(json: bool) -> None:
@@ -54,21 +46,16 @@ def _list(json: bool) -> None:
         listing = {"models": list(models), "aliases": ALIASES, "recipes": list(shipped_recipes())}
         print_json({**listing, "architectures": list(ARCHITECTURES)})
         return
-    from rich.table import Table
-
     from bagcert.nets.model_folder import read_config
 
-    console = stdout()
-    table = Table(title="Models", title_justify="left")
-    for column in ("name", "alias", "classes", "rule", "patch, px", "architecture"):
-        table.add_column(column)
+    rows = []
     for name, folder in models.items():
         config = read_config(folder)
         alias = ", ".join(alias for alias, target in ALIASES.items() if target == name)
-        table.add_row(name, alias, str(len(config.class_names)), config.rule, config.patch, config.architecture)
-    console.print(table)
-    console.print(f"Recipes: {', '.join(shipped_recipes())}")
-    console.print(f"Architectures: {', '.join(ARCHITECTURES)}")
+        rows.append((name, alias, str(len(config.class_names)), config.rule, config.patch, config.architecture))
+    print_table(rows, ("name", "alias", "classes", "rule", "patch, px", "architecture"), title="Models")
+    say(f"Recipes: {', '.join(shipped_recipes())}")
+    say(f"Architectures: {', '.join(ARCHITECTURES)}")
 
 
 def _plain(value: Any) -> str:

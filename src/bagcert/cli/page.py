@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from bagcert.cli.console import progress, stdout
+from bagcert.cli.console import progress, say
 from bagcert.cli.options import ExportedRule, OnePatch
 
 STEPS = 4  # of an export at most, for the progress bar
@@ -35,10 +35,9 @@ def page(
     The model runs in the browser; the page is served to this machine only, asks for nothing outside it and sends no
     picture anywhere. Ctrl-C ends it.
     """
+    import sys
     import threading
     import webbrowser
-
-    from rich.markup import escape
 
     from bagcert.defenses.bagcert import load
     from bagcert.page import PageServer, build_site
@@ -51,13 +50,12 @@ def page(
             server.resources = build_site(
                 loaded, patch, rule, data, lambda step: report(min(next(done), STEPS), STEPS, step)
             )
-        console = stdout()
-        console.print(f"{server.url} shows {escape(loaded.name)}; Ctrl-C ends it", soft_wrap=True)
-        console.file.flush()
+        say(f"{server.url} shows {loaded.name}; Ctrl-C ends it")
+        sys.stdout.flush()
         if not no_browser:
             # Some browsers of terminals keep the caller waiting.
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
         try:
             server.serve_forever()
         except KeyboardInterrupt:  # the regular way to end it
-            console.print("ended")
+            say("ended")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bagcert.cli.console import print_json, stderr, stdout
+from bagcert.cli.console import print_json, say, tell
 from bagcert.cli.options import Json, Model
 
 
@@ -40,7 +40,7 @@ def push(
         url = None
     else:
         if not json:
-            stderr().print(f"uploading {sum(map(len, files.values())):,} bytes", markup=False)
+            tell(f"uploading {sum(map(len, files.values())):,} bytes")
         url = hub.push(files, repo_id, private)
     if json:
         listing = [
@@ -52,14 +52,8 @@ def push(
             {"schema_version": SCHEMA_VERSION, "repo_id": repo_id, "dry_run": where, "url": url, "files": listing}
         )
         return
-    console = stdout()
     for name, content in files.items():
-        console.print(f"{len(content):>12,}  {name}", markup=False)
+        say(f"{len(content):>12,}  {name}")
     if RESULTS not in files:
-        console.print(
-            f"The card says that nothing was measured: bagcert evaluate {model} --data DATA --out {model}/{RESULTS}",
-            markup=False,
-            soft_wrap=True,
-        )
-    done = f"This would be uploaded to {repo_id}; it is in {dry_run}" if url is None else f"The model is at {url}"
-    console.print(done, markup=False, soft_wrap=True)
+        say(f"The card says that nothing was measured: bagcert evaluate {model} --data DATA --out {model}/{RESULTS}")
+    say(f"This would be uploaded to {repo_id}; it is in {dry_run}" if url is None else f"The model is at {url}")

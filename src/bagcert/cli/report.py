@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bagcert.cli.console import check_output, progress, stdout
+from bagcert.cli.console import check_output, progress, say
 
 
 def report(
@@ -34,7 +34,6 @@ def report(
         inputs = read_inputs(paths)
         drawn = write_plots(inputs, plots) if plots is not None else []
         write_report(inputs, out, title)
-    console = stdout()
-    console.print(f"The report is in {out}", soft_wrap=True, markup=False)
+    say(f"The report is in {out}")
     if drawn:
-        console.print(f"{len(drawn)} figures are in {plots}", soft_wrap=True, markup=False)
+        say(f"{len(drawn)} figures are in {plots}")

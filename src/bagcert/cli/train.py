@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bagcert.cli.console import progress, stderr
+from bagcert.cli.console import progress, say, say_all, tell
 from bagcert.cli.options import Device
 from bagcert.errors import BagcertError
 from bagcert.ranks import is_main_process
@@ -34,7 +34,7 @@ def train(
     chosen = load_recipe(recipe, set_ or ())
     if print_recipe:
         if is_main_process():
-            print(chosen.to_toml(), end="")
+            say_all(chosen.to_toml())
         return
     from bagcert.defenses.bagcert import model_folder
     from bagcert.distributed import leave
@@ -50,7 +50,7 @@ def train(
             if at.validation is not None:
                 clean, certified = at.validation["clean_accuracy"], at.validation["certified_accuracy"]
                 note = f"clean {clean:.1%}, certified {certified:.1%}"
-                stderr().print(f"epoch {at.epoch}/{chosen.train.epochs}: loss {at.loss:.3f}, {note}")
+                tell(f"epoch {at.epoch}/{chosen.train.epochs}: loss {at.loss:.3f}, {note}")
             report(at.step, at.steps, note)
 
         try:
@@ -60,4 +60,4 @@ def train(
             raise
         leave()
     if is_main_process():
-        print(f"The model is in {folder}: bagcert evaluate {folder} --data {data or chosen.data.name}")
+        say(f"The model is in {folder}: bagcert evaluate {folder} --data {data or chosen.data.name}")

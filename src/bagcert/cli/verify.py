@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bagcert.cli.console import fail, print_json, progress, stdout, warn
+from bagcert.cli.console import fail, print_json, progress, say, warn
 from bagcert.cli.options import Device, Json
 
 if TYPE_CHECKING:
@@ -87,11 +87,9 @@ def verify(
     else:
         basis = "given the recorded scores and geometry" if model is None else f"scores and geometry as of {model}"
         held = len(results) - len(bad)
-        stdout().print(
+        say(
             f"{held} of {len(results)} records hold, {basis}: {certified} certified, {held - certified} not; "
-            f"{_of(len(images_seen), 'distinct image')}, {_of(repeated, 'repeated record')}",
-            soft_wrap=True,
-            markup=False,
+            f"{_of(len(images_seen), 'distinct image')}, {_of(repeated, 'repeated record')}"
         )
     if bad:
         code = next(code for fault, code in EXIT_CODES.items() if any(result["fault"] == fault for result in bad))

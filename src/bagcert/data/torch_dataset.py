@@ -18,8 +18,9 @@ def from_torch(
     """Wraps a map-style dataset whose items are (image, label).
 
     Images: PIL, uint8 [height, width, 3], or float [3, height, width] in [0, 1], which are rounded to 8 bits. Leave
-    normalization and augmentation out of the dataset. Labels are taken from `dataset.targets` if it has them,
-    otherwise every item is read once.
+    normalization and augmentation out of the dataset. The pixels of a PIL image are those that numpy sees of it; no
+    EXIF orientation is applied. Labels are taken from `dataset.targets` if it has them, otherwise every item is read
+    once.
 
     Args:
         dataset: with `__len__` and `__getitem__`.

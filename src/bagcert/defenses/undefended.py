@@ -111,8 +111,9 @@ class Undefended:
         Raises:
             UsageError: bad images or patch, or a rule other than "none".
         """
-        prediction = self.predict(images, rule=rule)
-        height, width = as_batch(images[:1]).shape[2:]
+        batch = as_batch(images)
+        prediction = self.predict(batch, rule=rule)
+        height, width = batch.shape[2:]
         threat = PatchThreatModel.parse(patch, (height, width), placements)
         shape = threat.maximal_shapes[0]
         top, left = threat.corners(shape)[0]

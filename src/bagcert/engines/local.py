@@ -83,8 +83,8 @@ def certify_files(
 ) -> Iterator[FileVerdict | FileError]:
     """A verdict per file; a file that cannot be read gives an error in its place and the rest go on.
 
-    So does, among several files, an image too small for a patch. With `record`, an image it holds already is left
-    out, and the certificates of every other are in it before the verdict is given.
+    So does, among several files, an image too small for a patch. With `record`, an image it holds already, by name
+    and pixels, is left out, and the certificates of every other are in it before the verdict is given.
 
     Raises:
         UsageError: a patch outside the notation, an unknown rule; a patch that does not fit into the only image.
@@ -96,12 +96,12 @@ def certify_files(
     for patch in patches:
         check_notation(patch)
     for file in files:
-        if record is not None and record.holds(str(file)):
-            continue
         try:
             photo = read_image(file)
         except UnreadableError as error:
             yield FileError(str(file), str(error), error.exit_code)
+            continue
+        if record is not None and record.holds(photo):
             continue
         try:
             yield certify_photo(model, photo, preprocessing, patches, rules, placements, record)

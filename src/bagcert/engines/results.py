@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class ResultFolder:
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
         self.folder = folder
         self.run = run
-        self._mark = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest().encode()
+        self._mark = _mark(run)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             names = [entry.name for entry in folder.iterdir()]
@@ -97,15 +98,16 @@ class ResultFolder:
 
     def path(self, part: Part) -> Path:
         """Where the rows of a part are."""
-        return self.folder / f"part-{part.number:08}.parquet"
+        return self.folder / _file_name(part.number)
 
     def holds(self, part: Part) -> bool:
         """Are the rows of this part there, all of them, and of this run?"""
         try:
             with open_regular(self.path(part)) as raw, pq.ParquetFile(raw) as file:
-                own = (file.schema_arrow.metadata or {}).get(KEY) == self._mark
-                return own and file.metadata.num_rows == len(part)
-        except (OSError, pa.ArrowException):
+                if not _is_of(file, self._mark) or file.metadata.num_rows != len(part):
+                    return False
+                return file.read(["number"])["number"].to_pylist() == _numbers(part)
+        except (OSError, KeyError, pa.ArrowException):
             return False
 
     def write(self, part: Part, table: pa.Table) -> None:
@@ -115,7 +117,7 @@ class ResultFolder:
             BagcertError: they cannot be written, or are not one for each image of the part.
         """
         numbers = table["number"].to_pylist()
-        if numbers != list(range(part.first, part.first + len(part))):
+        if numbers != _numbers(part):
             raise BagcertError(f"part {part.number} came back with {len(numbers)} rows that are not its {len(part)}")
         buffer = io.BytesIO()
         pq.write_table(
@@ -136,23 +138,35 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UnreadableError(f"{folder / RUN} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError):
         raise UnreadableError(f"{folder / RUN} is damaged; it is not the description of a run") from None
-    if not isinstance(found, dict) or found.get("schema_version") != RUN_VERSION:
+    if not isinstance(found, dict) or found.get("schema_version") != RUN_VERSION or type(found.get("parts")) is not int:
         raise UnreadableError(f"{folder / RUN} is no description of a run that this version knows")
     return found
 
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of a run, part after part, in the order of the data.
+    """The rows of a run, part after part, in the order of the data; files that are none of its parts are left out.
 
     Raises:
-        UnreadableError: a file of rows is damaged.
+        UnreadableError: as `read_run`; a file of rows is damaged, or its images do not follow those before it.
     """
-    for path in sorted(folder.glob("part-*.parquet")):
+    run = read_run(folder)
+    mark, last = _mark(run), -1
+    for path in sorted(folder.glob("part-*.parquet"), key=lambda path: (len(path.name), path.name)):
+        digits = path.stem.removeprefix("part-")
+        if not digits.isdecimal() or path.name != _file_name(int(digits)) or int(digits) >= run["parts"]:
+            continue
         try:
-            with open_regular(path) as raw:
-                yield pq.read_table(raw, columns=columns, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
+            with open_regular(path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
+                if not _is_of(file, mark):
+                    continue
+                numbers = file.read(["number"])["number"].to_pylist()
+                table = file.read(columns)
+        except (OSError, KeyError, pa.ArrowException) as error:
             raise UnreadableError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if any(after <= before for before, after in pairwise([last, *numbers])):
+            raise UnreadableError(f"{path} holds images that do not follow those of the parts before it")
+        last = max([last, *numbers])
+        yield table
 
 
 @dataclass
@@ -210,6 +224,24 @@ def summarize(folder: Path) -> dict[str, Any]:
         "errors": errors,
         "results": [asdict(row) for row in rows],
     }
+
+
+def _mark(run: dict[str, Any]) -> bytes:
+    """What stands in each part of a run and in no other file."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest().encode()
+
+
+def _is_of(file: pq.ParquetFile, mark: bytes) -> bool:
+    return (file.schema_arrow.metadata or {}).get(KEY) == mark
+
+
+def _file_name(number: int) -> str:
+    return f"part-{number:08}.parquet"
+
+
+def _numbers(part: Part) -> list[int]:
+    """Those of its images within the run."""
+    return list(range(part.first, part.first + len(part)))
 
 
 def _words(name: str) -> str:

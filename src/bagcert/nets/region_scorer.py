@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from bagcert.aggregation import PRODUCT_LIMIT
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid
-from bagcert.images import as_batch
+from bagcert.images import as_batch, with_batch_axis
 from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.geometry import derive_grid
 from bagcert.nets.probe import check_locality
@@ -250,18 +250,17 @@ class RegionScorer(nn.Module):
 
     def _as_batch(self, images: object) -> Float[Tensor, "batch channels height width"]:
         """Float images in [0, 1] with the network's channels; grey ones are checked as RGB of three equal channels."""
-        if not isinstance(images, np.ndarray | Tensor):
-            raise UsageError(f"images must be a numpy array or a torch tensor, got {type(images).__name__}")
+        batch = with_batch_axis(images)
         if self.channels == 6:
             raise UsageError("this network scores ablated images only; deploy it as derandomized smoothing")
-        if self.channels == 3 or images.ndim < 3:
-            return as_batch(images)
-        axis = images.ndim - (1 if images.dtype in (np.uint8, torch.uint8) else 3)
-        if images.shape[axis] != 1:
-            raise UsageError(f"this network takes images of one channel, got {list(images.shape)}")
-        if isinstance(images, np.ndarray):
-            return as_batch(np.repeat(images, 3, axis))[:, :1]
-        return as_batch(images.repeat_interleave(3, axis))[:, :1]
+        if self.channels == 3 or batch.ndim < 3:
+            return as_batch(batch)
+        axis = batch.ndim - (1 if batch.dtype in (np.uint8, torch.uint8) else 3)
+        if batch.shape[axis] != 1:
+            raise UsageError(f"this network takes images of one channel, got {list(batch.shape)}")
+        if isinstance(batch, np.ndarray):
+            return as_batch(np.repeat(batch, 3, axis))[:, :1]
+        return as_batch(batch.repeat_interleave(3, axis))[:, :1]
 
 
 def is_normal(value: float) -> bool:

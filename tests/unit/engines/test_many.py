@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from bagcert.defenses.bagcert import load
 from bagcert.engines.local import FileVerdict, certify_files
 from bagcert.engines.many import certify_many
 from bagcert.engines.parts import list_work
-from bagcert.engines.results import read_rows
+from bagcert.engines.results import read_rows, summarize
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.images import read_image
 
@@ -133,6 +134,38 @@ def test_a_restart_does_what_is_missing_and_nothing_else(mixed: Path, done: tupl
     assert found["images"] == 15
     assert _same(out, done[0])
     assert certify_many(str(mixed), out, **ASKED)["certified_now"] == 0
+
+
+def test_files_that_are_no_part_of_the_run_are_not_counted(
+    mixed: Path, done: tuple[Path, dict], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(done[0], out)
+    first = out / "part-00000000.parquet"
+    unmarked = pq.read_table(first).replace_schema_metadata(None)
+    for name in ("part-00000000.old.parquet", "part-00000099.parquet", "part-0.parquet", "part-00000000 (1).parquet"):
+        shutil.copyfile(first, out / name)
+    (out / "part-x.parquet").write_bytes(b"no Parquet file")
+    assert _same(out, done[0])
+    figures = ("images", "missing", "errors", "results")
+    assert {name: summarize(out)[name] for name in figures} == {name: done[1][name] for name in figures}
+    again = certify_many(str(mixed), out, **ASKED)
+    assert [again[name] for name in figures] == [done[1][name] for name in figures]
+    assert again["certified_now"] == 0
+    pq.write_table(unmarked, first)
+    assert summarize(out)["missing"] == len(unmarked)
+    assert certify_many(str(mixed), out, **ASKED)["certified_now"] == len(unmarked)
+    assert _same(out, done[0])
+
+
+def test_a_part_under_the_name_of_another_is_done_again(mixed: Path, done: tuple[Path, dict], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(done[0], out)
+    shutil.copyfile(out / "part-00000000.parquet", out / "part-00000001.parquet")
+    with pytest.raises(UnreadableError, match=r"part-00000001\.parquet holds images that do not follow"):
+        summarize(out)
+    assert certify_many(str(mixed), out, **ASKED)["missing"] == 0
+    assert _same(out, done[0])
 
 
 @pytest.mark.parametrize(
