@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from torch import Tensor, nn
 
-from bagcert.errors import UnsoundError, UsageError
+if TYPE_CHECKING:
+    from bagcert.nets.passes import Pass
 
 ROW, COL = 1, 2  # positions in Footprint.dims
 
@@ -66,16 +67,16 @@ class Tracked(Tensor):
     """A tensor with a footprint, from the image or computed from it."""
 
     footprint: Footprint
-    layers: list[Layer]  # the layers being called, innermost last
+    run: "Pass"  # the forward pass that it belongs to
     aliased: bool  # other tensors may share its memory
 
 
 class Call:
-    """One call of a torch function with tracked arguments."""
+    """One call of a torch function with tracked arguments, in the forward pass `run`."""
 
-    def __init__(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.func, self.args, self.kwargs = func, args, kwargs
-        tensors = list(_tensors((args, kwargs)))
+    def __init__(self, run: "Pass", func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.run, self.func, self.args, self.kwargs = run, func, args, kwargs
+        tensors = list(tensors_in((args, kwargs)))
         self.tracked = [tensor for tensor in tensors if isinstance(tensor, Tracked)]
         self.plain = [tensor for tensor in tensors if not isinstance(tensor, Tracked)]
         name = getattr(func, "__name__", str(func))
@@ -101,11 +102,11 @@ class Call:
 
     def refuse(self, reason: str) -> NoReturn:
         """The operation reaches across the map."""
-        raise UnsoundError(f"{self._subject} is not local: {reason}")
+        self.run.refuse(self.name, reason)
 
     def unsupported(self, reason: str) -> NoReturn:
         """The operation may be local, but cannot be derived."""
-        raise UsageError(f"{self._subject} is not supported: it {reason}")
+        self.run.unsupported(self.name, reason)
 
     @property
     def in_place(self) -> bool:
@@ -114,19 +115,15 @@ class Call:
             return self.name == "__setitem__" or (self.name[2] == "i" and hasattr(Tensor, f"__{self.name[3:]}"))
         return self.name.endswith("_")
 
-    @property
-    def _subject(self) -> str:
-        layer = self.tracked[0].layers[-1]
-        return layer.text if layer.of_torch else f"{self.name.strip('_')} in {layer.text}"
 
-
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested arguments."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
     elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+        yield from tensors_in(tuple(value.values()))
     elif isinstance(value, slice):
-        yield from _tensors((value.start, value.stop, value.step))
+        yield from tensors_in((value.start, value.stop, value.step))

@@ -22,6 +22,8 @@ _Prints = Footprint | list[Footprint] | None
 
 def _pointwise(call: Call, *args: Any, **kwargs: Any) -> _Prints:
     """Each value depends on the values at its place: the union over the operands, broadcast."""
+    if not isinstance(call.out, Tensor):  # `where` with a condition alone
+        call.unsupported("returns no tensor of the same size")
     ndim, shape = call.out.ndim, call.out.shape
     aligned = []
     for operand in call.tracked:
@@ -34,13 +36,19 @@ def _pointwise(call: Call, *args: Any, **kwargs: Any) -> _Prints:
     return Footprint(dims, np.logical_or.reduce(rows), np.logical_or.reduce(cols))
 
 
+def _expand(call: Call, *args: Any, **kwargs: Any) -> _Prints:
+    return _pointwise(call)
+
+
 def _same(call: Call, input: Any, *args: Any, **kwargs: Any) -> _Prints:
     """The values stay where they are, whatever the other arguments."""
     return input.footprint if isinstance(input, Tracked) else None
 
 
-def _nothing(call: Call, *args: Any, **kwargs: Any) -> _Prints:
+def tells_no_values(call: Call, *args: Any, **kwargs: Any) -> _Prints:
     """Sizes, types and constants: no pixel values."""
+    if len(call.tracked) > 1 or not isinstance(args[0] if args else kwargs.get("input"), Tracked):
+        call.unsupported("fills a tensor with a value of the image")
     return None
 
 
@@ -66,6 +74,8 @@ def _batch_norm(
     **options: Any,
 ) -> _Prints:
     footprint = call.print_of(input)
+    if call.func is torch.batch_norm:  # weight and bias come first there
+        call.unsupported("has the arguments of torch.batch_norm; use torch.nn.functional.batch_norm")
     if training or running_mean is None or running_var is None:
         call.refuse("it normalizes by statistics of the batch (no running statistics), which every pixel moves")
     if 1 in footprint.dims:
@@ -205,19 +215,22 @@ def _getitem(call: Call, input: Any, index: Any) -> _Prints:
     return result.moved(order.index)
 
 
-def _pieces(call: Call, input: Any, sections: Any, dim: int = 0) -> _Prints:
-    prints, start = [], 0
-    for piece in call.out:
-        prints.append(_cut(call, input, dim, start, piece.shape[dim]))
-        start += piece.shape[dim]
-    return prints
-
-
-def _cut(call: Call, input: Any, dim: int, start: int, length: int) -> Footprint:
-    footprint, dim = call.print_of(input), dim % input.ndim
-    if dim == footprint.dims[0]:
-        call.unsupported("takes images out of the batch")
-    return footprint.map(dim, lambda seen: seen[start : start + length])
+def _pieces(call: Call, input: Any, *args: Any, **kwargs: Any) -> _Prints:
+    """Runs of rows, columns or channels; torch itself says which positions go where."""
+    footprint, several = call.print_of(input), isinstance(call.out, tuple | list)
+    parts = list(call.out) if several else [call.out]
+    prints = [footprint] * len(parts)
+    for dim in footprint.dims:
+        line = torch.arange(input.shape[dim]).view([-1 if d == dim else 1 for d in range(input.ndim)])
+        with torch._C.DisableTorchFunction():
+            moved = call.func(line.expand(input.shape), *args, **kwargs)
+        for i, part in enumerate(moved if several else [moved]):
+            index = part.movedim(dim, 0).flatten(1)[:, 0].numpy() if part.numel() else np.arange(part.shape[dim])
+            if dim != footprint.dims[0]:
+                prints[i] = prints[i].map(dim, itemgetter(index))
+            elif len(index) != input.shape[dim]:
+                call.unsupported("takes images out of the batch")
+    return prints if several else prints[0]
 
 
 def _cat(call: Call, tensors: Any, dim: int = 0) -> _Prints:
@@ -241,7 +254,10 @@ def _table(value: Tensor, axis: int, dim: int, pixels: int) -> np.ndarray:
 def _over(call: Call, input: Any, dims: Any) -> _Prints:
     """Values along some dimensions are combined; these are gone afterwards, or kept."""
     footprint = call.print_of(input)
-    dims = range(input.ndim) if dims is None else dims if isinstance(dims, tuple | list) else (dims,)
+    dims = dims if isinstance(dims, tuple | list) else () if dims is None else (dims,)
+    if any(type(dim) is not int for dim in dims):  # `std(True)` is no dimension
+        call.unsupported("is given something other than the numbers of dimensions")
+    dims = dims or range(input.ndim)  # none is all
     over = {dim % input.ndim for dim in dims}
     if over & set(footprint.dims[1:]):
         call.refuse("it combines the values of all positions, so that every region sees every pixel")
@@ -266,9 +282,10 @@ def _glu(call: Call, input: Any, dim: int = -1) -> _Prints:
     return _over(call, input, dim)
 
 
-def _permute(call: Call, input: Any, *dims: Any) -> _Prints:
+def _permute(call: Call, input: Any, *given: Any, dims: Any = ()) -> _Prints:
     footprint = call.print_of(input)
-    order = [dim % input.ndim for dim in (dims[0] if isinstance(dims[0], tuple | list) else dims)]
+    dims = dims or (given[0] if isinstance(given[0], tuple | list) else given)
+    order = [dim % input.ndim for dim in dims]
     return footprint.moved(order.index)
 
 
@@ -311,12 +328,13 @@ _TABLE: dict[Callable[..., _Prints], str] = {
         where lerp addcmul addcdiv gt greater ge greater_equal lt less le less_equal eq ne not_equal logical_and
         logical_or logical_not and or invert isnan isfinite isinf masked_fill relu relu6 gelu silu mish elu selu
         celu leaky_relu hardswish hardtanh hardsigmoid hardshrink softshrink tanhshrink softsign softplus
-        logsigmoid threshold sigmoid tanh expand expand_as""",
+        logsigmoid threshold sigmoid tanh expand_as""",
+    _expand: "expand",
     _prelu: "prelu",
     _same: """to type type_as float double half bfloat16 int long short bool cpu cuda contiguous clone detach data
         requires_grad_""",
     _channel_shuffle: "channel_shuffle native_channel_shuffle",
-    _nothing: """shape size ndim dim ndimension dtype device layout is_cuda is_mps is_meta is_cpu is_sparse
+    tells_no_values: """shape size ndim dim ndimension dtype device layout is_cuda is_mps is_meta is_cpu is_sparse
         is_quantized is_nested requires_grad stride numel nelement element_size itemsize __len__ is_contiguous
         is_floating_point is_complex get_device zeros_like ones_like full_like new_zeros new_ones new_full""",
     _random: "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout",
@@ -329,8 +347,7 @@ _TABLE: dict[Callable[..., _Prints], str] = {
     _pixel_unshuffle: "pixel_unshuffle",
     _pad: "pad",
     _getitem: "getitem",
-    _pieces: "chunk split tensor_split",
-    _cut: "narrow",
+    _pieces: "chunk split tensor_split narrow",
     _cat: "cat concat concatenate",
     _reduce: """mean sum nansum amax amin max min prod std var logsumexp argmax argmin softmax log_softmax softmin
         cumsum""",
@@ -366,3 +383,4 @@ def _spellings(name: str) -> Iterator[Any]:
 HANDLERS: dict[Any, Callable[..., _Prints]] = {
     func: handler for handler, names in _TABLE.items() for name in names.split() for func in _spellings(name)
 }
+GIVEN_SIZES = {_reshape, _expand}  # they may be given the number of images

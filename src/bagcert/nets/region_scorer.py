@@ -124,40 +124,52 @@ class RegionScorer(nn.Module):
         """A region scorer from any module that maps images to [batch, classes, rows, cols].
 
         The geometry is derived from the layers, then measured with NaN and perturbation probes. The module is
-        wrapped, not copied: it is in eval mode afterwards.
+        wrapped, not copied: it is in eval mode afterwards. A module that is refused is left as it was.
 
         Raises:
             UnsoundError: a layer is not local (it is named), or the module reaches beyond its derived geometry.
             UsageError: the module cannot be traced, its weights are not finite float32, it does not take images
                 of `mean`'s channels, or its output does not fit `class_names`; or an argument is out of range.
         """
-        scorer = cls(module, class_names, image_size, head, scale, mean, std).eval()
-        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+        scorer = cls(module, class_names, image_size, head, scale, mean, std)
+        modes = [(part, part.training) for part in module.modules()]
+        try:
+            scorer.eval()._require_local()
+        except BaseException:
+            for part, training in modes:
+                part.training = training
+            raise
+        return scorer
+
+    def _require_local(self) -> None:
+        """The checks of `from_module`."""
+        weight = next((p for p in self.net.parameters() if p.is_floating_point()), None)
         if weight is not None:
             if weight.dtype != torch.float32:
                 raise UsageError(f"the module's weights must be float32, got {weight.dtype}; convert it with .float()")
-            scorer.normalize.to(weight.device)
-        if broken := not_finite(module.state_dict()):
+            self.normalize.to(weight.device)
+        if broken := not_finite(self.net.state_dict()):
             raise UsageError(f"tensor {broken!r} of the module has values that are not finite")
+        most = min(64, PIXELS_AT_ONCE // (self.image_size[0] * self.image_size[1]))  # in batches, as in use
         try:
-            grid = scorer.grid()
+            grid = derive_grid(self.net, self.image_size, self.channels, (1, 3, *([most] if most > 3 else [])))
         except UsageError as error:
             if "channels" not in str(error):
                 raise
             raise UsageError(
-                f"{error}; the image has one channel for each value of mean and std, {scorer.channels} here"
+                f"{error}; the image has one channel for each value of mean and std, {self.channels} here"
             ) from error
+        self._grids[self.image_size] = grid
         with torch.no_grad():
-            out = scorer(torch.zeros(1, scorer.channels, *scorer.image_size, device=scorer.device))
-        if out.shape[1] != len(scorer.class_names):
-            raise UsageError(f"the module has {out.shape[1]} output channels for {len(scorer.class_names)} class names")
-        report = check_locality(scorer, scorer.image_size, grid, scorer.channels)
+            out = self(torch.zeros(1, self.channels, *self.image_size, device=self.device))
+        if out.shape[1] != len(self.class_names):
+            raise UsageError(f"the module has {out.shape[1]} output channels for {len(self.class_names)} class names")
+        report = check_locality(self, self.image_size, grid, self.channels)
         if report.largest_leak > 0:
             raise UnsoundError(
                 f"scores outside a patch's reach moved by {report.largest_leak:g} in a perturbation test; "
                 "certificates need a module whose far outputs do not change at all"
             )
-        return scorer
 
     @property
     def channels(self) -> int:

@@ -1,0 +1,193 @@
+"""What a network keeps between calls: found, compared and put back.
+
+All that its modules hold is walked: attributes, buffers and weights, attributes of their classes, lists, sets and
+dicts, what functions have enclosed, generators of random numbers. What it keeps elsewhere, as in global variables, is
+not seen.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_DEEPEST = 8
+_LONGEST = 10_000  # longer containers are compared, but what they hold is not walked
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One thing that can change, with a copy of its content."""
+
+    name: str
+    content: Any
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+
+
+class ModuleState:
+    """The state of a network as it is now.
+
+    Args:
+        module: the network.
+
+    >>> net = nn.BatchNorm2d(2)
+    >>> state = ModuleState(net)
+    >>> _ = net(torch.rand(1, 2, 3, 3))
+    >>> state.changed()
+    'running_mean'
+    >>> state.restore()
+    >>> net.running_mean.tolist(), state.changed()
+    ([0.0, 0.0], None)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kept: list[_Kept] = []
+        self._seen: dict[int, object] = {}  # holds the objects, so that no id is used again
+        with torch._C.DisableTorchFunction():  # it may hold tensors that are being followed
+            self._walk("", module, 0)
+
+    def changed(self) -> str | None:
+        """The name of the first thing that is not as it was; None if all is."""
+        with torch._C.DisableTorchFunction():
+            for kept in self._kept:
+                now = kept.read()
+                if not _same(kept.content, now):
+                    return ".".join(name for name in (kept.name, _changed_key(kept.content, now)) if name)
+        return None
+
+    def restore(self) -> None:
+        """Puts everything back that is not as it was."""
+        with torch._C.DisableTorchFunction():
+            for kept in self._kept:
+                if not _same(kept.content, kept.read()):
+                    kept.write(kept.content)
+
+    def _walk(self, name: str, value: Any, depth: int) -> None:
+        if isinstance(value, _SIMPLE) or id(value) in self._seen or depth > _DEEPEST:
+            return
+        self._seen[id(value)] = value
+        if access := _access(value):
+            self._kept.append(_Kept(name, access[0](), *access))
+        for part, held in _parts(value):
+            deeper = 0 if isinstance(held, nn.Module) else depth + 1
+            self._walk(".".join(word for word in (name, part) if word), held, deeper)
+
+
+def _access(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
+    """How the content of a thing is copied, and how it is written back; None if it has none of its own."""
+    if isinstance(value, Tensor):
+        return lambda: value.detach().clone(), lambda old: _write_tensor(value, old)
+    if isinstance(value, np.ndarray):
+        return value.copy, lambda old: np.copyto(value, old)
+    if isinstance(value, dict):
+        return lambda: dict(value), lambda old: _refill(value, old)
+    if isinstance(value, set):
+        return lambda: set(value), lambda old: _refill(value, old)
+    if isinstance(value, list | deque | bytearray):
+        return lambda: list(value), lambda old: _refill(value, old)
+    if isinstance(value, CellType):
+        return lambda: _enclosed(value), lambda old: setattr(value, "cell_contents", old)
+    if isinstance(value, type):
+        return lambda: dict(vars(value)), lambda old: _write_class(value, old)
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    if isinstance(value, Random):
+        return value.getstate, value.setstate
+    if isinstance(value, np.random.BitGenerator):
+        return lambda: deepcopy(value.state), lambda old: setattr(value, "state", old)
+    return None
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a thing holds, with a name for each part that has one."""
+    if isinstance(value, dict):
+        for key, held in list(value.items())[:_LONGEST]:
+            yield key if isinstance(key, str) and key not in ("_buffers", "_parameters", "_modules") else "", held
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        yield from (("", held) for held in list(value)[:_LONGEST])
+    elif isinstance(value, CellType):
+        yield "", _enclosed(value)
+    elif isinstance(value, type):
+        yield from vars(value).items()
+    elif isinstance(value, FunctionType):
+        yield "", (value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__)
+    elif isinstance(value, MethodType):
+        yield "", (value.__self__, value.__func__)
+    elif isinstance(value, partial):
+        yield "", (value.func, value.args, value.keywords)
+    elif isinstance(value, np.random.Generator):
+        yield "", value.bit_generator
+    elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, ModuleType | Tensor):
+        yield "", value.__dict__
+        if isinstance(value, nn.Module):
+            own = [kind for kind in type(value).__mro__ if kind.__module__.split(".")[0] not in ("torch", "builtins")]
+            yield from ((kind.__name__, kind) for kind in own)
+
+
+def _changed_key(old: Any, new: Any) -> str:
+    """Which key of a dict, empty for others."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return ""
+    keys = [*old, *(key for key in new if key not in old)]
+    return next((str(key) for key in keys if key not in old or key not in new or not _same(old[key], new[key])), "")
+
+
+def _enclosed(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+def _write_tensor(value: Tensor, old: Tensor) -> None:
+    with torch.no_grad():
+        if value.shape == old.shape and value.dtype == old.dtype:
+            value.copy_(old)
+        else:
+            value.data = old
+
+
+def _refill(container: Any, old: Any) -> None:
+    container.clear()
+    if isinstance(container, dict | set):
+        container.update(old)
+    else:
+        container.extend(old)
+
+
+def _write_class(kind: type, old: dict[str, Any]) -> None:
+    for name in vars(kind).keys() - old.keys():
+        delattr(kind, name)
+    for name, value in old.items():
+        if vars(kind).get(name) is not value:
+            setattr(kind, name, value)
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Equal contents: tensors, arrays and simple values by value, everything else by identity."""
+    if old is new:
+        return True
+    if type(old) is not type(new):
+        return False
+    if isinstance(old, Tensor):
+        if old.dtype != new.dtype or old.shape != new.shape or old.device != new.device:
+            return False
+        return torch.equal(old, new) or bool(((old == new) | ((old != old) & (new != new))).all())
+    if isinstance(old, np.ndarray):
+        return old.dtype == new.dtype and old.shape == new.shape and old.tobytes() == new.tobytes()
+    if isinstance(old, dict):
+        return list(old) == list(new) and all(_same(held, new[key]) for key, held in old.items())
+    if isinstance(old, list | tuple):
+        return len(old) == len(new) and all(map(_same, old, new))
+    if isinstance(old, set):
+        return old == new
+    return isinstance(old, _SIMPLE) and bool(old == new or (old != old and new != new))
