@@ -14,7 +14,7 @@ where `round` takes halves to the even neighbor.
 Source: Ilse et al., "Attention-based deep multiple instance learning", ICML 2018.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -96,8 +96,12 @@ class AttentionPooling:
 
     def to(self, device: torch.device) -> "AttentionPooling":
         """The same readout on a device."""
-        parts = (self.first, self.first_bias, self.second, self.skip, self.bias)
-        return AttentionPooling(*(part.to(device) for part in parts), self.heads)
+        moved = {
+            part.name: value.to(device)
+            for part in fields(self)
+            if isinstance(value := getattr(self, part.name), Tensor)
+        }
+        return replace(self, **moved)
 
     def pooled(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch values"]:
         """`q`: weighted means of the values over the kept regions, rounded; 0 where nothing is kept."""
