@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bagcert.aggregation import PRODUCT_LIMIT, WEIGHT_LIMIT, AttentionPooling, pooling_dtype
+from bagcert.devices import full_precision
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.full_precision import full_precision
 from bagcert.grid import RegionGrid, WindowBlock
 
 FIXED_POINT_LIMIT = 2047

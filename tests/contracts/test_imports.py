@@ -14,7 +14,7 @@ MODULES = {
 EXEMPT = {"bagcert"}  # the front door names everything, and loads it on first use
 
 LEVELS = {
-    1: "errors extras files addresses ahead ranks devices full_precision rectangles threat grid aggregation scores "
+    1: "errors extras files addresses ahead ranks devices threat grid aggregation scores "
     "certificate records images draws distributed verify",
     2: "backends rules nets data losses optimizers recipe preprocess record_lines image_records gallery_file",
     3: "defenses train training_data objective run_folder validation locality model_card",
@@ -38,10 +38,8 @@ SAME_LINE = {
     ("addresses", "extras"): "says which extra brings a store's library",
     ("images", "files"): "how a file is opened safely",
     ("threat", "files"): "likewise",
-    ("threat", "rectangles"): "the search of a threat's maximal rectangles, in a file of its own",
     ("grid", "threat"): "the windows of a grid are those of a threat",
-    ("full_precision", "errors"): "likewise",
-    ("scores", "full_precision"): "sums are formed in it",
+    ("scores", "devices"): "sums are formed in it",
     ("aggregation", "errors"): "likewise",
     ("scores", "aggregation"): "a score map carries its readout",
     ("scores", "grid"): "a score map carries its grid",
@@ -105,9 +103,7 @@ def test_imports_point_to_a_lower_line(importer: str, imported: str) -> None:
 
 def test_the_list_of_exceptions_is_used_and_has_no_circle() -> None:
     assert SAME_LINE.keys() <= set(PAIRS)
-    lowest = (
-        "errors extras addresses files devices distributed rectangles threat images grid full_precision aggregation "
-    )
+    lowest = "errors extras addresses files devices distributed threat images grid aggregation "
     lowest += "scores certificate"
     order = {name: i for i, name in enumerate(lowest.split())}
     order |= {

@@ -33,11 +33,10 @@ def test_names_say_which_mutant_is_meant():
     assert len({mutant.edits for mutant in MUTANTS}) == len(MUTANTS)
     assert {edit[0].split("/")[0] for mutant in MUTANTS for edit in mutant.edits} == {
         "threat.py",
-        "rectangles.py",
         "verify.py",
         "grid.py",
         "scores.py",
-        "full_precision.py",
+        "devices.py",
         "nets",
         "locality",
         "export",

@@ -10,7 +10,7 @@ import torch
 
 import bagcert
 from bagcert.errors import UnsoundError
-from bagcert.full_precision import full_precision, product_precision
+from bagcert.devices import full_precision, product_precision
 from bagcert.grid import RegionGrid
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap

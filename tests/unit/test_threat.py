@@ -185,7 +185,7 @@ def test_large_masks_are_gone_through_in_parts(monkeypatch):
     allowed = np.random.default_rng(4).random((40, 30)) < 0.8
     whole = PatchThreatModel.parse("area:12", (40, 30), allowed)
     expected = {shape: whole.corners(shape).tolist() for shape in whole.maximal_shapes}
-    monkeypatch.setattr("bagcert.rectangles.MOST_PIXELS", 90)
+    monkeypatch.setattr("bagcert.threat.MOST_PIXELS", 90)
     parts = PatchThreatModel.parse("area:12", (40, 30), allowed)
     assert {shape: parts.corners(shape).tolist() for shape in parts.maximal_shapes} == expected
 
