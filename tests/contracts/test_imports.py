@@ -14,8 +14,8 @@ MODULES = {
 EXEMPT = {"bagcert"}  # the front door names everything, and loads it on first use
 
 LEVELS = {
-    1: "errors extras files addresses ahead ranks devices threat grid scores certificate records images draws "
-    "distributed verify",
+    1: "aggregation errors extras files addresses ahead ranks devices threat grid scores certificate records images "
+    "draws distributed verify",
     2: "backends rules nets data losses optimizers recipe preprocess record_lines image_records gallery_file",
     3: "defenses train training_data objective run_folder validation locality model_card",
     4: "attacks gallery export hub failsafe evaluation_log certificate_records record_file describe",
@@ -40,6 +40,8 @@ SAME_LINE = {
     ("threat", "files"): "likewise",
     ("grid", "threat"): "the windows of a grid are those of a threat",
     ("scores", "grid"): "a score map carries its grid",
+    ("scores", "aggregation"): "a score map carries how its regions are pooled",
+    ("aggregation", "errors"): "likewise",
     ("certificate", "threat"): "a certificate says against what",
     ("distributed", "errors"): "likewise",
     ("objective", "defenses"): "ablated images are made by the defense that votes on them",

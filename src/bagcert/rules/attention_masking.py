@@ -75,10 +75,11 @@ class Masks:
     def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pairs (i, j) with i < j, the distinct intersections [k, regions] of masks, and that of each pair."""
         i, j = torch.triu_indices(len(self), len(self), 1, device=self.masks.device)
-        shared, number = [], []
+        shared: list[Tensor] = []
+        number: list[Tensor] = []
         for part in torch.arange(len(i), device=i.device).split(1 << 20):
             distinct, index = torch.unique(self.masks[i[part]] & self.masks[j[part]], dim=0, return_inverse=True)
-            number.append(index + sum(map(len, shared)))
+            number.append(index + sum(len(found) for found in shared))
             shared.append(distinct)
         return i, j, torch.cat(shared), torch.cat(number)
 
