@@ -6,6 +6,7 @@ from torch import nn
 
 from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.defenses.bagcert import BagCert
+from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.recipe import Recipe, parse_recipe
 
@@ -32,6 +33,34 @@ def color_model(rule: str = "vote", patch: str = "2", size: tuple[int, int] = (8
     layer = nn.Conv2d(3, 3, 1, bias=False)
     layer.weight.data = torch.eye(3)[:, :, None, None].clone()
     return BagCert(RegionScorer(nn.Sequential(layer), names, size, scale=2047.0), rule, patch)
+
+
+def attention_scorer(size: tuple[int, int] = (8, 8), names=COLORS) -> RegionScorer:
+    """Scores every pixel by its channels, pooled by two heads: a plain mean, and one that looks at bright pixels."""
+    random = torch.Generator().manual_seed(0)
+    colors = torch.eye(3, 3)
+    layer = nn.Conv2d(3, 8, 1)
+    layer.weight.data = torch.cat([8 * colors, 8 * colors, torch.zeros(1, 3), torch.ones(1, 3)])[:, :, None, None]
+    layer.bias.data = torch.tensor([-4.0] * 6 + [0.0, -1.5])
+    readout = AttentionReadout(len(names), 6, 2, 4, size)
+    readout.skip.weight.data = torch.cat([2 * torch.eye(len(names), 3), torch.eye(len(names), 3)], 1)
+    for weight in (readout.first.weight, readout.first.bias, readout.second.weight, readout.skip.bias):
+        weight.data = 0.2 * torch.randn(weight.shape, generator=random)
+    return RegionScorer(nn.Sequential(layer), names, size, "attention-pooling", readout=readout).eval()
+
+
+def attention_model(
+    rule: str = "double-masking", patch: str = "2", size: tuple[int, int] = (8, 8), names=COLORS
+) -> BagCert:
+    """`attention_scorer`, deployed."""
+    return BagCert(attention_scorer(size, names), rule, patch)
+
+
+def attention_recipe(**changes: object) -> Recipe:
+    """`recipe` for a small model that pools regions by attention."""
+    sizes = {"head": "attention-pooling", "values": 8, "attention_heads": 2, "hidden": 6}
+    defaults = {"model__" + key: value for key, value in {"architecture": "pyramid-rf3s2", **sizes}.items()}
+    return recipe(**{**defaults, "defense__rule": "double-masking", **changes})
 
 
 def recipe(**changes: object) -> Recipe:

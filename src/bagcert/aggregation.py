@@ -14,7 +14,7 @@ where `round` takes halves to the even neighbor.
 Source: Ilse et al., "Attention-based deep multiple instance learning", ICML 2018.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -94,15 +94,6 @@ class AttentionPooling:
         """Channels of the map: values, then heads."""
         return self.values + self.heads
 
-    def to(self, device: torch.device) -> "AttentionPooling":
-        """The same readout on a device."""
-        moved = {
-            part.name: value.to(device)
-            for part in fields(self)
-            if isinstance(value := getattr(self, part.name), Tensor)
-        }
-        return replace(self, **moved)
-
     def pooled(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch values"]:
         """`q`: weighted means of the values over the kept regions, rounded; 0 where nothing is kept."""
         total = sums[..., : self.values].unflatten(-1, (self.heads, -1))
@@ -128,6 +119,42 @@ class AttentionPooling:
             first = [part.to(dtype) / HIDDEN_UNIT for part in (self.first.T, self.first_bias)]
             kept[dtype] = (*first, *(part.to(dtype) for part in (self.second.T, self.skip.T, self.bias)))
         return kept[dtype]
+
+
+def check_readout(values: int | None, attention_heads: int | None, hidden: int | None, ablated: bool) -> None:
+    """Says whether a readout of these sizes can stand behind a network.
+
+    Args:
+        ablated: the network takes ablated images, as derandomized smoothing makes them.
+
+    Raises:
+        ValueError: it cannot; for the validators of recipes and configs.
+    """
+    if not values or not attention_heads or not hidden or values % attention_heads:
+        raise ValueError(
+            "attention pooling needs values (a multiple of attention_heads), attention_heads and hidden, "
+            f"got {values}, {attention_heads} and {hidden}"
+        )
+    if ablated:
+        raise ValueError("attention pooling is for whole images; a network of ablated images has another head")
+
+
+def require_sum(readout: object | None, what: str, instead: str = "") -> None:
+    """Refuses a model or map whose class scores are not sums of region scores.
+
+    Args:
+        readout: its readout; None where class scores are sums.
+        what: needs them; the sentence begins with it.
+        instead: what to do; the sentence ends with it.
+
+    Raises:
+        UsageError: there is a readout.
+    """
+    if readout is not None:
+        raise UsageError(
+            f"{what} needs class scores that are sums over regions; this model pools regions by attention"
+            + (instead and f": {instead}")
+        )
 
 
 def pooling_dtype(regions: int) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from bagcert.aggregation import require_sum
 from bagcert.certificate import Certificate
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UsageError
@@ -90,7 +91,12 @@ def pixels_sha256(pixels: np.ndarray) -> str:
 
 
 def model_fields(model: BagCert) -> dict[str, Any]:
-    """What names a model and its head."""
+    """What names a model and its head.
+
+    Raises:
+        UsageError: a model whose class scores are not sums over regions, of which there are no records.
+    """
+    require_sum(model.scorer.readout, "a certificate record")
     return {
         "name": model.name,
         "weights_sha256": model.weights_sha256,

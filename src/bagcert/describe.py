@@ -42,6 +42,7 @@ def describe(name: str) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in scorer.parameters()),
         "multiply_adds": counter.get_total_flops() // 2,
         "head": config.head,
+        **config.readout,
         "rule": config.rule,
         "patch": config.patch,
         "weights_sha256": weights_sha256(folder),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bagcert.aggregation import HIDDEN_UNIT
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnreadableError, UsageError
@@ -126,7 +127,7 @@ def picture(
     )
     # The side a vote certifies is over all placements; masks are built for the allowed ones.
     asked = replace(threat, allowed=None) if verdict.rule in VOTES else threat
-    label = net_map.class_sums.new_tensor([verdict.prediction])
+    label = net_map.class_scores.new_tensor([verdict.prediction])
     worst = np.asarray(verdict.worst_placement).reshape(-1, 4).tolist()
     rival = runner_up(net_map, verdict.prediction)
     return Picture(
@@ -135,9 +136,7 @@ def picture(
         runner_up=rival,
         size_px=upright_size,
         pixels=pixels,
-        votes=np.clip(net_map.scores[0, [verdict.prediction, rival]].cpu().numpy(), -(2**15), 2**15 - 1).astype(
-            np.int16
-        ),
+        votes=votes(net_map, verdict.prediction, rival),
         row_edges=edges(upright.rows_seen),
         col_edges=edges(upright.cols_seen),
         worst_placements=[list(box) for box in dict.fromkeys(turned(box, stored_size, orientation) for box in worst)],
@@ -146,9 +145,22 @@ def picture(
     )
 
 
+def votes(net_map: ScoreMap, prediction: int, rival: int) -> np.ndarray:
+    """What is drawn of each region: its scores of two classes, int16 [2, rows, cols], clipped.
+
+    Of a model that pools regions by attention these are the class scores of its readout if this region alone were
+    kept, in units of 128. They say what a region speaks for, not how much it counts beside the others, and do not add
+    up to the class scores of the image.
+    """
+    found = net_map[:1].region_scores[0, [prediction, rival]].cpu().numpy()
+    if net_map.readout is not None:
+        found = found // HIDDEN_UNIT
+    return np.clip(found, -(2**15), 2**15 - 1).astype(np.int16)
+
+
 def runner_up(score_map: ScoreMap, prediction: int) -> int:
-    """Of one image: the class with the largest sum apart from `prediction`, the lowest among equals."""
-    sums = score_map.class_sums[0].clone()
+    """Of one image: the class with the largest score apart from `prediction`, the lowest among equals."""
+    sums = score_map.class_scores[0].clone()
     sums[prediction] = sums.min() - 1
     return int(sums.max(0).indices)
 

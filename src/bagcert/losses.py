@@ -16,12 +16,6 @@ from bagcert.grid import WindowBlock
 from bagcert.scores import window_sums
 
 
-def straight_through(z: Float[Tensor, "batch classes rows cols"]) -> Float[Tensor, "batch classes rows cols"]:
-    """Heaviside forward, derivative of the sigmoid backward (Bengio et al. 2013; BagCert section 3.2)."""
-    soft = torch.sigmoid(z)
-    return (z > 0).to(soft.dtype) + (soft - soft.detach())  # in this order the value is exactly 0 or 1
-
-
 def mean_scores(scores: Float[Tensor, "batch classes rows cols"]) -> Float[Tensor, "batch classes"]:
     """`S_c / (m n)`."""
     return scores.float().mean((2, 3))

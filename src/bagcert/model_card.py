@@ -110,7 +110,7 @@ def model_card(config: ModelConfig, weights_sha256: str, results: RunInfo | None
         "An image classifier with a certified defence against adversarial patches: for each image it answers, and "
         f"proves, or does not, that no patch can change the answer. {len(config.class_names):,} classes, images of "
         f"{height}x{width} px (others are resized), architecture {code(config.architecture)}, rule "
-        f"{code(config.rule)}.",
+        f"{code(config.rule)}.{_readout(config)}",
         f"## Measured\n\n{_measured(results, repo_id)}",
         "## Threat model\n\n"
         f"The attacker replaces all pixels of one patch, {code(config.patch)} in pixels of an image of {height}x{width}"
@@ -147,6 +147,15 @@ def code(text: object, in_table: bool = False) -> str:
     space = " " if line.startswith("`") or line.endswith("`") or len(fence) > 1 else ""
     span = f"{fence}{space}{line}{space}{fence}"
     return span.replace("|", "\\|") if in_table else span
+
+
+def _readout(config: ModelConfig) -> str:
+    if not config.readout:
+        return ""
+    return (
+        f" Class scores are not sums over regions: {config.attention_heads} attention heads pool {config.values} "
+        f"values of every region, and a readout of {config.hidden} hidden units makes class scores of them."
+    )
 
 
 def _measured(results: RunInfo | None, repo_id: str) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bagcert import losses
+from bagcert.aggregation import require_sum
 from bagcert.data.augment import cutout, random_crop, random_flip, random_resized_crop
 from bagcert.defenses.derandomized_smoothing import ablate, random_positions
 from bagcert.draws import Source
@@ -13,6 +14,7 @@ from bagcert.errors import UsageError
 from bagcert.nets.attention_pooling import attention_masking_loss
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.recipe import Recipe
+from bagcert.rules import get_rule
 from bagcert.threat import PatchThreatModel
 
 Objective = Callable[[Tensor, Tensor, Source], Tensor]
@@ -25,13 +27,17 @@ def make_objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatMode
     windows = scorer.grid().windows(threat)
     masked = loss.name == "masked-features" or scorer.readout is not None
     masks = losses.window_masks(windows, device) if masked else torch.empty(0)
-    if scorer.readout is not None and loss.name != "double-masking":
-        raise UsageError(f"the attention-pooling head is trained with loss.name=double-masking, got {loss.name}")
+    if scorer.readout is not None:
+        if loss.name != "double-masking":
+            raise UsageError(f"the attention-pooling head is trained with loss.name=double-masking, got {loss.name}")
+        if not get_rule(recipe.defense.rule).pools:
+            require_sum(scorer.readout, f"the rule {recipe.defense.rule}", "use double-masking or detection")
+    binary = scorer.form if scorer.head == "binary" else None
 
     def objective(z: Tensor, labels: Tensor, generator: Source) -> Tensor:
         if scorer.readout is not None:
             return attention_masking_loss(scorer.readout, z, labels, masks, loss.full_weight, loss.label_smoothing)
-        scores = losses.straight_through(z.float()) if recipe.model.head == "binary" else z.float()
+        scores = z.float() if binary is None else binary.straight_through(z.float())
         if loss.name == "margin":
             value = losses.margin_loss(scores, labels, loss.margin)
         elif loss.name == "smooth-margin":
@@ -43,7 +49,7 @@ def make_objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatMode
         elif loss.name == "masked-features":
             value = losses.masked_features_loss(scores, labels, masks, generator, loss.label_smoothing)
         else:
-            temperature = loss.temperature if recipe.model.head == "binary" else 1.0
+            temperature = 1.0 if binary is None else loss.temperature
             value = losses.double_masking_loss(
                 scores, labels, windows, loss.full_weight, loss.label_smoothing, temperature
             )

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bagcert.aggregation import check_readout
 from bagcert.errors import UnreadableError, UsageError, cleaned, nearest, shown
 from bagcert.files import read_regular
 
@@ -167,6 +168,12 @@ class Recipe(_Section):
     def _resize_leads_to_a_crop(self) -> "Recipe":
         if self.augment.resize and not (self.augment.resized_crop and self.model.image_size):
             raise ValueError("augment.resize needs augment.resized_crop and model.image_size")
+        return self
+
+    @model_validator(mode="after")
+    def _readout_can_be_built(self) -> "Recipe":
+        if self.model.head == "attention-pooling":
+            check_readout(**self.model.readout, ablated=self.augment.ablation != "none")
         return self
 
     def to_toml(self) -> str:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bagcert.aggregation import PRODUCT_LIMIT, WEIGHT_LIMIT, AttentionPooling, pooling_dtype
+from bagcert.aggregation import PRODUCT_LIMIT, WEIGHT_LIMIT, AttentionPooling, pooling_dtype, require_sum
 from bagcert.devices import full_precision
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid, WindowBlock
@@ -115,20 +115,49 @@ class ScoreMap:
 
     @cached_property
     def class_sums(self) -> Int[Tensor, "batch classes"]:
-        """`S_c`: the sum of every class over all regions, exact in int64."""
+        """`S_c`: the sum of every class over all regions, exact in int64.
+
+        Raises:
+            UsageError: class scores are no sums; `class_scores` has them.
+        """
+        require_sum(self.readout, "a sum of region scores")
         return self.scores.sum((2, 3), dtype=torch.int64)
+
+    @cached_property
+    def class_scores(self) -> Int[Tensor, "batch classes"]:
+        """The score of every class over all regions, exact in int64: `class_sums`, or what the readout makes of them.
+
+        Scores of a readout are in its own units.
+        """
+        if self.readout is None:
+            return self.class_sums
+        return self._read(self.scores.sum((2, 3), dtype=torch.int64))
+
+    @property
+    def region_scores(self) -> Int[Tensor, "batch classes rows cols"]:
+        """The score of every class in every region; with a readout, what it says where this region alone is kept.
+
+        The latter do not add up to `class_scores`.
+        """
+        return self.scores if self.readout is None else self._read(self.scores.movedim(1, -1)).movedim(-1, 1)
 
     def predict(self) -> Int[Tensor, " batch"]:
         """The class with the largest score over all regions; among equals the lowest index."""
-        if self.readout is None:
-            return lowest_argmax(self.class_sums)
-        with exact_arithmetic(self.scores.device):
-            sums = self.scores.sum((2, 3), dtype=torch.int64).to(pooling_dtype(self.scores[0, 0].numel()))
-            return lowest_argmax(self.readout.scores(sums))
+        return lowest_argmax(self.class_scores)
 
     def evidence(self, image: int) -> Float[Tensor, "channels regions"]:
         """What the readout pools, of one image, in a float type that holds every sum exactly."""
-        return self.scores[image].flatten(1).to(pooling_dtype(self.scores[0, 0].numel()))
+        return self.scores[image].flatten(1).to(self._pooling_dtype)
+
+    @property
+    def _pooling_dtype(self) -> torch.dtype:
+        return pooling_dtype(self.grid.map_size[0] * self.grid.map_size[1])
+
+    def _read(self, sums: Int[Tensor, "*batch channels"]) -> Int[Tensor, "*batch classes"]:
+        """Class scores of the readout from sums over kept regions."""
+        assert self.readout is not None
+        with exact_arithmetic(self.scores.device):
+            return self.readout.scores(sums.to(self._pooling_dtype)).long()
 
     @property
     def exact_dtype(self) -> torch.dtype:
@@ -140,7 +169,11 @@ class ScoreMap:
         """`scores - low` of some images, from 0 to `span`, in `exact_dtype`.
 
         Differences between classes are those of the scores, and sums stay exact however far `low` is from 0.
+
+        Raises:
+            UsageError: class scores are no sums over regions.
         """
+        require_sum(self.readout, "a level of a class")
         # Sums over many classes are fastest where memory holds those of a region side by side, else those of a class.
         layout = torch.channels_last if self.classes >= MANY_CLASSES else torch.contiguous_format
         scores = self.scores[images].contiguous(memory_format=layout)

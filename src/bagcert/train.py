@@ -250,7 +250,7 @@ def _start_from(scorer: RegionScorer, folder: Path) -> None:
     """Copies the weights of a model; the last layer starts afresh if the classes differ."""
     start = read_model(folder)[0]
     given, own = start.state_dict(), scorer.state_dict()
-    head = {name for name, _ in list(scorer.net.named_parameters(prefix="net"))[-2:]}
+    head = set(scorer.class_layers)
     for name in sorted(given.keys() | own.keys()):
         if name in head and start.class_names != scorer.class_names:
             continue

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import bagcert
-from bagcert.errors import UnsoundError
 from bagcert.devices import full_precision, product_precision
+from bagcert.errors import UnsoundError
 from bagcert.grid import RegionGrid
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap

@@ -8,6 +8,7 @@ import torch
 
 from bagcert import losses
 from bagcert.grid import RegionGrid
+from bagcert.nets.heads import BinaryHead
 from bagcert.threat import PatchThreatModel
 
 BATCH, CLASSES, ROWS, COLS = 5, 4, 4, 5
@@ -69,11 +70,11 @@ def close(found, expected):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-class TestStraightThrough:
+class TestBinaryHead:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
     def test_forward_is_exactly_the_step(self, dtype):
         z = torch.linspace(-8, 8, 4001, dtype=dtype).view(1, 1, 1, -1)
-        hard = losses.straight_through(z)
+        hard = BinaryHead().straight_through(z)
         assert hard.dtype == dtype
         assert torch.equal(hard, (z > 0).to(dtype))
         assert hard.unique().tolist() == [0.0, 1.0]
@@ -81,7 +82,7 @@ class TestStraightThrough:
     def test_backward_is_the_derivative_of_the_sigmoid(self):
         z = torch.linspace(-6, 6, 101, dtype=torch.float64).view(1, 1, 1, -1).requires_grad_()
         weight = torch.rand(101, dtype=torch.float64)
-        (losses.straight_through(z) * weight).sum().backward()
+        (BinaryHead().straight_through(z) * weight).sum().backward()
         sigmoid = 1 / (1 + np.exp(-z.detach().numpy()))
         np.testing.assert_allclose(z.grad.numpy(), weight.numpy() * sigmoid * (1 - sigmoid), rtol=1e-12)
 
@@ -188,7 +189,7 @@ class TestDoubleMaskingLoss:
         windows = windows_of()
 
         def loss_of(z):
-            return losses.double_masking_loss(losses.straight_through(z) if binary else z, labels, windows)
+            return losses.double_masking_loss(BinaryHead().straight_through(z) if binary else z, labels, windows)
 
         first = loss_of(z).mean().item()
         for _ in range(20):

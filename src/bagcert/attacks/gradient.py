@@ -118,7 +118,7 @@ def _ascend(victim: Victim, surrogate: Surrogate, rows: _Rows, kind: Kind, steps
         contents = rows.contents.requires_grad_()
         maps = surrogate.maps(at, contents, place)
         label = victim.prediction.to(surrogate.device)[at]
-        loss = objective(kind, maps, label, rows.rival, surrogate.windows, rows.left_out)
+        loss = objective(kind, maps, label, rows.rival, surrogate.windows, rows.left_out, surrogate.class_scores)
         (slope,) = torch.autograd.grad(loss.sum(), contents)
         rows.contents = contents.detach()
         better = loss.detach() < rows.best

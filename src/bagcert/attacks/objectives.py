@@ -1,7 +1,8 @@
 """What an attack minimizes: smooth enough stand-ins for the prediction of each rule, in units of the score map.
 
-All are of the form max over c' != c of S_c' - S_c for a class c that the attack wants on top, over some part of the
-map; the prediction of a rule changes only where such leads turn negative. With the masks m of double masking (METHOD
+All are of the form max over c' != c of S_c' - S_c for a class c that the attack wants on top, with S the class scores
+of some part of the map (its sums, or what a readout makes of them); the prediction of a rule changes only where such
+leads turn negative. With the masks m of double masking (METHOD
 3.2 of the design notes) there are two ways to another answer:
 
 - `every-mask`: c wins outside every mask, given one mask that is left out all the time. Outside a fixed disagreer
@@ -9,6 +10,7 @@ map; the prediction of a rule changes only where such leads turn negative. With 
 - `most-masks`: c wins outside most masks and becomes the majority.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -36,11 +38,12 @@ def kinds_for(rule: str) -> tuple[Kind, ...]:
 
 def objective(
     kind: Kind,
-    maps: Float[Tensor, "rows classes m n"],
+    maps: Float[Tensor, "rows channels m n"],
     label: Int[Tensor, " rows"],
     rival: Int[Tensor, " rows"],
     windows: Windows | None = None,
     left_out: Int[Tensor, " rows"] | None = None,
+    class_scores: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Float[Tensor, " rows"]:
     """What to minimize, differentiable; below 0 the part of the prediction it stands for has changed.
 
@@ -49,18 +52,19 @@ def objective(
         rival: the class wanted on top; UNTARGETED for any but the label (for the sum only).
         windows: the masks.
         left_out: a mask that is left out all the time, by its index; -1 for none.
+        class_scores: of a surrogate, from sums over kept regions; the sums themselves where maps hold class scores.
     """
     if kind != "sum" and windows is not None:
         if left_out is not None and kind == "every-mask":
             fixed = windows.masks[left_out.clamp(min=0)] & (left_out >= 0)[:, None, None]
             maps = maps * ~fixed[:, None]
-        total = maps.sum((2, 3))
-        leads = _lead(total[..., None] - windows.sums(maps), rival)
+        sums = maps.sum((2, 3))[..., None] - windows.sums(maps)
+        leads = _lead(class_scores(sums.mT).mT, rival)
         kept = leads[:, windows.keep]
         if kind == "every-mask":
             return kept.amax(1)
         return kept.kthvalue(min(kept.shape[1], int(_MOST * kept.shape[1]) + 1), dim=1).values
-    total = maps.sum((2, 3))
+    total = class_scores(maps.sum((2, 3)))
     own = total.gather(1, label[:, None])[:, 0]
     free = own - total.scatter(1, label[:, None], -torch.inf).amax(1)
     return torch.where(rival == UNTARGETED, free, _lead(total, rival.clamp(min=0)))

@@ -1,7 +1,7 @@
 """Where an attack should look first: placements and rival classes, ranked by the certificate's own arithmetic.
 
-For a window m that holds everything a patch reaches, and a rival c, what the attacker cannot touch is the lead
-sum over the regions outside m of s_y - s_c; what he may gain grows with the regions inside. Under double masking an
+For a window m that holds everything a patch reaches, and a rival c, what the attacker cannot touch is the lead of y
+over c outside m; what he may gain grows with the regions inside. Under double masking an
 attack at m can succeed only where some second mask m' leaves c ahead of y outside both: pairs that fail come first.
 """
 
@@ -65,8 +65,7 @@ def _ranked(victim: Victim, surrogate: Surrogate, count: int | None, generator: 
         return _by_saliency(victim, surrogate, count)
     parts = []
     windows = surrogate.windows
-    classes = surrogate.clean.shape[1]
-    each = classes * max(len(windows), surrogate.clean[0, 0].numel())
+    each = surrogate.clean.shape[1] * max(len(windows), surrogate.clean[0, 0].numel())
     for some in torch.arange(len(victim)).split(max(1, CHUNK_ELEMENTS // each)):
         parts.append(_by_windows(victim, surrogate, windows, some, count, generator))
     return Candidates(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -83,21 +82,24 @@ def _by_windows(
     label = victim.prediction[some].to(surrogate.device)
     maps = surrogate.clean[some.to(surrogate.device)]
     own = torch.arange(len(label), device=label.device)
-    lead = maps[own, label][:, None] - maps
-    total = lead.sum((2, 3))
-    outside = total[..., None] - windows.sums(lead)  # [images, classes, windows]
-    gain = lead.abs().flatten(1).quantile(0.98, dim=1)  # what one region is seen to be worth
+    with torch.no_grad():
+        outside = _leads_outside(surrogate, windows, maps, label)
+        alone = surrogate.class_scores(maps.flatten(2).mT).mT  # [images, classes, regions]
+    gain = (alone[own, label][:, None] - alone).abs().flatten(1).quantile(0.98, dim=1)  # what one region is worth
+    if surrogate.pools:  # of which a region has its share
+        gain = gain / alone.shape[2]
     key = outside - gain[:, None, None] * windows.sizes
     left_out = torch.full_like(key, -1, dtype=torch.int64)
     if victim.rule == "double-masking":
-        pair, left_out = _worst_partner(windows, lead)
+        with torch.no_grad():
+            pair, left_out = _worst_partner(surrogate, windows, maps, label)
         key = key + _HOPELESS * (pair > 0)
     elif victim.rule == "detection":
         key = key + _HOPELESS * (outside > 0)
     key[own, label] = torch.inf
     key = windows.without_gaps(key, torch.inf)
     best, rivals = key.sort(dim=1, stable=True)
-    rivals, best = rivals[:, : min(RIVALS, maps.shape[1] - 1)], best[:, 0]
+    rivals, best = rivals[:, : min(RIVALS, outside.shape[1] - 1)], best[:, 0]
     order = best.argsort(dim=1, stable=True)[:, : int(windows.keep.sum())]
     placement = windows.placements.cpu()[order.cpu()]
     if count is None:
@@ -113,15 +115,22 @@ def _by_windows(
     return _with_others(victim, placement, generator), rival.transpose(1, 2).cpu(), mask.transpose(1, 2).cpu()
 
 
-def _worst_partner(windows: Windows, lead: Tensor) -> tuple[Tensor, Tensor]:
+def _leads_outside(surrogate: Surrogate, windows: Windows, maps: Tensor, label: Tensor) -> Tensor:
+    """By how much each image's label leads each class outside each window: [images, classes, windows]."""
+    sums = maps.sum((2, 3))[..., None] - windows.sums(maps)
+    scores = surrogate.class_scores(sums.mT).mT
+    return scores[torch.arange(len(label), device=label.device), label][:, None] - scores
+
+
+def _worst_partner(surrogate: Surrogate, windows: Windows, maps: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """For each window m and class: the least lead outside m and a second window, and that window."""
-    least = torch.empty(*lead.shape[:2], len(windows), device=lead.device)
-    partner = torch.empty_like(least, dtype=torch.int64)
-    for m, mask in enumerate(windows.masks):
-        rest = lead * ~mask
-        most, at = windows.without_gaps(windows.sums(rest), -torch.inf).max(2)
-        least[:, :, m], partner[:, :, m] = rest.sum((2, 3)) - most, at
-    return least, partner
+    least, partner = [], []
+    for mask in windows.masks:
+        leads = _leads_outside(surrogate, windows, maps * ~mask, label)
+        smallest, at = windows.without_gaps(leads, torch.inf).min(2)
+        least.append(smallest)
+        partner.append(at)
+    return torch.stack(least, 2), torch.stack(partner, 2)
 
 
 def _by_saliency(victim: Victim, surrogate: PlainSurrogate, count: int | None) -> Candidates:

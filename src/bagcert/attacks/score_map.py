@@ -62,7 +62,7 @@ def _greedy(
         """The lowest loss of each image and which content has it; contents that change the answer come first."""
         with torch.no_grad():
             maps = surrogate.maps(many, contents.flatten(0, 1).float().to(device), places)
-            loss = objective(kind, maps, label, wanted, surrogate.windows, left_out).cpu()
+            loss = objective(kind, maps, label, wanted, surrogate.windows, left_out, surrogate.class_scores).cpu()
         loss = loss - 1e9 * surrogate.changed(many, maps).cpu()
         victim.count(many.cpu())
         return loss.unflatten(0, (len(image), POOL)).min(1)
@@ -99,12 +99,13 @@ def _pool(victim: Victim, surrogate: Surrogate, rival: Tensor, generator: torch.
     # Pieces are cut where the wanted class leads most, among random ones of the batch.
     other = torch.randint(0, len(victim), (_PIECES,), generator=generator)
     places = random_placements(threat, _PIECES, generator)
-    maps = surrogate.clean.cpu()
-    lead = maps - maps.mean(1, keepdim=True)
-    rows, cols = lead.shape[2:]
+    rows, cols = surrogate.clean.shape[2:]
     height, width = threat.image_size
     top, left = places[:, 0, 0] + places[:, 0, 2] // 2, places[:, 0, 1] + places[:, 0, 3] // 2
-    here = lead[other, :, top * rows // height, left * cols // width]  # [pieces, classes]
+    here = surrogate.clean.cpu()[other, :, top * rows // height, left * cols // width]
+    with torch.no_grad():
+        here = surrogate.class_scores(here.to(surrogate.device)).cpu()  # [pieces, classes], of that region alone
+    here = here - here.mean(1, keepdim=True)
     chosen = here[:, rival].topk(POOL - _DRAWN, dim=0).indices.T  # [images, pieces kept]
     pieces = cut(victim.images[other], places, size)
     return torch.cat([drawn, pieces[chosen]], 1)

@@ -22,7 +22,7 @@ from bagcert.grid import RegionGrid
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
 from bagcert.rules.windows import Windows
-from bagcert.scores import FIXED_POINT_LIMIT, ScoreMap, lowest_argmax
+from bagcert.scores import lowest_argmax
 from bagcert.threat import PatchThreatModel
 
 WORTH_CROPPING = 0.8  # of the image's area; a larger crop saves too little
@@ -34,16 +34,22 @@ class Surrogate(Protocol):
 
     Attributes:
         device: where maps are.
-        clean: maps [batch, classes, rows, cols] of the images without a patch.
+        clean: maps [batch, channels, rows, cols] of the images without a patch; a channel for each class, or what a
+            readout pools.
         windows: those of the threat, or None where every patch reaches everything.
+        pools: whether class scores are made from sums over regions by a readout; otherwise they are these sums.
     """
 
     device: torch.device
     clean: Tensor
     windows: Windows | None
+    pools: bool
 
     def maps(self, image: Tensor, contents: Tensor, placements: Tensor) -> Tensor:
-        """Maps [rows, classes, map rows, map cols] of images with contents in [0, 255], differentiable in those."""
+        """Maps [rows, channels, map rows, map cols] of images with contents in [0, 255], differentiable in those."""
+
+    def class_scores(self, sums: Tensor) -> Tensor:
+        """Class scores [*batch, classes] from sums [*batch, channels] over kept regions, differentiable."""
 
     def changed(self, image: Tensor, maps: Tensor) -> Tensor:
         """What the rule makes of such maps: boolean [rows], is it another answer than the clean one?"""
@@ -73,6 +79,8 @@ def whole_pixels(contents: Tensor) -> Tensor:
 class PlainSurrogate:
     """An ordinary classifier as a map of one region: its logits."""
 
+    pools = False
+
     def __init__(self, victim: Victim, defense: Undefended) -> None:
         self.device = defense.device
         self.windows: Windows | None = None
@@ -85,6 +93,10 @@ class PlainSurrogate:
     def maps(self, image: Tensor, contents: Tensor, placements: Tensor) -> Tensor:
         """See `Surrogate`."""
         return self._logits(paste(self._images[image].float(), whole_pixels(contents), placements))
+
+    def class_scores(self, sums: Tensor) -> Tensor:
+        """See `Surrogate`."""
+        return sums
 
     def changed(self, image: Tensor, maps: Tensor) -> Tensor:
         """See `Surrogate`."""
@@ -107,12 +119,13 @@ class PlainSurrogate:
 
 
 class LocalSurrogate:
-    """A region scorer with its head: integer maps forward; backward the identity, or a sigmoid for binary heads."""
+    """A region scorer with its head: integer maps forward; backward the slope of the head's soft form."""
 
     def __init__(self, victim: Victim, defense: BagCert) -> None:
         scorer = defense.scorer.eval()
         self.device = scorer.device
-        self._scorer = scorer
+        self._scorer, self._form = scorer, scorer.form
+        self.pools = self._form.pooling is not None
         self._rule, self._threat = get_rule(victim.rule), victim.threat
         self._detects = victim.detects
         self._images = victim.images.to(self.device)
@@ -121,7 +134,8 @@ class LocalSurrogate:
         self.windows: Windows | None = Windows(self._grid, self._grid.windows(victim.threat), self.device)
         self._clean = scorer.real_scores(victim.images)
         self._softness = max(1.0, float(self._clean.abs().mean()))
-        self.clean = self._head(self._clean)
+        with torch.no_grad():
+            self.clean = self._head(self._clean)
         self.crop = _Crop.of(scorer, self._grid, victim.threat)
 
     def maps(self, image: Tensor, contents: Tensor, placements: Tensor) -> Tensor:
@@ -132,22 +146,20 @@ class LocalSurrogate:
         z = self.crop.real_scores(self._scorer, self._images, image, contents, placements[:, 0], self._clean)
         return self._head(z)
 
+    def class_scores(self, sums: Tensor) -> Tensor:
+        """See `Surrogate`."""
+        return self._form.class_scores(sums, self._grid.map_size[0] * self._grid.map_size[1])
+
     def changed(self, image: Tensor, maps: Tensor) -> Tensor:
         """See `Surrogate`."""
-        low, high = (0, 1) if self._scorer.head == "binary" else (-FIXED_POINT_LIMIT, FIXED_POINT_LIMIT)
-        score_map = ScoreMap(maps.detach().to(torch.int16), low, high, self._grid)
+        score_map = self._form.score_map(maps.detach().to(torch.int32), self._grid)
         if self._detects:
             found = self._rule.certify(score_map, self._threat)
             return (found.prediction != self._prediction[image]) & found.certified
         return self._rule.predict(score_map, self._threat) != self._prediction[image]
 
     def _head(self, z: Tensor) -> Tensor:
-        if self._scorer.head == "binary":
-            soft = torch.sigmoid(z / self._softness)
-            return soft + ((z > 0).float() - soft).detach()
-        scaled = torch.nan_to_num(z * self._scorer.scale, nan=-FIXED_POINT_LIMIT)
-        hard = scaled.round().clamp(-FIXED_POINT_LIMIT, FIXED_POINT_LIMIT)
-        return torch.where(scaled.isfinite(), scaled + (hard - scaled).detach(), hard)
+        return self._form.straight_through(z, self._softness)
 
 
 @dataclass(frozen=True)

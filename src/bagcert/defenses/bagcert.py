@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bagcert.aggregation import require_sum
 from bagcert.backends import fastest_backend, get_runner
 from bagcert.defenses.score_map_defense import ScoreMapDefense
 from bagcert.devices import keep_freed_memory, resolve_device
@@ -128,14 +129,15 @@ def load(
     folder = model_folder(name)
     scorer, config = read_model(folder)
     try:
-        get_rule(config.rule)
+        if not get_rule(config.rule).pools:
+            require_sum(scorer.readout, f"the rule {config.rule}", "use double-masking or detection")
         PatchThreatModel.parse(config.patch, scorer.image_size)
     except UsageError as error:
         raise UnreadableError(f"{folder / CONFIG} cannot be deployed: {error}") from None
     if broken := not_finite(scorer.fold_batch_norm().state_dict()):
         raise UnreadableError(f"tensor {broken!r} in {folder / WEIGHTS} is not finite with batch norm folded into it")
     scorer.to(target).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    scorer.autocast_dtype = DTYPES[dtype]
+    scorer.freeze().autocast_dtype = DTYPES[dtype]
     check_counting(target)
     cache = cache_folder()
     scorer.runner = get_runner(chosen, scorer, DTYPES[dtype], None if cache is None else cache / "onnx")

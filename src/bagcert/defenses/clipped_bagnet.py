@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bagcert.aggregation import require_sum
 from bagcert.defenses.score_map_defense import ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
@@ -36,12 +37,13 @@ class ClippedBagNet(ScoreMapDefense):
         name: for tables.
 
     Raises:
-        UsageError: there is no such rule.
+        UsageError: there is no such rule, or the network pools regions by attention.
     """
 
     def __init__(
         self, scorer: RegionScorer, rule: str = "vote", patch: PatchLike = 5, name: str = "clipped-bagnet"
     ) -> None:
+        require_sum(scorer.readout, "Clipped BagNet")
         get_rule(rule)
         self.scorer = scorer.eval()
         self.class_names, self.image_size = scorer.class_names, scorer.image_size

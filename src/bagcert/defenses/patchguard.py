@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
+from bagcert.aggregation import require_sum
 from bagcert.defenses.score_map_defense import ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import Rule, get_rule
@@ -32,7 +33,8 @@ class PatchGuard(ScoreMapDefense):
         name: for tables.
 
     Raises:
-        UsageError: the threshold is not such a fraction, at least 0 and below 1.
+        UsageError: the threshold is not such a fraction, at least 0 and below 1; or the network pools regions by
+            attention.
     """
 
     rule = "robust-masking"
@@ -44,6 +46,7 @@ class PatchGuard(ScoreMapDefense):
         patch: PatchLike = 5,
         name: str = "patchguard",
     ) -> None:
+        require_sum(scorer.readout, "PatchGuard")
         self.threshold = exact_share(threshold)
         self.scorer = scorer.eval()
         self.class_names, self.image_size = scorer.class_names, scorer.image_size

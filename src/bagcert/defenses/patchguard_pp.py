@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
+from bagcert.aggregation import require_sum
 from bagcert.defenses.score_map_defense import ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import Rule, get_rule
@@ -35,7 +36,7 @@ class PatchGuardPlusPlus(ScoreMapDefense):
         name: for tables.
 
     Raises:
-        UsageError: tau out of range.
+        UsageError: tau out of range, or a network that pools regions by attention.
     """
 
     rule = "detection"
@@ -43,6 +44,7 @@ class PatchGuardPlusPlus(ScoreMapDefense):
     def __init__(
         self, scorer: RegionScorer, confidence: float = 0.0, patch: PatchLike = 5, name: str = "patchguard++"
     ) -> None:
+        require_sum(scorer.readout, "PatchGuard++")
         self.confidence = float(confidence)
         self.scale = scorer.scale if scorer.head == "fixed-point" else 1.0
         check_confidence(self.confidence, self.scale)

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from bagcert.aggregation import require_sum
 from bagcert.backends import inference_copy
 from bagcert.errors import UsageError
 from bagcert.export.image_range import ImageRange
@@ -48,8 +49,9 @@ class CertifiedModule(nn.Module):
     def __init__(self, scorer: RegionScorer, rule: str, threat: PatchThreatModel, tolerance: float = 0.0) -> None:
         super().__init__()
         get_rule(rule)
+        require_sum(scorer.readout, "an exported model")
         self.binary = scorer.head == "binary"
-        self.low, self.high = (0, 1) if self.binary else (-FIXED_POINT_LIMIT, FIXED_POINT_LIMIT)
+        self.low, self.high = scorer.form.low, scorer.form.high
         self.scale, self.tolerance = (1.0 if self.binary else scorer.scale), tolerance
         if tolerance * self.scale >= FIXED_POINT_LIMIT:
             raise UsageError(f"a tolerance of {tolerance:g} is more than the scores of this head hold")

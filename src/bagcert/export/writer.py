@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from bagcert.aggregation import require_sum
 from bagcert.backends.network import INPUT, LIBRARIES, REAL_SCORES, to_onnx
 from bagcert.backends.onnx_runtime import onnx_session
 from bagcert.defenses.bagcert import BagCert
@@ -109,6 +110,7 @@ def export_model(
     if openvino:
         require_openvino()
     scorer = model.scorer
+    require_sum(scorer.readout, "an exported model")
     if scorer.device.type != "cpu" or scorer.autocast_dtype is not None:
         raise UsageError("a model is exported from the CPU in float32; load it so")
     if reason := dynamic_quantization(scorer):

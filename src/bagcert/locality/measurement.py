@@ -69,6 +69,7 @@ def measure(
         "image_size": size,
         "patches": shapes,
         "thorough": thorough,
+        "guardable": scorer.readout is None,
     }
     refusal = dynamic_quantization(scorer)
     try:
@@ -162,9 +163,12 @@ def require_local(report: LocalityReport, portable: bool = False) -> None:
     if report.consequence == "refused":
         raise UnsoundError(f"{report.model} is not local on {report.device} in {report.dtype}: {report.reason}")
     if portable and report.across_configurations == "refused":
+        why = "too much for certificates that hold across them"
+        if not report.guardable:
+            why = "and attention pooling needs scores that do not move at all; load it without portable"
         raise UnsoundError(
             f"{report.model} on {report.device} in {report.dtype}: scores move by {report.drift_z:g} from one batch "
-            "size or number of threads to another, too much for certificates that hold across them"
+            f"size or number of threads to another, {why}"
         )
 
 

@@ -132,6 +132,7 @@ def measure_onnx(
         largest_score=largest,
         refusal=refusal if scores.quantized_dynamically else "",
         thorough=True,
+        guardable=scorer.readout is None,
     )
 
 

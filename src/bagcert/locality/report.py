@@ -60,6 +60,8 @@ class LocalityReport:
             `overflow`.
         refusal: a reason to refuse whatever the probes say, or "".
         thorough: all of it, as `bagcert doctor` does, or the short check at load.
+        guardable: whether a rule could count small changes for the attacker. Attention pooling has no worst case that
+            could be named, so that there all that moves is refused.
     """
 
     model: str
@@ -75,6 +77,7 @@ class LocalityReport:
     refusal: str
     thorough: bool
     activation_bound: float | None = None
+    guardable: bool = True
 
     @property
     def leak_z(self) -> float:
@@ -124,14 +127,14 @@ class LocalityReport:
         """Within one configuration: exact where nothing moved at all, guarded below the limit, else refused."""
         if self.refusal or not self.is_finite or (self.nan_may_spread and not self.cannot_overflow):
             return "refused"
-        return _consequence(self.leak_z, LEAK_LIMIT * self.largest_score)
+        return self._consequence(self.leak_z, LEAK_LIMIT)
 
     @property
     def across_configurations(self) -> Consequence:
         """The same for a certificate that is to hold where batch sizes or threads are others."""
         if self.consequence == "refused":
             return "refused"
-        drift = _consequence(self.drift_z, DRIFT_LIMIT * self.largest_score)
+        drift = self._consequence(self.drift_z, DRIFT_LIMIT)
         return self.consequence if drift == "exact" else drift
 
     def tolerance(self, portable: bool = False) -> float:
@@ -163,6 +166,11 @@ class LocalityReport:
         if self.consequence == "refused":
             limit = LEAK_LIMIT * self.largest_score
             name = next(p.name for p in self.probes if p.kind != "drift" and p.largest_z == self.leak_z)
+            if not self.guardable:
+                return (
+                    f"scores outside a patch's reach moved by {self.leak_z:g} ({name}), and attention pooling needs "
+                    "scores that do not move at all"
+                )
             return f"scores outside a patch's reach moved by {self.leak_z:g} ({name}), above the limit of {limit:g}"
         return ""
 
@@ -185,14 +193,14 @@ class LocalityReport:
             "reason": self.reason,
         }
 
+    def _consequence(self, moved: float, limit: float) -> Consequence:
+        """Of a change, with its limit as a share of the largest score."""
+        if moved == 0:
+            return "exact"
+        return "guarded" if self.guardable and moved <= limit * self.largest_score < math.inf else "refused"
+
     def _largest(self, kind: Kind) -> float:
         return max((probe.largest_z for probe in self.probes if probe.kind == kind), default=0.0)
-
-
-def _consequence(moved: float, limit: float) -> Consequence:
-    if moved == 0:
-        return "exact"
-    return "guarded" if moved <= limit < math.inf else "refused"
 
 
 def _finite(value: float) -> float | None:

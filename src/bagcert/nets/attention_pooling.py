@@ -6,6 +6,7 @@ the arithmetic that is deployed.
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,17 @@ FIRST_WEIGHT = 16.0
 """The attention weight that an untrained network gives to a region."""
 
 
+LARGEST_LOGIT = math.log(WEIGHT_LIMIT)
+
+
 def rounded(x: Tensor) -> Tensor:
     """`round(x)` forward, the identity backward."""
     return x + (x.round() - x).detach()
+
+
+def clipped(x: Tensor, least: float, most: float) -> Tensor:
+    """`x` within a range forward, the identity backward."""
+    return x.clamp(least, most).detach() + (x - x.detach())
 
 
 class AttentionReadout(nn.Module):
@@ -50,19 +59,33 @@ class AttentionReadout(nn.Module):
         """Channels that the network must have: values, then heads."""
         return self.values + self.heads
 
+    @torch.no_grad()
     def integers(self, z: Float[Tensor, "batch channels rows cols"]) -> Int[Tensor, "batch channels rows cols"]:
-        """The integer map that rules see, int32: products `e v`, then weights `e`. NaN becomes 0 before the split."""
-        z = torch.nan_to_num(z.float(), nan=0.0, posinf=1e6, neginf=-1e6)
-        values, weights = self._split(z)
-        products = weights.round().unsqueeze(2) * values.round().unflatten(1, (self.heads, -1))
-        return torch.cat([products.flatten(1, 2), weights.round()], 1).to(torch.int32)
+        """The integer map that rules see, int32: products `e v`, then weights `e`. NaN becomes 0 before the split.
+
+        An addition, a multiplication by a power of two, comparisons and products of integers: each integer follows
+        from the scores of its own region alone, whatever a device makes of an exponential.
+        """
+        values, logits = self._split(torch.nan_to_num(z.float(), nan=0.0, posinf=1e6, neginf=-1e6))
+        values = values.clamp(-VALUE_LIMIT, VALUE_LIMIT).round()
+        steps = torch.tensor(_weight_steps(), dtype=torch.float32, device=z.device)
+        weights = torch.bucketize(logits.contiguous(), steps, right=True) + 1
+        products = weights.unsqueeze(2) * values.to(torch.int32).unflatten(1, (self.heads, -1))
+        return torch.cat([products.flatten(1, 2), weights], 1).to(torch.int32)
 
     def evidence(self, z: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch channels rows cols"]:
         """The same map as real numbers, with gradients."""
-        values, weights = self._split(z.float())
-        weights = rounded(weights)
-        products = weights.unsqueeze(2) * rounded(values).unflatten(1, (self.heads, -1))
-        return torch.cat([products.flatten(1, 2), weights], 1)
+        values, logits = self._split(z.float())
+        values = rounded(values.clamp(-VALUE_LIMIT, VALUE_LIMIT))
+        return self._products(values, rounded(logits.clamp(0, LARGEST_LOGIT).exp()))
+
+    def slopes(self, z: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch channels rows cols"]:
+        """The same map without rounding, with gradients also where values or weights are clipped.
+
+        For attacks, which must not stop where a network is saturated (Athalye et al., ICML 2018).
+        """
+        values, logits = self._split(z.float())
+        return self._products(clipped(values, -VALUE_LIMIT, VALUE_LIMIT), clipped(logits, 0.0, LARGEST_LOGIT).exp())
 
     def forward(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch classes"]:
         """Real class scores from sums of `evidence` over the kept regions."""
@@ -71,6 +94,12 @@ class AttentionReadout(nn.Module):
         pooled = rounded(mean).clamp(-POOLED_LIMIT, POOLED_LIMIT).flatten(-2) / UNITS
         hidden = rounded(self.first(pooled) * UNITS).clamp(0, POOLED_LIMIT) / UNITS
         return self.second(hidden) + self.skip(pooled)
+
+    def soft(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch classes"]:
+        """`forward` without rounding and saturation: for attacks, like `slopes`."""
+        total = sums[..., : self.values].unflatten(-1, (self.heads, -1))
+        pooled = (total / sums[..., self.values :, None].clamp(min=1)).flatten(-2) / UNITS
+        return self.second(self.first(pooled).relu()) + self.skip(pooled)
 
     @torch.no_grad()
     def frozen(self) -> AttentionPooling:
@@ -92,14 +121,27 @@ class AttentionReadout(nn.Module):
             self.heads,
         )
 
+    def _products(self, values: Tensor, weights: Tensor) -> Tensor:
+        """[batch, values + heads, rows, cols]: values times the weight of their head, then weights."""
+        products = weights.unsqueeze(2) * values.unflatten(1, (self.heads, -1))
+        return torch.cat([products.flatten(1, 2), weights], 1)
+
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Values in integer units and attention weights, both within their range and not yet rounded."""
-        values = (z[:, : self.values] * UNITS).clamp(-VALUE_LIMIT, VALUE_LIMIT)
+        """Values in integer units and logarithms of attention weights, neither clipped nor rounded.
+
+        Raises:
+            UsageError: a map of another size.
+        """
         if z.shape[2:] != self.position.shape[1:]:
             expected, found = ("x".join(map(str, shape[-2:])) for shape in (self.position.shape, z.shape))
             raise UsageError(f"attention pooling is for maps of {expected} regions, got {found}; resize the images")
-        logits = z[:, self.values :] + (self.position + math.log(FIRST_WEIGHT))
-        return values, logits.clamp(0, math.log(WEIGHT_LIMIT)).exp()
+        return z[:, : self.values] * UNITS, z[:, self.values :] + (self.position + math.log(FIRST_WEIGHT))
+
+
+@cache
+def _weight_steps() -> tuple[float, ...]:
+    """The logarithms at which a rounded weight becomes 2, 3, ... 255, ascending."""
+    return tuple(math.log(weight - 0.5) for weight in range(2, WEIGHT_LIMIT + 1))
 
 
 def attention_masking_loss(

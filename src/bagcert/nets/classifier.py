@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bagcert.aggregation import require_sum
 from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import RegionScorer
 
@@ -11,10 +12,14 @@ class MeanScores(nn.Module):
     """The mean of the region scores as logits: what a linear layer behind global average pooling computes.
 
     With receptive fields as large as the image this is a residual network like any other.
+
+    Raises:
+        UsageError: the network pools regions by attention.
     """
 
     def __init__(self, scorer: RegionScorer) -> None:
         super().__init__()
+        require_sum(scorer.readout, "a mean of region scores")
         self.scorer = scorer
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
@@ -28,8 +33,9 @@ def in_sequence(scorer: RegionScorer) -> nn.Sequential:
     The mean over regions is taken before the last 1x1 convolution, which is a linear layer then. Weights are copied.
 
     Raises:
-        UsageError: the network is not a sequence that ends with a 1x1 convolution.
+        UsageError: the network is not a sequence that ends with a 1x1 convolution, or pools regions by attention.
     """
+    require_sum(scorer.readout, "a mean of region scores")
     *layers, last = scorer.net.children() if isinstance(scorer.net, nn.Sequential) else [nn.Identity()]
     if not isinstance(last, nn.Conv2d) or last.kernel_size != (1, 1) or last.groups != 1:
         raise UsageError("a network read layer by layer must be a sequence that ends with a 1x1 convolution")

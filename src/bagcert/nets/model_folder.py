@@ -7,13 +7,15 @@ from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
+from bagcert.aggregation import check_readout
 from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, shown
 from bagcert.files import read_regular, write_together
 from bagcert.nets import get_architecture
 from bagcert.nets.attention_pooling import AttentionReadout
+from bagcert.nets.heads import HeadName
 from bagcert.nets.region_scorer import RegionScorer, not_finite
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -55,7 +57,7 @@ class ModelConfig(BaseModel):
     width: int = Field(ge=1, le=65536)
     depth: int = Field(ge=1, le=4096)
     padded: bool = True
-    head: Literal["binary", "fixed-point", "attention-pooling"]
+    head: HeadName
     values: int | None = Field(default=None, ge=1, le=1024)
     attention_heads: int | None = Field(default=None, ge=1, le=1024)
     hidden: int | None = Field(default=None, ge=1, le=1024)
@@ -69,23 +71,34 @@ class ModelConfig(BaseModel):
     recipe: Annotated[dict[str, Any], AfterValidator(_as_json)] = {}
     provenance: Annotated[dict[str, Any], AfterValidator(_as_json)] = {}
 
+    @model_validator(mode="after")
+    def _readout_fits_the_head(self) -> "ModelConfig":
+        sizes = (self.values, self.attention_heads, self.hidden)
+        if self.head == "attention-pooling":
+            check_readout(*sizes, ablated=self.ablated)
+        elif any(size is not None for size in sizes):
+            raise ValueError(
+                f"values, attention_heads and hidden belong to the attention-pooling head, not to {self.head}"
+            )
+        return self
+
     @property
     def ablated(self) -> bool:
         """Whether the net takes ablated images, as derandomized smoothing makes them."""
         return len(self.mean) == 6
 
+    @property
+    def readout(self) -> dict[str, int]:
+        """The sizes of the readout, of the head that has one."""
+        sizes = {"values": self.values, "attention_heads": self.attention_heads, "hidden": self.hidden}
+        return {name: size for name, size in sizes.items() if size is not None}
+
     def build(self) -> RegionScorer:
         """The scorer with fresh weights."""
         readout = None
-        if self.head == "attention-pooling":
-            if not self.values or not self.attention_heads or not self.hidden or self.values % self.attention_heads:
-                raise UsageError(
-                    "attention pooling needs values (a multiple of attention_heads), heads and hidden units"
-                )
-            sizes = (self.values, self.attention_heads, self.hidden)
-            readout = AttentionReadout(
-                len(self.class_names), *sizes, self._map_size(self.values + self.attention_heads)
-            )
+        if self.values and self.attention_heads and self.hidden:
+            size = self._map_size(self.values + self.attention_heads)
+            readout = AttentionReadout(len(self.class_names), self.values, self.attention_heads, self.hidden, size)
         net = self._net(len(self.class_names) if readout is None else readout.channels)
         return RegionScorer(
             net, self.class_names, self.image_size, self.head, self.scale, self.mean, self.std, readout=readout
@@ -123,7 +136,8 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
 
     Raises:
         UnreadableError: a file is missing, truncated or not what it should be; tensors are missing, extra,
-            of another shape, or not finite; the normalization is not that of the config; a variance is negative.
+            of another shape, not finite, or of a readout whose integer sums would not be exact; the normalization is
+            not that of the config; a variance is negative.
     """
     config = read_config(folder)
     path = folder / WEIGHTS
@@ -164,7 +178,11 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
             raise UnreadableError(f"tensor {name!r} in {path} has a negative variance")
     scorer.to_empty(device="cpu")
     scorer.load_state_dict(tensors)
-    return scorer.eval(), config
+    try:
+        scorer.eval().freeze()
+    except UsageError as error:
+        raise UnreadableError(f"{path} holds a readout that cannot be certified: {error}") from None
+    return scorer, config
 
 
 def normalization(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[float]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,20 +10,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from bagcert.aggregation import PRODUCT_LIMIT
+from bagcert.aggregation import AttentionPooling
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid
 from bagcert.images import as_batch, with_batch_axis
 from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.geometry import derive_grid
+from bagcert.nets.heads import HEADS, Head, HeadName, make_head
 from bagcert.nets.probe import check_locality
-from bagcert.scores import FIXED_POINT_LIMIT, ScoreMap, binarize, quantize, slack_of
+from bagcert.scores import ScoreMap
 
 if TYPE_CHECKING:
     from bagcert.backends.runner import Runner
 
-Head = Literal["binary", "fixed-point", "attention-pooling"]
-HEADS: tuple[Head, ...] = ("binary", "fixed-point", "attention-pooling")
 FLOAT32 = torch.finfo(torch.float32)
 NORMAL = f"positive and finite in float32, from {FLOAT32.tiny:.4g} to {FLOAT32.max:.4g}"
 PIXELS_AT_ONCE = 2**18  # 256 images of 32x32: large enough for speed, small enough for caches and memory
@@ -56,6 +55,7 @@ class RegionScorer(nn.Module):
         head: "binary" (scores `[z > 0]`, range [0, 1]), "fixed-point" (`clip(round(z * scale), ±2047)`), or
             "attention-pooling" (values and attention weights for a readout, see `bagcert.aggregation`).
         scale: of the fixed-point head.
+        readout: of the attention-pooling head, and of no other.
         mean, std: per channel, applied as the first layer; three values for RGB images, one for grey ones, six for
             ablated ones `[x, 1 - x]` (`bagcert.defenses.derandomized_smoothing`), which only `forward` takes.
 
@@ -73,7 +73,7 @@ class RegionScorer(nn.Module):
         net: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
-        head: Head = "fixed-point",
+        head: HeadName = "fixed-point",
         scale: float = 1.0,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
@@ -103,11 +103,12 @@ class RegionScorer(nn.Module):
         self.readout = readout
         self.class_names = tuple(class_names)
         self.image_size = (image_size[0], image_size[1])
-        self.head = head
+        self.head: HeadName = head
         self.scale = float(scale)
         self.autocast_dtype: torch.dtype | None = None
         self.tolerance = 0.0
         self.runner: Runner | None = None
+        self._frozen: AttentionPooling | None = None
         self._grids: dict[tuple[int, int], RegionGrid] = {}
 
     @classmethod
@@ -116,7 +117,7 @@ class RegionScorer(nn.Module):
         module: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
-        head: Head = "fixed-point",
+        head: HeadName = "fixed-point",
         scale: float = 1.0,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
@@ -186,6 +187,11 @@ class RegionScorer(nn.Module):
         """What computes `z`: torch, or the name of the runner's."""
         return "torch" if self.runner is None else self.runner.name
 
+    @property
+    def form(self) -> Head:
+        """The head itself: its range, its integers, their differentiable form, and the aggregation of regions."""
+        return make_head(self.head, self.scale, self.readout, self._frozen)
+
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Real-valued scores `z` [batch, classes, rows, cols] of images in [0, 1]."""
         return self.net(self.normalize(images))
@@ -229,22 +235,40 @@ class RegionScorer(nn.Module):
 
     def to_scores(self, z: Float[Tensor, "batch channels rows cols"], image_size: tuple[int, int]) -> ScoreMap:
         """The head: integers with their range and geometry, from real scores of images of `image_size`."""
-        if self.readout is not None:
-            if self.tolerance > 0:
-                raise UnsoundError("attention pooling needs a network whose locality is exact on this device and dtype")
-            scores = self.readout.integers(z)
-            readout = self.readout.frozen()
-            return ScoreMap(scores, -PRODUCT_LIMIT, PRODUCT_LIMIT, self.grid(image_size), readout=readout)
-        low, high = (0, 1) if self.head == "binary" else (-FIXED_POINT_LIMIT, FIXED_POINT_LIMIT)
-        scores = self.integers(z)
-        slack = slack_of(z, self.tolerance, self.integers, high - low) if self.tolerance > 0 else None
-        return ScoreMap(scores, low, high, self.grid(image_size), slack)
+        form = self.form
+        return form.score_map(form.integers(z), self.grid(image_size), form.slack(z, self.tolerance))
 
     def integers(self, z: Float[Tensor, "batch classes rows cols"]) -> Tensor:
-        """The head alone: int16 of the same shape, never falling where `z` rises."""
+        """The head alone: integers of the same shape; class scores never fall where `z` rises."""
+        return self.form.integers(z)
+
+    @property
+    def class_layers(self) -> tuple[str, ...]:
+        """Names of the parameters whose size depends on the number of classes."""
         if self.readout is not None:
-            return self.readout.integers(z)
-        return binarize(z) if self.head == "binary" else quantize(z, self.scale)
+            return ("readout.second.weight", "readout.skip.weight", "readout.skip.bias")
+        return tuple(name for name, _ in list(self.net.named_parameters(prefix="net"))[-2:])
+
+    def freeze(self) -> "RegionScorer":
+        """Makes the integer readout once, where there is one; for inference only. Training unmakes it.
+
+        Raises:
+            UsageError: weights of the readout are so large that integer sums would not be exact.
+        """
+        self.eval()
+        self._frozen = None if self.readout is None else self.readout.frozen()
+        return self
+
+    def train(self, mode: bool = True) -> "RegionScorer":
+        """As for every module. In training mode weights change, and the readout with them."""
+        if mode:
+            self._frozen = None
+        return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As for every module; the readout follows."""
+        self._frozen = None
+        return super().load_state_dict(*args, **kwargs)
 
     def fold_batch_norm(self) -> "RegionScorer":
         """Folds every batch norm into the convolution before it, in place; for inference only."""

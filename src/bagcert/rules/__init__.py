@@ -27,6 +27,7 @@ class Rule:
         predict: the deployed prediction alone, int64 [batch]; the same as that of `certify`.
         guarantee: "recovery" (no attack changes the answer) or "detection" (none does without an alert).
         summary: one line.
+        pools: whether it takes any aggregation of the kept regions; otherwise class scores must be sums over regions.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Rule:
     predict: Callable[[ScoreMap, PatchThreatModel], Tensor]
     guarantee: str
     summary: str
+    pools: bool = False
 
 
 def sum_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Tensor:
@@ -68,6 +70,7 @@ RULES: dict[str, Rule] = {
             double_masking.double_masking_prediction,
             "recovery",
             "the same answer with any two windows left out; certifies more than vote",
+            pools=True,
         ),
         Rule(
             "detection",
@@ -75,6 +78,7 @@ RULES: dict[str, Rule] = {
             plain_prediction,
             "detection",
             "the same answer with any one window left out; an attack may cause an alert instead of a wrong answer",
+            pools=True,
         ),
         Rule(
             "robust-masking",

@@ -12,8 +12,8 @@ from functools import wraps
 
 import torch
 
+from bagcert import aggregation
 from bagcert.certificate import Certificate
-from bagcert.errors import UsageError
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 
@@ -26,11 +26,7 @@ def require_sum(score_map: ScoreMap, rule: str) -> None:
     Raises:
         UsageError: the map has a readout.
     """
-    if score_map.readout is not None:
-        raise UsageError(
-            f"the rule {rule} needs class scores that are sums over regions; this model pools regions by attention: "
-            "use double-masking or detection"
-        )
+    aggregation.require_sum(score_map.readout, f"the rule {rule}", "use double-masking or detection")
 
 
 def guarded(certify: Certify) -> Certify:
