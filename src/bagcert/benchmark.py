@@ -274,8 +274,8 @@ def _trained(
     recipe: Recipe, folder: Path, source: ImageSet, device: str, on_progress: Callable[[str, int, int], None]
 ) -> Path:
     """The folder of the trained network; an unfinished training goes on."""
-    if not (folder / CONFIG).exists():
-        resume = (folder / CHECKPOINT).exists()
+    resume = (folder / CHECKPOINT).exists()  # an unfinished training has a model as well: that of its last validation
+    if resume or not (folder / CONFIG).exists():
         what = f"training {recipe.name}"
         train(
             recipe, folder, source, resume, device=device, on_progress=lambda at: on_progress(what, at.step, at.steps)

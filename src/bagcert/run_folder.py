@@ -84,6 +84,8 @@ class RunFolder:
             write_atomically(self.folder / RECIPE, self.recipe.to_toml().encode())
             write_atomically(self.folder / METRICS, b"")
             return
+        if not path.exists() and not (self.folder / HELD).exists():
+            raise UsageError(f"{self.folder} holds no unfinished run to resume")
         extended = self._extends()
         if extended and not path.exists():  # finished: what it went on with before the learning rate fell
             path = self.folder / HELD

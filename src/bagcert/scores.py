@@ -145,9 +145,9 @@ class ScoreMap:
         """The class with the largest score over all regions; among equals the lowest index."""
         return lowest_argmax(self.class_scores)
 
-    def evidence(self, image: int) -> Float[Tensor, "channels regions"]:
-        """What the readout pools, of one image, in a float type that holds every sum exactly."""
-        return self.scores[image].flatten(1).to(self._pooling_dtype)
+    def evidence(self, images: slice) -> Float[Tensor, "batch channels regions"]:
+        """What the readout pools, of some images, in a float type that holds every sum exactly."""
+        return self.scores[images].flatten(2).to(self._pooling_dtype)
 
     @property
     def _pooling_dtype(self) -> torch.dtype:

@@ -17,9 +17,19 @@ THREAT = PatchThreatModel.parse(2, SIZE)
 LABELS = np.arange(9) % 3
 
 
+NAMES = (*DEFENSES, "attention-pooling")
+
+
+def changes_of(name: str) -> tuple[str, ...]:
+    """What the network's training changes in a recipe; a model that pools by attention has a recipe of its own."""
+    return () if name == "attention-pooling" else TRAININGS[DEFENSES[name].training].changes
+
+
 def deployed(name: str):
     """The defence around a network that sums each image's color channels: right, and hard to fool."""
-    changes = TRAININGS[DEFENSES[name].training].changes
+    if name == "attention-pooling":
+        return tiny.attention_model()
+    changes = changes_of(name)
     channels = 6 if any(change.startswith("augment.ablation=") for change in changes) else 3
     head = "binary" if "model.head=binary" in changes else "fixed-point"
     layer = nn.Conv2d(channels, 3, 1)
@@ -45,7 +55,7 @@ def attacked(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return patched
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", NAMES)
 class TestEveryDefense:
     def test_prediction_and_certificate_agree(self, name):
         defense, pixels = deployed(name), images()
@@ -100,7 +110,7 @@ class TestEveryDefense:
         assert defense.name
 
     def test_its_training_is_a_recipe(self, name):
-        changes = [change.format(patch=2, column=2, block=4) for change in TRAININGS[DEFENSES[name].training].changes]
+        changes = [change.format(patch=2, column=2, block=4) for change in changes_of(name)]
         assert load_recipe("digits", changes).name == "digits"
 
 

@@ -103,8 +103,7 @@ def test_imports_point_to_a_lower_line(importer: str, imported: str) -> None:
 
 def test_the_list_of_exceptions_is_used_and_has_no_circle() -> None:
     assert SAME_LINE.keys() <= set(PAIRS)
-    lowest = "errors extras addresses files devices distributed threat images grid aggregation "
-    lowest += "scores certificate"
+    lowest = "errors extras addresses files devices distributed threat images grid aggregation scores certificate"
     order = {name: i for i, name in enumerate(lowest.split())}
     order |= {
         "locality": 98,

@@ -171,7 +171,7 @@ SCORES = {
     ],
     "ties cost nothing in the margin": [(TIE_PENALTY, TIE_PENALTY.replace("<", "< 0 *"))],
     "the range of scores taken for its upper end": [("return self.high - self.low", "return self.high")],
-    "class sums in 16 bits": [("dtype=torch.int64)\n\n    def predict", "dtype=torch.int16)\n\n    def predict")],
+    "class sums in 16 bits": [("dtype=torch.int64)\n\n    @cached", "dtype=torch.int16)\n\n    @cached")],
     "float32 sums beyond 2^24": [
         (
             "return torch.float32 if 4 * span * regions < 2**24 else torch.float64",

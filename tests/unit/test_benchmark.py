@@ -11,6 +11,9 @@ from bagcert.compare import compare
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.image_records import read_image_records
 from bagcert.nets import get_architecture
+from bagcert.nets.model_folder import WEIGHTS, weights_sha256
+from bagcert.train import train
+from tests import tiny
 from tests.integration.test_cli import check_mistake, run
 
 NAMES = ["undefended", "bagcert-double-masking", "column-smoothing", "patchguard++"]
@@ -69,6 +72,27 @@ def test_what_is_there_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
     after = {path.name: path.read_bytes() for path in folder.glob("*.json*")}
     assert after.keys() == before.keys()
     assert all(after[name] == before[name] for name in before if not name.startswith("undefended"))
+
+
+def test_unfinished_training_goes_on_though_there_is_a_model(tmp_path: Path):
+    """A training writes its model whenever it validates, here after 6 of 12 steps."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(what: str, step: int, steps: int):
+        if step == 7:
+            raise Killed
+
+    recipe, images = tiny.recipe(), tiny.image_set()
+    with pytest.raises(Killed):
+        benchmarking._trained(recipe, tmp_path / "run", images, "cpu", kill)
+    assert (tmp_path / "run" / WEIGHTS).exists()
+    seen = []
+    benchmarking._trained(recipe, tmp_path / "run", images, "cpu", lambda what, step, steps: seen.append(step))
+    assert seen[-1] == 12
+    whole = train(recipe, tmp_path / "whole", images, device="cpu")
+    assert weights_sha256(tmp_path / "run") == weights_sha256(whole)
 
 
 def test_other_questions_are_refused(folder: Path, tmp_path: Path):

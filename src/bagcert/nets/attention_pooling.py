@@ -30,7 +30,12 @@ def rounded(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def clipped(x: Tensor, least: float, most: float) -> Tensor:
+def finite(z: Tensor) -> Tensor:
+    """float32 without NaN (0) and infinities (large numbers)."""
+    return torch.nan_to_num(z.float(), nan=0.0, posinf=1e6, neginf=-1e6)
+
+
+def clipped(x: Tensor, least: int | float, most: int | float) -> Tensor:
     """`x` within a range forward, the identity backward."""
     return x.clamp(least, most).detach() + (x - x.detach())
 
@@ -66,7 +71,7 @@ class AttentionReadout(nn.Module):
         An addition, a multiplication by a power of two, comparisons and products of integers: each integer follows
         from the scores of its own region alone, whatever a device makes of an exponential.
         """
-        values, logits = self._split(torch.nan_to_num(z.float(), nan=0.0, posinf=1e6, neginf=-1e6))
+        values, logits = self._split(finite(z))
         values = values.clamp(-VALUE_LIMIT, VALUE_LIMIT).round()
         steps = torch.tensor(_weight_steps(), dtype=torch.float32, device=z.device)
         weights = torch.bucketize(logits.contiguous(), steps, right=True) + 1
@@ -84,7 +89,7 @@ class AttentionReadout(nn.Module):
 
         For attacks, which must not stop where a network is saturated (Athalye et al., ICML 2018).
         """
-        values, logits = self._split(z.float())
+        values, logits = self._split(finite(z))
         return self._products(clipped(values, -VALUE_LIMIT, VALUE_LIMIT), clipped(logits, 0.0, LARGEST_LOGIT).exp())
 
     def forward(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch classes"]:

@@ -59,7 +59,11 @@ class Head(ABC):
         return self.integers(z).to(soft.dtype) + (soft - soft.detach())  # in this order the value is exact
 
     def class_scores(self, sums: Float[Tensor, "*batch channels"], regions: int) -> Float[Tensor, "*batch classes"]:
-        """Class scores from sums over kept regions of a map of so many regions, with a slope."""
+        """Class scores from sums over kept regions, with a slope; exact where the sums are.
+
+        Args:
+            regions: of the whole map.
+        """
         return sums
 
     def score_map(

@@ -84,6 +84,12 @@ class Masks:
             start += count
         return blocks
 
+    def at_once(self, count: int) -> Iterator[slice]:
+        """Slices of `count` items with a row for every mask each, so that products have ROWS_AT_ONCE rows at most."""
+        step = max(1, ROWS_AT_ONCE // len(self))
+        for start in range(0, count, step):
+            yield slice(start, min(start + step, count))
+
     def without(
         self, evidence: Float[Tensor, "*batch channels regions"], masks: Tensor
     ) -> Float[Tensor, "*batch masks channels"]:
@@ -143,20 +149,24 @@ def attention_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> C
     prediction = torch.empty_like(margin)
     pair = torch.empty(batch, 2, dtype=torch.int64, device=device)
     with exact_arithmetic(device):
-        for image in range(batch):
-            evidence = score_map.evidence(image)
-            single = masks.without(evidence, masks.masks)
-            scores = readout.scores(single)
-            label = _prediction(masks, readout, evidence, scores)
-            lead, worst = _lead(scores, label, single).min(0)
-            first = second = int(worst)
-            if lead >= 0 and len(masks) > 1:
-                for block, sums in masks.pair_sums(evidence, single):
-                    least, worst = _lead(readout.scores(sums), label, sums).min(0)
+        for some in masks.at_once(batch):
+            evidence = score_map.evidence(some)
+            sums = masks.without(evidence, masks.masks)
+            scores = readout.scores(sums)
+            prediction[some] = _predictions(masks, readout, evidence, scores)
+            leads, worst = _lead(scores, prediction[some], sums).min(1)
+            margin[some], pair[some] = leads.long(), worst[:, None]
+            if len(masks) == 1:
+                continue
+            for k in (leads >= 0).nonzero()[:, 0].tolist():
+                i, j, _, _ = masks.pairs
+                image, lead = some.start + k, leads[k]
+                for part, rows in masks.pair_sums(evidence[k]):
+                    least, at = _lead(readout.scores(rows)[None], prediction[image, None], rows[None])[0].min(0)
                     if least < lead:
-                        lead, (first, second) = least, block.pair(int(worst), len(masks))
-            margin[image], prediction[image] = lead.long(), label
-            pair[image, 0], pair[image, 1] = first, second
+                        lead = least
+                        pair[image, 0], pair[image, 1] = i[part][at], j[part][at]
+                margin[image] = lead.long()
     if bool(masks.completed.any()):
         margin.clamp_(max=-1)
     placement = masks.placements[pair].flatten(1, 2)
@@ -168,10 +178,10 @@ def attention_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Int[T
     readout, masks = _parts(score_map, threat)
     prediction = torch.empty(len(score_map), dtype=torch.int64, device=score_map.scores.device)
     with exact_arithmetic(prediction.device):
-        for image in range(len(score_map)):
-            evidence = score_map.evidence(image)
+        for some in masks.at_once(len(score_map)):
+            evidence = score_map.evidence(some)
             scores = readout.scores(masks.without(evidence, masks.masks))
-            prediction[image] = _prediction(masks, readout, evidence, scores)
+            prediction[some] = _predictions(masks, readout, evidence, scores)
     return prediction
 
 
@@ -182,10 +192,10 @@ def attention_detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certif
     margin = torch.empty(batch, dtype=torch.int64, device=device)
     prediction, worst = score_map.predict(), torch.empty_like(margin)
     with exact_arithmetic(device):
-        for image in range(batch):
-            sums = masks.without(score_map.evidence(image), masks.masks)
-            lead, worst[image] = _lead(readout.scores(sums), prediction[image], sums).min(0)
-            margin[image] = lead.long()
+        for some in masks.at_once(batch):
+            sums = masks.without(score_map.evidence(some), masks.masks)
+            lead, worst[some] = _lead(readout.scores(sums), prediction[some], sums).min(1)
+            margin[some] = lead.long()
     if bool(masks.whole.any()):
         margin.clamp_(max=-1)
     placement = masks.placements[worst].squeeze(1)
@@ -198,31 +208,39 @@ def _parts(score_map: ScoreMap, threat: PatchThreatModel) -> tuple[AttentionPool
 
 
 def _lead(
-    scores: Float[Tensor, "rows classes"], label: Tensor, sums: Float[Tensor, "rows channels"]
-) -> Float[Tensor, " rows"]:
+    scores: Float[Tensor, "batch rows classes"],
+    label: Int[Tensor, " batch"],
+    sums: Float[Tensor, "batch rows channels"],
+) -> Float[Tensor, "batch rows"]:
     """For each row by how much `label` leads its best rival, less the tie penalty: >= 0 iff the row's label is `label`.
 
     Rows in which nothing is kept have no label; callers count them apart.
     """
-    label = label.reshape(1)
-    rivals = scores + tie_penalty(label, scores.shape[1])
-    rivals[:, label] = -torch.inf
-    return (scores[:, int(label)] - rivals.amax(1)).masked_fill_(sums[:, -1] == 0, NO_LABEL)
+    own = label[:, None, None].expand(-1, scores.shape[1], 1)
+    lead = scores.gather(2, own) - scores - tie_penalty(label, scores.shape[2])[:, None]
+    return lead.scatter_(2, own, torch.inf).amin(2).masked_fill(sums[..., -1] == 0, NO_LABEL)
 
 
-def _prediction(
+def _predictions(
     masks: Masks,
     readout: AttentionPooling,
-    evidence: Float[Tensor, "channels regions"],
-    scores: Float[Tensor, "masks classes"],
-) -> Int[Tensor, ""]:
-    """The double-masking prediction of one image from its scores under every single mask."""
-    first = lowest_argmax(scores).masked_fill(masks.whole, -1)
-    plain = lowest_argmax(readout.scores(evidence.sum(1)[None]))
-    answer = majority(first[None], readout.classes, plain)[0]
+    evidence: Float[Tensor, "batch channels regions"],
+    scores: Float[Tensor, "batch masks classes"],
+) -> Int[Tensor, " batch"]:
+    """The double-masking prediction of each image from its scores under every single mask."""
+    first = lowest_argmax(scores.mT).masked_fill(masks.whole, -1)
+    plain = lowest_argmax(readout.scores(evidence.sum(2)))
+    answer = majority(first, readout.classes, plain)
     # A mask whose pairs include one without a label cannot pass.
-    for mask in ((first >= 0) & (first != answer) & ~masks.completed).nonzero()[:, 0].tolist():
-        sums = masks.without(evidence * ~masks.masks[mask], masks.masks)
-        if bool((lowest_argmax(readout.scores(sums)) == first[mask]).all()):
-            return first[mask]
+    doubtful = (first >= 0) & (first != answer[:, None]) & ~masks.completed
+    open_ = torch.ones(len(answer), dtype=torch.bool, device=answer.device)
+    images, tried = doubtful.nonzero(as_tuple=True)  # in the order of the images, then in that of the masks
+    for some in masks.at_once(len(images)):
+        image, mask = images[some], tried[some]
+        image, mask = image[open_[image]], mask[open_[image]]
+        sums = masks.without(evidence[image] * ~masks.masks[mask][:, None], masks.masks)
+        passed = (lowest_argmax(readout.scores(sums).mT) == first[image, mask][:, None]).all(1)
+        for k in passed.nonzero()[:, 0].tolist():  # the first that passes decides
+            if open_[image[k]]:
+                answer[image[k]], open_[image[k]] = first[image[k], mask[k]], False
     return answer

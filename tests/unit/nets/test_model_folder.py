@@ -192,7 +192,7 @@ class TestConfig:
             ({"width": 10**9}, "width: input should be less than or equal to 65536"),
             ({"width": 10**400}, "width: "),
             ({"depth": 4097}, "depth: input should be less than or equal to 4096"),
-            ({"head": "softmax"}, "head: input should be 'binary' or 'fixed-point'"),
+            ({"head": "softmax"}, "head: input should be 'binary', 'fixed-point' or 'attention-pooling'"),
             ({"scale": float("nan")}, "scale: "),
             ({"scale": float("inf")}, "scale: input should be a finite number"),
             ({"scale": 0}, "scale: input should be greater than 0"),

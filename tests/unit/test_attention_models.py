@@ -1,0 +1,444 @@
+"""Models that pool regions by attention, everywhere outside their rules: it works, or one sentence says why not."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from bagcert import locality
+from bagcert.aggregation import PRODUCT_LIMIT
+from bagcert.backends import get_runner
+from bagcert.certificate_records import certificate_record
+from bagcert.defenses.bagcert import BagCert, load
+from bagcert.defenses.clipped_bagnet import ClippedBagNet
+from bagcert.defenses.patchguard import PatchGuard
+from bagcert.defenses.patchguard_pp import PatchGuardPlusPlus
+from bagcert.describe import describe
+from bagcert.engines.local import certify_photo
+from bagcert.errors import UnreadableError, UnsoundError, UsageError
+from bagcert.evaluate import evaluate
+from bagcert.evaluation_log import described
+from bagcert.export import CertifiedModule, export_model
+from bagcert.failsafe import FailSafe
+from bagcert.gallery import make_gallery, votes
+from bagcert.images import read_image
+from bagcert.locality import measure, require_local
+from bagcert.model_card import model_card
+from bagcert.nets.classifier import MeanScores, in_sequence
+from bagcert.nets.model_folder import CONFIG, WEIGHTS, ModelConfig, read_config, read_model, weights_sha256, write_model
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.preprocess import Preprocessing
+from bagcert.recompute import recompute
+from bagcert.record_file import RecordFile
+from bagcert.rules import RULES
+from bagcert.rules.largest import covered_px, largest_certifiable_px, largest_certified_px
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel
+from bagcert.train import train
+from tests import oracle, tiny
+
+SIZES = {"values": 8, "attention_heads": 2, "hidden": 6}
+FACTS = {
+    "name": "tiny",
+    "architecture": "pyramid-rf3s2",
+    "width": 8,
+    "depth": 1,
+    "head": "attention-pooling",
+    **SIZES,
+    "scale": 1.0,
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.2, 0.3],
+    "class_names": ["red", "green", "blue"],
+    "image_size": [8, 8],
+    "rule": "double-masking",
+    "patch": "2",
+}
+IMAGES = tiny.pixels(np.arange(12) % 3, tint=60)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("BAGCERT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A trained model."""
+    return train(tiny.attention_recipe(), tmp_path_factory.mktemp("runs") / "run", tiny.image_set(), device="cpu")
+
+
+def written(folder, **changes):
+    """A folder with fresh weights, whose config is then changed by hand."""
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate(FACTS)
+    write_model(folder, config.build(), config)
+    facts = {**json.loads((folder / CONFIG).read_text()), **changes}
+    (folder / CONFIG).write_text(json.dumps({name: value for name, value in facts.items() if value != "absent"}))
+    return folder
+
+
+class TestLoading:
+    def test_it_is_equal_bit_for_bit(self, folder):
+        model = load(folder, "cpu")
+        read, config = read_model(folder)
+        assert config.readout == SIZES
+        assert torch.equal(model.scorer.form.pooling.first, read.form.pooling.first)
+        assert torch.equal(model.predict(IMAGES), BagCert(read, patch="2").predict(IMAGES))
+
+    @pytest.mark.parametrize("name", list(SIZES))
+    @pytest.mark.parametrize("value", ["absent", None, 0, -1, 1025, 2.5, "eight", [8]])
+    def test_odd_size_refused(self, tmp_path, name, value):
+        with pytest.raises(UnreadableError, match="is not a model config"):
+            read_config(written(tmp_path, **{name: value}))
+
+    def test_values_that_heads_do_not_share_evenly_refused(self, tmp_path):
+        with pytest.raises(UnreadableError, match="a multiple of attention_heads"):
+            read_config(written(tmp_path, values=9))
+
+    @pytest.mark.parametrize("name", list(SIZES))
+    def test_size_beside_another_head_refused(self, tmp_path, name):
+        others = {other: "absent" for other in SIZES if other != name}
+        with pytest.raises(UnreadableError, match="belong to the attention-pooling head, not to fixed-point"):
+            read_config(written(tmp_path, head="fixed-point", **others))
+
+    def test_ablated_images_refused(self, tmp_path):
+        with pytest.raises(UnreadableError, match="is for whole images"):
+            read_config(written(tmp_path, mean=[0.0] * 6, std=[1.0] * 6))
+
+    def test_rule_that_needs_sums_refused(self, tmp_path):
+        with pytest.raises(UnreadableError, match=r"cannot be deployed: the rule vote needs .*: use double-masking"):
+            load(written(tmp_path, rule="vote"), "cpu")
+
+    @pytest.mark.parametrize(("name", "layer"), [("first", "hidden"), ("second", "output"), ("skip", "output")])
+    @pytest.mark.parametrize("value", [1e3, -1e9, 3e38])
+    def test_weights_that_could_round_refused(self, tmp_path, name, layer, value):
+        config = ModelConfig.model_validate(FACTS)
+        scorer = config.build()
+        getattr(scorer.readout, name).weight.data[0] = value
+        write_model(tmp_path, scorer, config)
+        with pytest.raises(UnreadableError, match=f"cannot be certified: the {layer} layer .* exact below 2"):
+            read_model(tmp_path)
+
+    def test_position_of_another_map_refused(self, tmp_path):
+        with pytest.raises(UnreadableError, match=r"'readout.position' .* has shape"):
+            read_model(written(tmp_path, image_size=[12, 12]))
+
+    def test_images_too_small_for_the_network_refused(self, tmp_path):
+        config = ModelConfig.model_validate({**FACTS, "padded": False, "image_size": [2, 8]})
+        with pytest.raises(UsageError, match="too small"):
+            config.build()
+
+    def test_a_scorer_needs_a_readout_for_this_head_and_no_other(self):
+        with pytest.raises(UsageError, match="needs a readout"):
+            RegionScorer(nn.Conv2d(3, 8, 1), tiny.COLORS, (8, 8), "attention-pooling")
+        with pytest.raises(UsageError, match="no other head takes one"):
+            RegionScorer(nn.Conv2d(3, 8, 1), tiny.COLORS, (8, 8), readout=tiny.attention_scorer().readout)
+
+
+class TestImages:
+    def test_images_of_another_size_refused_in_a_sentence(self, folder):
+        with pytest.raises(UsageError, match="for maps of 4x4 regions, got 6x5; resize the images"):
+            load(folder, "cpu").certify(np.zeros((1, 12, 10, 3), dtype=np.uint8))
+
+    def test_photo_of_another_size_is_certified_in_its_own_pixels(self, folder, tmp_path):
+        """However it is stored: once upright, once turned with a note in EXIF that says so."""
+        model, upright = load(folder, "cpu"), tiny.pixels(np.array([1]), (30, 21), tint=150)[0]
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned clockwise by a quarter
+        Image.fromarray(upright).save(tmp_path / "upright.png")
+        Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.png", exif=exif)
+        found = [
+            certify_photo(model, read_image(tmp_path / name), Preprocessing(model.image_size), ["1", "3"])
+            for name in ("upright.png", "turned.png")
+        ]
+        assert [one.size_px for one in found] == [[30, 21], [21, 30]]
+        assert found[0].largest_certifiable_px == found[1].largest_certifiable_px > 0
+        for here, there in zip(found[0].results, found[1].results, strict=True):
+            assert (here.prediction, here.certified, here.patch) == (there.prediction, there.certified, there.patch)
+        assert found[0].results[0].certified
+
+    def test_evaluation_and_its_gallery(self, folder):
+        model = load(folder, "cpu")
+        found = evaluate(model, tiny.image_set(20), ["1", "2"], ["double-masking", "detection"], gallery=True)
+        assert len(found.info.results) == 4
+        assert {row.rule for row in found.info.results} == {"double-masking", "detection"}
+        assert found.gallery is not None
+        assert len(found.gallery.pictures) == 20
+        with pytest.raises(UsageError, match="the rule levine-feizi needs"):
+            evaluate(model, tiny.image_set(4), ["1"], ["levine-feizi"])
+
+    def test_fail_safe(self, folder):
+        verdicts = FailSafe(load(folder, "cpu"), "1")(IMAGES)
+        certified = load(folder, "cpu").certify(IMAGES, 1).certified
+        assert [verdict.certified for verdict in verdicts] == certified.tolist()
+
+
+def plain_scores(score_map, image, kept):
+    """Class scores of the readout from the regions in `kept`, in plain integers."""
+    pooling = score_map.readout
+    matrices = {name: getattr(pooling, name).tolist() for name in ("first", "first_bias", "second", "skip", "bias")}
+    evidence = score_map.scores[image].numpy().astype(int)
+    weights = evidence[pooling.values :]
+    values = evidence[: pooling.values] // np.repeat(weights, pooling.values // pooling.heads, 0)
+    return list(oracle.readout_scores(values, weights, matrices, ~kept))
+
+
+class TestScoreMap:
+    def score_map(self) -> ScoreMap:
+        return tiny.attention_model().score_map(IMAGES[:3])
+
+    def test_class_scores_are_those_of_plain_integers(self):
+        score_map = self.score_map()
+        everything = np.ones((8, 8), dtype=bool)
+        expected = [plain_scores(score_map, image, everything) for image in range(3)]
+        assert score_map.class_scores.tolist() == expected
+        assert score_map.predict().tolist() == [row.index(max(row)) for row in expected]
+        assert score_map.classes == 3
+
+    def test_region_scores_are_those_of_one_region_alone(self):
+        score_map = self.score_map()
+        for row, col in ((0, 0), (3, 5), (7, 7)):
+            alone = np.zeros((8, 8), dtype=bool)
+            alone[row, col] = True
+            for image in range(3):
+                expected = plain_scores(score_map, image, alone)
+                assert score_map.region_scores[image, :, row, col].tolist() == expected
+
+    @pytest.mark.parametrize("ask", [lambda m: m.class_sums, lambda m: m.levels()], ids=["class_sums", "levels"])
+    def test_sums_refused(self, ask):
+        with pytest.raises(UsageError, match="needs class scores that are sums over regions"):
+            ask(self.score_map())
+
+    def test_part_of_a_batch_and_a_turned_map_keep_the_readout(self):
+        score_map = self.score_map()
+        threat = PatchThreatModel.parse("2x3", (8, 8))
+        turned = PatchThreatModel.parse("3x2", (8, 8))
+        whole = RULES["double-masking"].certify(score_map, threat)
+        part = RULES["double-masking"].certify(score_map[1:], threat)
+        other = RULES["double-masking"].certify(score_map.transposed(), turned)
+        assert torch.equal(part.margin, whole.margin[1:])
+        assert torch.equal(other.prediction, whole.prediction)
+        assert torch.equal(other.certified, whole.certified)
+
+    def test_without_slack_the_worst_case_is_the_map(self):
+        score_map = self.score_map()
+        assert score_map.worst_case(score_map.predict()) is score_map
+
+    def test_sums_stay_a_map_of_class_scores(self):
+        score_map = tiny.color_model().score_map(IMAGES[:3])
+        assert torch.equal(score_map.class_scores, score_map.class_sums)
+        assert score_map.region_scores is score_map.scores
+
+    def test_map_with_slack_or_of_other_channels_refused(self):
+        score_map = self.score_map()
+        with pytest.raises(UsageError, match="locality is exact"):
+            replace(score_map, slack=torch.zeros_like(score_map.scores))
+        with pytest.raises(UsageError, match="pools 8 channels, the map has 3"):
+            ScoreMap(score_map.scores[:, :3], -PRODUCT_LIMIT, PRODUCT_LIMIT, score_map.grid, readout=score_map.readout)
+
+
+class TestLargest:
+    def test_every_side_is_tried(self):
+        score_map = tiny.attention_model().score_map(tiny.pixels(np.arange(12) % 3, tint=40))
+        label = RULES["double-masking"].predict(score_map, PatchThreatModel.parse(1, (8, 8)))
+        expected = torch.zeros(len(score_map), dtype=torch.int64)
+        for side in range(1, 9):
+            found = RULES["double-masking"].certify(score_map, PatchThreatModel.parse(side, (8, 8)))
+            expected[found.certified & (found.prediction == label)] = side
+        assert torch.equal(largest_certifiable_px(score_map, label), expected)
+        assert len(expected.unique()) > 2
+
+    def test_a_masking_defense_is_worth_what_its_masks_cover(self, folder):
+        score_map = load(folder, "cpu").score_map(IMAGES)
+        threat = PatchThreatModel.parse("2", (8, 8))
+        for rule in ("double-masking", "detection"):
+            certified = RULES[rule].certify(score_map, threat).certified
+            assert torch.equal(
+                largest_certified_px(score_map, rule, threat), certified * covered_px(score_map.grid, threat)
+            )
+        with pytest.raises(UsageError, match="the rule vote needs"):
+            largest_certified_px(score_map, "vote")
+
+
+class TestGallery:
+    def test_votes_are_what_each_region_says_alone(self):
+        score_map = tiny.attention_model().score_map(IMAGES[:1])
+        found = votes(score_map, 2, 0)
+        assert (found.dtype, found.shape) == (np.int16, (2, 8, 8))
+        alone = np.zeros((8, 8), dtype=bool)
+        alone[4, 1] = True
+        scores = plain_scores(score_map, 0, alone)
+        assert found[:, 4, 1].tolist() == [scores[2] // 128, scores[0] // 128]
+
+    def test_the_runner_up_is_that_of_the_readout(self):
+        model = tiny.attention_model()
+        records = evaluate(model, tiny.image_set(6), ["2"]).records
+        gallery = make_gallery(model, tiny.image_set(6), records)
+        score_map = model.score_map(tiny.image_set(6).array())
+        for picture in gallery.pictures:
+            scores = score_map.class_scores[picture.index].clone()
+            scores[picture.prediction] = scores.min() - 1
+            assert picture.runner_up == int(scores.argmax())
+
+
+class TestLocality:
+    def leaking(self, strength, after):
+        """A model that claims to see single pixels, and to which all pixels leak: before the batch, or by its size."""
+        scorer = tiny.attention_scorer()
+        grid, body = scorer.grid(), scorer.net
+
+        class Leak(nn.Module):
+            def forward(self, x):
+                moved = x.nan_to_num().mean() if after == "leak" else float(len(x) % 2)
+                return body(x) + strength * moved
+
+        scorer.net = Leak()
+        scorer._grids[(8, 8)] = grid
+        return BagCert(scorer, patch="2")
+
+    def test_it_is_exact(self):
+        model = tiny.attention_model().check_locality(portable=True)
+        assert model.locality.consequence == model.locality.across_configurations == "exact"
+        assert not model.locality.guardable
+
+    def test_levels_are_those_of_its_head(self):
+        report = measure(self.leaking(1.0, "leak"), "2", thorough=False)
+        assert report.leak_levels > 50  # far more than the change of z
+
+    def test_a_leak_that_others_guard_against_is_refused(self):
+        model = self.leaking(1e-5, "leak")
+        report = measure(model, "2", thorough=False)
+        assert replace(report, guardable=True).consequence == "guarded"
+        assert report.consequence == "refused"
+        with pytest.raises(UnsoundError, match="attention pooling needs scores that do not move at all"):
+            require_local(report)
+        with pytest.raises(UnsoundError, match="attention pooling needs scores that do not move"):
+            model.check_locality()
+
+    def test_drift_is_refused_where_certificates_are_to_be_portable(self):
+        model = self.leaking(1e-5, "drift")
+        report = measure(model, "2")
+        assert report.consequence == "exact"
+        assert replace(report, guardable=True).across_configurations == "guarded"
+        locality.require_local(report)
+        with pytest.raises(UnsoundError, match=r"attention pooling needs .*; load it without portable"):
+            locality.require_local(report, portable=True)
+        assert model.check_locality().scorer.tolerance == 0
+
+    def test_a_tolerance_is_never_ignored(self):
+        model = tiny.attention_model()
+        model.scorer.tolerance = 1e-9
+        with pytest.raises(UnsoundError, match="locality is exact"):
+            model.certify(IMAGES)
+
+
+REFUSED = "needs class scores that are sums over regions; this model pools regions by attention"
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("deploy", "name"),
+        [
+            (PatchGuard, "PatchGuard"),
+            (PatchGuardPlusPlus, r"PatchGuard\+\+"),
+            (ClippedBagNet, "Clipped BagNet"),
+            (MeanScores, "a mean of region scores"),
+            (in_sequence, "a mean of region scores"),
+        ],
+    )
+    def test_other_defenses(self, deploy, name):
+        with pytest.raises(UsageError, match=f"{name} {REFUSED}"):
+            deploy(tiny.attention_scorer())
+
+    def test_export(self, tmp_path):
+        threat = PatchThreatModel.parse("2", (8, 8))
+        with pytest.raises(UsageError, match=f"an exported model {REFUSED}"):
+            CertifiedModule(tiny.attention_scorer(), "double-masking", threat)
+        with pytest.raises(UsageError, match=f"an exported model {REFUSED}"):
+            export_model(tiny.attention_model(), tmp_path / "model.onnx")
+        assert not list(tmp_path.glob("model*"))
+
+    def test_records(self, tmp_path):
+        model, path = tiny.attention_model(), tmp_path / "records.jsonl"
+        with pytest.raises(UsageError, match=f"a certificate record {REFUSED}"):
+            RecordFile(path, model, (), (), {"dtype": "float32"})
+        assert not path.exists()
+        Image.fromarray(IMAGES[0]).save(tmp_path / "photo.png")
+        photo = read_image(tmp_path / "photo.png")
+        score_map = model.score_map(IMAGES[:1])
+        certificate = model.certify_scores(score_map)
+        with pytest.raises(UsageError, match=f"a certificate record {REFUSED}"):
+            certificate_record(model, Preprocessing((8, 8)), photo, score_map, certificate, {})
+        with pytest.raises(UsageError, match=f"a certificate record {REFUSED}"):
+            recompute({"model": {}}, model, tmp_path / "photo.png")
+
+
+class TestDescribed:
+    def test_info_and_card_name_the_readout(self, folder):
+        found = describe(str(folder))
+        assert {name: found[name] for name in SIZES} == SIZES
+        assert found["parameters"] == sum(p.numel() for p in read_model(folder)[0].parameters())
+        card = model_card(read_config(folder), weights_sha256(folder), None, "someone/model")
+        assert "2 attention heads pool 8 values of every region, and a readout of 6 hidden units" in card
+        assert "attention" not in model_card(
+            read_config(folder).model_copy(update=dict.fromkeys(SIZES)), "", None, "a/b"
+        )
+
+    def test_other_readout_is_another_evaluation(self):
+        model, other = tiny.attention_model(), tiny.attention_model()
+        assert described(model, tiny.image_set(3), None) == described(other, tiny.image_set(3), None)
+        other.scorer.readout.second.weight.data[0, 0] += 0.5
+        assert described(model, tiny.image_set(3), None) != described(other, tiny.image_set(3), None)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_other_backends_give_the_same_verdicts(folder, backend):
+    model = load(folder, "cpu")
+    expected = model.certify(IMAGES)
+    model.scorer.runner = get_runner(backend, model.scorer)
+    z = model.scorer.real_scores(IMAGES)
+    assert z.shape[1] == SIZES["values"] + SIZES["attention_heads"]
+    found = model.certify(IMAGES)
+    assert torch.equal(found.prediction, expected.prediction)
+    assert torch.equal(found.certified, expected.certified)
+
+
+class TestTraining:
+    def test_weights_change_and_validation_follows(self, folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["clean_accuracy"] > 0.5
+        assert (folder / WEIGHTS).exists()
+
+    def test_from_the_weights_of_a_model_with_other_classes(self, folder, tmp_path):
+        names = ("crimson", "lime", "navy")
+        images = replace(tiny.image_set(), class_names=names)
+        torch.manual_seed(1)
+        again = train(tiny.attention_recipe(train__epochs=1), tmp_path / "run", images, init=folder, device="cpu")
+        assert read_config(again).class_names == list(names)
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"model__values": 9}, "a multiple of attention_heads"),
+            ({"augment__ablation": "column"}, "is for whole images"),
+        ],
+    )
+    def test_recipe_that_cannot_be_built_refused(self, changes, reason):
+        with pytest.raises(UsageError, match=reason):
+            tiny.attention_recipe(**changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"loss__name": "margin"}, "is trained with loss.name=double-masking, got margin"),
+            ({"defense__rule": "vote"}, "the rule vote needs .*: use double-masking or detection"),
+        ],
+    )
+    def test_recipe_that_cannot_be_deployed_refused_before_the_first_step(self, tmp_path, changes, reason):
+        with pytest.raises(UsageError, match=reason):
+            train(tiny.attention_recipe(**changes), tmp_path / "run", tiny.image_set(), device="cpu")
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
