@@ -51,7 +51,7 @@ class IntervalBounds:
         batch_size: boxes propagated at once.
 
     Raises:
-        UsageError: a layer that cannot be bounded, fewer than two classes, or a patch that does not fit.
+        UsageError: a layer that cannot be bounded or has hooks, fewer than two classes, or a patch that does not fit.
 
     >>> model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
     >>> defense = IntervalBounds(model, ("red", "green", "blue"), (8, 8), patch=2)
@@ -128,8 +128,8 @@ class IntervalBounds:
             on_progress: called with (boxes propagated, boxes in all), over all images.
 
         Raises:
-            UsageError: bad images or patch, another rule, or several patches with more than 20,000 unions of
-                placements.
+            UsageError: bad images or patch, images of a size that the network does not take, another rule, or several
+                patches with more than 20,000 unions of placements.
         """
         batch, threat = self._asked(images, patch, rule, placements)
         label = self._labels(batch)
@@ -155,13 +155,21 @@ class IntervalBounds:
         rule: str | None,
         placements: np.ndarray | str | Path | None,
     ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel]:
+        flat_layers(self.classifier.model)  # hooks may have come since
         batch, threat = read_question(images, self.patch, patch, RULE, rule, placements, self.classifier.device)
         return batch.double(), threat
 
     def _labels(self, batch: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, " batch"]:
         self.classifier.model.eval()
-        with exact_arithmetic(batch.device):
-            return torch.cat([lowest_argmax(self.classifier.logits(some)) for some in batch.split(self.batch_size)])
+        try:
+            with exact_arithmetic(batch.device):
+                return torch.cat([lowest_argmax(self.classifier.logits(some)) for some in batch.split(self.batch_size)])
+        except RuntimeError as error:
+            size = tuple(batch.shape[2:])
+            if size == self.image_size:
+                raise
+            meant = "x".join(map(str, self.image_size))
+            raise UsageError(f"the network is for images of {meant} px, got {size[0]}x{size[1]} px: {error}") from error
 
     def _lower_bounds(
         self,

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules import module as all_modules
+from torch.nn.utils import parametrize
 
 from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import Normalize
@@ -41,31 +43,51 @@ def flat_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a network in order, nested sequences opened, those without effect left out.
 
     Raises:
-        UsageError: not an `nn.Sequential`, or a layer whose bound is unknown, which is named.
+        UsageError: not an `nn.Sequential`, a layer whose bound is unknown or that computes something of its own, which
+            is named, or hooks on all modules.
     """
     if type(model) is not nn.Sequential:
         raise UsageError(f"interval bounds need the layers in an nn.Sequential, got {type(model).__name__}")
+    if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
+        raise UsageError("interval bounds cannot pass hooks that are registered for all modules; they may do anything")
     layers = []
     for name, layer in model.named_modules(remove_duplicate=False):  # one ReLU may stand at several places
-        if type(layer) is nn.Sequential or type(layer) in _IGNORED:
-            continue
-        if reason := _unbounded(layer):
-            raise UsageError(f"interval bounds cannot pass layer {name} of the network, {layer}: {reason}")
-        layers.append(layer)
+        if reason := _altered(layer) or _unbounded(layer):
+            named = f"layer {name} of the network, {' '.join(str(layer).split())}" if name else "the network"
+            raise UsageError(f"interval bounds cannot pass {named}: {reason}")
+        if type(layer) in _BOUNDED:
+            layers.append(layer)
     return layers
 
 
-def _unbounded(layer: nn.Module) -> str:
-    """Why a layer cannot be bounded; empty if it can."""
-    if type(layer) not in _BOUNDED:  # a subclass may do anything
-        return f"there are bounds for {', '.join(kind.__name__ for kind in _BOUNDED)}"
+def _altered(layer: nn.Module) -> str:
+    """Why a layer may compute something else than its type says; empty if it does not."""
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has hooks, which may do anything"
+    if parametrize.is_parametrized(layer):
+        return "its weights have parametrizations; remove them first, see torch.nn.utils.parametrize"
+    replaced = [name for name in vars(layer) if callable(getattr(type(layer), name, None))]
+    if replaced:
+        return f"its method {replaced[0]!r} is replaced"
+    if type(layer) is not nn.Sequential and any(child is not None for child in layer.children()):
+        return "it has layers of its own"
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+        return "its weights are not plain tensors"
+    return ""
+
+
+def _unbounded(layer: nn.Module) -> str:
+    """Why a layer of this type cannot be bounded; empty if it can, or if it does nothing."""
+    if type(layer) is nn.Sequential or type(layer) in _IGNORED:
+        return ""
+    if type(layer) not in _BOUNDED:  # a subclass may do anything
+        return f"there are bounds for {', '.join(kind.__name__ for kind in _BOUNDED)}"
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         return "padding must be by zeros"
     if isinstance(layer, nn.AvgPool2d) and layer.divisor_override is not None:
         return "the divisor must be the number of pixels"
-    if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is None:
+    if isinstance(layer, nn.BatchNorm2d) and (layer.running_mean is None or layer.running_var is None):
         return "it has no running statistics, so images of a batch influence each other"
     if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) != (1, -1):
         return "it must flatten all but the batch axis"
@@ -102,7 +124,7 @@ def _magnitude(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, nn.BatchNorm2d):
         return x * _scale(layer).abs()[:, None, None]
     if isinstance(layer, Normalize):
-        return x / layer.std
+        return x / layer.std.abs()
     assert isinstance(layer, nn.AvgPool2d)
     return layer(x)
 
@@ -120,7 +142,7 @@ def _terms_and_shift(layer: nn.Module) -> tuple[int, Tensor | float]:
         shift = shift if layer.bias is None else shift + layer.bias.abs()
         return 12, shift[:, None, None]
     if isinstance(layer, Normalize):
-        return 4, layer.mean.abs() / layer.std
+        return 4, (layer.mean / layer.std).abs()
     assert isinstance(layer, nn.AvgPool2d)
     sides = layer.kernel_size if isinstance(layer.kernel_size, tuple) else (layer.kernel_size, layer.kernel_size)
     return sides[0] * sides[1], 0.0

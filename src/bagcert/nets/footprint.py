@@ -68,6 +68,7 @@ class Tracked(Tensor):
 
     footprint: Footprint
     run: "Pass"  # the forward pass that it belongs to
+    number: int  # of the operation in that pass that it comes from
     aliased: bool  # other tensors may share its memory
 
 

@@ -25,7 +25,7 @@ from bagcert.grid import RegionGrid
 from bagcert.nets.footprint import Call, Footprint, Layer, Tracked, tensors_in
 from bagcert.nets.module_state import ModuleState
 from bagcert.nets.operations import GIVEN_SIZES, HANDLERS, LAYERS_NOT_LOCAL, tells_no_values
-from bagcert.nets.passes import LOST, FromImage, Pass, Steps, leaves
+from bagcert.nets.passes import LOST, OTHERWISE, FromImage, Pass, Steps, leaves
 
 _IMAGES = 2  # in most passes: two, so that regrouping a batch shows in the shapes
 
@@ -157,6 +157,14 @@ class _Passes:
         if changed is not None:
             raise UsageError(f"the network cannot be followed: it changes {changed!r} from call to call")
 
+    def _require_same_map(self, run: Pass, out: Any, called: Steps | None) -> None:
+        """Is what the network returns the result of the same operation each time?"""
+        self._layers.clear()
+        with torch._C.DisableTorchFunction():
+            for steps, operands in ((run.steps, run.described(out)), (called, list(map(_described, leaves(out))))):
+                if steps and steps.add("return", operands, run.batch):
+                    raise UsageError(f"the network cannot be followed: what it returns {OTHERWISE}")
+
     def _pass(self, image: Tensor, dispatched: Steps | None, called: Steps | None) -> Any:
         """What the network returns; `called`: the image is tracked."""
         self._layers.clear()
@@ -174,6 +182,7 @@ class _Passes:
                         out = self._module(tracked)
                 else:
                     out = self._module(image)
+            self._require_same_map(run, out, called)
         except Exception as raised:
             error = run.failure or raised
             if isinstance(error, BagcertError):
@@ -280,7 +289,7 @@ def _interpreted(call: Call, steps: Steps | None) -> Any:
 def _described(leaf: Any) -> Any:
     if not isinstance(leaf, Tracked):
         return leaf
-    return FromImage(tuple(leaf.shape), leaf.dtype, leaf.footprint.dims[0])
+    return FromImage(tuple(leaf.shape), leaf.dtype, leaf.number, leaf.footprint.dims[0])
 
 
 def _track(call: Call, result: Any, footprint: Footprint) -> Tracked:
@@ -293,7 +302,7 @@ def _track(call: Call, result: Any, footprint: Footprint) -> Tracked:
         # What shares its memory would change as well, without its footprint.
         if result.aliased and not footprint.same(result.footprint):
             call.unsupported("writes into a tensor that shares its memory; write it out of place")
-        result.footprint = footprint
+        result.footprint, result.number = footprint, call.run.next_number()
         return result
     sharing = [t for t in call.tracked if t.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()]
     tracked = _tracked(result, footprint, call.run)
@@ -305,5 +314,5 @@ def _track(call: Call, result: Any, footprint: Footprint) -> Tracked:
 
 def _tracked(tensor: Tensor, footprint: Footprint, run: Pass) -> Tracked:
     tracked = tensor.as_subclass(_Watched)
-    tracked.footprint, tracked.run, tracked.aliased = footprint, run, False
+    tracked.footprint, tracked.run, tracked.aliased, tracked.number = footprint, run, False, run.next_number()
     return tracked

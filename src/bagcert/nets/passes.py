@@ -6,7 +6,6 @@ Its other operands, of any type, have to be the same for every image (`Steps`): 
 way around, or decides what is computed.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,7 +19,7 @@ from bagcert.nets.footprint import Layer, tensors_in
 
 LOST = "is given values of the image that have lost their way (or weights that are NaN)"
 _DECIDES = "lets values of the image decide what is computed"
-_OTHERWISE = (
+OTHERWISE = (
     "is not computed each time: the network chooses by values of the image, by the number of images or their layout in "
     "memory, or changes from call to call"
 )
@@ -63,6 +62,7 @@ class FromImage:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    source: int  # the number of the operation that it comes from
     batch_dim: int | None = None  # which dimension may be of another size in another pass
 
 
@@ -108,12 +108,14 @@ class Steps:
             self._steps.append(_Step(operation, tuple(map(self._copied, found.operands)), batch))
             return None
         if self._next >= len(self._steps):
-            return _OTHERWISE
+            return OTHERWISE
         first = self._steps[self._next]
         self._next += 1
         if first.operation != operation or len(first.operands) != len(found.operands):
-            return _OTHERWISE
+            return OTHERWISE
         for a, b in zip(first.operands, found.operands, strict=True):
+            if isinstance(a, FromImage) and isinstance(b, FromImage) and a.source != b.source:
+                return OTHERWISE
             if not _equal(a, b, first.batch, batch, sizes_may_differ):
                 return LOST if batch == first.batch else "depends on the number of images in the batch"
         return None
@@ -126,19 +128,28 @@ class Steps:
         return operand.clone() if isinstance(operand, Tensor) and id(operand) not in self._constants else operand
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> list[Any]:
     """The parts of nested arguments, and how many there are at each level."""
+    found: list[Any] = []
+    _gather(value, found)
+    return found
+
+
+def _gather(value: Any, found: list[Any]) -> None:
     if isinstance(value, tuple | list):
-        yield len(value)
+        found.append(len(value))
         for part in value:
-            yield from leaves(part)
+            if isinstance(part, tuple | list | dict | slice):
+                _gather(part, found)
+            else:
+                found.append(part)
     elif isinstance(value, dict):
-        yield from leaves(list(value))
-        yield from leaves(list(value.values()))
+        if value:
+            _gather([*value, *value.values()], found)
     elif isinstance(value, slice):
-        yield from leaves((value.start, value.stop, value.step))
+        _gather((value.start, value.stop, value.step), found)
     else:
-        yield value
+        found.append(value)
 
 
 def _equal(a: Any, b: Any, images: int, other_images: int, sizes_may_differ: bool) -> bool:
@@ -184,8 +195,15 @@ class Pass(TorchDispatchMode):
         super().__init__()
         self.batch, self.layers, self.steps = batch, layers, steps
         self.memory = ImageMemory()
+        self._sources: dict[tuple[Any, ...], int] = {}
+        self._count = self._tracked = 0
         self.failure: Exception | None = None
         self.over = False
+
+    def next_number(self) -> int:
+        """A number for a tensor that is tracked."""
+        self._tracked += 1
+        return self._tracked
 
     def subject(self, name: str) -> str:
         """How messages name an operation: by the layer alone where it is one of torch's own."""
@@ -208,6 +226,11 @@ class Pass(TorchDispatchMode):
             self.failure = error
         raise error
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """A hook of torch: with True it would import the compiler, which takes seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():
             return self._dispatch(func, args, kwargs or {})
@@ -216,14 +239,14 @@ class Pass(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.refuse(name, "it draws random numbers in eval mode, so the map changes everywhere from run to run")
-        operands = [self._described(leaf) for leaf in leaves((args, kwargs))]
+        operands = self.described((args, kwargs))
         tainted = sum(isinstance(operand, FromImage) for operand in operands)
         if not tainted or (tainted == 1 and func.overloadpacket in _SHAPES_ONLY):
             return func(*args, **kwargs)
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             self.unsupported(name, _DECIDES)
         if func.overloadpacket is _ATEN.copy_ and isinstance(operands[2], Tensor):
-            operands[2] = FromImage(tuple(operands[2].shape), operands[2].dtype)  # it is written, not read
+            operands[2] = FromImage(tuple(operands[2].shape), operands[2].dtype, -1)  # it is written, not read
         if self.steps and (wrong := self.steps.add(func, operands, self.batch)):
             self.unsupported(name, wrong)
         out = func(*args, **kwargs)
@@ -234,11 +257,22 @@ class Pass(TorchDispatchMode):
             for i, argument in enumerate(func._schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
+        self._count += 1
         for tensor in tensors_in((out, written)):
             self.memory.add(tensor)
+            self._sources[_place(tensor)] = self._count
         return out
 
-    def _described(self, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and self.memory.holds(leaf):
-            return FromImage(tuple(leaf.shape), leaf.dtype)
-        return leaf
+    def described(self, value: Any) -> list[Any]:
+        """The parts of nested arguments, of tensors that come from the image only what `Steps` compares."""
+        return [
+            FromImage(tuple(leaf.shape), leaf.dtype, self._sources.get(_place(leaf), 0))
+            if isinstance(leaf, Tensor) and self.memory.holds(leaf)
+            else leaf
+            for leaf in leaves(value)
+        ]
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -269,3 +269,149 @@ def test_mistakes_are_named():
     hooked[0].register_forward_hook(lambda layer, given, out: 2 * out)
     with pytest.raises(UsageError, match="it has hooks"):
         bounds(hooked)
+
+
+def moved(*call):
+    """As a forward hook: what comes out of a layer, far from what went in."""
+    return 60 * (call[-1] - 0.3) ** 2
+
+
+def with_hook(layer):
+    layer.register_forward_hook(moved)
+    return layer
+
+
+def with_pre_hook(layer):
+    layer.register_forward_pre_hook(lambda module, inputs: (moved(inputs[0]),))
+    return layer
+
+
+def with_forward(layer):
+    layer.forward = moved
+    return layer
+
+
+def with_child(layer):
+    layer.add_module("child", nn.ReLU())
+    return layer
+
+
+SMALL_LAYERS = {
+    "Identity": nn.Identity,
+    "Dropout": nn.Dropout,
+    "Dropout2d": nn.Dropout2d,
+    "Sequential": lambda: nn.Sequential(nn.ReLU()),
+    "ReLU": nn.ReLU,
+    "Flatten": nn.Flatten,
+    "AvgPool2d": lambda: nn.AvgPool2d(1),
+    "Conv2d": lambda: nn.Conv2d(3, 3, 1),
+    "Normalize": lambda: Normalize((0.0,) * 3, (1.0,) * 3),
+    "BatchNorm2d": lambda: nn.BatchNorm2d(3),
+}
+
+
+def around(layer):
+    return nn.Sequential(nn.AvgPool2d(8), layer, nn.Flatten())
+
+
+@pytest.mark.parametrize("kind", SMALL_LAYERS)
+@pytest.mark.parametrize(
+    ("alter", "said"),
+    [
+        (with_hook, "has hooks, which may do anything"),
+        (with_pre_hook, "has hooks, which may do anything"),
+        (with_forward, "its method 'forward' is replaced"),
+    ],
+)
+def test_a_layer_that_does_something_of_its_own_is_refused_whatever_its_type(kind, alter, said):
+    model = around(alter(SMALL_LAYERS[kind]()))
+    with pytest.raises(UsageError, match=rf"layer 1 of the network, {kind}\(.*: it.* {said.split(' ', 1)[1]}"):
+        IntervalBounds(model, ("r", "g", "b"), (8, 8), patch=4)
+    IntervalBounds(around(SMALL_LAYERS[kind]()), ("r", "g", "b"), (8, 8), patch=4)
+
+
+@pytest.mark.parametrize("alter", [with_hook, with_pre_hook, with_forward])
+def test_a_network_that_does_something_of_its_own_is_refused(alter):
+    with pytest.raises(UsageError, match="cannot pass the network: it"):
+        IntervalBounds(alter(around(nn.ReLU())), ("r", "g", "b"), (8, 8), patch=4)
+
+
+@pytest.mark.parametrize("kind", ["Identity", "Dropout", "ReLU", "Conv2d"])
+def test_a_layer_with_layers_of_its_own_is_refused(kind):
+    with pytest.raises(UsageError, match="it has layers of its own"):
+        IntervalBounds(around(with_child(SMALL_LAYERS[kind]())), ("r", "g", "b"), (8, 8), patch=4)
+
+
+@pytest.mark.parametrize("kind", [nn.Identity, nn.Dropout, nn.Sequential, nn.ReLU, nn.Flatten])
+def test_a_subclass_is_refused(kind):
+    class Own(kind):
+        def forward(self, x):
+            return moved(x)
+
+    with pytest.raises(UsageError, match=r"layer 1 of the network, Own\(.*there are bounds for"):
+        IntervalBounds(around(Own()), ("r", "g", "b"), (8, 8), patch=4)
+
+
+def test_parametrizations_are_refused():
+    for parametrized in (
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)),
+        nn.utils.parametrizations.orthogonal(nn.Conv2d(3, 3, 1)),
+    ):
+        with pytest.raises(UsageError, match="its weights have parametrizations; remove them first"):
+            IntervalBounds(around(parametrized), ("r", "g", "b"), (8, 8), patch=4)
+
+
+def test_weights_of_another_kind_are_refused():
+    class Weights(torch.Tensor):
+        pass
+
+    layer = nn.Conv2d(3, 3, 1)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Weights))
+    with pytest.raises(UsageError, match="its weights are not plain tensors"):
+        IntervalBounds(around(layer), ("r", "g", "b"), (8, 8), patch=4)
+
+
+@pytest.mark.parametrize("pre", [True, False])
+def test_hooks_on_all_modules_are_refused_whenever_they_come(pre):
+    modules = torch.nn.modules.module
+    defense = IntervalBounds(around(nn.ReLU()), ("r", "g", "b"), (8, 8), patch=4)
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    register = modules.register_module_forward_pre_hook if pre else modules.register_module_forward_hook
+    handle = register(lambda *call: None)
+    try:
+        for ask in (
+            lambda: IntervalBounds(around(nn.ReLU()), ("r", "g", "b"), (8, 8), patch=4),
+            lambda: defense.certify(image),
+            lambda: defense.predict(image),
+        ):
+            with pytest.raises(UsageError, match="hooks that are registered for all modules"):
+                ask()
+    finally:
+        handle.remove()
+    assert len(defense.certify(image)) == 1
+
+
+def test_a_hook_that_comes_later_is_refused():
+    defense = IntervalBounds(around(nn.Identity()), ("r", "g", "b"), (8, 8), patch=4)
+    with_hook(defense.classifier.model[1])
+    for ask in (defense.certify, defense.predict):
+        with pytest.raises(UsageError, match=r"layer 1 of the network, Identity.*it has hooks"):
+            ask(np.zeros((1, 3, 8, 8), np.float32))
+
+
+def test_a_negative_standard_deviation_gives_no_negative_radius():
+    layer = Normalize((0.1, 0.2, 0.3), (-0.5, 0.5, -0.25)).double()
+    low, high = torch.zeros(1, 3, 2, 2).double(), torch.rand(1, 3, 2, 2).double()
+    box = through(layer, Box((low + high) / 2, (high - low) / 2))
+    for point in (low, high):
+        assert bool(((layer(point) - box.center).abs() <= box.radius).all())
+
+
+def test_images_of_another_size_are_refused_in_a_sentence():
+    model, images = masking.example(0, 2)
+    defense = bounds(model)
+    larger = np.pad(images, ((0, 0), (0, 0), (0, 3), (0, 1)))
+    for ask in (defense.certify, defense.predict):
+        with pytest.raises(UsageError, match=r"the network is for images of 6x6 px, got 9x7 px: "):
+            ask(larger)
+    assert len(defense.predict(images)) == 2

@@ -134,6 +134,8 @@ ESCAPES = {
     "autograd.Function": lambda x, y: y * Function.apply(x),
     "grad": lambda x, y: y * torch.func.grad(lambda image: (image.mean() * image).sum())(x).mean(),
     "thread": lambda x, y: y * in_a_thread(lambda: plain(x).mean() > 0.9999),
+    "choice of what is returned": lambda x, y: (y.relu(), y.abs())[in_a_thread(lambda: int(plain(x).mean() > 0.9))],
+    "choice of what is added": lambda x, y: y + (y.relu(), y.abs())[in_a_thread(lambda: int(plain(x).mean() > 0.9))],
     "exception caught": caught,
     "functions off": without_functions,
     "by type": by_type,
