@@ -28,6 +28,8 @@ FAST_TESTS = [
     "tests/unit/rules/test_largest.py",
     "tests/properties/test_exactness.py::test_agreement_script",
     "tests/proofs/test_double_masking_exhaustive.py::test_every_binary_map_under_every_attack[2x4-1x2]",
+    "tests/unit/defenses/test_interval_bounds.py",
+    "tests/unit/nets/test_escapes.py",
 ]
 
 

@@ -36,6 +36,8 @@ def test_names_say_which_mutant_is_meant():
         "grid.py",
         "scores.py",
         "rules",
+        "nets",
+        "defenses",
     }
 
 

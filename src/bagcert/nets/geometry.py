@@ -182,6 +182,8 @@ class _Passes:
                         out = self._module(tracked)
                 else:
                     out = self._module(image)
+            if run.failure:  # the network has caught it
+                raise run.failure
             self._require_same_map(run, out, called)
         except Exception as raised:
             error = run.failure or raised
@@ -191,13 +193,6 @@ class _Passes:
             raise UsageError(f"the network cannot be followed on an image of {size}: {error}") from error
         finally:
             run.over = True
-        if run.failure:  # the network has caught it
-            raise run.failure
-        if any(steps and not steps.ended() for steps in (dispatched, called)):
-            raise UsageError(
-                "the network cannot be followed: it leaves operations out, by values of the image, by the number of "
-                "images or by their layout in memory"
-            )
         return out
 
 
