@@ -386,7 +386,7 @@ FOLLOWING = {
     "what is prepared at the first call is not followed at the second": [
         ("if self._after is not self._before:", "if self._after is None:")
     ],
-    "a network is not put back": [("self._layers.clear()\n        self._before.restore()", "self._layers.clear()")],
+    "a network is not put back": [("self.layers.clear()\n        self._before.restore()", "self.layers.clear()")],
 }
 
 PASSES = {
