@@ -37,6 +37,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
         "python -m tests.properties.photo_files --cases 3000 --json",
         ("broken_certificates", "misreported"),
     ),
+    "networks": ("python -m tests.properties.networks --cases 50000 --json", ("leaks", "crashed", "changed")),
     "mutants": ("python -m tests.mutants.run --out OUT", ("survived",)),
     "faults": (
         "python -m tests.faults.run --kills 50 --out OUT",

@@ -38,6 +38,8 @@ FAST_TESTS = [
     "tests/properties/test_exactness.py::test_agreement_script",
     "tests/properties/test_masks.py::test_no_patch_within_a_mask_breaks_a_certificate",
     "tests/proofs/test_double_masking_exhaustive.py::test_every_binary_map_under_every_attack[2x4-1x2]",
+    "tests/unit/defenses/test_interval_bounds.py",
+    "tests/unit/nets/test_escapes.py",
 ]
 
 

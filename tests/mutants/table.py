@@ -523,6 +523,56 @@ RECORD_FILE = {
     ],
 }
 
+FOLLOWING = {
+    "only one image is followed": [
+        ("for image in (torch.zeros(shape), torch.ones(shape), noise, (noise - 0.5) * 1e30):", "for image in ():")
+    ],
+    "only images in batches of two are followed": [
+        ("for number, images in enumerate(batch_sizes):", "for number, images in enumerate(()):")
+    ],
+    "what a network catches is not refused": [("if run.failure:  # the", "if None:  # the")],
+    "changes from call to call go unnoticed": [("changed = self._after.changed()", "changed = None")],
+    "what is prepared at the first call is not followed at the second": [
+        ("if self._after is not self._before:", "if self._after is None:")
+    ],
+    "a network is not put back": [("self.layers.clear()\n        self._before.restore()", "self.layers.clear()")],
+}
+
+PASSES = {
+    "NaN equals NaN among operands that do not come from the image": [
+        (
+            "    return torch.equal(a, b)",
+            "    return torch.allclose(a.double(), b.double(), 0, 0, equal_nan=True)",
+        )
+    ],
+    "memory of the image is known by its first address only": [
+        ("begin < start + storage.nbytes() and start < end", "begin == start")
+    ],
+    "operands may be another one of the image's tensors": [("a.source != b.source", "False")],
+    "the place in the batch may count": [
+        ("if not torch.equal(first.expand_as(a), a) or not torch.equal(first.expand_as(b), b):", "if False:")
+    ],
+    "random numbers in eval mode are accepted": [("torch.Tag.nondeterministic_seeded in func.tags", "False")],
+}
+
+OPERATIONS = {
+    "an empty dim is no dimension": [("dims = dims or range(input.ndim)", "dims = dims")],
+    "a bool is a dimension": [("type(dim) is not int for dim", "not isinstance(dim, int) for dim")],
+}
+
+INTERVAL_LAYERS = {
+    "hooks on layers that do nothing go unnoticed": [
+        ("_altered(layer) or _unbounded(layer)", "_unbounded(layer) or (type(layer) in _BOUNDED and _altered(layer))")
+    ],
+    "hooks before a layer go unnoticed": [("layer._forward_hooks or layer._forward_pre_hooks", "layer._forward_hooks")],
+    "hooks on all modules go unnoticed": [
+        ("all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks", "False")
+    ],
+    "a replaced forward goes unnoticed": [("    if replaced:", "    if None:")],
+    "layers within a layer are taken to follow it": [("any(child is not None for child in layer.children())", "False")],
+    "a negative standard deviation narrows the box": [("x / layer.std.abs()", "x / layer.std")],
+}
+
 MUTANTS = [
     Mutant(name, tuple((file, text, replacement) for text, replacement in edits))
     for file, mistakes in {
@@ -549,6 +599,10 @@ MUTANTS = [
         "rules/window_pairs.py": WINDOW_PAIRS,
         "rules/union_masking.py": UNION_MASKING,
         "rules/largest.py": LARGEST,
+        "nets/geometry.py": FOLLOWING,
+        "nets/passes.py": PASSES,
+        "nets/operations.py": OPERATIONS,
+        "defenses/interval_layers.py": INTERVAL_LAYERS,
     }.items()
     for name, edits in mistakes.items()
 ]

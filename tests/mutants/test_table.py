@@ -43,6 +43,7 @@ def test_names_say_which_mutant_is_meant():
         "rules",
         "images.py",
         "record_file.py",
+        "defenses",
     }
 
 

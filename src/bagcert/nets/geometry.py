@@ -12,7 +12,7 @@ pixel values or on the batch is refused, as are networks that change from call t
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from threading import RLock, get_ident
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from bagcert.nets.module_state import ModuleState
 from bagcert.nets.operations import GIVEN_SIZES, HANDLERS, LAYERS_NOT_LOCAL, tells_no_values
 from bagcert.nets.passes import LOST, OTHERWISE, FromImage, Pass, Steps, leaves
 
+_ONE_AT_A_TIME = RLock()  # two passes through one network would see each other's hooks as its changes
 _IMAGES = 2  # in most passes: two, so that regrouping a batch shows in the shapes
 
 
@@ -87,7 +88,7 @@ def derive_grid(
     parameter = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     shape, random = (_IMAGES, channels, *image_size), torch.Generator().manual_seed(0)
     noise = torch.rand(shape, generator=random)
-    with torch.no_grad(), eval_mode(module), _Passes(module) as passes:
+    with _ONE_AT_A_TIME, torch.no_grad(), eval_mode(module), _Passes(module) as passes:
         # NaN marks what comes from the image, should it lose its footprint on the way.
         grid = passes.follow(torch.full(shape, torch.nan).to(parameter))
         for image in (torch.zeros(shape), torch.ones(shape), noise, (noise - 0.5) * 1e30):
@@ -109,18 +110,18 @@ class _Passes:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._layers: list[Layer] = []
+        self.layers: list[Layer] = []
         constants = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         self._dispatched, self._called = Steps(constants), Steps(constants)
         self._hooks = ExitStack()
 
     def __enter__(self) -> "_Passes":
-        self._hooks.enter_context(_named_layers(self._module, self._layers))
+        self._hooks.enter_context(_named_layers(self._module, self))
         self._before = self._after = ModuleState(self._module)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._layers.clear()
+        self.layers.clear()
         self._before.restore()
         self._hooks.close()
 
@@ -159,7 +160,7 @@ class _Passes:
 
     def _require_same_map(self, run: Pass, out: Any, called: Steps | None) -> None:
         """Is what the network returns the result of the same operation each time?"""
-        self._layers.clear()
+        self.layers.clear()
         with torch._C.DisableTorchFunction():
             for steps, operands in ((run.steps, run.described(out)), (called, list(map(_described, leaves(out))))):
                 if steps and steps.add("return", operands, run.batch):
@@ -167,8 +168,8 @@ class _Passes:
 
     def _pass(self, image: Tensor, dispatched: Steps | None, called: Steps | None) -> Any:
         """What the network returns; `called`: the image is tracked."""
-        self._layers.clear()
-        run = Pass(len(image), self._layers, dispatched)
+        self.layers.clear()
+        self.run = run = Pass(len(image), self.layers, dispatched)
         run.memory.add(image)
         for steps in (dispatched, called):
             if steps:
@@ -182,6 +183,8 @@ class _Passes:
                         out = self._module(tracked)
                 else:
                     out = self._module(image)
+            if run.failure:  # the network has caught it
+                raise run.failure
             self._require_same_map(run, out, called)
         except Exception as raised:
             error = run.failure or raised
@@ -191,13 +194,6 @@ class _Passes:
             raise UsageError(f"the network cannot be followed on an image of {size}: {error}") from error
         finally:
             run.over = True
-        if run.failure:  # the network has caught it
-            raise run.failure
-        if any(steps and not steps.ended() for steps in (dispatched, called)):
-            raise UsageError(
-                "the network cannot be followed: it leaves operations out, by values of the image, by the number of "
-                "images or by their layout in memory"
-            )
         return out
 
 
@@ -226,8 +222,8 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _named_layers(module: nn.Module, layers: list[Layer]) -> Iterator[None]:
-    """Keeps in `layers` which layers are being called."""
+def _named_layers(module: nn.Module, passes: _Passes) -> Iterator[None]:
+    """Keeps in `passes.layers` which layers are being called."""
     with ExitStack() as hooks:
         for name, part in module.named_modules():
             layer = Layer.of(name, part)
@@ -235,22 +231,34 @@ def _named_layers(module: nn.Module, layers: list[Layer]) -> Iterator[None]:
                 raise UsageError(f"{layer.text} is TorchScript, which cannot be followed; give the module it came from")
             if type(part).__name__ == "OptimizedModule":
                 raise UsageError(f"{layer.text} is compiled, which cannot be followed; give the module it came from")
-            enter = part.register_forward_pre_hook(partial(_enter, layers, layer), prepend=True)
-            leave = part.register_forward_hook(partial(_leave, layers))
+            naming = _Naming(passes, layer)
+            enter = part.register_forward_pre_hook(naming.enter, prepend=True)
+            leave = part.register_forward_hook(naming.leave)
             hooks.callback(enter.remove)
             hooks.callback(leave.remove)
         yield
 
 
-def _enter(layers: list[Layer], layer: Layer, module: nn.Module, inputs: Any) -> None:
-    layers.append(layer)
-    for kind, reason in LAYERS_NOT_LOCAL.items():
-        if isinstance(module, kind):
-            raise UnsoundError(f"{layer.text} is not local: {reason}")
+class _Naming:
+    """The hooks of one layer, for the thread that follows; it has no `__dict__`, so it is no state of the network."""
 
+    __slots__ = ("_layer", "_passes", "_thread")
 
-def _leave(layers: list[Layer], *call: Any) -> None:
-    layers.pop()
+    def __init__(self, passes: _Passes, layer: Layer) -> None:
+        self._passes, self._layer, self._thread = passes, layer, get_ident()
+
+    def enter(self, module: nn.Module, inputs: Any) -> None:
+        """Before the layer is called."""
+        if get_ident() == self._thread:
+            self._passes.layers.append(self._layer)
+            for kind, reason in LAYERS_NOT_LOCAL.items():
+                if isinstance(module, kind):
+                    self._passes.run.fail(UnsoundError(f"{self._layer.text} is not local: {reason}"))
+
+    def leave(self, *call: Any) -> None:
+        """After it."""
+        if get_ident() == self._thread:
+            self._passes.layers.pop()
 
 
 def _interpret(run: Pass, steps: Steps | None, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -120,10 +120,6 @@ class Steps:
                 return LOST if batch == first.batch else "depends on the number of images in the batch"
         return None
 
-    def ended(self) -> bool:
-        """Did this pass do all that the first did?"""
-        return self._next is None or self._next == len(self._steps)
-
     def _copied(self, operand: Any) -> Any:
         return operand.clone() if isinstance(operand, Tensor) and id(operand) not in self._constants else operand
 

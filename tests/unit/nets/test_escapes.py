@@ -38,6 +38,10 @@ def plain(x):
     return x.as_subclass(Tensor)
 
 
+def rare(value):
+    return abs(value - 0.61234) < 1e-6
+
+
 def from_module(tail, size=(12, 12)):
     return RegionScorer.from_module(Net(tail), ["dark", "bright"], size, scale=100.0)
 
@@ -49,18 +53,18 @@ def scripted():
 
 
 def _bright(x: Tensor) -> Tensor:
-    return (x.mean() > 0.9999).float()
+    return rare(x.mean()).float()
 
 
 @torch.library.custom_op("bagcert_tests::bright", mutates_args=())
 def custom(x: Tensor) -> Tensor:
-    return (x.mean() > 0.9999).float()
+    return rare(x.mean()).float()
 
 
 class Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        return (plain(x).mean() > 0.9999).float()
+        return rare(plain(x).mean()).float()
 
 
 def in_a_thread(work):
@@ -73,33 +77,55 @@ def in_a_thread(work):
 
 def caught(x, y):
     try:
-        return y * float(x.mean() > 0.9999)
+        return y * float(rare(x.mean()))
     except Exception:  # as a library would
         return y
 
 
+def caught_as_a_list(x, y):
+    try:
+        found = rare(x.tolist()[0][0][0][0])
+    except Exception:
+        found = False
+    return -y if found else y
+
+
+class Recurring(nn.Module):
+    """Catches what a layer raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells = nn.GRU(12, 12, batch_first=True)
+
+    def forward(self, x, y):
+        try:
+            return y + self.cells(x[:, 0])[0][:, None]
+        except Exception:
+            return y
+
+
 def without_functions(x, y):
     with torch._C.DisableTorchFunction():
-        return y * (x.mean() > 0.9999)
+        return y * rare(x.mean())
 
 
 def by_type(x, y):
-    return y * (x.mean() > 0.9999) if type(x) is Tensor else y
+    return y * rare(x.mean()) if type(x) is Tensor else y
 
 
 def through_a_plain_tensor(x, y):
     other = torch.zeros(x.shape)
     other.expand_as(x).add_(x)
-    return y * (other.mean() > 0.9999)
+    return y * rare(other.mean())
 
 
 def by_data(x, y):
     other = torch.zeros(1)
     other.data = plain(x)
-    return y * (other.mean() > 0.9999)
+    return y * rare(other.mean())
 
 
-# The first six are those of the second review. Where the threshold is 0.9999 or above no image at random crosses it.
+# The first six have been accepted once. What is `rare` happens on no image that a network is followed on.
 ESCAPES = {
     "as_subclass": lambda x, y: y * (plain(x).mean(**EVERYTHING) > 0.3),
     "torch.tensor": lambda x, y: y * (torch.tensor(x > 0.3).float().mean(**EVERYTHING) > 0.3),
@@ -107,25 +133,25 @@ ESCAPES = {
     "DLPack": lambda x, y: y * (torch.from_dlpack(dlpack.to_dlpack(x)).mean(**EVERYTHING) > 0.3),
     "mean(dim=())": lambda x, y: torch.where(y < x.mean(dim=(), keepdim=True), y, -y),
     "std(True)": lambda x, y: y * (torch.full_like(x[:, :1], x.std(True)) > 0.08),
-    "as_subclass, rare": lambda x, y: y * (plain(x).mean(**EVERYTHING) > 0.9999),
-    "DLPack of a slice": lambda x, y: y * (torch.from_dlpack(dlpack.to_dlpack(x[:, :, 1:])).mean() > 0.9999),
+    "as_subclass, rare": lambda x, y: y * rare(plain(x).mean(**EVERYTHING)),
+    "DLPack of a slice": lambda x, y: y * rare(torch.from_dlpack(dlpack.to_dlpack(x[:, :, 1:])).mean()),
     "vmap of a plain tensor": lambda x, y: (
         y * torch.vmap(lambda image: image.mean() > 7)(plain(x))[:, None, None, None]
     ),
-    "numpy": lambda x, y: y * float(plain(x).numpy().mean() > 0.9999),
-    "asarray": lambda x, y: y * float(np.asarray(x).mean() > 0.9999),
-    "numpy by DLPack": lambda x, y: y * float(np.from_dlpack(plain(x)).mean() > 0.9999),
+    "numpy": lambda x, y: y * float(rare(plain(x).numpy().mean())),
+    "asarray": lambda x, y: y * float(rare(np.asarray(x).mean())),
+    "numpy by DLPack": lambda x, y: y * float(rare(np.from_dlpack(plain(x)).mean())),
     "tolist": lambda x, y: y * float(plain(x).tolist()[0][0][0][0] > 2),
     "tolist of the image": lambda x, y: y * float(x.tolist()[0][0][0][0] > 2),
-    "item": lambda x, y: y * float(plain(x).mean().item() > 0.9999),
+    "item": lambda x, y: y * float(rare(plain(x).mean().item())),
     "float": lambda x, y: y * float(plain(x)[0, 0, 0, 0]),
     "text": lambda x, y: y * len(f"{plain(x)}"),
     "tensor of numbers": lambda x, y: y * torch.tensor([plain(x)[0, 0, 0, 0], 1.0])[0],
-    "as_tensor": lambda x, y: y * (plain(torch.as_tensor(x)).mean() > 0.9999),
-    "Tensor()": lambda x, y: y * (Tensor(x).mean() > 0.9999),
-    "Parameter": lambda x, y: y * (nn.Parameter(plain(x)).mean() > 0.9999),
-    "deepcopy": lambda x, y: y * (plain(copy.deepcopy(x)).mean() > 0.9999),
-    "storage": lambda x, y: y * (torch.empty(0).set_(x.untyped_storage()).mean() > 0.9999),
+    "as_tensor": lambda x, y: y * rare(plain(torch.as_tensor(x)).mean()),
+    "Tensor()": lambda x, y: y * rare(Tensor(x).mean()),
+    "Parameter": lambda x, y: y * rare(nn.Parameter(plain(x)).mean()),
+    "deepcopy": lambda x, y: y * rare(plain(copy.deepcopy(x)).mean()),
+    "storage": lambda x, y: y * rare(torch.empty(0).set_(x.untyped_storage()).mean()),
     "data": by_data,
     "address": lambda x, y: y * float(x.data_ptr() % 3),
     "scripted function": lambda x, y: y * scripted()(x),
@@ -136,7 +162,9 @@ ESCAPES = {
     "thread": lambda x, y: y * in_a_thread(lambda: plain(x).mean() > 0.9999),
     "choice of what is returned": lambda x, y: (y.relu(), y.abs())[in_a_thread(lambda: int(plain(x).mean() > 0.9))],
     "choice of what is added": lambda x, y: y + (y.relu(), y.abs())[in_a_thread(lambda: int(plain(x).mean() > 0.9))],
+    "exception of a layer caught": Recurring(),
     "exception caught": caught,
+    "exception caught, rare": caught_as_a_list,
     "functions off": without_functions,
     "by type": by_type,
     "plain tensor written": through_a_plain_tensor,
@@ -181,7 +209,7 @@ ESCAPES = {
 def test_a_way_around_is_refused(name):
     with pytest.raises((UnsoundError, UsageError)) as caught:
         from_module(ESCAPES[name])
-    assert "network" in str(caught.value)
+    assert any(word in str(caught.value) for word in ("network", "layer 'tail"))
     assert "Traceback" not in str(caught.value)
 
 
@@ -220,6 +248,12 @@ def test_a_way_around_is_refused(name):
 )
 def test_reductions_over_positions_in_every_form(reduce):
     with pytest.raises((UnsoundError, UsageError)):
+        derive_grid(Net(lambda x, y: y - reduce(y)), (8, 8))
+
+
+@pytest.mark.parametrize("reduce", [lambda y: y.std(True), lambda y: y.var(False), lambda y: torch.std(y, True)])
+def test_a_bool_is_no_dimension(reduce):
+    with pytest.raises(UsageError, match=r"is given something other than the numbers of dimensions"):
         derive_grid(Net(lambda x, y: y - reduce(y)), (8, 8))
 
 
@@ -434,7 +468,7 @@ def test_what_is_prepared_at_the_first_call_is_the_same_for_every_image():
     assert net.kept is None
     for prepare in (
         lambda x: x[:, :1, 2:, 2:],
-        lambda x: plain(x).mean() > 0.9999,
+        lambda x: rare(plain(x).mean()),
         lambda x: in_a_thread(lambda: plain(x).mean() > 0.9999),
         lambda x: in_a_thread(lambda: plain(x).isnan().any()),
         lambda x: torch.arange(len(x))[:, None, None, None],
@@ -468,3 +502,27 @@ def test_weights_that_are_computed_anew_at_each_call_are_no_change():
         warnings.simplefilter("ignore")
         net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 2, 3)), nn.utils.spectral_norm(nn.Conv2d(2, 2, 2)))
     assert derive_grid(net, (8, 8)).receptive_field == (4, 4)
+
+
+def test_several_threads_may_follow_and_use_one_network():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 2)).eval()
+    image, failures = torch.rand(1, 3, 8, 8), []
+    expected = net(image)
+
+    def work(follow):
+        try:
+            for _ in range(5):
+                if follow:
+                    assert derive_grid(net, (8, 8)).receptive_field == (4, 4)
+                else:
+                    assert all(torch.equal(net(image), expected) for _ in range(20))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(follow,)) for follow in (True, True, False, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
