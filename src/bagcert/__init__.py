@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Heavy modules load on first use, so that `bagcert --help` answers at once.
 _HOMES = {

@@ -21,7 +21,7 @@ CITATION = """\
 @software{bagcert,
   title  = {bagcert: certified defence against adversarial patches},
   author = {{bagcert contributors}},
-  version = {0.1.0}
+  version = {0.2.0}
 }
 @inproceedings{metzen2021efficient,
   title     = {Efficient Certified Defenses Against Patch Attacks on Image Classifiers},
