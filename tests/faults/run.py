@@ -18,11 +18,13 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads do not survive a fork
 
+MODEL = ("model.safetensors", "config.json")
 LONGEST_CHAIN = 3  # kills of one run before it may end
 SCHEMA_VERSION = 1
 
@@ -94,10 +96,38 @@ class Train(Job):
             return [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
         return super().read(path)
 
+    @cached_property
+    def models(self) -> list[dict[str, Any]]:
+        """The files of the model as a whole run writes them, one model for each validation."""
+        import bagcert.train as module
+
+        written = _new(self.shared / "models")
+        write_model = module.write_model
+
+        def write_and_keep(folder: Path, *model: Any) -> None:
+            write_model(folder, *model)
+            shutil.copytree(folder, written / str(len(list(written.iterdir()))))
+
+        module.write_model = write_and_keep
+        try:
+            code = _wait(_start(self.arguments(_new(self.shared / "kept")), self.shared))
+        finally:
+            module.write_model = write_model
+        assert code == 0
+        return [{name: self.read(kept / name) for name in MODEL} for kept in written.iterdir()]
+
     def half_written(self, folder: Path, whole: dict[str, Any]) -> list[str]:
         import torch
 
-        found = [name for name in super().half_written(folder, whole) if name != "metrics.jsonl"]
+        found = [name for name in super().half_written(folder, whole) if name not in ("metrics.jsonl", *MODEL)]
+        # A model stands there after each validation: that of one validation as a whole, or its weights alone.
+        names = [name for name in MODEL if (folder / name).exists()]
+        try:
+            model = {name: self.read(folder / name) for name in names}
+        except ValueError:
+            model = {}
+        if names and not any(model and model.items() <= each.items() for each in self.models):
+            found += names
         if (folder / "metrics.jsonl").exists():  # grows line by line
             try:
                 lines = self.read(folder / "metrics.jsonl")
