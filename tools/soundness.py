@@ -33,6 +33,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
         "python -m tests.properties.masks --cases 10000 --json",
         ("broken_certificates", "disagreements", "records_refused"),
     ),
+    "pooling": ("python -m tests.properties.pooling --cases 3000 --json", ("disagreements", "broken_certificates")),
     "photo-files": (
         "python -m tests.properties.photo_files --cases 3000 --json",
         ("broken_certificates", "misreported"),
