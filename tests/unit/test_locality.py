@@ -257,7 +257,7 @@ class TestQuantization:
 
 
 class TestOverflow:
-    @pytest.mark.parametrize("name", ["resnet-rf5", "resnet-rf6s2", "bagnet9"])
+    @pytest.mark.parametrize("name", ["resnet-rf5", "resnet-rf6s2", "bagnet9", "pyramid-rf5s3", "pyramid-rf8s4"])
     def test_the_bound_holds_for_every_value(self, name):
         torch.manual_seed(0)
         net = get_architecture(name).build(3, 8, 4, True)

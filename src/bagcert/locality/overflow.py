@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from bagcert.locality.probes import magnitude
 from bagcert.nets.bagnet import BagNet, Bottleneck
 from bagcert.nets.region_convnet import RegionConvNet
+from bagcert.nets.region_pyramid import RegionPyramid
 from bagcert.nets.region_resnet import RegionResNet, Residual
 from bagcert.nets.region_scorer import RegionScorer
 
 # Layers for which |out| <= layer with absolute weights (|in|), and modules that only add up and crop what they hold.
 _LAYERS = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity}
-_CONTAINERS = {nn.Sequential, RegionConvNet, RegionResNet, Residual, BagNet, Bottleneck}
+_CONTAINERS = {nn.Sequential, RegionConvNet, RegionPyramid, RegionResNet, Residual, BagNet, Bottleneck}
 
 
 def activation_bound(scorer: RegionScorer) -> float:
