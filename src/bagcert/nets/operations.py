@@ -176,6 +176,9 @@ def _pad(call: Call, input: Any, pad: Any, mode: str = "constant", value: Any = 
         dim, sides = input.ndim - 1 - pair, (pad[2 * pair], pad[2 * pair + 1])
         if dim == footprint.dims[0] and any(sides):
             call.unsupported("pads the batch")
+        if mode == "circular" and min(sides) < 0:
+            # Where one side is cropped and the other padded, torch leaves memory as it was; its content is anything.
+            call.unsupported("crops by circular padding")
         # torch itself says which position each padded one is a copy of; -1 is none.
         positions = torch.arange(input.shape[dim], dtype=torch.float64)[None, None]
         fill = {"value": -1} if mode == "constant" else {}

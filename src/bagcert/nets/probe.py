@@ -91,7 +91,7 @@ def probe_grid(
                 for k in range(count):
                     batch[k].select(1 + axis, start + k).fill_(torch.nan)
                 # A region sees the pixel line if any class, anywhere along the line, does.
-                found.append(changed(_forward(module, batch)).any(1).any(2 - axis))
+                found.append(changed(_forward(module, batch, plain.shape)).any(1).any(2 - axis))
             seen.append(torch.cat(found).T.cpu().numpy())
     return RegionGrid(*seen)
 
@@ -171,7 +171,7 @@ def _sees_more(
                 batch = image.masked_fill(
                     unseen[:, None, :, None] if axis == 0 else unseen[:, None, None, :], torch.nan
                 )
-                out = _forward(module, batch)
+                out = _forward(module, batch, plain.shape)
                 changed = out.isnan() if plain.dtype.is_floating_point else out != plain
                 for k, line in enumerate(changed):  # of each image the one line of regions it is about
                     if line.select(1 + axis, start + k).any():
@@ -180,10 +180,7 @@ def _sees_more(
 
 
 def _require_covered(measured: RegionGrid, declared: RegionGrid) -> None:
-    if measured.map_size != declared.map_size:
-        raise UnsoundError(
-            f"the network returns a map of {measured.map_size} regions, declared are {declared.map_size}"
-        )
+    _require_map_size(measured.map_size, declared)
     for axis, found, stated in (
         ("row", measured.rows_seen, declared.rows_seen),
         ("column", measured.cols_seen, declared.cols_seen),
@@ -219,7 +216,9 @@ def _largest_leak(
             under = after[k, :, top : top + shape[0], left : left + shape[1]]
             under.copy_(content(under, random))
         # The same batch size and place in the batch, so that only the patch can make a difference.
-        out_before, out_after = _forward(module, before), _forward(module, after)
+        out_before = _forward(module, before)
+        out_after = _forward(module, after, out_before.shape[1:])
+        _require_map_size(tuple(out_before.shape[2:]), declared)
         reach = np.stack([np.outer(touched_rows[top], touched_cols[left]) for top, left in here])
         outside = ~torch.as_tensor(reach, device=out_before.device)[:, None].expand_as(out_before)
         a, b = out_before[outside].double(), out_after[outside].double()
@@ -253,11 +252,22 @@ def _random_image(
     return torch.rand(1, channels, *image_size, generator=random).to(device or weight.device, weight.dtype)
 
 
-def _forward(module: nn.Module, images: Tensor) -> Tensor:
+def _require_map_size(found: tuple[int, ...], declared: RegionGrid) -> None:
+    if found != declared.map_size:
+        raise UnsoundError(f"the network returns a map of {found} regions, declared are {declared.map_size}")
+
+
+def _forward(module: nn.Module, images: Tensor, expected: torch.Size | None = None) -> Tensor:
+    """The map of some images, [classes, rows, columns] of each as `expected`."""
     out = module(images)
     if not isinstance(out, Tensor) or out.ndim != 4 or len(out) != len(images):
         found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise UsageError(f"a network must return one map [batch, classes, rows, columns], this one returns {found}")
+    if expected is not None and out.shape[1:] != expected:
+        raise UnsoundError(
+            f"the network returns a map of {list(expected)} for one image and of {list(out.shape[1:])} for another: "
+            "its size depends on the pixels"
+        )
     return out
 
 

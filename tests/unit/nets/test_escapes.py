@@ -526,3 +526,13 @@ def test_several_threads_may_follow_and_use_one_network():
         thread.join()
     assert failures == []
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
+
+
+@pytest.mark.parametrize("pad", [(0, 1, -1, 1), (-1, 1, 0, 0), (1, -1), (-1, -1)])
+def test_circular_padding_that_crops_is_refused(pad):
+    class Cropped(nn.Module):
+        def forward(self, x):
+            return F.pad(x, pad, "circular")
+
+    with pytest.raises(UsageError, match="crops by circular padding"):
+        derive_grid(Cropped(), (6, 6))

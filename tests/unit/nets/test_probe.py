@@ -178,3 +178,13 @@ def test_outputs_that_are_no_map_or_not_finite_are_refused():
     nn.init.constant_(broken.weight, float("nan"))
     with pytest.raises(UsageError, match="NaN"):
         probe_grid(broken, (8, 8))
+
+
+def test_a_map_whose_size_depends_on_the_pixels_is_refused():
+    class Shrinking(nn.Module):
+        def forward(self, x):
+            return x[..., 1:] if bool((x > 2).any()) else x
+
+    grid = RegionGrid(np.eye(8, dtype=bool), np.eye(8, dtype=bool))
+    with pytest.raises(UnsoundError, match="size depends on the pixels"):
+        check_locality(Shrinking(), (8, 8), grid)
