@@ -30,6 +30,8 @@ FAST_TESTS = [
     "tests/unit/test_export.py::test_the_guard_counts_what_the_tolerance_allows",
     "tests/unit/rules/test_vote.py",
     "tests/unit/rules/test_guard.py",
+    "tests/unit/rules/test_attention_masking.py",
+    "tests/unit/test_aggregation.py",
     "tests/proofs/test_theorem_cases.py",
     "tests/unit/rules/test_double_masking.py",
     "tests/unit/rules/test_largest.py",

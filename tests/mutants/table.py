@@ -573,12 +573,45 @@ INTERVAL_LAYERS = {
     "a negative standard deviation narrows the box": [("x / layer.std.abs()", "x / layer.std")],
 }
 
+ATTENTION_MASKING = {
+    "regions in both windows of a pair left out twice": [
+        ("            sums.index_add_(0, block.overlapping, both.index_select(0, block.number))\n", "")
+    ],
+    "a mask skipped between two blocks of pairs": [
+        ("            start += count\n", "            start += count + 1\n")
+    ],
+    "no pairs at all": [("for block, rows in masks.pair_sums(evidence[k], sums[k]):", "for block, rows in ():")],
+    "ties cost nothing between readouts": [("scores - tie_penalty(label, scores.shape[2])[:, None]", "scores")],
+    "nothing kept counts as agreement of a pair": [
+        (
+            "    if bool(masks.completed.any()):\n        margin.clamp_(max=-1)\n    placement = masks.placements[pair]",
+            "    placement = masks.placements[pair]",
+        )
+    ],
+    "nothing kept counts as agreement of a mask": [("if bool(masks.whole.any()):", "if False:")],
+    "any disagreeing mask decides": [
+        ("== first[image, mask][:, None]).all(1)", "== first[image, mask][:, None]).any(1)")
+    ],
+}
+
+AGGREGATION = {
+    "halves rounded up": [
+        ("total.div(weight).round_()", "total.div(weight).add_(0.5).floor_()"),
+    ],
+    "hidden values not clipped": [(".round_().clamp_(0, POOLED_LIMIT)", ".round_().clamp_(min=0)")],
+    "pooled values not clipped": [(".clamp_(-POOLED_LIMIT, POOLED_LIMIT)", "")],
+    "readouts accepted whose sums round": [(">= 2**23", ">= 2**60")],
+    "pooled in float32 whatever the map": [("if regions * PRODUCT_LIMIT < 2**24 else torch.float64", "")],
+}
+
 MUTANTS = [
     Mutant(name, tuple((file, text, replacement) for text, replacement in edits))
     for file, mistakes in {
         "images.py": IMAGES,
         "record_file.py": RECORD_FILE,
         "threat.py": THREAT | RECTANGLES,
+        "aggregation.py": AGGREGATION,
+        "rules/attention_masking.py": ATTENTION_MASKING,
         "verify.py": VERIFY,
         "grid.py": GRID,
         "scores.py": SCORES,

@@ -33,6 +33,7 @@ def test_names_say_which_mutant_is_meant():
     assert len({mutant.edits for mutant in MUTANTS}) == len(MUTANTS)
     assert {edit[0].split("/")[0] for mutant in MUTANTS for edit in mutant.edits} == {
         "threat.py",
+        "aggregation.py",
         "verify.py",
         "grid.py",
         "scores.py",

@@ -72,16 +72,17 @@ class Masks:
         return completed(self.masks, torch.ones_like(self.whole))
 
     @cached_property
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pairs (i, j) with i < j, the distinct intersections [k, regions] of masks, and that of each pair."""
-        i, j = torch.triu_indices(len(self), len(self), 1, device=self.masks.device)
-        shared: list[Tensor] = []
-        number: list[Tensor] = []
-        for part in torch.arange(len(i), device=i.device).split(1 << 20):
-            distinct, index = torch.unique(self.masks[i[part]] & self.masks[j[part]], dim=0, return_inverse=True)
-            number.append(index + sum(len(found) for found in shared))
-            shared.append(distinct)
-        return i, j, torch.cat(shared), torch.cat(number)
+    def blocks(self) -> list["_Block"]:
+        """All pairs of masks, in blocks of consecutive first masks."""
+        blocks, start = [], 0
+        while start < len(self):
+            count = min(max(1, ROWS_AT_ONCE // (len(self) - start)), len(self) - start)
+            both = (self.masks[start : start + count, None] & self.masks[None, start:]).flatten(0, 1)
+            (overlapping,) = both.any(1).nonzero(as_tuple=True)
+            shared, number = torch.unique(both[overlapping], dim=0, return_inverse=True)
+            blocks.append(_Block(start, count, overlapping, shared, number))
+            start += count
+        return blocks
 
     def at_once(self, count: int) -> Iterator[slice]:
         """Slices of `count` items with a row for every mask each, so that products have ROWS_AT_ONCE rows at most."""
@@ -95,16 +96,44 @@ class Masks:
         """Sums over all regions but those of each mask."""
         return (evidence @ (~masks).T.to(evidence.dtype)).transpose(-1, -2)
 
-    def pair_sums(self, evidence: Float[Tensor, "channels regions"]) -> Iterator[tuple[slice, Tensor]]:
-        """Sums over all regions but those of two masks [pairs, channels], some pairs at a time."""
-        i, j, shared, number = self.pairs
-        total = evidence.sum(1)
-        single = total - self.masks.to(evidence.dtype) @ evidence.T
-        twice = shared.to(evidence.dtype) @ evidence.T - total
-        for start in range(0, len(i), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            sums = single.index_select(0, i[part]).add_(single.index_select(0, j[part]))
-            yield part, sums.add_(twice.index_select(0, number[part]))
+    def pair_sums(
+        self, evidence: Float[Tensor, "channels regions"], single: Float[Tensor, "masks channels"]
+    ) -> Iterator[tuple["_Block", Tensor]]:
+        """Sums over all regions but those of two masks [pairs, channels], a block at a time.
+
+        Args:
+            single: `without` of every mask.
+        """
+        # total - W(m) - W(m') + O(m, m') = single(m) + single(m') - total + O(m, m')
+        less = single - evidence.sum(1)
+        for block in self.blocks:
+            first, second = less[block.start : block.start + block.count], single[block.start :]
+            sums = (first[:, None] + second).flatten(0, 1)
+            both = block.shared.to(evidence.dtype) @ evidence.T
+            sums.index_add_(0, block.overlapping, both.index_select(0, block.number))
+            yield block, sums
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Pairs of each of `count` masks from `start` on with every mask from `start` on.
+
+    Attributes:
+        overlapping: which pairs share regions.
+        shared: boolean [sets, regions], the distinct sets of shared regions.
+        number: which of them each overlapping pair shares.
+    """
+
+    start: int
+    count: int
+    overlapping: Int[Tensor, " overlapping"]
+    shared: Bool[Tensor, "sets regions"]
+    number: Int[Tensor, " overlapping"]
+
+    def pair(self, row: int, masks: int) -> tuple[int, int]:
+        """The two masks of a row, of `masks` in all."""
+        first, second = divmod(row, masks - self.start)
+        return self.start + first, self.start + second
 
 
 def attention_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
@@ -130,13 +159,12 @@ def attention_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> C
             if len(masks) == 1:
                 continue
             for k in (leads >= 0).nonzero()[:, 0].tolist():
-                i, j, _, _ = masks.pairs
                 image, lead = some.start + k, leads[k]
-                for part, rows in masks.pair_sums(evidence[k]):
+                for block, rows in masks.pair_sums(evidence[k], sums[k]):
                     least, at = _lead(readout.scores(rows)[None], prediction[image, None], rows[None])[0].min(0)
                     if least < lead:
                         lead = least
-                        pair[image, 0], pair[image, 1] = i[part][at], j[part][at]
+                        pair[image, 0], pair[image, 1] = block.pair(int(at), len(masks))
                 margin[image] = lead.long()
     if bool(masks.completed.any()):
         margin.clamp_(max=-1)

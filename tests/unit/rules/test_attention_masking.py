@@ -16,6 +16,13 @@ def test_rules_agree_with_plain_integers_and_hold_under_attack():
     assert totals["disagreements"] == totals["broken_certificates"] == 0
 
 
+def test_small_blocks_of_pairs_change_nothing(monkeypatch):
+    monkeypatch.setattr("bagcert.rules.attention_masking.ROWS_AT_ONCE", 5)
+    totals = pooling.count(60, seed=12)
+    assert totals["certified"] > 15
+    assert totals["disagreements"] == totals["broken_certificates"] == 0
+
+
 def small_map():
     readout = AttentionPooling(
         torch.eye(2).int(), torch.zeros(2).int(), torch.eye(2).int(), torch.eye(2).int(), torch.zeros(2).int(), heads=1
