@@ -590,6 +590,8 @@ ATTENTION_MASKING = {
     ],
     "nothing kept counts as agreement of a mask": [("if bool(masks.whole.any()):", "if False:")],
     "any disagreeing mask decides": [
+        ("first[image, mask][:, None]).all(1)", "first[image, mask][:, None]).any(1)")
+    ],
         ("== first[image, mask][:, None]).all(1)", "== first[image, mask][:, None]).any(1)")
     ],
 }
