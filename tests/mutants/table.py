@@ -584,14 +584,12 @@ ATTENTION_MASKING = {
     "ties cost nothing between readouts": [("scores - tie_penalty(label, scores.shape[2])[:, None]", "scores")],
     "nothing kept counts as agreement of a pair": [
         (
-            "    if bool(masks.completed.any()):\n        margin.clamp_(max=-1)\n    placement = masks.placements[pair]",
-            "    placement = masks.placements[pair]",
+            "    if bool(masks.completed.any()):\n        margin.clamp_(max=-1)\n    placement = masks.p",
+            "    placement = masks.p",
         )
     ],
     "nothing kept counts as agreement of a mask": [("if bool(masks.whole.any()):", "if False:")],
     "any disagreeing mask decides": [
-        ("first[image, mask][:, None]).all(1)", "first[image, mask][:, None]).any(1)")
-    ],
         ("== first[image, mask][:, None]).all(1)", "== first[image, mask][:, None]).any(1)")
     ],
 }
