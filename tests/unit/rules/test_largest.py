@@ -64,6 +64,21 @@ def test_a_masking_defense_is_worth_what_its_masks_cover():
     assert covered_px(grid, PatchThreatModel.parse("1x9", grid.image_size)) == 1
 
 
+def test_covered_square_must_fit_into_the_mask():
+    grid = RegionGrid.from_axis(1, 1, 0, (8, 8))
+    allowed = np.zeros((8, 8), dtype=bool)
+    allowed[2:5, 3:6] = True  # room for 3x3; all that a larger square promises there lies in it
+    assert covered_px(grid, PatchThreatModel((8, 8), ((3, 3),), 1, allowed)) == 3
+
+
+def test_covered_square_is_covered_in_every_part_of_the_mask():
+    grid = RegionGrid.from_axis(1, 1, 0, (10, 10))
+    allowed = np.zeros((10, 10), dtype=bool)
+    allowed[:2, :2] = True  # squares of 3 px are no more than 2x2 here
+    allowed[5:9, 5:9] = True  # but not here
+    assert covered_px(grid, PatchThreatModel((10, 10), ((2, 2),), 1, allowed)) == 2
+
+
 def test_allowed_placements():
     grid = RegionGrid.from_axis(1, 1, 0, (6, 6))
     allowed = np.zeros((6, 6), dtype=bool)
