@@ -17,11 +17,11 @@ import torch
 
 from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
-from bagcert.describe import describe
-from bagcert.evaluate import evaluate, versions
-from bagcert.files import write_atomically
-from bagcert.recipe import load_recipe
-from bagcert.train import train
+from bagcert.evaluation.evaluate import evaluate, versions
+from bagcert.hub.info import describe
+from bagcert.io.files import write_atomically
+from bagcert.training.loop import train
+from bagcert.training.recipe import load_recipe
 
 ROWS = Path(__file__).with_name("ablations.toml")
 

@@ -19,15 +19,15 @@ from torch import nn
 from torch.nn import functional
 
 from bagcert.attacks import Settings
-from bagcert.attacks.bracket import bracket
+from bagcert.attacks.evaluate import bracket
 from bagcert.data import load_dataset
 from bagcert.defenses.undefended import Undefended
 from bagcert.devices import keep_freed_memory, resolve_device
-from bagcert.evaluate import versions
-from bagcert.files import write_atomically
+from bagcert.evaluation.evaluate import versions
+from bagcert.io.files import write_atomically
 from bagcert.nets.region_scorer import Normalize
-from bagcert.optimizers import MuonAdamW
 from bagcert.records import wilson_interval
+from bagcert.training.muon import MuonAdamW
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bagcert.backends import installed_backends
 from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import DTYPES, load
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.evaluate import labels_for, versions
-from bagcert.files import write_atomically
+from bagcert.evaluation.evaluate import labels_for, versions
+from bagcert.io.files import write_atomically
+from bagcert.nets.runtimes import installed_backends
 
 
 def main() -> None:

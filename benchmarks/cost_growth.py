@@ -2,7 +2,7 @@
 
     python benchmarks/cost_growth.py --out results/speed/cost-growth.json
 
-Every point is `bagcert.evaluate.evaluate` in a process of its own, on random images with a network of random weights:
+Every point is `bagcert.evaluation.evaluate.evaluate` in a process of its own, on random images with a network of random weights:
 the one of the recipe `cifar10-cpu`, double masking. Seconds are medians of whole passes, without start and loading;
 memory is the most that the process has held. Each series has the straight line nearest to its points, and how far the
 farthest point lies from it. About seven minutes on two quiet cores.
@@ -99,11 +99,11 @@ def measure(point: Point) -> dict[str, Any]:
     from bagcert.data.image_set import ArraySource, ImageSet
     from bagcert.defenses.bagcert import BagCert
     from bagcert.devices import keep_freed_memory, peak_memory_mib
-    from bagcert.evaluate import evaluate
+    from bagcert.evaluation.evaluate import evaluate
     from bagcert.nets import get_architecture
     from bagcert.nets.region_scorer import RegionScorer
-    from bagcert.recipe import load_recipe
-    from bagcert.validation import scale_of, validation_scores
+    from bagcert.training.held_out import scale_of, validation_scores
+    from bagcert.training.recipe import load_recipe
 
     torch.set_num_threads(point.threads)
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def main() -> None:
         values = json.loads(arguments.point)
         print(json.dumps(measure(Point(**{**values, "patches": tuple(values["patches"])}))))
         return
-    from bagcert.files import write_atomically
+    from bagcert.io.files import write_atomically
 
     result: dict[str, Any] = {
         "command": "python benchmarks/cost_growth.py" + (" --quick" if arguments.quick else ""),

@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from bagcert.backends import installed_backends
-from bagcert.backends.network import INPUT
-from bagcert.backends.onnx_runtime import onnx_session
 from bagcert.data import load_dataset
+from bagcert.data.photo import as_batch
 from bagcert.defenses.bagcert import load
-from bagcert.evaluate import labels_for, versions
-from bagcert.export import Calibration, export_model
+from bagcert.evaluation.evaluate import labels_for, versions
 from bagcert.export.check import Run
 from bagcert.export.openvino_ir import runner
-from bagcert.files import write_atomically
-from bagcert.images import as_batch
+from bagcert.export.writer import Calibration, export_model
+from bagcert.io.files import write_atomically
+from bagcert.nets.runtimes import installed_backends
+from bagcert.nets.runtimes.onnx_graph import INPUT
+from bagcert.nets.runtimes.onnxruntime import onnx_session
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import torch
 
 from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
-from bagcert.evaluate import versions
-from bagcert.failsafe import FailSafe
-from bagcert.files import write_atomically
+from bagcert.defenses.failsafe import FailSafe
+from bagcert.evaluation.evaluate import versions
+from bagcert.io.files import write_atomically
 
 PERCENTILES = (50, 90, 99, 99.9)
 

@@ -20,10 +20,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bagcert.engines.many import certify_many
-from bagcert.engines.results import read_rows
-from bagcert.evaluate import versions
-from bagcert.files import write_atomically
+from bagcert.bulk.results import read_rows
+from bagcert.bulk.run import certify_many
+from bagcert.evaluation.evaluate import versions
+from bagcert.io.files import write_atomically
 
 
 def main() -> None:

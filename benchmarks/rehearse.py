@@ -2,7 +2,7 @@
 
     python benchmarks/rehearse.py imagenet-bagcert --classes 1000 --batch-size 4 8 --steps 4
 
-The training is the real one (`bagcert.train.train`), on random uint8 images of the recipe's size and with its own
+The training is the real one (`bagcert.training.loop.train`), on random uint8 images of the recipe's size and with its own
 precision, augmentation and loss; only batch size and length differ. What it measures stands under `measured`. The
 hours on several accelerators are extrapolated: on the CPU from a throughput that is assumed, on an accelerator from
 the one just measured.
@@ -22,13 +22,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bagcert.data.image_set import ImageSet
+from bagcert.data.photo import Photo
 from bagcert.devices import peak_memory_mib, resolve_device
-from bagcert.evaluate import versions
-from bagcert.files import write_atomically
-from bagcert.images import Photo
+from bagcert.evaluation.evaluate import versions
+from bagcert.io.files import write_atomically
 from bagcert.nets import get_architecture
-from bagcert.recipe import Recipe, load_recipe
-from bagcert.train import Progress, train
+from bagcert.training.loop import Progress, train
+from bagcert.training.recipe import Recipe, load_recipe
 
 UNTIMED = 2  # steps: the first warms up, the last also validates and saves
 IMAGENET = 1_281_167  # training images

@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 
 from bagcert.devices import keep_freed_memory
-from bagcert.evaluate import versions
-from bagcert.files import write_atomically
+from bagcert.evaluation.evaluate import versions
 from bagcert.grid import RegionGrid
+from bagcert.io.files import write_atomically
 from bagcert.nets import ARCHITECTURES, get_architecture
 from bagcert.nets.region_scorer import Head, RegionScorer
-from bagcert.recipe import load_recipe
 from bagcert.rules import RULES
 from bagcert.scores import FIXED_POINT_LIMIT, ScoreMap
 from bagcert.threat import PatchThreatModel
+from bagcert.training.recipe import load_recipe
 
 NETS = {32: ("resnet-rf8s2", "5", 256), 64: ("resnet-rf12s4", "2%", 64), 224: ("bagnet17", "2%", 8)}
 RECIPES = {"imagenet64-bagcert": (("1%", "2%", "3%"), 32), "imagenet-bagcert": (("1%", "2%", "3%"), 8)}

@@ -29,20 +29,20 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from bagcert.backends import RUNNERS, installed_backends
-from bagcert.backends.network import OPSET
-from bagcert.backends.onnx_runtime import onnx_session
 from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
+from bagcert.data.photo import as_batch
 from bagcert.defenses.bagcert import DTYPES, BagCert, load, model_folder
 from bagcert.devices import resolve_device
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.evaluate import device_name, evaluate, versions
-from bagcert.extras import installed
-from bagcert.files import write_atomically
-from bagcert.images import as_batch
-from bagcert.nets.model_folder import read_model
+from bagcert.evaluation.evaluate import device_name, evaluate, versions
+from bagcert.io.files import write_atomically
+from bagcert.io.optional import installed
 from bagcert.nets.region_scorer import PIXELS_AT_ONCE, RegionScorer
+from bagcert.nets.runtimes import RUNNERS, installed_backends
+from bagcert.nets.runtimes.onnx_graph import OPSET
+from bagcert.nets.runtimes.onnxruntime import onnx_session
+from bagcert.nets.saved_model import read_model
 from bagcert.records import Record
 from bagcert.rules import get_rule
 from bagcert.threat import PatchThreatModel

@@ -7,9 +7,9 @@
 // An image is its RGB bytes, row by row, in the size the network takes; the patch is in pixels of that size.
 
 import { readFile } from "node:fs/promises";
-import * as ort from "../src/bagcert/page/static/vendor/ort.wasm.bundle.min.mjs"; // elsewhere: "onnxruntime-web"
+import * as ort from "../src/bagcert/playground/static/vendor/ort.wasm.bundle.min.mjs"; // elsewhere: "onnxruntime-web"
 
-const runtime = new URL("../src/bagcert/page/static/vendor/ort-wasm-simd-threaded.wasm", import.meta.url);
+const runtime = new URL("../src/bagcert/playground/static/vendor/ort-wasm-simd-threaded.wasm", import.meta.url);
 ort.env.wasm.wasmBinary = await readFile(runtime);
 ort.env.wasm.numThreads = 1; // more would need workers, which keep Node waiting
 const [model, ...images] = process.argv.slice(2);

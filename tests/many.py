@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bagcert.distributed import Team, leave
 from bagcert.errors import BagcertError, UnreadableError, UsageError
-from bagcert.nets.synchronized import SynchronizedBatchNorm2d, synchronize_batch_norm
-from bagcert.train import Progress, train
+from bagcert.training.distributed import Team, leave
+from bagcert.training.loop import Progress, train
+from bagcert.training.synchronized import SynchronizedBatchNorm2d, synchronize_batch_norm
 from tests import tiny
 
 WHOLE: dict[str, dict[str, Any]] = {

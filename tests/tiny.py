@@ -8,7 +8,7 @@ from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.region_scorer import RegionScorer
-from bagcert.recipe import Recipe, parse_recipe
+from bagcert.training.recipe import Recipe, parse_recipe
 
 COLORS = ("red", "green", "blue")
 

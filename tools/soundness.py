@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bagcert.evaluate import versions
-from bagcert.files import write_atomically
+from bagcert.evaluation.evaluate import versions
+from bagcert.io.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "soundness.json"

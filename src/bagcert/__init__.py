@@ -8,7 +8,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "BagCert": "bagcert.defenses.bagcert",
     "Certificate": "bagcert.certificate",
-    "FailSafe": "bagcert.failsafe",
+    "FailSafe": "bagcert.defenses.failsafe",
     "PatchThreatModel": "bagcert.threat",
     "RegionGrid": "bagcert.grid",
     "RegionScorer": "bagcert.nets.region_scorer",
@@ -21,7 +21,7 @@ __all__ = ["BagCert", "Certificate", "FailSafe", "PatchThreatModel", "RegionGrid
 if TYPE_CHECKING:
     from bagcert.certificate import Certificate
     from bagcert.defenses.bagcert import BagCert, load
-    from bagcert.failsafe import FailSafe
+    from bagcert.defenses.failsafe import FailSafe
     from bagcert.grid import RegionGrid
     from bagcert.nets.region_scorer import RegionScorer
     from bagcert.scores import ScoreMap

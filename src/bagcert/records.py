@@ -62,7 +62,7 @@ def telling_column(records: Sequence[ImageRecord]) -> int:
 class Row:
     """One rule against one threat over a data set. Accuracies are fractions of all images.
 
-    The last four are as in `bagcert.attacks.bracket.AttackRow`, None where the images were not attacked.
+    The last four are as in `bagcert.attacks.evaluate.AttackRow`, None where the images were not attacked.
     """
 
     rule: str

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bagcert.errors import UnreadableError, UsageError, shown
-from bagcert.files import open_regular
+from bagcert.io.files import open_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,7 +25,7 @@ MASK_FORMATS = ("PNG", "BMP", "GIF", "JPEG", "TIFF", "WEBP")
 ORIENTATION_TAG = 0x0112
 MAX_MASK_BYTES = 1 << 29
 MAX_MASK_PIXELS = 100_000_000
-"""A mask has the size of an image, so its limits are those of `bagcert.images`."""
+"""A mask has the size of an image, so its limits are those of `bagcert.data.photo`."""
 
 MOST_PATCHES, MOST_TERMS, MOST_DIGITS = 64, 256, 20
 """Of a notation: rectangles at once, shapes in a set, digits in a number."""

@@ -7,8 +7,8 @@ from torch import nn
 
 from bagcert.errors import UsageError
 from bagcert.nets import ARCHITECTURES, get_architecture
-from bagcert.nets.geometry import derive_grid
-from bagcert.nets.probe import check_locality, probe_grid
+from bagcert.nets.receptive_field.derive import derive_grid
+from bagcert.nets.receptive_field.probe import check_locality, probe_grid
 from bagcert.nets.region_scorer import RegionScorer
 
 CLASSES = 3

@@ -8,8 +8,8 @@ from torch import nn
 from bagcert.defenses.table import DEFENSES, TRAININGS, Setting, get_entry
 from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import RegionScorer
-from bagcert.recipe import load_recipe
 from bagcert.threat import PatchThreatModel
+from bagcert.training.recipe import load_recipe
 from tests import tiny
 
 SIZE = (8, 8)

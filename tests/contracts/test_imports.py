@@ -77,7 +77,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 
 
 def _part(module: str) -> str:
-    """`bagcert.nets.probe` belongs to `nets`."""
+    """`bagcert.nets.receptive_field.probe` belongs to `nets`."""
     return module.split(".")[1]
 
 

@@ -99,7 +99,7 @@ class Train(Job):
     @cached_property
     def models(self) -> list[dict[str, Any]]:
         """The files of the model as a whole run writes them, one model for each validation."""
-        import bagcert.train as module
+        import bagcert.training.loop as module
 
         written = _new(self.shared / "models")
         write_model = module.write_model
@@ -304,11 +304,11 @@ def _kill_after(process: int, seconds: float) -> int:
 
 def _import_all() -> None:
     """All that the commands import, and what they load from the package."""
+    import bagcert.bulk.files
     import bagcert.cli
     import bagcert.data
-    import bagcert.engines.local
-    import bagcert.evaluate
-    import bagcert.train
+    import bagcert.evaluation.evaluate
+    import bagcert.training.loop
 
     bagcert.data.load_dataset("digits")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bagcert.evaluation_log import log_path
+from bagcert.evaluation.journal import log_path
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with signals and forks")
 

@@ -19,22 +19,22 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bagcert.bulk.files import certify_files
 from bagcert.data.cifar10 import load_pickles
 from bagcert.data.parquet import load_parquet
+from bagcert.data.photo import read_image
 from bagcert.data.webdataset import load_webdataset
-from bagcert.engines.local import certify_files
 from bagcert.errors import CONTROL, BagcertError
-from bagcert.evaluate import evaluate
-from bagcert.evaluation_log import EvaluationLog
-from bagcert.images import read_image
-from bagcert.nets.model_folder import CONFIG, WEIGHTS, read_model
-from bagcert.recipe import load_recipe, shipped_recipes
-from bagcert.record_file import RecordFile
-from bagcert.record_lines import from_line, lines, seal, to_line
-from bagcert.run_folder import CHECKPOINT, RECIPE, RunFolder
+from bagcert.evaluation.evaluate import evaluate
+from bagcert.evaluation.journal import EvaluationLog
+from bagcert.nets.saved_model import CONFIG, WEIGHTS, read_model
+from bagcert.proofs.file import RecordFile
+from bagcert.proofs.lines import from_line, lines, seal, to_line
+from bagcert.proofs.verify import verify_record
 from bagcert.threat import PatchThreatModel
-from bagcert.train import train
-from bagcert.verify import verify_record
+from bagcert.training.checkpoint import CHECKPOINT, RECIPE, RunFolder
+from bagcert.training.loop import train
+from bagcert.training.recipe import load_recipe, shipped_recipes
 from tests import tiny
 
 LONGEST_SENTENCE = 1500
@@ -253,7 +253,7 @@ def _run_parts() -> tuple:
     """What a run folder is opened with: scorer, average, optimizer and schedule, as training makes them."""
     from torch.optim.swa_utils import AveragedModel
 
-    from bagcert.train import _learning_rate, _moving_average, _optimizer
+    from bagcert.training.loop import _learning_rate, _moving_average, _optimizer
 
     recipe = tiny.recipe()
     scorer, _ = read_model(_model())

@@ -87,7 +87,7 @@ def test_the_page_on_scaling_takes_them(results: Path, tmp_path: Path) -> None:
     run = json.loads((results / "speed" / "cost-growth.json").read_text())
     hours = run["series"]["images"]["lines"]["seconds"]["slope"] * 1e9 / 3600
     assert f"| 1,000,000,000 | {hours:,.0f} | {math.ceil(hours / 24):,} |" in text
-    assert text.count("Not measured yet") == 1, "of many images on Ray, which tests/unit/engines tries"
+    assert text.count("Not measured yet") == 1, "of many images on Ray, which tests/unit/bulk tries"
     assert text.count("*extrapolated*") >= 3
     page.write_text(text.replace("| 1,000,000 |", "| 1,000,001 |"), encoding="utf-8")
     done = subprocess.run(

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from bagcert.engines import many
-from bagcert.engines.many import run_here
+from bagcert.bulk import run as many
+from bagcert.bulk.run import run_here
 from tests.integration.test_cli import check_mistake, run
 
 

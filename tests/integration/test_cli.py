@@ -16,9 +16,9 @@ import typer.main
 from PIL import Image
 
 import bagcert
-import bagcert.engines.local
+import bagcert.bulk.files
 from bagcert import cli
-from bagcert.recipe import load_recipe
+from bagcert.training.recipe import load_recipe
 from tests import tiny
 
 COMMANDS = ("demo", "train", "evaluate", "report", "compare", "benchmark", "certify", "attack", "verify", "export")
@@ -260,7 +260,7 @@ def test_a_recipe_that_is_not_toml_is_told(tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_written_are_told_before_the_work(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bagcert.evaluate.evaluate", None)  # whoever calls it fails
+    monkeypatch.setattr("bagcert.evaluation.evaluate.evaluate", None)  # whoever calls it fails
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.json").mkdir()
     evaluate = ("evaluate", home / "model", "--data", home / "data", "--out")
@@ -281,7 +281,7 @@ def test_a_full_disk_is_one_sentence(home: Path, tmp_path: Path, monkeypatch: py
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
 
-    monkeypatch.setattr(bagcert.engines.local, "image_files", full)
+    monkeypatch.setattr(bagcert.bulk.files, "image_files", full)
     check_mistake(run("certify", "x.png"), 1, "some/file: No space left on device")
     monkeypatch.setattr("os.fsync", full)
     out = tmp_path / "r.json"
@@ -308,7 +308,7 @@ def test_ctrl_c_is_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bagcert.engines.local, "image_files", interrupt)
+    monkeypatch.setattr(bagcert.bulk.files, "image_files", interrupt)
     result = run("certify", "x.png")
     assert (result.code, result.out) == (1, "")
     assert result.err.strip() == "Error: interrupted"
@@ -318,7 +318,7 @@ def test_a_mistake_in_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch)
     def broken(*arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(bagcert.engines.local, "image_files", broken)
+    monkeypatch.setattr(bagcert.bulk.files, "image_files", broken)
     monkeypatch.setattr(sys, "argv", ["bagcert", "certify", "x.png"])
     with pytest.raises(ZeroDivisionError):
         cli.main()

@@ -9,7 +9,7 @@ import pytest
 
 from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
-from bagcert.evaluate import evaluate
+from bagcert.evaluation.evaluate import evaluate
 
 
 @pytest.mark.timeout(600)

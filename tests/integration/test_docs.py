@@ -154,7 +154,11 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     method = (built / "method.html").read_text(encoding="utf-8")
     assert method.count("<math") > 30
     api = (built / "api.html").read_text(encoding="utf-8")
-    for thing in ("bagcert.defenses.bagcert.load", "bagcert.certificate.Certificate", "bagcert.verify.verify_record"):
+    for thing in (
+        "bagcert.defenses.bagcert.load",
+        "bagcert.certificate.Certificate",
+        "bagcert.proofs.verify.verify_record",
+    ):
         assert f'id="{thing}"' in api
     for page in built.glob("*.html"):  # a page asks no other server for anything
         text = page.read_text(encoding="utf-8")

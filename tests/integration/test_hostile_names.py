@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bagcert.attacks.bracket import AttackInfo, AttackRow
-from bagcert.benchmark import BenchmarkRow
+from bagcert.attacks.evaluate import AttackInfo, AttackRow
 from bagcert.defenses.bagcert import shipped_models
+from bagcert.evaluation.benchmark import BenchmarkRow
 from bagcert.locality.report import LocalityReport, Probe
-from bagcert.record_lines import from_line, seal, to_line
+from bagcert.proofs.lines import from_line, seal, to_line
 from bagcert.records import ImageRecord, Record
 from tests import tiny
 from tests.contracts.test_printing import MOVES
@@ -253,7 +253,7 @@ def test_a_warning_of_a_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
         warnings.warn(TEXT, UserWarning, stacklevel=1)
         raise SystemExit(0)
 
-    monkeypatch.setattr("bagcert.describe.describe", describe)
+    monkeypatch.setattr("bagcert.hub.info.describe", describe)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         found = check(run("info", "digits"))

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from bagcert.data.image_set import ImageSet
 from bagcert.errors import BagcertError
-from bagcert.recipe import Recipe, load_recipe
-from bagcert.train import train
+from bagcert.training.loop import train
+from bagcert.training.recipe import Recipe, load_recipe
 from tests import many, tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from bagcert.data import load_dataset
+from bagcert.data.photo import read_image
 from bagcert.defenses.bagcert import load
-from bagcert.images import read_image
-from bagcert.page import PageServer, build_site
+from bagcert.playground.server import PageServer
+from bagcert.playground.site import build_site
 from tests.browser import CHROMIUM, Browser, until
 
 pytest.importorskip("onnxruntime")

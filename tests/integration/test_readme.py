@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bagcert.recipe import shipped_recipes
+from bagcert.training.recipe import shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

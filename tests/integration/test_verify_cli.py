@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from bagcert import cli
-from bagcert.record_lines import seal, to_line
+from bagcert.proofs.lines import seal, to_line
 from tests import tiny
 
 RULES = ("vote", "levine-feizi", "double-masking", "detection")
@@ -190,7 +190,7 @@ def test_a_resumed_run_certifies_an_image_that_is_not_the_recorded_one(
 
 
 def test_a_killed_run_is_completed(home: Path, tmp_path: Path) -> None:
-    """A real kill -9 in mid-run; tests/unit/test_certificate_records.py cuts the file everywhere else."""
+    """A real kill -9 in mid-run; tests/unit/proofs/test_record.py cuts the file everywhere else."""
     source = (home / "photos" / "0.png").read_bytes()
     for number in range(30):
         (tmp_path / f"{number:02}.png").write_bytes(source)
@@ -288,8 +288,8 @@ def test_a_forged_record_with_a_fresh_hash_fails_by_its_proof(
 
 def _forged_for_less(record: dict[str, Any]) -> dict[str, Any]:
     """A whole false record: the same scores over receptive fields of one pixel, certified by the rules themselves."""
-    from bagcert.certificate_records import geometry_fields
     from bagcert.grid import RegionGrid
+    from bagcert.proofs.record import geometry_fields
     from bagcert.records import Record
     from bagcert.rules import get_rule
     from bagcert.scores import ScoreMap

@@ -36,8 +36,8 @@ def run(site, *words):
 def test_wheel_holds_data_files(site):
     package = site / "bagcert"
     assert (package / "py.typed").exists()
-    assert {path.name for path in (ROOT / "src" / "bagcert" / "recipes").glob("*.toml")} == {
-        path.name for path in (package / "recipes").glob("*.toml")
+    assert {path.name for path in (ROOT / "src" / "bagcert" / "training" / "recipes").glob("*.toml")} == {
+        path.name for path in (package / "training" / "recipes").glob("*.toml")
     }
     for weights in (ROOT / "src" / "bagcert" / "weights").glob("*/model.safetensors"):
         shipped = package / "weights" / weights.parent.name / "model.safetensors"

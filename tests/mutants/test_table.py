@@ -34,7 +34,7 @@ def test_names_say_which_mutant_is_meant():
     assert {edit[0].split("/")[0] for mutant in MUTANTS for edit in mutant.edits} == {
         "threat.py",
         "aggregation.py",
-        "verify.py",
+        "proofs",
         "grid.py",
         "scores.py",
         "devices.py",
@@ -42,8 +42,7 @@ def test_names_say_which_mutant_is_meant():
         "locality",
         "export",
         "rules",
-        "images.py",
-        "record_file.py",
+        "data",
         "defenses",
     }
 

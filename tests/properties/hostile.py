@@ -15,7 +15,7 @@ import torch
 
 from bagcert.defenses.bagcert import DTYPES, BagCert, load
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
-from bagcert.nets.model_folder import CONFIG, WEIGHTS, ModelConfig
+from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig
 
 SIZE = (8, 8)
 ARCHITECTURES = ("resnet-rf3", "resnet-rf5", "resnet-rf6s2", "convnet-rf10s4")

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from bagcert.defenses.derandomized_smoothing import DerandomizedSmoothing
+from bagcert.defenses.failsafe import FailSafe
 from bagcert.defenses.interval_bounds import IntervalBounds
 from bagcert.defenses.minority_reports import MinorityReports
 from bagcert.defenses.patchcleanser import PatchCleanser
-from bagcert.failsafe import FailSafe
+from bagcert.proofs.verify import verify_record
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-from bagcert.verify import verify_record
 from tests import oracle, tiny
 from tests.properties.agreement import expected
 from tests.properties.cases import RANGES, Case, Choose, attacked, build_grid, build_scores, from_generator
@@ -103,7 +103,7 @@ def build_masked(choose: Choose) -> MaskCase:
 
 def check_maps(case: MaskCase, totals: dict[str, int]) -> None:
     """Every rule: its figures against the definitions, its certificates against attacks, its records by the checker."""
-    from tests.unit.test_verify import record_of
+    from tests.unit.proofs.test_verify import record_of
 
     certificates = {name: rule.certify(case.score_map, case.threat) for name, rule in RULES.items()}
     masks = case.masks

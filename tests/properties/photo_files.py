@@ -21,17 +21,17 @@ import numpy as np
 from PIL import Image
 
 import bagcert
+from bagcert.bulk.files import FileVerdict, certify_files
 from bagcert.data import load_dataset
-from bagcert.engines.local import FileVerdict, certify_files
+from bagcert.data.photo import read_image
+from bagcert.data.preprocess import Preprocessing
 from bagcert.errors import UsageError
-from bagcert.images import read_image
-from bagcert.preprocess import Preprocessing
-from bagcert.recompute import recompute
-from bagcert.record_file import RecordFile
-from bagcert.record_lines import from_line, lines
+from bagcert.proofs.file import RecordFile
+from bagcert.proofs.lines import from_line, lines
+from bagcert.proofs.recompute import recompute
+from bagcert.proofs.verify import verify_record
 from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
-from bagcert.verify import verify_record
 
 ENVIRONMENT = {"device": "cpu", "backend": "torch", "dtype": "float32", "threads": 1, "versions": {}}
 ASKED = (*["double-masking"] * 5, "vote")  # of digits the vote certifies none

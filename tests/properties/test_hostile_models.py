@@ -11,7 +11,7 @@ import torch
 import bagcert
 from bagcert.defenses.bagcert import shipped_models
 from bagcert.errors import UnreadableError, UnsoundError
-from bagcert.nets.model_folder import CONFIG, WEIGHTS
+from bagcert.nets.saved_model import CONFIG, WEIGHTS
 from tests.properties.hostile import count
 
 GREY = float(np.float32(128) / np.float32(255))

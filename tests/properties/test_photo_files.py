@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import bagcert
+from bagcert.bulk.files import certify_files
 from bagcert.data import from_torch, load_dataset
-from bagcert.engines.local import certify_files
 from tests.properties.photo_files import FORMATS, as_stored, count
 from tests.unit.data.test_parquet import _write as write_parquet
 from tests.unit.data.test_webdataset import write as write_tar

@@ -11,34 +11,35 @@ from torch import nn
 
 from bagcert import locality
 from bagcert.aggregation import PRODUCT_LIMIT
-from bagcert.backends import get_runner
-from bagcert.certificate_records import certificate_record
+from bagcert.bulk.files import certify_photo
+from bagcert.data.photo import read_image
+from bagcert.data.preprocess import Preprocessing
 from bagcert.defenses.bagcert import BagCert, load
 from bagcert.defenses.clipped_bagnet import ClippedBagNet
+from bagcert.defenses.failsafe import FailSafe
 from bagcert.defenses.patchguard import PatchGuard
 from bagcert.defenses.patchguard_pp import PatchGuardPlusPlus
-from bagcert.describe import describe
-from bagcert.engines.local import certify_photo
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
-from bagcert.evaluate import evaluate
-from bagcert.evaluation_log import described
-from bagcert.export import CertifiedModule, export_model
-from bagcert.failsafe import FailSafe
-from bagcert.gallery import make_gallery, votes
-from bagcert.images import read_image
+from bagcert.evaluation.evaluate import evaluate
+from bagcert.evaluation.gallery import make_gallery, votes
+from bagcert.evaluation.journal import described
+from bagcert.export.module import CertifiedModule
+from bagcert.export.writer import export_model
+from bagcert.hub.card import model_card
+from bagcert.hub.info import describe
 from bagcert.locality import measure, require_local
-from bagcert.model_card import model_card
 from bagcert.nets.classifier import MeanScores, in_sequence
-from bagcert.nets.model_folder import CONFIG, WEIGHTS, ModelConfig, read_config, read_model, weights_sha256, write_model
 from bagcert.nets.region_scorer import RegionScorer
-from bagcert.preprocess import Preprocessing
-from bagcert.recompute import recompute
-from bagcert.record_file import RecordFile
+from bagcert.nets.runtimes import get_runner
+from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig, read_config, read_model, weights_sha256, write_model
+from bagcert.proofs.file import RecordFile
+from bagcert.proofs.recompute import recompute
+from bagcert.proofs.record import certificate_record
 from bagcert.rules import RULES
 from bagcert.rules.largest import covered_px, largest_certifiable_px, largest_certified_px
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-from bagcert.train import train
+from bagcert.training.loop import train
 from tests import oracle, tiny
 
 SIZES = {"values": 8, "attention_heads": 2, "hidden": 6}

@@ -6,7 +6,7 @@ from bagcert import scores
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid
 from bagcert.rules import RULES
-from bagcert.rules.windows import Windows
+from bagcert.rules.masks import Windows
 from bagcert.scores import (
     ScoreMap,
     binarize,

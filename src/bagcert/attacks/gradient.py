@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from bagcert.attacks.candidates import Candidates, candidates
 from bagcert.attacks.objectives import UNTARGETED, Kind, kinds_for, objective
 from bagcert.attacks.patches import canvas_size
-from bagcert.attacks.promising import Candidates, candidates
 from bagcert.attacks.settings import Progress, Settings
 from bagcert.attacks.surrogate import Surrogate, surrogate_of, whole_pixels
 from bagcert.attacks.victim import Victim

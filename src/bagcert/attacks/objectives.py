@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bagcert.rules.windows import Windows
+from bagcert.rules.masks import Windows
 
 Kind = Literal["sum", "every-mask", "most-masks"]
 

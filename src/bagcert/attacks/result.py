@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from bagcert.attacks.victim import Victim
-from bagcert.files import write_atomically
+from bagcert.io.files import write_atomically
 from bagcert.threat import PatchThreatModel
 
 

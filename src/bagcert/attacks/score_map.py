@@ -8,9 +8,9 @@ It finds what gradients miss: heads without slope, and losses with plateaus.
 import torch
 from torch import Tensor
 
+from bagcert.attacks.candidates import Candidates, candidates
 from bagcert.attacks.objectives import UNTARGETED, Kind, kinds_for, objective
 from bagcert.attacks.patches import canvas_size, cut, random_placements
-from bagcert.attacks.promising import Candidates, candidates
 from bagcert.attacks.random_content import draw_contents
 from bagcert.attacks.settings import Progress, Settings
 from bagcert.attacks.surrogate import Surrogate, surrogate_of

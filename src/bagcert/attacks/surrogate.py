@@ -21,7 +21,7 @@ from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
-from bagcert.rules.windows import Windows
+from bagcert.rules.masks import Windows
 from bagcert.scores import lowest_argmax
 from bagcert.threat import PatchThreatModel
 

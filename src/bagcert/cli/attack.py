@@ -9,7 +9,7 @@ from bagcert.cli.console import check_output, fail, print_json, print_table, pro
 from bagcert.cli.options import Data, Device, Dtype, Json, Limit, Model, Patches, Placements, Rules, Split
 
 if TYPE_CHECKING:
-    from bagcert.attacks.bracket import AttackInfo, Bracket
+    from bagcert.attacks.evaluate import AttackInfo, Bracket
 
 
 def attack(
@@ -56,11 +56,11 @@ def attack(
     import torch
 
     from bagcert.attacks import get_attack
-    from bagcert.attacks.bracket import AttackInfo, bracket, described, upright_batches
+    from bagcert.attacks.evaluate import AttackInfo, bracket, described, upright_batches
     from bagcert.attacks.settings import Settings
     from bagcert.data import load_dataset
     from bagcert.defenses.bagcert import load
-    from bagcert.evaluate import device_name, labels_for, versions
+    from bagcert.evaluation.evaluate import device_name, labels_for, versions
     from bagcert.rules import get_rule
 
     settings = Settings(steps, restarts, _count(attacked_placements), seed)
@@ -143,7 +143,7 @@ def _count(text: str) -> int | None:
 
 def _check_folder(path: Path | None) -> None:
     from bagcert.errors import UsageError
-    from bagcert.files import require_writable
+    from bagcert.io.files import require_writable
 
     if path is not None:
         if path.exists() and not path.is_dir():
@@ -154,7 +154,7 @@ def _check_folder(path: Path | None) -> None:
 def _write(info: "AttackInfo", images: list, out: Path | None, records: Path | None) -> None:
     import json
 
-    from bagcert.files import write_atomically
+    from bagcert.io.files import write_atomically
 
     if records is not None:
         write_atomically(records, "".join(image.to_json() + "\n" for image in images).encode())

@@ -9,7 +9,7 @@ from bagcert.cli.console import print_json, print_table, progress, say
 from bagcert.cli.options import DATA_HELP, Device, Json
 
 if TYPE_CHECKING:
-    from bagcert.benchmark import BenchmarkRow
+    from bagcert.evaluation.benchmark import BenchmarkRow
 
 
 def benchmark(
@@ -41,8 +41,8 @@ def benchmark(
     Trains what is missing, evaluates every defence against every patch, writes a JSON for each, prints the table and
     draws the plots. What DIR holds already is kept, so an interrupted run goes on.
     """
-    from bagcert.benchmark import benchmark as run
     from bagcert.errors import UsageError
+    from bagcert.evaluation.benchmark import benchmark as run
     from bagcert.report.benchmark_plots import draw
 
     if quick and data not in (None, "digits"):

@@ -111,10 +111,10 @@ def certify(
 
     import torch
 
+    from bagcert.bulk.files import FileError, FileVerdict, certify_files, image_files
     from bagcert.defenses.bagcert import load
-    from bagcert.engines.local import FileError, FileVerdict, certify_files, image_files
-    from bagcert.evaluate import device_name, versions
-    from bagcert.record_file import RecordFile
+    from bagcert.evaluation.evaluate import device_name, versions
+    from bagcert.proofs.file import RecordFile
     from bagcert.records import SCHEMA_VERSION
 
     if resume and record is None:
@@ -154,7 +154,7 @@ def certify(
         already = f"{records.held} of {len(files)} images already"
         warn(f"{record} held {already}; they are not certified again, nor listed here")
     if explain is not None and verdicts:
-        from bagcert.images import read_image
+        from bagcert.data.photo import read_image
         from bagcert.report.explain import write_explanation
 
         write_explanation(loaded, read_image(files[0]), verdicts[0].results[0], explain, fit, placements)

@@ -12,10 +12,10 @@ def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) 
     """Runs it, and prints what the folder then holds.
 
     Args:
-        data, out, engine, choices: as for `bagcert.engines.many.certify_many`.
+        data, out, engine, choices: as for `bagcert.bulk.run.certify_many`.
         json: print JSON instead of a table.
     """
-    from bagcert.engines.many import certify_many
+    from bagcert.bulk.run import certify_many
     from bagcert.errors import BagcertError
 
     try:

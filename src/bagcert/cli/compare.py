@@ -9,7 +9,7 @@ from bagcert.cli.console import print_json, print_table, say
 from bagcert.cli.options import Json
 
 if TYPE_CHECKING:
-    from bagcert.compare import Comparison
+    from bagcert.evaluation.compare import Comparison
 
 
 def compare(
@@ -31,9 +31,9 @@ def compare(
 
     McNemar's exact test and a paired bootstrap, for clean and certified accuracy.
     """
-    from bagcert.compare import compare as run
     from bagcert.errors import UsageError
-    from bagcert.image_records import read_image_records
+    from bagcert.evaluation.compare import compare as run
+    from bagcert.evaluation.image_records import read_image_records
 
     rules = rule or []
     if len(rules) > 2:

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bagcert.errors import cleaned
-from bagcert.ranks import is_first_here
 from bagcert.records import RunInfo
+from bagcert.training.launcher import is_first_here
 
 WIDTH_WHEN_PIPED = 120
 
@@ -112,7 +112,7 @@ def print_json(value: Any) -> None:
 def check_output(path: Path, suffix: str = ".json") -> None:
     """Refuses an output path before the work, not after it."""
     from bagcert.errors import UsageError
-    from bagcert.files import require_writable
+    from bagcert.io.files import require_writable
 
     if path.is_dir():
         raise UsageError(f"the output {path} is a folder; a file was expected")

@@ -29,11 +29,11 @@ def demo(
     import tempfile
 
     from bagcert.defenses.bagcert import load
-    from bagcert.evaluate import evaluate, log_path, write_evaluation
-    from bagcert.recipe import load_recipe
-    from bagcert.report.page import write_report
+    from bagcert.evaluation.evaluate import evaluate, log_path, write_evaluation
+    from bagcert.report.html import write_report
     from bagcert.report.summary import read_inputs
-    from bagcert.train import train
+    from bagcert.training.loop import train
+    from bagcert.training.recipe import load_recipe
 
     page = report if report or json else out / "report.html" if out else Path("bagcert-demo.html")
     if page is not None:

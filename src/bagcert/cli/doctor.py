@@ -61,9 +61,9 @@ def _first_images(loaded: "BagCert", data: str) -> Any:
     import numpy as np
 
     from bagcert.data import load_dataset
+    from bagcert.data.photo import as_batch
+    from bagcert.data.preprocess import Preprocessing
     from bagcert.errors import UnreadableError
-    from bagcert.images import as_batch
-    from bagcert.preprocess import Preprocessing
 
     found = load_dataset(data, "test", 16)
     preprocessing = Preprocessing(loaded.image_size)
@@ -78,7 +78,7 @@ def _cost(
 ) -> list[dict[str, Any]]:
     """Certified accuracy without a guard, with one against what leaks, and with one against drift as well."""
     from bagcert.data import load_dataset
-    from bagcert.evaluate import evaluate
+    from bagcert.evaluation.evaluate import evaluate
 
     found = load_dataset(data, "test", count)
     cost: list[dict[str, Any]] = []

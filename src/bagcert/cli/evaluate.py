@@ -27,10 +27,10 @@ from bagcert.cli.options import (
 from bagcert.records import ATTACK_FIGURES
 
 if TYPE_CHECKING:
-    from bagcert.attacks.bracket import Bracket
+    from bagcert.attacks.evaluate import Bracket
     from bagcert.data.image_set import ImageSet
     from bagcert.defenses.bagcert import BagCert
-    from bagcert.evaluate import Evaluation
+    from bagcert.evaluation.evaluate import Evaluation
 
 
 def evaluate(
@@ -76,8 +76,8 @@ def evaluate(
     from bagcert.data import load_dataset
     from bagcert.defenses.bagcert import load
     from bagcert.errors import BagcertError, UsageError
-    from bagcert.evaluate import evaluate as run
-    from bagcert.evaluate import log_path, write_evaluation
+    from bagcert.evaluation.evaluate import evaluate as run
+    from bagcert.evaluation.evaluate import log_path, write_evaluation
 
     if out is not None:
         check_output(out)
@@ -149,9 +149,9 @@ def _attacked(
     """The evaluation with what attacks did to the images that could be read, row by row."""
     from dataclasses import replace
 
-    from bagcert.attacks.bracket import bracket, described, upright_batches
+    from bagcert.attacks.evaluate import bracket, described, upright_batches
     from bagcert.attacks.settings import Settings
-    from bagcert.evaluate import labels_for
+    from bagcert.evaluation.evaluate import labels_for
 
     settings, batch_size, info = Settings(), 64, evaluation.info
     numbers, total = [record.index for record in evaluation.records], info.images * len(info.results)

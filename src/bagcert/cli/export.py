@@ -10,7 +10,7 @@ from bagcert.cli.options import ExportedRule, Fit, Json, Model, OnePatch, Placem
 
 if TYPE_CHECKING:
     from bagcert.defenses.bagcert import BagCert
-    from bagcert.export import Calibration, Exported
+    from bagcert.export.writer import Calibration, Exported
 
 STEPS = 6  # at most, for the progress bar
 CHECK_IMAGES = 48
@@ -52,7 +52,7 @@ def export(
     """
     from bagcert.defenses.bagcert import load
     from bagcert.errors import UsageError
-    from bagcert.export import export_model
+    from bagcert.export.writer import export_model
     from bagcert.records import SCHEMA_VERSION
 
     check_output(out, ".onnx")
@@ -91,11 +91,11 @@ def _images(model: "BagCert", data: str, split: str, count: int, fit: str) -> "C
     import numpy as np
 
     from bagcert.data import load_dataset
+    from bagcert.data.photo import as_batch
+    from bagcert.data.preprocess import Preprocessing
     from bagcert.errors import UnreadableError
-    from bagcert.evaluate import labels_for
-    from bagcert.export import Calibration
-    from bagcert.images import as_batch
-    from bagcert.preprocess import Preprocessing
+    from bagcert.evaluation.evaluate import labels_for
+    from bagcert.export.writer import Calibration
 
     found = load_dataset(data, split, count)
     labels, preprocessing = labels_for(model, found), Preprocessing(model.image_size, fit)

@@ -16,7 +16,7 @@ def info(
     if model is None:
         _list(json)
         return
-    from bagcert.describe import describe
+    from bagcert.hub.info import describe
 
     found = describe(model)
     if json:
@@ -39,14 +39,14 @@ def info(
 def _list(json: bool) -> None:
     from bagcert.defenses.bagcert import ALIASES, shipped_models
     from bagcert.nets import ARCHITECTURES
-    from bagcert.recipe import shipped_recipes
+    from bagcert.training.recipe import shipped_recipes
 
     models = shipped_models()
     if json:
         listing = {"models": list(models), "aliases": ALIASES, "recipes": list(shipped_recipes())}
         print_json({**listing, "architectures": list(ARCHITECTURES)})
         return
-    from bagcert.nets.model_folder import read_config
+    from bagcert.nets.saved_model import read_config
 
     rows = []
     for name, folder in models.items():

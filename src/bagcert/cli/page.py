@@ -40,7 +40,8 @@ def page(
     import webbrowser
 
     from bagcert.defenses.bagcert import load
-    from bagcert.page import PageServer, build_site
+    from bagcert.playground.server import PageServer
+    from bagcert.playground.site import build_site
 
     loaded = load(model, device="cpu", checked=False)
     # The port first: whether it is free is known at once, the export takes seconds.

@@ -30,8 +30,8 @@ def push(
     """
     import hashlib
 
-    from bagcert import hub
-    from bagcert.model_card import RESULTS
+    from bagcert.hub import push as hub
+    from bagcert.hub.card import RESULTS
     from bagcert.records import SCHEMA_VERSION
 
     files = hub.prepare(model, repo_id)

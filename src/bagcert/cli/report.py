@@ -25,7 +25,7 @@ def report(
 
     Records and pictures are found beside the JSON files.
     """
-    from bagcert.report.page import write_report
+    from bagcert.report.html import write_report
     from bagcert.report.plots import write_plots
     from bagcert.report.summary import read_inputs
 

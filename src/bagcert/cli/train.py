@@ -8,7 +8,7 @@ import typer
 from bagcert.cli.console import progress, say, say_all, tell
 from bagcert.cli.options import Device
 from bagcert.errors import BagcertError
-from bagcert.ranks import is_main_process
+from bagcert.training.launcher import is_main_process
 
 
 def train(
@@ -29,7 +29,7 @@ def train(
 
     On several devices or machines: torchrun or accelerate launch, then -m bagcert train, see docs/many_devices.md.
     """
-    from bagcert.recipe import load_recipe
+    from bagcert.training.recipe import load_recipe
 
     chosen = load_recipe(recipe, set_ or ())
     if print_recipe:
@@ -37,9 +37,9 @@ def train(
             say_all(chosen.to_toml())
         return
     from bagcert.defenses.bagcert import model_folder
-    from bagcert.distributed import leave
-    from bagcert.train import Progress
-    from bagcert.train import train as run
+    from bagcert.training.distributed import leave
+    from bagcert.training.loop import Progress
+    from bagcert.training.loop import train as run
 
     folder = out or Path("runs") / chosen.name
     initial = None if init is None else model_folder(init)

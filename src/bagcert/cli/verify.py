@@ -13,7 +13,7 @@ from bagcert.cli.options import Device, Json
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bagcert.verify import Verdict
+    from bagcert.proofs.verify import Verdict
 
 MOST_CHARACTERS = 500
 EXIT_CODES = {"proof": 4, "record": 5, "image": 5, "limit": 1}  # the first that occurs counts
@@ -36,9 +36,9 @@ def verify(
     Without --model it proves the verdicts from the recorded scores and geometry; with it, these are checked, too.
     """
     from bagcert.errors import UnreadableError, UsageError
-    from bagcert.record_lines import from_line, lines
+    from bagcert.proofs.lines import from_line, lines
+    from bagcert.proofs.verify import Verdict, verify_record
     from bagcert.records import SCHEMA_VERSION
-    from bagcert.verify import Verdict, verify_record
 
     if images is not None and model is None:
         raise UsageError("--images are for computing the scores again; name the --model")
@@ -101,8 +101,8 @@ def _recomputing(name: str, images: Path | None, device: str) -> "Callable[[dict
     from functools import cache
 
     from bagcert.defenses.bagcert import DTYPES, load
-    from bagcert.recompute import image_path, recompute
-    from bagcert.verify import Verdict
+    from bagcert.proofs.recompute import image_path, recompute
+    from bagcert.proofs.verify import Verdict
 
     loaded = cache(lambda dtype: load(name, device, dtype))
     loaded("float32")  # a model that is not there is told first

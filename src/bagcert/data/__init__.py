@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bagcert.addresses import is_address
 from bagcert.data.cifar10 import is_pickles, load_cifar10, load_pickles
 from bagcert.data.digits import load_digits
 from bagcert.data.folder import load_folder
 from bagcert.data.image_set import ImageSet
 from bagcert.data.parquet import is_parquet, load_parquet, parquet_images
+from bagcert.data.remote import is_address
 from bagcert.data.shards import find_addresses
 from bagcert.data.torch_dataset import from_torch
 from bagcert.data.webdataset import is_webdataset, load_webdataset, tar_images

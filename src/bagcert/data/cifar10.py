@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from bagcert.data.image_set import ArraySource, ImageSet
+from bagcert.data.photo import Photo, read_image
 from bagcert.errors import UnreadableError, UsageError, shown
-from bagcert.extras import require
-from bagcert.files import read_regular
-from bagcert.images import Photo, read_image
+from bagcert.io.files import read_regular
+from bagcert.io.optional import require
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 HUB_ID = "uoft-cs/cifar10"

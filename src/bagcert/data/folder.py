@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from bagcert.data.image_set import ImageSet
+from bagcert.data.photo import Photo, read_image
 from bagcert.errors import CONTROL, UnreadableError, UsageError
-from bagcert.images import Photo, read_image
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jp2", ".mpo")
 EXTENSIONS = (*_JPEG, ".avif", ".bmp", ".gif", ".ico", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

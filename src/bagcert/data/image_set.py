@@ -13,8 +13,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
+from bagcert.data.photo import Photo
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.images import Photo
 
 Prepared = TypeVar("Prepared")
 

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from bagcert.data.image_set import ImageSet
+from bagcert.data.photo import Photo, read_image
 from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, reading, state_of
 from bagcert.errors import CONTROL, UnreadableError, shown
-from bagcert.images import Photo, read_image
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bagcert.addresses import answering, file_system, mark_of
+from bagcert.data.remote import answering, file_system, mark_of
 from bagcert.errors import BagcertError, UnreadableError, UsageError, shown
-from bagcert.files import open_regular
+from bagcert.io.files import open_regular
 
 Shard = Path | str
 """A file here, or the address of one elsewhere."""

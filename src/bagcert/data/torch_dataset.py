@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from bagcert.data.image_set import ImageSet
+from bagcert.data.photo import Photo, as_batch
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.images import Photo, as_batch
 
 
 def from_torch(

@@ -22,9 +22,9 @@ from jaxtyping import Int64
 from bagcert.data.folder import EXTENSIONS
 from bagcert.data.image_set import ImageSet
 from bagcert.data.parquet import MAX_CLASSES, MAX_ROWS
+from bagcert.data.photo import MAX_IMAGE_BYTES, Photo, read_image
 from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, reading, state_of
 from bagcert.errors import UnreadableError, shown
-from bagcert.images import MAX_IMAGE_BYTES, Photo, read_image
 
 CACHE_BYTES = 1 << 28
 """Blocks are kept in memory up to this size; the one in use always is."""

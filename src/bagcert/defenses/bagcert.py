@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from bagcert.aggregation import require_sum
-from bagcert.backends import fastest_backend, get_runner
-from bagcert.defenses.score_map_defense import ScoreMapDefense
+from bagcert.defenses.base import ScoreMapDefense
 from bagcert.devices import keep_freed_memory, resolve_device
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.locality import LocalityReport, cached_report, require_local
 from bagcert.locality.cache import cache_folder
-from bagcert.nets.model_folder import CONFIG, WEIGHTS, ModelConfig, read_model, weights_sha256
 from bagcert.nets.region_scorer import RegionScorer, not_finite
+from bagcert.nets.runtimes import fastest_backend, get_runner
+from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig, read_model, weights_sha256
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap, check_counting
 from bagcert.threat import PatchLike, PatchThreatModel

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bagcert.aggregation import require_sum
-from bagcert.defenses.score_map_defense import ScoreMapDefense
+from bagcert.defenses.base import ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap, slack_of

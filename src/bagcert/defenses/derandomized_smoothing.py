@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bagcert.defenses.score_map_defense import ScoreMapDefense
-from bagcert.draws import Source, draw
+from bagcert.data.photo import as_batch
+from bagcert.defenses.base import ScoreMapDefense
 from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
-from bagcert.images import as_batch
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap, lowest_argmax
 from bagcert.threat import PatchLike, PatchThreatModel
+from bagcert.training.random import Source, draw
 
 ABLATIONS = ("column", "row", "block")
 VOTES = ("threshold", "argmax")

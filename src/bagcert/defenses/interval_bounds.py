@@ -8,7 +8,7 @@ patch, no content of it changes the prediction y. The bound is incomplete: what 
 
 Different from the publication: every placement is bounded, the last row and column included, several patches and
 shapes as well, and rounding is counted: see `bagcert.defenses.interval_layers`. How such a network is trained is in
-`bagcert.defenses.interval_training`.
+`bagcert.training.interval`.
 """
 
 from collections.abc import Callable, Sequence

@@ -22,7 +22,7 @@ from bagcert.certificate import Certificate
 from bagcert.defenses.pixel_masks import MaskedClassifier, PixelMasks
 from bagcert.defenses.question import read_question
 from bagcert.defenses.undefended import Undefended
-from bagcert.rules.windows import majority
+from bagcert.rules.masks import majority
 from bagcert.scores import exact_arithmetic, lowest_argmax
 from bagcert.threat import PatchLike, PatchThreatModel
 

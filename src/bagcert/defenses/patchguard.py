@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from bagcert.aggregation import require_sum
-from bagcert.defenses.score_map_defense import ScoreMapDefense
+from bagcert.defenses.base import ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import Rule, get_rule
 from bagcert.rules.robust_masking import exact_share, robust_masking, robust_masking_prediction

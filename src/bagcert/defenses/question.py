@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bagcert.data.photo import as_batch
 from bagcert.errors import UsageError
-from bagcert.images import as_batch
 from bagcert.threat import PatchLike, PatchThreatModel
 
 

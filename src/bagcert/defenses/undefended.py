@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
+from bagcert.data.photo import as_batch
 from bagcert.errors import UsageError
-from bagcert.images import as_batch
 from bagcert.scores import lowest_argmax
 from bagcert.threat import PatchThreatModel
 

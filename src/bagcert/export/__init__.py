@@ -4,8 +4,3 @@ Input `images` float32 [batch, channels, height, width] in [0, 1]; outputs `labe
 [batch], `margin` int64 [batch] and `scores` int32 [batch, classes, rows, cols], as `BagCert.certify` gives them. Images
 with NaN or values outside [0, 1] are never certified; their margin is -2^24.
 """
-
-from bagcert.export.module import CertifiedModule
-from bagcert.export.writer import Calibration, Exported, export_model
-
-__all__ = ["Calibration", "CertifiedModule", "Exported", "export_model"]

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from bagcert import __version__
-from bagcert.backends.network import REAL_SCORES
-from bagcert.certificate_records import geometry_fields, threat_fields
 from bagcert.defenses.bagcert import BagCert
 from bagcert.export.image_range import IN_RANGE
 from bagcert.export.module import CertifiedModule
+from bagcert.nets.runtimes.onnx_graph import REAL_SCORES
+from bagcert.proofs.record import geometry_fields, threat_fields
 from bagcert.threat import PatchThreatModel
 
 INSIDE = (REAL_SCORES, IN_RANGE)

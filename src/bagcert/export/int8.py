@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bagcert.backends.network import INPUT
 from bagcert.errors import UsageError, shown
 from bagcert.export.graph import rule_nodes
+from bagcert.nets.runtimes.onnx_graph import INPUT
 
 BATCH = 32
 

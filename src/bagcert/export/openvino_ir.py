@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bagcert.backends.openvino import compiled, core
 from bagcert.export.check import Run
-from bagcert.extras import require_installed
+from bagcert.io.optional import require_installed
+from bagcert.nets.runtimes.openvino import compiled, core
 
 
 def require_openvino() -> None:

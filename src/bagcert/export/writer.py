@@ -13,8 +13,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from bagcert.aggregation import require_sum
-from bagcert.backends.network import INPUT, LIBRARIES, REAL_SCORES, to_onnx
-from bagcert.backends.onnx_runtime import onnx_session
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.export.check import Check, Run, check_images, check_rule
@@ -22,10 +20,12 @@ from bagcert.export.graph import INSIDE, behind_network, metadata, with_metadata
 from bagcert.export.int8 import quantized
 from bagcert.export.module import OUTPUTS, CertifiedModule
 from bagcert.export.openvino_ir import intermediate, require_openvino, runner
-from bagcert.extras import require_installed
-from bagcert.files import write_together
+from bagcert.io.files import write_together
+from bagcert.io.optional import require_installed
 from bagcert.locality import measure_onnx
 from bagcert.locality.measurement import dynamic_quantization
+from bagcert.nets.runtimes.onnx_graph import INPUT, LIBRARIES, REAL_SCORES, to_onnx
+from bagcert.nets.runtimes.onnxruntime import onnx_session
 from bagcert.threat import PatchLike, PatchThreatModel
 
 RANDOM_IMAGES = 16

@@ -1,7 +1,7 @@
 """Locality, measured: does anything outside a patch's reach move when the content under the patch changes?
 
 All certificates rest on one fact: outside R(l) the score map stands still. The geometry is derived from the layers
-(`bagcert.nets.geometry`); here it is measured on this device and dtype what the arithmetic makes of it. Source:
+(`bagcert.nets.receptive_field.derive`); here it is measured on this device and dtype what the arithmetic makes of it. Source:
 METHOD sections 2 and 3.6 of the design notes.
 
 Two questions are kept apart. Within one configuration (device, dtype, threads, images per forward pass) a clean image

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bagcert.devices import product_precision
 from bagcert.errors import BagcertError
-from bagcert.files import read_regular, write_atomically
+from bagcert.io.files import read_regular, write_atomically
 from bagcert.locality.measurement import measure, shapes_for
 from bagcert.locality.report import LocalityReport
 from bagcert.nets.region_scorer import RegionScorer

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bagcert.errors import BagcertError, UnsoundError, UsageError
 from bagcert.grid import RegionGrid
-from bagcert.locality.backend import Backend, precision, torch_backend
-from bagcert.locality.overflow import activation_bound
+from bagcert.locality.activation_bound import activation_bound
 from bagcert.locality.probes import Change, Prober, clean_images, places_for, saturated_images, thread_counts
 from bagcert.locality.report import Footprint, LocalityReport, Probe
-from bagcert.nets.probe import probe_grid
+from bagcert.locality.target import Backend, precision, torch_backend
+from bagcert.nets.receptive_field.probe import probe_grid
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.threat import PatchThreatModel
 

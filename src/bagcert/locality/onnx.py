@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
-from bagcert.extras import require
-from bagcert.files import read_regular
-from bagcert.locality.backend import Backend
+from bagcert.io.files import read_regular
+from bagcert.io.optional import require
 from bagcert.locality.measurement import run_probes, shapes_for
 from bagcert.locality.report import LocalityReport
+from bagcert.locality.target import Backend
 from bagcert.nets.region_scorer import RegionScorer
 
 # Operators whose range or statistics come from the whole tensor at run time.

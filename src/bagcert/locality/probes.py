@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bagcert.locality.backend import Backend, outside
 from bagcert.locality.report import Kind, Probe
+from bagcert.locality.target import Backend, outside
 
 Place = tuple[int, int, int, int]  # top, left, height, width in pixels
 CLIMBS = 8  # steps of the adversarial probe

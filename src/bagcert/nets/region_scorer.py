@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bagcert.aggregation import AttentionPooling
+from bagcert.data.photo import as_batch, with_batch_axis
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid
-from bagcert.images import as_batch, with_batch_axis
 from bagcert.nets.attention_pooling import AttentionReadout
-from bagcert.nets.geometry import derive_grid
 from bagcert.nets.heads import HEADS, Head, HeadName, make_head
-from bagcert.nets.probe import check_locality
+from bagcert.nets.receptive_field.derive import derive_grid
+from bagcert.nets.receptive_field.probe import check_locality
 from bagcert.scores import ScoreMap
 
 if TYPE_CHECKING:
-    from bagcert.backends.runner import Runner
+    from bagcert.nets.runtimes.base import Runner
 
 FLOAT32 = torch.finfo(torch.float32)
 NORMAL = f"positive and finite in float32, from {FLOAT32.tiny:.4g} to {FLOAT32.max:.4g}"
@@ -63,7 +63,7 @@ class RegionScorer(nn.Module):
         autocast_dtype: what the net computes in; None is float32.
         tolerance: how far `z` may move where it should stand still, as measured on this device; score maps carry what
             that does to each score as their slack. 0 where locality is exact.
-        runner: computes `z` in the network's place, see `bagcert.backends`; None is torch.
+        runner: computes `z` in the network's place, see `bagcert.nets.runtimes`; None is torch.
 
     Source: Metzen & Yatsura, ICLR 2021, section 3; METHOD section 2 of the design notes.
     """

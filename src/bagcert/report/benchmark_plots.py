@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagcert.files import write_atomically
+from bagcert.io.files import write_atomically
 from bagcert.report.drawing import drawn, figure
 
 if TYPE_CHECKING:
-    from bagcert.benchmark import BenchmarkRow
+    from bagcert.evaluation.benchmark import BenchmarkRow
 
 
 def draw(rows: "Sequence[BenchmarkRow]", out: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 import io
 from typing import TYPE_CHECKING, Any
 
-from bagcert.extras import require
+from bagcert.io.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

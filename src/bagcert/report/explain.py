@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bagcert.errors import shown
-from bagcert.files import write_atomically
+from bagcert.io.files import write_atomically
 from bagcert.report.drawing import drawn, figure
 from bagcert.report.summary import in_unit
 
 if TYPE_CHECKING:
+    from bagcert.data.photo import Photo
     from bagcert.defenses.bagcert import BagCert
-    from bagcert.gallery_file import Picture
-    from bagcert.images import Photo
+    from bagcert.evaluation.gallery_file import Picture
     from bagcert.records import Record
 
 YELLOW = "#ffd23f"
@@ -39,8 +39,8 @@ def write_explanation(
         UsageError: matplotlib is not installed.
         BagcertError: the file cannot be written.
     """
-    from bagcert.gallery import picture, thumbnail
-    from bagcert.preprocess import Preprocessing
+    from bagcert.data.preprocess import Preprocessing
+    from bagcert.evaluation.gallery import picture, thumbnail
 
     drawing = figure(9.0, 4.6)
     preprocessing = Preprocessing(model.image_size, fit)

@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from bagcert.gallery_file import Picture
+from bagcert.evaluation.gallery_file import Picture
 from bagcert.records import ImageRecord
 from bagcert.report.summary import KINDS, Run, in_unit, kind_of
 

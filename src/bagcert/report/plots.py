@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bagcert.files import write_atomically
+from bagcert.io.files import write_atomically
 from bagcert.report.drawing import drawn, figure
 from bagcert.report.summary import KINDS, Inputs, Run, Training, in_unit, margins, patch_curves, patch_title
 

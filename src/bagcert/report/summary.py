@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from bagcert.errors import UnreadableError, UsageError, shown
-from bagcert.files import read_regular
-from bagcert.gallery_file import Gallery, gallery_path, read_gallery
-from bagcert.image_records import read_image_records
+from bagcert.evaluation.gallery_file import Gallery, gallery_path, read_gallery
+from bagcert.evaluation.image_records import read_image_records
+from bagcert.io.files import read_regular
 from bagcert.records import ImageRecord, RunInfo
 
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"

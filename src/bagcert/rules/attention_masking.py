@@ -16,8 +16,8 @@ from torch import Tensor
 from bagcert.aggregation import AttentionPooling
 from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
+from bagcert.rules.masks import Windows, completed, majority
 from bagcert.rules.union_masking import Unions
-from bagcert.rules.windows import Windows, completed, majority
 from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 

@@ -20,8 +20,8 @@ from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
 from bagcert.rules.detection import detection
 from bagcert.rules.guard import guarded, require_sum
+from bagcert.rules.masks import Windows, chunks, per_image
 from bagcert.rules.union_masking import Unions
-from bagcert.rules.windows import Windows, chunks, per_image
 from bagcert.scores import ScoreMap, exact_arithmetic
 from bagcert.threat import PatchThreatModel
 

@@ -5,8 +5,8 @@ import torch
 from bagcert.certificate import Certificate
 from bagcert.rules.attention_masking import attention_detection
 from bagcert.rules.guard import guarded
+from bagcert.rules.masks import Windows, chunks, per_image
 from bagcert.rules.union_masking import Unions
-from bagcert.rules.windows import Windows, chunks, per_image
 from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 

@@ -7,9 +7,9 @@ from torch import Tensor
 from bagcert.certificate import Certificate
 from bagcert.rules.attention_masking import attention_double_masking, attention_prediction
 from bagcert.rules.guard import guarded
+from bagcert.rules.masks import CHUNK_ELEMENTS, Windows, chunks, majority, per_image
 from bagcert.rules.union_masking import union_double_masking, union_prediction
 from bagcert.rules.window_pairs import worst_pairs
-from bagcert.rules.windows import CHUNK_ELEMENTS, Windows, chunks, majority, per_image
 from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 

@@ -15,7 +15,7 @@ from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid, WindowBlock
 from bagcert.rules import get_rule
 from bagcert.rules.double_masking import double_masking
-from bagcert.rules.windows import Windows
+from bagcert.rules.masks import Windows
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 

@@ -4,7 +4,7 @@ import torch
 
 from bagcert.certificate import Certificate
 from bagcert.rules.guard import guarded, require_sum
-from bagcert.rules.windows import Windows
+from bagcert.rules.masks import Windows
 from bagcert.scores import ScoreMap, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 

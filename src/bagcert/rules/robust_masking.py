@@ -19,8 +19,8 @@ from torch import Tensor
 from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
 from bagcert.rules.guard import guarded, require_sum
+from bagcert.rules.masks import Windows, chunks
 from bagcert.rules.union_masking import Unions
-from bagcert.rules.windows import Windows, chunks
 from bagcert.scores import ScoreMap, exact_arithmetic, exact_dtype, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 

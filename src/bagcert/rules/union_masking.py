@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
-from bagcert.rules.windows import CHUNK_ELEMENTS, Best, Windows, chunks, completed, majority
+from bagcert.rules.masks import CHUNK_ELEMENTS, Best, Windows, chunks, completed, majority
 from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 

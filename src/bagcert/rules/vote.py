@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bagcert.certificate import Certificate
 from bagcert.rules.guard import guarded, require_sum
-from bagcert.rules.windows import Windows, chunks, per_image
+from bagcert.rules.masks import Windows, chunks, per_image
 from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bagcert.rules.windows import CHUNK_ELEMENTS, Best, Windows, chunks
+from bagcert.rules.masks import CHUNK_ELEMENTS, Best, Windows, chunks
 from bagcert.scores import tie_penalty
 
 FEW = 0.5

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from bagcert.attacks import attack
+from bagcert.attacks.candidates import candidates
 from bagcert.attacks.objectives import UNTARGETED, objective
 from bagcert.attacks.patches import every_placement, paste
-from bagcert.attacks.promising import candidates
 from bagcert.attacks.settings import Settings
 from bagcert.attacks.surrogate import LocalSurrogate, surrogate_of
 from bagcert.attacks.victim import Victim
 from bagcert.defenses.bagcert import BagCert
-from bagcert.nets.model_folder import ModelConfig
+from bagcert.nets.saved_model import ModelConfig
 from bagcert.threat import PatchThreatModel
 from tests import oracle, tiny
 

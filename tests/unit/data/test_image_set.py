@@ -9,9 +9,9 @@ import pytest
 
 from bagcert.data import ImageSet
 from bagcert.data.image_set import QUICK, ArraySource, in_threads
+from bagcert.data.photo import Photo
+from bagcert.data.preprocess import Preprocessing
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.images import Photo
-from bagcert.preprocess import Preprocessing
 from tests import tiny
 
 

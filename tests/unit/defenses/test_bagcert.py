@@ -11,8 +11,8 @@ from PIL import Image
 import bagcert
 from bagcert.defenses.bagcert import BagCert, load, model_folder, shipped_models
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.nets.model_folder import CONFIG, WEIGHTS, ModelConfig, weights_sha256, write_model
 from bagcert.nets.region_scorer import RegionScorer
+from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig, weights_sha256, write_model
 from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils import dlpack
 
 from bagcert.errors import BagcertError, UnsoundError, UsageError
-from bagcert.nets.geometry import derive_grid
-from bagcert.nets.module_state import ModuleState
+from bagcert.nets.receptive_field.derive import derive_grid
+from bagcert.nets.receptive_field.module_state import ModuleState
 from bagcert.nets.region_scorer import RegionScorer
 
 Tensor = torch.Tensor

@@ -12,8 +12,8 @@ from bagcert.errors import UnsoundError
 from bagcert.grid import RegionGrid
 from bagcert.nets.attention_pooling import FIRST_WEIGHT, UNITS, AttentionReadout
 from bagcert.nets.heads import HEADS, AttentionHead, BinaryHead, FixedPointHead, HeadName
-from bagcert.nets.model_folder import ModelConfig
-from bagcert.recipe import ModelSection
+from bagcert.nets.saved_model import ModelConfig
+from bagcert.training.recipe import ModelSection
 from tests import oracle, tiny
 
 

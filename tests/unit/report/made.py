@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bagcert.gallery_file import Gallery, Picture, gallery_path, write_gallery
+from bagcert.evaluation.gallery_file import Gallery, Picture, gallery_path, write_gallery
 from bagcert.records import ImageRecord, Record, Row, RunInfo
 
 EVIL = "<script>alert(1)</script>"

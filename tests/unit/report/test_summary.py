@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.gallery import chosen, edges, turned
-from bagcert.gallery_file import gallery_path, read_gallery, write_gallery
+from bagcert.evaluation.gallery import chosen, edges, turned
+from bagcert.evaluation.gallery_file import gallery_path, read_gallery, write_gallery
 from bagcert.report.summary import KINDS, confusion, margins, patch_curves, per_class, read_inputs, read_run
 from tests.unit.report import made
 
@@ -147,7 +147,7 @@ def test_regions_are_drawn_where_they_look_and_boxes_turn_with_the_photo() -> No
     assert edges(np.kron(np.eye(3, dtype=bool), np.ones((1, 4), dtype=bool))) == [0, 4, 8, 12]
     photo = np.zeros((10, 20))
     photo[2:5, 7:9] = 1
-    from bagcert.images import Photo
+    from bagcert.data.photo import Photo
 
     for orientation in range(1, 9):
         pixels = np.repeat((photo * 255).astype(np.uint8)[:, :, None], 3, 2)

@@ -4,7 +4,7 @@ import torch
 
 from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
-from bagcert.rules import windows as windows_module
+from bagcert.rules import masks as windows_module
 from bagcert.rules.detection import detection
 from bagcert.rules.double_masking import double_masking, double_masking_prediction
 from bagcert.scores import ScoreMap

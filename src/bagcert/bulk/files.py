@@ -1,0 +1,156 @@
+"""Certifying image files in this process, one after the other."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bagcert.data.folder import images_below
+from bagcert.data.photo import Photo, read_image
+from bagcert.data.preprocess import Preprocessing
+from bagcert.defenses.bagcert import BagCert
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.proofs.file import RecordFile
+from bagcert.proofs.record import certificate_record
+from bagcert.records import Record
+from bagcert.rules import get_rule
+from bagcert.rules.largest import largest_certifiable_px, largest_certified_px
+from bagcert.threat import PatchThreatModel, check_notation
+
+VOTES = ("vote", "levine-feizi")
+
+
+@dataclass(frozen=True)
+class FileVerdict:
+    """What a model says of one image file. Sizes and placements are in pixels of the file as stored.
+
+    Attributes:
+        source: the file.
+        size_px: [height, width] as stored.
+        exif_orientation: 1 (upright) to 8.
+        prediction, class_name: by the first rule and patch asked for.
+        largest_certified_px: side of the largest square that the deployed defence certifies, 0 if none. A
+            double-masking defence is built for one patch; it certifies that size and all smaller ones.
+        largest_certifiable_px: side of the largest square for which a defence built for it would certify the
+            same answer.
+        results: one per rule and patch.
+    """
+
+    source: str
+    size_px: list[int]
+    exif_orientation: int
+    prediction: int
+    class_name: str
+    largest_certified_px: int
+    largest_certifiable_px: int
+    results: list[Record]
+
+
+@dataclass(frozen=True)
+class FileError:
+    """A file that could not be certified, and why."""
+
+    source: str
+    error: str
+    exit_code: int
+
+
+def image_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The files named, and the images anywhere below the folders named, sorted within each folder.
+
+    Raises:
+        UnreadableError: a folder holds no images.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = images_below(path)
+        if not found:
+            raise UnreadableError(f"the folder {path} holds no images")
+        files += found
+    return files
+
+
+def certify_files(
+    model: BagCert,
+    files: Sequence[Path],
+    patches: Sequence[str] = (),
+    rules: Sequence[str] = (),
+    fit: str = "squash",
+    placements: str | Path | None = None,
+    record: RecordFile | None = None,
+) -> Iterator[FileVerdict | FileError]:
+    """A verdict per file; a file that cannot be read gives an error in its place and the rest go on.
+
+    So does, among several files, an image too small for a patch. With `record`, an image it holds already, by name
+    and pixels, is left out, and the certificates of every other are in it before the verdict is given.
+
+    Raises:
+        UsageError: a patch outside the notation, an unknown rule; a patch that does not fit into the only image.
+        BagcertError: the record cannot be written.
+    """
+    preprocessing = Preprocessing(model.image_size, fit)
+    for rule in rules:
+        get_rule(rule)
+    for patch in patches:
+        check_notation(patch)
+    for file in files:
+        try:
+            photo = read_image(file)
+        except UnreadableError as error:
+            yield FileError(str(file), str(error), error.exit_code)
+            continue
+        if record is not None and record.holds(photo):
+            continue
+        try:
+            yield certify_photo(model, photo, preprocessing, patches, rules, placements, record)
+        except UsageError as error:
+            if len(files) == 1:
+                raise
+            yield FileError(str(file), f"{file}: {error}", error.exit_code)
+
+
+def certify_photo(
+    model: BagCert,
+    photo: Photo,
+    preprocessing: Preprocessing,
+    patches: Sequence[str] = (),
+    rules: Sequence[str] = (),
+    placements: str | Path | None = None,
+    record: RecordFile | None = None,
+) -> FileVerdict:
+    """The verdict on one photo, against each patch by each rule; also put into `record`."""
+    geometry = preprocessing.geometry(photo.stored_size, photo.orientation)
+    score_map = geometry.score_map(model.score_map(preprocessing.apply(photo)[None]))
+    results: list[Record] = []
+    records = []
+    largest = (0, 0)
+    for rule in rules or (model.rule,):
+        for notation in patches or (str(model.patch),):
+            threat = PatchThreatModel.parse(notation, photo.stored_size, placements)
+            certificate = get_rule(rule).certify(score_map, threat)
+            if not results:
+                # The side a vote certifies is over all placements; masks are built for the allowed ones.
+                asked = replace(threat, allowed=None) if rule in VOTES else threat
+                largest = (
+                    int(largest_certified_px(score_map, rule, asked, certificate)[0]),
+                    int(largest_certifiable_px(score_map, certificate.prediction)[0]),
+                )
+            results += Record.each(certificate)
+            if record is not None:
+                environment = record.environment
+                records.append(certificate_record(model, preprocessing, photo, score_map, certificate, environment))
+    if record is not None:
+        record.append(records)
+    first = results[0]
+    return FileVerdict(
+        source=photo.source,
+        size_px=list(photo.stored_size),
+        exif_orientation=photo.orientation,
+        prediction=first.prediction,
+        class_name=model.class_names[first.prediction],
+        largest_certified_px=largest[0],
+        largest_certifiable_px=largest[1],
+        results=results,
+    )

@@ -1,0 +1,135 @@
+"""Certifying the images of a whole data source, into a folder that a run can go on with after any kill."""
+
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from bagcert.bulk.parts import Part, list_work
+from bagcert.bulk.results import ResultFolder, described, summarize
+from bagcert.bulk.worker import Question, Worker
+from bagcert.data.storage import absolute
+from bagcert.defenses.bagcert import load
+from bagcert.errors import UsageError
+from bagcert.rules import get_rule
+from bagcert.threat import check_notation
+
+Found = Generator[tuple[int, pa.Table], None, None]
+
+PART_SIZE = 1000
+"""Images per part: what a kill costs at most, and some seconds of work for one core."""
+BATCH_SIZE = 100
+
+
+def run_here(question: Question, parts: Sequence[Part], workers: int | None) -> Found:
+    """(index, rows) of each part, one after the other, with all threads of this process."""
+    if workers not in (None, 1):
+        raise UsageError(f"the local engine is one worker, got {workers}; --engine ray takes more")
+    yield from enumerate(Worker(question).certify(parts))
+
+
+def run_on_ray(question: Question, parts: Sequence[Part], workers: int | None) -> Found:
+    """(index, rows) of each part, as they come, from actors of Ray Data."""
+    from bagcert.bulk.ray import run_parts
+
+    return run_parts(question, parts, workers)
+
+
+ENGINES: dict[str, Callable[[Question, Sequence[Part], int | None], Found]] = {
+    "local": run_here,
+    "ray": run_on_ray,
+}
+"""Where parts are certified: (question, parts, number of workers) -> (index, rows), each part once, in any order."""
+
+
+def certify_many(
+    data: str,
+    out: Path,
+    model: str = "default",
+    patches: Sequence[str] = (),
+    rules: Sequence[str] = (),
+    engine: str = "local",
+    limit: int | None = None,
+    workers: int | None = None,
+    placements: str | None = None,
+    fit: str = "squash",
+    batch_size: int = BATCH_SIZE,
+    part_size: int = PART_SIZE,
+    device: str = "auto",
+    dtype: str = "float32",
+    portable: bool = False,
+    backend: str = "torch",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Certifies every image of `data` that `out` does not hold yet.
+
+    Args:
+        data: a folder, file, glob or URL of images or Parquet files.
+        out: a folder for `run.json` and one Parquet file per part; rows as in `bagcert.bulk.worker.SCHEMA`.
+        model, device, dtype, portable, backend: as for `load`.
+        patches, rules: the model's own when empty; sizes in pixels of each image as stored.
+        engine: a name in ENGINES.
+        limit: the first so many images in the order of the data.
+        workers: how many at once; by default one, and on Ray one per core or GPU of the cluster.
+        placements, fit: as for `bagcert.bulk.files.certify_files`.
+        batch_size: images per forward pass.
+        part_size: images per part.
+        on_progress: called with (images done, images in all).
+
+    Returns:
+        `summarize(out)` with `engine`, `certified_now`, `seconds` and `images_per_second` of this call.
+
+    Raises:
+        UsageError: an unknown engine, rule or patch; `out` holds another run.
+        UnreadableError: the data as a whole cannot be read; single images are rows with their error.
+        BagcertError: a store does not answer, workers died again and again, `out` cannot be written. Whatever was
+            done is kept, and the same call goes on.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"an engine is {' or '.join(ENGINES)}, got {engine!r}")
+    if batch_size < 1 or (workers is not None and workers < 1):
+        raise UsageError(f"a batch size and a number of workers must be at least 1, got {batch_size} and {workers}")
+    for rule in rules:
+        get_rule(rule)
+    for patch in patches:
+        check_notation(patch)
+    data, model = absolute(data), absolute(model) if os.path.isdir(model) else model
+    loaded = load(model, "cpu", checked=False)
+    question = Question(
+        model,
+        loaded.weights_sha256,
+        tuple(patches) or (str(loaded.patch),),
+        tuple(rules) or (loaded.rule,),
+        None if placements is None else absolute(placements),
+        fit,
+        batch_size,
+        device,
+        dtype,
+        portable,
+        backend,
+    )
+    work = list_work(data, part_size, limit)
+    results = ResultFolder(out, described(loaded, question, work, data=data, limit=limit, part_size=part_size))
+    missing = [part for part in work.parts if not results.holds(part)]
+    done = len(work) - sum(map(len, missing))
+    on_progress(done, len(work))
+    started = time.perf_counter()
+    now = 0
+    if missing:
+        with closing(ENGINES[engine](question, missing, workers)) as found:
+            for index, table in found:
+                results.write(missing[index], table)
+                now += len(table)
+                on_progress(done + now, len(work))
+    seconds = time.perf_counter() - started
+    return {
+        **summarize(out),
+        "engine": engine,
+        "certified_now": now,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(now / seconds, 1) if now else None,
+    }

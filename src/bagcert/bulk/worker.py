@@ -1,0 +1,206 @@
+"""From a part of the data to its rows: what a model says of each image, or why it says nothing.
+
+The same function on every engine. Every forward pass has the same number of images, the last one filled up: kernels
+differ between batch sizes, and so may the last bit of a score. Rows then depend on the images alone, not on how many
+there are, on which worker did them, or on what was done before a restart.
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from bagcert.bulk.parts import Found, Part, PartReader
+from bagcert.data.prefetch import one_ahead
+from bagcert.data.preprocess import Preprocessing
+from bagcert.defenses.bagcert import BagCert, load
+from bagcert.errors import UnreadableError, UnsoundError, UsageError
+from bagcert.proofs.record import pixels_sha256
+from bagcert.records import Record
+from bagcert.rules import get_rule
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel
+
+RESULT = pa.struct(
+    [
+        ("rule", pa.string()),
+        ("patch", pa.string()),
+        ("threat", pa.string()),
+        ("prediction", pa.int32()),
+        ("certified", pa.bool_()),
+        ("margin", pa.int64()),
+        ("worst_placement", pa.list_(pa.list_(pa.int32()))),
+        ("locality", pa.string()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("source", pa.string()),
+        ("label", pa.int64()),
+        ("error", pa.string()),
+        ("height_px", pa.int32()),
+        ("width_px", pa.int32()),
+        ("exif_orientation", pa.int32()),
+        ("pixels_sha256", pa.string()),
+        ("prediction", pa.int32()),
+        ("class_name", pa.string()),
+        ("results", pa.list_(RESULT)),
+        ("worker", pa.string()),
+    ]
+)
+"""One row per image; docs/many_images.md says what each column means."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every image; all a worker needs beside its parts.
+
+    Attributes:
+        model, device, dtype, portable, backend: as for `bagcert.defenses.bagcert.load`.
+        weights_sha256: what that model must have.
+        patches, rules: at least one of each.
+        placements: a mask image, readable for every worker.
+        fit: how images of another size reach the network.
+        batch_size: images per forward pass.
+    """
+
+    model: str
+    weights_sha256: str
+    patches: tuple[str, ...]
+    rules: tuple[str, ...]
+    placements: str | None = None
+    fit: str = "squash"
+    batch_size: int = 100
+    device: str = "auto"
+    dtype: str = "float32"
+    portable: bool = False
+    backend: str = "torch"
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An image on its way: what is kept of it, so that no photo is held longer than it takes to decode it."""
+
+    size_px: tuple[int, int]
+    orientation: int
+    pixels_sha256: str
+    pixels: np.ndarray
+
+
+class Worker:
+    """Holds one loaded model and certifies parts with it.
+
+    Args:
+        question: what is asked.
+        model: the one that it names, where it is loaded already.
+
+    Raises:
+        UnsoundError: the model that is found under that name here has other weights.
+    """
+
+    def __init__(self, question: Question, model: BagCert | None = None) -> None:
+        self.question = question
+        self.model = model or load(
+            question.model, question.device, question.dtype, question.portable, backend=question.backend
+        )
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        if self.model.weights_sha256 != question.weights_sha256:
+            raise UnsoundError(
+                f"on {self.name} the model {question.model} has the weights {self.model.weights_sha256[:16]}, "
+                f"where the run began {question.weights_sha256[:16]}"
+            )
+        self._preprocessing = Preprocessing(self.model.image_size, question.fit)
+        self._reader = PartReader()
+
+    def certify(self, parts: Sequence[Part]) -> Iterator[pa.Table]:
+        """The rows of each part, by SCHEMA. An image that cannot be certified is a row with its error.
+
+        A part is read while the one before it is computed, where that takes other means than computing does.
+
+        Raises:
+            BagcertError: the store does not answer; the data was changed.
+        """
+        read = (self._reader.read(part, self._prepare) for part in parts)
+        if any(part.remote for part in parts) or self.model.scorer.device.type != "cpu":
+            read = one_ahead(read)
+        for part, (inputs, labels) in zip(parts, read, strict=True):
+            yield self._rows(part, inputs, labels)
+
+    def _rows(self, part: Part, inputs: list["_Input | UnreadableError"], labels: list[int | None]) -> pa.Table:
+        rows: list[dict[str, Any]] = [
+            {"number": part.first + i, "source": source, "label": label, "worker": self.name}
+            for i, (source, label) in enumerate(zip(part.sources(), labels, strict=True))
+        ]
+        good: dict[int, _Input] = {}
+        for i, found in enumerate(inputs):
+            if isinstance(found, _Input):
+                good[i] = found
+                height, width = found.size_px
+                rows[i] |= {"height_px": height, "width_px": width, "exif_orientation": found.orientation}
+                rows[i]["pixels_sha256"] = found.pixels_sha256
+            else:
+                rows[i]["error"] = str(found)
+        numbers = list(good)
+        for start in range(0, len(numbers), self.question.batch_size):
+            some = numbers[start : start + self.question.batch_size]
+            for i, said in zip(some, self._batch([good[i] for i in some]), strict=True):
+                rows[i] |= said
+        return pa.Table.from_pylist(rows, SCHEMA)
+
+    def _prepare(self, found: Found) -> "_Input | UnreadableError":
+        if isinstance(found, UnreadableError):
+            return found
+        pixels = self._preprocessing.apply(found)
+        return _Input(found.stored_size, found.orientation, pixels_sha256(found.pixels), pixels)
+
+    def _batch(self, inputs: Sequence[_Input]) -> list[dict[str, Any]]:
+        """What each image's row holds of the verdict. Photos of all sizes share the forward pass, not the geometry."""
+        pixels = np.stack([found.pixels for found in inputs])
+        missing = self.question.batch_size - len(pixels)
+        scores = self.model.score_map(np.concatenate([pixels, np.repeat(pixels[:1], missing, axis=0)]))
+        said: list[dict[str, Any]] = [{}] * len(inputs)
+
+        def shape(i: int) -> tuple[tuple[int, int], int]:
+            return inputs[i].size_px, inputs[i].orientation
+
+        for (size, orientation), members in groupby(sorted(range(len(inputs)), key=shape), key=shape):
+            chosen = list(members)
+            some = scores[torch.tensor(chosen, device=scores.scores.device)]
+            score_map = self._preprocessing.geometry(size, orientation).score_map(some)
+            try:
+                verdicts = self._verdicts(score_map, size)
+            except UsageError as error:  # a patch that does not fit into images of this size
+                verdicts = [{"error": str(error)}] * len(chosen)
+            for i, verdict in zip(chosen, verdicts, strict=True):
+                said[i] = verdict
+        return said
+
+    def _verdicts(self, score_map: ScoreMap, size: tuple[int, int]) -> list[dict[str, Any]]:
+        columns = []
+        for rule in self.question.rules:
+            for patch in self.question.patches:
+                threat = PatchThreatModel.parse(patch, size, self.question.placements)
+                certificate = get_rule(rule).certify(score_map, threat)
+                columns.append([_result(record, patch) for record in Record.each(certificate)])
+        return [
+            {
+                "prediction": results[0]["prediction"],
+                "class_name": self.model.class_names[results[0]["prediction"]],
+                "results": list(results),
+            }
+            for results in zip(*columns, strict=True)
+        ]
+
+
+def _result(record: Record, patch: str) -> dict[str, Any]:
+    """Windows of a worst placement are a list of one or more, whatever the rule."""
+    place = record.worst_placement
+    several = bool(place) and isinstance(place[0], list)
+    return {**asdict(record), "patch": patch, "worst_placement": place if several else [place]}

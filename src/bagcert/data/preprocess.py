@@ -1,0 +1,152 @@
+"""From a photo of any size to the network's input, and back from the score map to pixels of the photo as stored.
+
+Each step (turning upright, cropping, resizing) acts on rows and columns separately, so what a network row depends on
+is a set of source rows, and likewise for columns. Composed with the grid of the network this gives the regions that
+a patch on the stored photo can reach. Source: METHOD section 2 of the design notes, "Preprocessing is part of the
+geometry".
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from bagcert.data.photo import Photo, turn
+from bagcert.errors import UsageError
+from bagcert.grid import RegionGrid
+from bagcert.scores import ScoreMap
+
+FITS = ("squash", "center-crop")
+
+# Pillow's 8-bit resize rounds weights to multiples of 2^-22: what weighs less than this counts for nothing in it.
+_NEGLIGIBLE = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class PhotoGeometry:
+    """Which rows and columns of a stored photo each row and column of the network's input depends on.
+
+    Attributes:
+        rows_from: boolean [network height, upright height of the photo].
+        cols_from: boolean [network width, upright width of the photo].
+        swapped: does EXIF swap the axes, so that upright rows are columns of the stored photo?
+
+    Upright rows and columns are counted along the stored axes: a mirrored or half-turned photo differs in these
+    tables only.
+    """
+
+    rows_from: Bool[np.ndarray, "net_height upright_height"]
+    cols_from: Bool[np.ndarray, "net_width upright_width"]
+    swapped: bool
+
+    def grid(self, net_grid: RegionGrid) -> RegionGrid:
+        """The network's grid in pixels of the stored photo; its map is transposed if the axes are swapped."""
+        return _composed(self, net_grid)
+
+    def score_map(self, scores: ScoreMap) -> ScoreMap:
+        """The same scores over the stored photo: rows and columns of map and grid follow the stored axes."""
+        grid = self.grid(scores.grid)
+        return scores.turned(grid) if self.swapped else replace(scores, grid=grid)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How photos become network inputs: turned upright, cropped or squashed, resized with antialiasing.
+
+    Attributes:
+        size: (height_px, width_px) of the network's input.
+        fit: "squash" resizes the whole photo, which may change its aspect; "center-crop" first cuts out the largest
+            centered part of the network's aspect.
+
+    Raises:
+        UsageError: another fit, or a size below 1.
+    """
+
+    size: tuple[int, int]
+    fit: str = "squash"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", tuple(self.size))  # configuration files hold lists
+        if self.fit not in FITS:
+            raise UsageError(f"a fit is {' or '.join(FITS)}, got {self.fit!r}")
+        if min(self.size) < 1:
+            raise UsageError(f"the network's input must be at least 1x1 px, got {self.size[0]}x{self.size[1]}")
+
+    def apply(self, photo: Photo) -> UInt8[np.ndarray, "net_height net_width rgb"]:
+        """The network's input: Pillow's bilinear resize, whose support grows with the reduction.
+
+        A photo that is upright and of the right size passes unchanged.
+        """
+        upright = photo.upright()
+        (top, bottom), (left, right) = self._crop((upright.shape[0], upright.shape[1]))
+        cropped = np.ascontiguousarray(upright[top:bottom, left:right])
+        if cropped.shape[:2] == self.size:
+            return cropped
+        # `reducing_gap` stays unset: its box reduction would reach further than the filter.
+        resized = Image.fromarray(cropped).resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR)
+        return np.array(resized)
+
+    def geometry(self, stored_size: tuple[int, int], orientation: int = 1) -> PhotoGeometry:
+        """What `apply` makes each network row and column depend on, for photos of this size and orientation.
+
+        Args:
+            stored_size: (height_px, width_px) of the photo as stored.
+            orientation: its EXIF orientation, 1 to 8.
+
+        Guarantee: whatever `apply` depends on is declared.
+        """
+        if min(stored_size) < 1:
+            raise UsageError(f"a photo must be at least 1x1 px, got {stored_size[0]}x{stored_size[1]}")
+        return _geometry(self, (int(stored_size[0]), int(stored_size[1])), orientation)
+
+    def _crop(self, upright_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((top, bottom), (left, right)) of the part of the upright photo that is used."""
+        height, width = upright_size
+        if self.fit == "squash":
+            return (0, height), (0, width)
+        net_height, net_width = self.size
+        # Rounding down keeps the crop inside; a very long photo keeps at least one pixel.
+        crop_height = min(height, max(1, width * net_height // net_width))
+        crop_width = min(width, max(1, height * net_width // net_height))
+        top, left = (height - crop_height) // 2, (width - crop_width) // 2
+        return (top, top + crop_height), (left, left + crop_width)
+
+
+@lru_cache(maxsize=64)
+def _composed(geometry: PhotoGeometry, net_grid: RegionGrid) -> RegionGrid:
+    """Kept, because the windows of a threat are kept per grid, and photos of one camera share their geometry."""
+    grid = net_grid.through(geometry.rows_from, geometry.cols_from)
+    return grid.transposed() if geometry.swapped else grid
+
+
+@lru_cache(maxsize=64)
+def _geometry(preprocessing: Preprocessing, stored_size: tuple[int, int], orientation: int) -> PhotoGeometry:
+    swapped, rows_reversed, cols_reversed = turn(orientation)
+    # How long each upright axis is, and whether it runs against the stored axis it lies on.
+    height, width = stored_size[::-1] if swapped else stored_size
+    reversed_axes = (cols_reversed, rows_reversed) if swapped else (rows_reversed, cols_reversed)
+    tables = []
+    for pixels, span, target, backwards in zip(
+        (height, width), preprocessing._crop((height, width)), preprocessing.size, reversed_axes, strict=True
+    ):
+        table = np.zeros((target, pixels), dtype=bool)
+        table[:, slice(*span)] = _resize_support(span[1] - span[0], target)
+        tables.append(table[:, ::-1] if backwards else table)
+    return PhotoGeometry(tables[0], tables[1], swapped)
+
+
+def _resize_support(source: int, target: int) -> np.ndarray:
+    """Boolean [target, source]: which source pixels have a weight in each pixel of Pillow's bilinear resize.
+
+    The filter is a triangle around the center (t + 1/2)·source/target of each target pixel t, of half-width
+    max(1, source/target) source pixels, sampled at pixel centers. An axis of unchanged length is not resampled.
+    """
+    if source == target:
+        return np.eye(source, dtype=bool)
+    scale = source / target
+    support = max(1.0, scale)
+    center = (np.arange(target)[:, None] + 0.5) * scale
+    distance = np.abs(np.arange(source)[None, :] + 0.5 - center)
+    return distance < support * (1 - _NEGLIGIBLE)

@@ -1,0 +1,1 @@
+"""Evaluation: accuracy and certified accuracy on a data set, one record per image."""

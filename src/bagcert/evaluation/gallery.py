@@ -1,0 +1,212 @@
+"""The gallery of an evaluation: which images are kept as pictures, and what is drawn of each.
+
+The choice follows from the records alone, so that a resumed run keeps the same pictures. Verdicts are those of the
+records; the votes are computed again for the few images chosen, and may differ by a rounding from those of the
+evaluation, whose batches were larger: they illustrate, and prove nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bagcert.aggregation import HIDDEN_UNIT
+from bagcert.data.image_set import ImageSet
+from bagcert.data.photo import Photo, turn
+from bagcert.data.preprocess import Preprocessing
+from bagcert.defenses.bagcert import BagCert
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.evaluation.gallery_file import MOST_PICTURES, MOST_REGIONS, MOST_SIDE_PX, Gallery, Picture
+from bagcert.records import ImageRecord, Record, telling_column
+from bagcert.rules.largest import largest_certifiable_px, largest_certified_px
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel
+
+VOTES = ("vote", "levine-feizi")
+
+
+def chosen(records: Sequence[ImageRecord], most: int = MOST_PICTURES) -> list[int]:
+    """Positions in `records` of the images to show, ascending: a spread over what the telling rule and patch gave.
+
+    A third each right and certified, right only, and wrong, evenly over the margins within each; where a kind has
+    fewer, the others get its room.
+
+    >>> chosen([])
+    []
+    """
+    kinds: list[list[int]] = [[], [], []]
+    column = telling_column(records)
+    for position, record in enumerate(records):
+        first = record.results[column]
+        right = first.prediction == record.label
+        kinds[0 if right and first.certified else 1 if right else 2].append(position)
+    for kind in kinds:
+        kind.sort(key=lambda position: (records[position].results[column].margin, position))
+    room, kept = most, []
+    for left, kind in zip((3, 2, 1), sorted(kinds, key=len), strict=True):
+        count = min(len(kind), -(-room // left) if left > 1 else room)
+        kept += [kind[round(i)] for i in np.linspace(0, len(kind) - 1, count)]
+        room -= count
+    return sorted(kept)
+
+
+def make_gallery(
+    model: BagCert,
+    images: ImageSet,
+    records: Sequence[ImageRecord],
+    placements: str | Path | None = None,
+    fit: str = "squash",
+    most: int = MOST_PICTURES,
+) -> Gallery:
+    """Pictures of some images of an evaluation, by one further forward pass over them.
+
+    Args:
+        model, images, placements, fit: as they were evaluated.
+        records: of the evaluation.
+        most: how many pictures, at most 32.
+
+    Raises:
+        UnreadableError: an image that was readable no longer is.
+    """
+    preprocessing = Preprocessing(model.image_size, fit)
+    some = [records[position] for position in chosen(records, min(most, MOST_PICTURES))]
+
+    def prepared(photo: Photo) -> tuple[np.ndarray, np.ndarray, tuple[int, int], int]:
+        return preprocessing.apply(photo), thumbnail(photo.upright()), photo.stored_size, photo.orientation
+
+    found = images.prepare_each([record.index for record in some], prepared)
+    if lost := [error for error in found if isinstance(error, UnreadableError)]:
+        raise lost[0]
+    ready: list[Any] = list(found)
+    if not ready:
+        return Gallery(model.class_names, [])
+    column = telling_column(records)
+    maps = model.score_map(np.stack([item[0] for item in ready]))
+    return Gallery(
+        model.class_names,
+        [
+            picture(
+                maps[i : i + 1],
+                preprocessing,
+                small,
+                size,
+                orientation,
+                record.index,
+                record.results[column],
+                placements,
+            )
+            for i, ((_, small, size, orientation), record) in enumerate(zip(ready, some, strict=True))
+        ],
+    )
+
+
+def picture(
+    net_map: ScoreMap,
+    preprocessing: Preprocessing,
+    pixels: np.ndarray,
+    stored_size: tuple[int, int],
+    orientation: int,
+    index: int,
+    verdict: Record,
+    placements: str | Path | None = None,
+) -> Picture:
+    """One picture from the network's own score map [1, classes, rows, cols] and the verdict to show.
+
+    Args:
+        pixels: uint8 [height, width, 3], the photo upright and small.
+        stored_size, orientation: of the photo as stored, to whose pixels the verdict's placements belong.
+    """
+    stored = preprocessing.geometry(stored_size, orientation).score_map(net_map)
+    upright_size = stored_size[::-1] if turn(orientation)[0] else stored_size
+    upright = preprocessing.geometry(upright_size, 1).grid(net_map.grid)
+    threat = PatchThreatModel.parse(
+        verdict.threat.removesuffix(" within the allowed placements"), stored_size, placements
+    )
+    # The side a vote certifies is over all placements; masks are built for the allowed ones.
+    asked = replace(threat, allowed=None) if verdict.rule in VOTES else threat
+    label = net_map.class_scores.new_tensor([verdict.prediction])
+    worst = np.asarray(verdict.worst_placement).reshape(-1, 4).tolist()
+    rival = runner_up(net_map, verdict.prediction)
+    return Picture(
+        index=index,
+        prediction=verdict.prediction,
+        runner_up=rival,
+        size_px=upright_size,
+        pixels=pixels,
+        votes=votes(net_map, verdict.prediction, rival),
+        row_edges=edges(upright.rows_seen),
+        col_edges=edges(upright.cols_seen),
+        worst_placements=[list(box) for box in dict.fromkeys(turned(box, stored_size, orientation) for box in worst)],
+        largest_certified_px=int(largest_certified_px(stored, verdict.rule, asked)[0]),
+        largest_certifiable_px=int(largest_certifiable_px(stored, label)[0]),
+    )
+
+
+def votes(net_map: ScoreMap, prediction: int, rival: int) -> np.ndarray:
+    """What is drawn of each region: its scores of two classes, int16 [2, rows, cols], clipped.
+
+    Of a model that pools regions by attention these are the class scores of its readout if this region alone were
+    kept, in units of 128. They say what a region speaks for, not how much it counts beside the others, and do not add
+    up to the class scores of the image.
+    """
+    found = net_map[:1].region_scores[0, [prediction, rival]].cpu().numpy()
+    if net_map.readout is not None:
+        found = found // HIDDEN_UNIT
+    return np.clip(found, -(2**15), 2**15 - 1).astype(np.int16)
+
+
+def runner_up(score_map: ScoreMap, prediction: int) -> int:
+    """Of one image: the class with the largest score apart from `prediction`, the lowest among equals."""
+    sums = score_map.class_scores[0].clone()
+    sums[prediction] = sums.min() - 1
+    return int(sums.max(0).indices)
+
+
+def edges(seen: np.ndarray) -> list[float]:
+    """Where regions are drawn along an axis: half-way between the centers of what neighbours see.
+
+    Args:
+        seen: boolean [regions, pixels], as in `RegionGrid`.
+
+    >>> edges(np.eye(3, dtype=bool))
+    [0.0, 1.0, 2.0, 3.0]
+    """
+    regions, pixels = seen.shape
+    if regions > MOST_REGIONS:
+        raise UsageError(f"a map of {regions} regions along an axis is too large to draw; the limit is {MOST_REGIONS}")
+    first, last = seen.argmax(1), pixels - seen[:, ::-1].argmax(1)
+    centers = (first + last) / 2
+    # Clipping at the border and wrap-around move centers; the step between the middle ones is that of the map.
+    if regions < 2 or (np.diff(centers) <= 0).any():
+        return np.linspace(0, pixels, regions + 1).tolist()
+    middle = (centers[1:] + centers[:-1]) / 2
+    step = np.median(np.diff(centers))
+    ends = [max(0.0, middle[0] - step), min(float(pixels), middle[-1] + step)]
+    return [ends[0], *middle.tolist(), ends[1]]
+
+
+def turned(box: Sequence[int], stored_size: tuple[int, int], orientation: int) -> tuple[int, int, int, int]:
+    """A placement [top, left, height, width] in pixels of a stored photo, in those of the photo turned upright.
+
+    >>> turned([0, 0, 1, 2], (10, 20), 6)
+    (0, 9, 2, 1)
+    """
+    swapped, rows_reversed, cols_reversed = turn(orientation)
+    top, left, height, width = box
+    if rows_reversed:
+        top = stored_size[0] - top - height
+    if cols_reversed:
+        left = stored_size[1] - left - width
+    return (left, top, width, height) if swapped else (top, left, height, width)
+
+
+def thumbnail(pixels: np.ndarray, most: int = MOST_SIDE_PX) -> np.ndarray:
+    """uint8 [height, width, 3] with no side above `most` px."""
+    if max(pixels.shape[:2]) <= most:
+        return pixels
+    small = Image.fromarray(pixels)
+    small.thumbnail((most, most), Image.Resampling.BILINEAR)
+    return np.array(small)

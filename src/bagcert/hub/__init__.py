@@ -1,0 +1,1 @@
+"""Publishing: what a model says about itself, and how it reaches the Hugging Face hub."""

@@ -1,0 +1,215 @@
+"""The card of a model on the hub: what was proved of it, against whom, and what no certificate covers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from bagcert.errors import UnreadableError, cleaned, shown
+from bagcert.io.files import read_regular
+from bagcert.nets.saved_model import ModelConfig
+from bagcert.records import SCHEMA_VERSION, Row, RunInfo
+from bagcert.rules import get_rule
+
+RESULTS = "results.json"
+MAX_RESULTS_BYTES = 1 << 22
+MOST_CLASS_NAMES = 50  # of those that are listed
+MOST_CHARACTERS = 200  # of one name
+
+CITATION = """\
+@software{bagcert,
+  title  = {bagcert: certified defence against adversarial patches},
+  author = {{bagcert contributors}},
+  version = {0.2.0}
+}
+@inproceedings{metzen2021efficient,
+  title     = {Efficient Certified Defenses Against Patch Attacks on Image Classifiers},
+  author    = {Metzen, Jan Hendrik and Yatsura, Maksym},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021}
+}
+@inproceedings{xiang2022patchcleanser,
+  title     = {PatchCleanser: Certifiably Robust Defense against Adversarial Patches for Any Image Classifier},
+  author    = {Xiang, Chong and Mahloujifar, Saeed and Mittal, Prateek},
+  booktitle = {USENIX Security Symposium},
+  year      = {2022}
+}"""
+"""What CITATION.cff says, as BibTeX; a test compares the two."""
+
+LIMITS = """\
+- Images that are not certified. Each image is certified or not; ask `certify` for it.
+- Changes of the whole picture: blur, noise, lighting, JPEG compression after the patch is there.
+- What a sticker does to the camera: sizes are in pixels of the image file, after lens, exposure and focus.
+- A patch larger than the one certified against, or more patches at once.
+- Whether the answer is right: a certificate says that a patch cannot change it. "Certified" in the table counts only
+  images whose answer is right as well.
+- Another defence: other weights, another rule, or masks built for another patch.
+- Availability: an attacker can take a certificate away, so plan for images without one."""
+
+
+def read_results(folder: Path, weights_sha256: str) -> RunInfo | None:
+    """The evaluation kept beside the weights, None where there is none.
+
+    Raises:
+        UnreadableError: it is not what `bagcert evaluate --out` writes, or is one of other weights.
+    """
+    path = folder / RESULTS
+    try:
+        values = json.loads(read_regular(path, MAX_RESULTS_BYTES).decode())
+        run = TypeAdapter(RunInfo).validate_python(values)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.errors()[0]["msg"].lower() if isinstance(error, ValidationError) else error
+        raise UnreadableError(f"{path} is not the JSON of an evaluation: {shown(reason)}") from None
+    if run.schema_version != SCHEMA_VERSION:
+        raise UnreadableError(f"{path} has schema version {run.schema_version}, expected {SCHEMA_VERSION}")
+    for row in run.results:
+        intervals = [row.interval95.get(name, []) for name in ("clean_accuracy", "certified_accuracy")]
+        if any(len(bounds) != 2 for bounds in intervals):
+            raise UnreadableError(f"{path}: the row against {shown(row.threat)} has no 95 % intervals")
+        shares = (row.clean_accuracy, row.certified_accuracy, *intervals[0], *intervals[1])
+        if not all(0 <= share <= 1 for share in shares):  # NaN is not, either
+            raise UnreadableError(f"{path}: the row against {shown(row.threat)} has shares outside 0 to 1")
+    if run.weights_sha256 != weights_sha256:
+        raise UnreadableError(
+            f"{path} is an evaluation of other weights ({shown(run.weights_sha256, 12)}) than those beside it "
+            f"({weights_sha256[:12]}); evaluate this model anew"
+        )
+    return run
+
+
+def model_card(config: ModelConfig, weights_sha256: str, results: RunInfo | None, repo_id: str) -> str:
+    """The README.md of a hub repository, in Markdown.
+
+    Names come out of files and may be hostile: each stands in a code span, on one line, where nothing is markup.
+
+    Args:
+        config: of the model.
+        weights_sha256: of its weights.
+        results: what was measured of it; None is said plainly.
+        repo_id: `owner/name`, checked before.
+
+    Raises:
+        UsageError: the config names a rule there is not.
+    """
+    height, width = config.image_size
+    rule = get_rule(config.rule)
+    promise = (
+        "no content of that patch, anywhere, changes the answer"
+        if rule.guarantee == "recovery"
+        else "no content of that patch, anywhere, changes the answer without an alert"
+    )
+    parts = [
+        "---\nlibrary_name: bagcert\npipeline_tag: image-classification\ntags:\n- adversarial-patch\n"
+        "- certified-robustness\n- image-classification\n---",
+        f"# {code(config.name)}",
+        "An image classifier with a certified defence against adversarial patches: for each image it answers, and "
+        f"proves, or does not, that no patch can change the answer. {len(config.class_names):,} classes, images of "
+        f"{height}x{width} px (others are resized), architecture {code(config.architecture)}, rule "
+        f"{code(config.rule)}.{_readout(config)}",
+        f"## Measured\n\n{_measured(results, repo_id)}",
+        "## Threat model\n\n"
+        f"The attacker replaces all pixels of one patch, {code(config.patch)} in pixels of an image of {height}x{width}"
+        " px as this model is deployed, at any place, by anything, knowing the model; nothing else changes. A "
+        "certificate covers every smaller patch and a sticker of any form inside that rectangle. If an image is "
+        f"certified, {promise}: {rule.summary}.",
+        f"## What no certificate covers\n\n{LIMITS}",
+        f"## Training\n\n{_training(config)}",
+        "## Use\n\n```python\nimport bagcert\n\n"
+        f'model = bagcert.load("{repo_id}")  # safetensors and JSON; nothing in it is run as code\n'
+        "certificate = model.certify(images)     # uint8 [images, height, width, 3]\n"
+        "certificate.prediction, certificate.certified, certificate.margin\n```\n\n"
+        f"```sh\nbagcert certify photo.jpg --model {repo_id}\nbagcert doctor {repo_id}\n```\n\n"
+        f"`model.safetensors` has the SHA-256 {code(weights_sha256)}.",
+        f"## Classes\n\n{_classes(config.class_names)}",
+        f"## Cite\n\n```bibtex\n{CITATION}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def code(text: object, in_table: bool = False) -> str:
+    r"""A text as a code span of Markdown, where nothing in it is markup, a link or HTML.
+
+    >>> print(code("cat"), code("a`b"), code("<b>\n|", in_table=True))
+    `cat` `` a`b `` `<b>?\|`
+    """
+    line = cleaned(text)
+    line = line[:MOST_CHARACTERS] + " ..." if len(line) > MOST_CHARACTERS else line
+    if not line.strip():
+        return "(empty)"
+    fence = "`"
+    while fence in line:
+        fence += "`"
+    space = " " if line.startswith("`") or line.endswith("`") or len(fence) > 1 else ""
+    span = f"{fence}{space}{line}{space}{fence}"
+    return span.replace("|", "\\|") if in_table else span
+
+
+def _readout(config: ModelConfig) -> str:
+    if not config.readout:
+        return ""
+    return (
+        f" Class scores are not sums over regions: {config.attention_heads} attention heads pool {config.values} "
+        f"values of every region, and a readout of {config.hidden} hidden units makes class scores of them."
+    )
+
+
+def _measured(results: RunInfo | None, repo_id: str) -> str:
+    if results is None or not results.results:
+        return (
+            "**Nothing was measured of this model: no results come with it.** Whoever uses it should evaluate it on "
+            f"images of their own: `bagcert evaluate {repo_id} --data FOLDER`."
+        )
+    lines = [
+        "| patch, px | rule | clean | certified | certified, 95 % interval |",
+        "|---|---|---|---|---|",
+        *map(_line, results.results),
+    ]
+    limit = "" if results.limit is None else f" (the first {results.limit:,} only)"
+    unreadable = f"; {results.unreadable:,} could not be read" if results.unreadable else ""
+    return (
+        "\n".join(lines) + "\n\nClean: the share of images answered rightly. Certified: the share answered rightly "
+        "*and* proved to stay so under any patch of that size, anywhere; a lower bound of the accuracy under attack. "
+        f"Intervals are Wilson's. Measured on {results.images:,} images{limit} of {code(results.data)}, split "
+        f"{code(results.split)}{unreadable}, on {code(results.device)} in {code(results.dtype)}."
+    )
+
+
+def _line(row: Row) -> str:
+    low, high = row.interval95["certified_accuracy"]
+    return (
+        f"| {code(row.threat, True)} | {code(row.rule, True)} | {row.clean_accuracy:.1%} | "
+        f"**{row.certified_accuracy:.1%}** | {low:.1%} to {high:.1%} |"
+    )
+
+
+def _training(config: ModelConfig) -> str:
+    known: dict[str, Any] = config.provenance
+    seconds = known.get("training_seconds")
+    facts = {
+        "Data": known.get("data"),
+        "Images": known.get("training_images"),
+        "Hardware": known.get("device"),
+        "Threads": known.get("threads"),
+        "Processes": known.get("processes"),
+        "Seconds": seconds,
+        "Versions": _pairs(known.get("versions")),
+    }
+    lines = [f"- {name}: {code(value)}" for name, value in facts.items() if value not in (None, "")]
+    if not lines:
+        return "Where and on what this model was trained is not recorded."
+    return "\n".join([*lines, "", "The whole recipe is in `config.json`."])
+
+
+def _pairs(versions: object) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
+
+
+def _classes(names: list[str]) -> str:
+    listed = ", ".join(map(code, names[:MOST_CLASS_NAMES]))
+    rest = len(names) - MOST_CLASS_NAMES
+    return f"{listed} and {rest:,} more, in `config.json`." if rest > 0 else f"{listed}."

@@ -1,0 +1,60 @@
+"""What a model is: geometry, size, cost, provenance, and what was measured of it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bagcert.defenses.bagcert import model_folder
+from bagcert.hub.card import read_results
+from bagcert.nets.saved_model import WEIGHTS, read_model, weights_sha256
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A model's facts, ready for JSON.
+
+    `multiply_adds` are those of one image of the model's size; `results` are the rows of the evaluations kept
+    beside the weights.
+
+    Raises:
+        UsageError: no such model.
+        UnreadableError: its files are damaged, or the evaluation beside the weights is of other weights.
+    """
+    folder = model_folder(name)
+    scorer, config = read_model(folder)
+    grid = scorer.grid()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        scorer(torch.zeros(1, scorer.channels, *scorer.image_size))
+    middle = len(grid.rows_seen) // 2
+    stride = int(grid.rows_seen[middle].argmax() - grid.rows_seen[middle - 1].argmax())
+    return {
+        "name": config.name,
+        "architecture": config.architecture,
+        "width": config.width,
+        "depth": config.depth,
+        "image_size_px": list(scorer.image_size),
+        "receptive_field_px": list(grid.receptive_field),
+        "stride_px": stride,
+        "region_grid": list(grid.map_size),
+        "classes": len(scorer.class_names),
+        "class_names": list(scorer.class_names),
+        "parameters": sum(parameter.numel() for parameter in scorer.parameters()),
+        "multiply_adds": counter.get_total_flops() // 2,
+        "head": config.head,
+        **config.readout,
+        "rule": config.rule,
+        "patch": config.patch,
+        "weights_sha256": weights_sha256(folder),
+        "weights_bytes": (folder / WEIGHTS).stat().st_size,
+        "provenance": config.provenance,
+        "recipe": config.recipe,
+        "results": _results(folder),
+    }
+
+
+def _results(folder: Path) -> list[dict[str, Any]]:
+    run = read_results(folder, weights_sha256(folder))
+    if run is None:
+        return []
+    return [{**row, "data": run.data, "split": run.split, "images": run.images} for row in run.to_dict()["results"]]

@@ -1,0 +1,1 @@
+"""Files: hardened reads, atomic writes, and libraries that are optional."""

@@ -1,0 +1,162 @@
+"""A network as other runtimes take it: a plain copy on the CPU, and its ONNX graph."""
+
+import copy
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bagcert.errors import BagcertError, UsageError, shown
+from bagcert.io.files import read_regular, write_atomically
+
+OPSET = 18  # understood by every runtime since 2023
+INPUT = "images"
+REAL_SCORES = "z"
+MOST_BYTES = 2**31  # an ONNX file cannot be larger
+LIBRARIES = ("onnx", "onnxscript")  # what `to_onnx` needs
+
+_GRAPHS: dict[str, bytes] = {}  # of this process: writing one takes seconds
+
+
+def inference_copy(scorer: Any) -> nn.Module:
+    """Images in [0, 1] to `z`: the normalization and the network of a region scorer, copied, for inference alone."""
+    net = nn.Sequential(copy.deepcopy(scorer.normalize), copy.deepcopy(scorer.net))
+    net = net.cpu().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return net.eval().requires_grad_(False)
+
+
+def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[str]) -> Any:
+    """The ONNX graph of a module that takes `images` float32 [batch, channels, height, width], any number at once.
+
+    It holds standard operators and weights, and nothing of the machine it was made on.
+
+    Args:
+        image: (channels, height, width).
+        outputs: a name for each output.
+
+    Returns:
+        An `onnx.ModelProto`.
+
+    Raises:
+        UsageError: a layer that ONNX cannot express.
+    """
+    example = torch.rand(2, *image, generator=torch.Generator().manual_seed(0))
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                _Named(module).eval(),
+                (example,),
+                input_names=[INPUT],
+                output_names=list(outputs),
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+                opset_version=OPSET,
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter wraps whatever it trips over
+            raise UsageError(f"this network cannot be written as ONNX: {shown(error)}") from error
+    assert program is not None
+    model = program.model_proto
+    _forget_origin(model)
+    return model
+
+
+def graph_of(net: nn.Module, image: tuple[int, int, int], folder: Path | None = None) -> bytes:
+    """The ONNX file of a network whose one output is `z`: written once per process; with a folder, once per machine.
+
+    The folder saves the seconds that writing takes and decides nothing: a file there that is damaged is written again,
+    and a folder that cannot be written is no error.
+
+    Args:
+        net: from `inference_copy`.
+        image: (channels, height, width).
+        folder: where files are kept.
+    """
+    key = network_key(net, image)
+    if key is None:
+        return to_onnx(net, image, [REAL_SCORES]).SerializeToString()
+    if key not in _GRAPHS:
+        path = None if folder is None else folder / f"{key}.onnx"
+        found = None if path is None else _kept(path)
+        if found is None:
+            found = to_onnx(net, image, [REAL_SCORES]).SerializeToString()
+            if path is not None:
+                with suppress(BagcertError, OSError):
+                    write_atomically(path, _digest(found) + found)
+        _GRAPHS[key] = found
+    return _GRAPHS[key]
+
+
+def network_key(net: nn.Module, *more: object) -> str | None:
+    """The hash of a network's layers and weights; None where layers of the user's own may hold more than these say."""
+    if any(type(part).__module__.partition(".")[0] not in ("torch", "bagcert") for part in net.modules()):
+        return None
+    versions = [metadata.version(name) for name in ("bagcert", "torch", *LIBRARIES)]
+    digest = hashlib.sha256(repr((net, more, versions)).encode())
+    for name, tensor in net.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _kept(path: Path) -> bytes | None:
+    """A whole file that was kept there."""
+    try:
+        content = read_regular(path, MOST_BYTES)
+    except OSError:
+        return None
+    digest, found = content[:32], content[32:]
+    return found if digest == _digest(found) else None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+class _Named(nn.Module):
+    """Gives the input its name, whatever the module calls it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Any:
+        return self.module(images)
+
+
+def _forget_origin(model: Any) -> None:
+    """Drops what the exporter notes of source files and their places on this machine."""
+    del model.metadata_props[:]
+    model.doc_string = ""
+    graphs = [model.graph, *model.functions]
+    for graph in graphs:
+        graph.doc_string = ""
+        del graph.metadata_props[:]
+        for part in (*graph.node, *graph.value_info, *getattr(graph, "input", ()), *getattr(graph, "initializer", ())):
+            if not isinstance(part, str):
+                part.doc_string = ""
+                if hasattr(part, "metadata_props"):
+                    del part.metadata_props[:]
+    for output in model.graph.output:
+        del output.metadata_props[:]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's notes about its own insides away from users."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

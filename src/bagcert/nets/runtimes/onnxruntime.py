@@ -1,0 +1,44 @@
+"""onnxruntime on the CPU, in float32."""
+
+from typing import Any
+
+import numpy as np
+
+from bagcert.errors import UsageError
+from bagcert.nets.runtimes.base import Runner, Session
+from bagcert.nets.runtimes.onnx_graph import INPUT, LIBRARIES, graph_of
+
+
+class OnnxRuntimeRunner(Runner):
+    """A network through onnxruntime."""
+
+    name = "onnxruntime"
+    libraries = ("onnxruntime", *LIBRARIES)
+    extra = "onnx"
+
+    def require_dtype(self) -> None:
+        """Float32 alone."""
+        if self.dtype is not None:
+            raise UsageError("the backend onnxruntime computes in float32 on CPUs; torch and openvino have bfloat16")
+
+    def start(self, image: tuple[int, int, int], threads: int) -> Session:
+        """A session on the network's graph."""
+        session = onnx_session(graph_of(self.net, image, self.folder), threads)
+
+        def scores(images: np.ndarray) -> np.ndarray:
+            (z,) = session.run(None, {INPUT: images})
+            return z
+
+        return scores
+
+
+def onnx_session(model: bytes, threads: int) -> Any:
+    """An onnxruntime session on the CPU with so many threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Its threads would go on spinning for a while after a run, in the way of the rules that follow.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

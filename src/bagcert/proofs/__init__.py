@@ -1,0 +1,1 @@
+"""Proof records: written for each certificate, and checked by a second program."""

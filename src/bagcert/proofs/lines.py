@@ -1,0 +1,114 @@
+"""The lines of a record file: strict JSON with a version and a hash. The format is described in docs/records.md."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bagcert.errors import UnreadableError
+from bagcert.io.files import open_regular
+
+RECORD_VERSIONS = (1, 2)
+"""Version 2 is of records that restrict placements. Those of version 1 left out smaller patches within the mask."""
+
+MOST_LINE_BYTES = 2**26
+FIELDS = {
+    "record": "record_version source image network model geometry threat rule scores locality verdict environment "
+    "sha256",
+    "image": "size_px exif_orientation pixels_sha256",
+    "network": "size_px fit pixels_sha256",
+    "model": "name weights_sha256 head scale",
+    "geometry": "rows cols",
+    "threat": "notation shapes patches allowed",
+    "scores": "shape low high data slack",
+    "verdict": "prediction class_name certified margin worst_placement",
+    "environment": "device backend dtype threads versions",
+}
+
+TEXTS = (("network", "fit"), ("environment", "dtype"), ("verdict", "class_name"), ("threat", "notation"))
+
+
+def seal(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the SHA-256 over its canonical JSON: sorted keys, no spaces, ASCII, without `sha256` itself."""
+    body = {name: value for name, value in record.items() if name != "sha256"}
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**body, "sha256": hashlib.sha256(canonical.encode("ascii")).hexdigest()}
+
+
+def to_line(record: dict[str, Any]) -> bytes:
+    """One line of JSONL, the version first."""
+    return (json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n").encode("ascii")
+
+
+def from_line(line: bytes) -> dict[str, Any]:
+    """A record from its line; its form is checked, not what it says.
+
+    Raises:
+        ValueError: longer than 64 MiB, not JSON, a key twice, NaN, an unknown version, missing or unknown fields,
+            another SHA-256 than that of its content.
+    """
+    if len(line) > MOST_LINE_BYTES:
+        raise ValueError(f"it has more than {MOST_LINE_BYTES:,} bytes")
+    try:
+        record = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON, or is cut short ({error})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not text ({error.reason} at byte {error.start})") from None
+    if not isinstance(record, dict):
+        raise ValueError("it is not a JSON object")
+    if "record_version" not in record:
+        raise ValueError("it has no record_version, so it is no certificate record")
+    if record["record_version"] not in RECORD_VERSIONS or type(record["record_version"]) is not int:
+        raise ValueError(f"its record_version is {record['record_version']!r}; this reads 1 and 2")
+    for name, fields in FIELDS.items():
+        part, what = (record, "it") if name == "record" else (record[name], f"its {name}")
+        if not isinstance(part, dict):
+            raise ValueError(f"{what} is not a JSON object")
+        if lacking := sorted(set(fields.split()) - part.keys()):
+            raise ValueError(f"{what} lacks {lacking[0]!r}")
+        if unknown := sorted(part.keys() - set(fields.split())):
+            raise ValueError(f"{what} has the unknown field {unknown[0]!r}")
+    for name, inner in TEXTS:
+        if not isinstance(record[name][inner], str):
+            raise ValueError(f"its {name}.{inner} is not text")
+    if not isinstance(record["source"], str) or not isinstance(record["environment"]["versions"], dict):
+        raise ValueError("its source is not text, or its environment.versions are not an object")
+    try:
+        same = seal(record)["sha256"] == record["sha256"]
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not same:
+        raise ValueError("its SHA-256 is not that of its content; it was damaged or altered")
+    return record
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, each with its end; of one that is too long, as much as shows that it is.
+
+    Raises:
+        UnreadableError: it cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            while line := file.readline(MOST_LINE_BYTES + 1):
+                yield line
+                if len(line) > MOST_LINE_BYTES:
+                    return
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")

@@ -1,0 +1,147 @@
+"""Certificate records: for an image, a rule and a patch all that is needed to recheck the verdict.
+
+The format is described, field by field, in docs/records.md. A record holds no time and nothing random, so that a run
+that was killed and resumed leaves the same bytes as one that was not.
+"""
+
+import base64
+import hashlib
+import zlib
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bagcert.aggregation import require_sum
+from bagcert.certificate import Certificate
+from bagcert.data.photo import Photo
+from bagcert.data.preprocess import Preprocessing
+from bagcert.defenses.bagcert import BagCert
+from bagcert.errors import UsageError
+from bagcert.grid import RegionGrid
+from bagcert.proofs.lines import seal
+from bagcert.records import Record
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel
+
+
+def certificate_record(
+    model: BagCert,
+    preprocessing: Preprocessing,
+    photo: Photo,
+    score_map: ScoreMap,
+    certificate: Certificate,
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """The record of one image's certificate, ready for `bagcert.proofs.lines.to_line`.
+
+    Args:
+        model: whose scores they are.
+        preprocessing: how the photo reached the network.
+        photo: the image as stored.
+        score_map: its scores [1, classes, rows, cols], over the stored photo.
+        certificate: of that one image.
+        environment: `device`, `backend`, `dtype`, `threads` and `versions` of the run.
+
+    Raises:
+        UsageError: more than one image, or scores beyond int16.
+    """
+    if len(score_map) != 1 or len(certificate) != 1:
+        raise UsageError(f"a record is of one image, got {len(score_map)} score maps, {len(certificate)} certificates")
+    (said,) = Record.each(certificate)
+    record = {
+        "record_version": 1 if certificate.threat.allowed is None else 2,
+        "source": photo.source,
+        "image": image_fields(photo),
+        "network": {
+            "size_px": list(preprocessing.size),
+            "fit": preprocessing.fit,
+            "pixels_sha256": pixels_sha256(preprocessing.apply(photo)),
+        },
+        "model": model_fields(model),
+        "geometry": geometry_fields(score_map.grid),
+        "threat": threat_fields(certificate.threat),
+        "rule": certificate.rule,
+        "scores": scores_fields(score_map),
+        "locality": certificate.locality,
+        "verdict": {
+            "prediction": said.prediction,
+            "class_name": model.class_names[said.prediction],
+            **{name: asdict(said)[name] for name in ("certified", "margin", "worst_placement")},
+        },
+        "environment": environment,
+    }
+    return seal(record)
+
+
+def image_fields(photo: Photo) -> dict[str, Any]:
+    """What tells an image from every other: size and orientation as stored, and a hash of the pixels."""
+    return {
+        "size_px": list(photo.stored_size),
+        "exif_orientation": photo.orientation,
+        "pixels_sha256": pixels_sha256(photo.pixels),
+    }
+
+
+def pixels_sha256(pixels: np.ndarray) -> str:
+    """Of uint8 pixels [height, width, 3], row by row."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def model_fields(model: BagCert) -> dict[str, Any]:
+    """What names a model and its head.
+
+    Raises:
+        UsageError: a model whose class scores are not sums over regions, of which there are no records.
+    """
+    require_sum(model.scorer.readout, "a certificate record")
+    return {
+        "name": model.name,
+        "weights_sha256": model.weights_sha256,
+        "head": model.scorer.head,
+        "scale": model.scorer.scale,
+    }
+
+
+@lru_cache(maxsize=64)
+def geometry_fields(grid: RegionGrid) -> dict[str, Any]:
+    """For each row and column of regions the pixels it sees, as ascending runs [start, stop)."""
+    return {"rows": [_runs(seen) for seen in grid.rows_seen], "cols": [_runs(seen) for seen in grid.cols_seen]}
+
+
+def threat_fields(threat: PatchThreatModel) -> dict[str, Any]:
+    """The notation, what it stands for, and the allowed placements as packed bits, row by row."""
+    return {
+        "notation": threat.notation,
+        "shapes": [list(shape) for shape in threat.shapes],
+        "patches": threat.patches,
+        "allowed": None if threat.allowed is None else _pack(np.packbits(threat.allowed).tobytes()),
+    }
+
+
+def scores_fields(score_map: ScoreMap) -> dict[str, Any]:
+    """The integers [classes, rows, cols], and their slack if there is any, as deflated little-endian int16."""
+    if not -(2**15) <= score_map.low < score_map.high < 2**15:
+        raise UsageError(f"a record holds scores of 16 bits, got the range [{score_map.low}, {score_map.high}]")
+    return {
+        "shape": list(score_map.scores.shape[1:]),
+        "low": score_map.low,
+        "high": score_map.high,
+        "data": _pack_int16(score_map.scores[0]),
+        "slack": None if score_map.slack is None else _pack_int16(score_map.slack[0]),
+    }
+
+
+def _runs(seen: np.ndarray) -> list[list[int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], seen.astype(np.int8), [0]])))
+    return edges.reshape(-1, 2).tolist()
+
+
+def _pack_int16(values: Tensor) -> str:
+    return _pack(values.clamp(max=2**15 - 1).cpu().numpy().astype("<i2").tobytes())
+
+
+def _pack(content: bytes) -> str:
+    return base64.b64encode(zlib.compress(content, 9)).decode("ascii")

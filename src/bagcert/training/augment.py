@@ -1,0 +1,179 @@
+"""Augmentation of whole batches on their device: every image gets its own crop, flip and cutout, without a loop.
+
+Randomness comes from a `torch.Generator` on the same device, so that a resumed run draws the same numbers, or from a
+share of what it draws for a larger batch. Each random function draws and then calls the function that applies what
+was drawn.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from bagcert.errors import UsageError
+from bagcert.training.random import Source, draw, draw_uniform
+
+
+def random_crop(
+    images: UInt8[Tensor, "batch channels height width"],
+    padding: int,
+    generator: Source,
+    mode: str = "reflect",
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Each image padded by `padding` px on all sides, and cut back to its size at an offset of its own.
+
+    Args:
+        images: uint8 [batch, channels, height, width].
+        padding: in px; 0 returns the images as they are.
+        generator: on the device of the images.
+        mode: "reflect" (mirrored without repeating the border pixel) or "zero".
+
+    Raises:
+        UsageError: another mode, or a padding that is negative or, for reflect, not smaller than the image.
+    """
+    if padding == 0:
+        return images
+    _check_crop(images, padding, mode)
+    offsets = draw(2 * padding + 1, len(images), generator, 2)
+    return crop(images, offsets, padding, mode)
+
+
+def crop(
+    images: UInt8[Tensor, "batch channels height width"],
+    offsets: Int64[Tensor, "batch 2"],
+    padding: int,
+    mode: str = "reflect",
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Image b padded and cut at row `offsets[b, 0]` and column `offsets[b, 1]` of the padded image."""
+    _check_crop(images, padding, mode)
+    batch, channels, height, width = images.shape
+    rows, rows_inside = _source_pixels(offsets[:, 0], padding, height)
+    cols, cols_inside = _source_pixels(offsets[:, 1], padding, width)
+    # Whole rows first, then pixels: two gathers along an axis each.
+    rows = rows[:, None, :, None].expand(batch, channels, height, width)
+    cols = cols[:, None, None, :].expand(batch, channels, height, width)
+    cropped = images.gather(2, rows).gather(3, cols)
+    if mode == "zero":
+        cropped = cropped * (rows_inside[:, None, :, None] & cols_inside[:, None, None, :])
+    return cropped
+
+
+def random_resized_crop(
+    images: UInt8[Tensor, "batch channels height width"],
+    size: tuple[int, int],
+    least_share: float,
+    generator: Source,
+) -> UInt8[Tensor, "batch channels out_height out_width"]:
+    """From each image a box of random area and aspect, at a place of its own wholly inside, resized to `size`.
+
+    The box holds a share of the area drawn evenly from [least_share, 1]; the logarithm of its width over height is
+    drawn evenly between 3/4 and 4/3. A side longer than the image's is cut to it.
+
+    Args:
+        images: uint8 [batch, channels, height, width].
+        size: (height_px, width_px) of the result.
+        least_share: above 0, at most 1.
+        generator: on the device of the images.
+
+    Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, section 6.
+
+    Raises:
+        UsageError: a share or a size out of range.
+    """
+    if not 0 < least_share <= 1:
+        raise UsageError(f"a random resized crop keeps a share of the area above 0 and at most 1, got {least_share}")
+    height, width = images.shape[2:]
+    area, aspect, top, left = draw_uniform(4, len(images), generator)
+    area = (least_share + (1 - least_share) * area) * height * width
+    aspect = ((2 * aspect - 1) * math.log(4 / 3)).exp()
+    tall, wide = (area / aspect).sqrt().clamp(1, height), (area * aspect).sqrt().clamp(1, width)
+    boxes = torch.stack([top * (height - tall), left * (width - wide), tall, wide], 1)
+    return resized_crop(images, boxes, size)
+
+
+def resized_crop(
+    images: UInt8[Tensor, "batch channels height width"],
+    boxes: Float[Tensor, "batch 4"],
+    size: tuple[int, int],
+) -> UInt8[Tensor, "batch channels out_height out_width"]:
+    """From image b the box [top, left, height, width] of `boxes[b]`, in px and fractions, resized to `size`.
+
+    The filter is that of Pillow's bilinear `resize(box=...)`, whose support grows with the reduction.
+    """
+    if min(size) < 1:
+        raise UsageError(f"a crop is resized to at least 1x1 px, got {size[0]}x{size[1]}")
+    rows = _resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], size[0])
+    cols = _resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], size[1])
+    resized = rows[:, None] @ images.float() @ cols[:, None].transpose(2, 3)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def random_flip(
+    images: UInt8[Tensor, "batch channels height width"], generator: Source
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Each image mirrored left to right with probability one half."""
+    chosen = draw(2, len(images), generator).bool()
+    return flip(images, chosen)
+
+
+def flip(
+    images: UInt8[Tensor, "batch channels height width"], chosen: Bool[Tensor, " batch"]
+) -> UInt8[Tensor, "batch channels height width"]:
+    """The chosen images mirrored left to right, the others as they are."""
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+
+def cutout(
+    images: UInt8[Tensor, "batch channels height width"], size: int, generator: Source, fill: int = 0
+) -> UInt8[Tensor, "batch channels height width"]:
+    """In each image one square of `size` px, at a place of its own wholly inside the image, set to `fill`.
+
+    Raises:
+        UsageError: a square that is negative or does not fit, or a fill outside 0..255.
+    """
+    height, width = images.shape[2:]
+    if not 0 <= size <= min(height, width):
+        raise UsageError(f"a cutout of {size} px does not fit into images of {height}x{width} px")
+    tops = draw(height - size + 1, len(images), generator)
+    lefts = draw(width - size + 1, len(images), generator)
+    return cover(images, torch.stack([tops, lefts], 1), size, fill)
+
+
+def cover(
+    images: UInt8[Tensor, "batch channels height width"], corners: Int64[Tensor, "batch 2"], size: int, fill: int = 0
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Image b with the square of `size` px at row `corners[b, 0]`, column `corners[b, 1]` set to `fill`."""
+    if not 0 <= fill <= 255:
+        raise UsageError(f"a fill is 0 to 255, got {fill}")
+    covered = [
+        (pixel >= corners[:, axis, None]) & (pixel < corners[:, axis, None] + size)
+        for axis, pixel in enumerate(torch.arange(n, device=images.device)[None, :] for n in images.shape[2:])
+    ]
+    return images.masked_fill(covered[0][:, None, :, None] & covered[1][:, None, None, :], fill)
+
+
+def _check_crop(images: Tensor, padding: int, mode: str) -> None:
+    height, width = images.shape[2:]
+    if mode not in ("reflect", "zero"):
+        raise UsageError(f"a crop pads with reflect or zero, got {mode!r}")
+    if padding < 0 or (mode == "reflect" and padding >= min(height, width)):
+        raise UsageError(f"a padding of {padding} px does not suit images of {height}x{width} px")
+
+
+def _source_pixels(offsets: Tensor, padding: int, pixels: int) -> tuple[Tensor, Tensor]:
+    """[batch, pixels]: the source pixel each resulting pixel is a copy of, and whether it was not padding."""
+    source = offsets[:, None] - padding + torch.arange(pixels, device=offsets.device)[None, :]
+    inside = (source >= 0) & (source < pixels)
+    mirrored = source.abs()
+    mirrored = (pixels - 1) - ((pixels - 1) - mirrored).abs()
+    return mirrored.clamp(0, pixels - 1), inside
+
+
+def _resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> Float[Tensor, "batch target source"]:
+    """What each source pixel weighs in each pixel of the result, along one axis: a triangle around its center."""
+    scale = (length / target)[:, None, None]
+    center = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * scale
+    pixel = torch.arange(source, device=start.device)[None, None, :] + 0.5
+    weights = (1 - (pixel - center).abs() / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(2, keepdim=True)

@@ -1,0 +1,275 @@
+"""A training run on disk: its recipe, its metrics, and a checkpoint that is whole at every moment."""
+
+import io
+import json
+import math
+import os
+import pickle
+import re
+import zipfile
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.io.files import open_regular, read_regular, remove_leftovers, write_atomically
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.nets.saved_model import CONFIG, WEIGHTS
+from bagcert.training.recipe import MAX_RECIPE_BYTES, Recipe
+
+CHECKPOINT, HELD, METRICS, RECIPE = "checkpoint.pt", "checkpoint-held.pt", "metrics.jsonl", "recipe.toml"
+_EPOCHS = re.compile(r"^epochs = (\d+)$", re.MULTILINE)
+MAX_CHECKPOINT_BYTES = 1 << 33
+"""Four times the largest weights a model folder may have: weights, their average, and two moments of the optimizer."""
+
+
+class RunFolder:
+    """What a run needs to go on where it stopped.
+
+    Attributes:
+        step: optimizer steps done.
+        steps: of the whole run, which follow from the recipe and the number of images.
+        decay_start: the step from which a held learning rate falls; None for other schedules. The checkpoint of that
+            step is kept, so that a run can be resumed with more epochs.
+        seconds: training time so far, over all resumptions.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        scorer: RegionScorer,
+        average: AveragedModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        steps: int,
+        decay_start: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.scorer = scorer
+        self.average = average
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.step = 0
+        self.steps = steps
+        self.decay_start = decay_start
+        self.seconds = 0.0
+        self._metrics: list[str] = []
+
+    @property
+    def shipping(self) -> RegionScorer:
+        """The weights that would ship now: the average, or the last ones where the recipe keeps none."""
+        chosen: nn.Module = self.average.module if self.recipe.train.ema else self.scorer
+        assert isinstance(chosen, RegionScorer)
+        return chosen.eval()
+
+    def open(self, resume: bool) -> None:
+        """Starts a new run, or loads the checkpoint of one with the same recipe.
+
+        Raises:
+            UsageError: the folder holds an unfinished or another run, or there is nothing to resume.
+            UnreadableError: the checkpoint is damaged.
+        """
+        path = self.folder / CHECKPOINT
+        for name in (CHECKPOINT, HELD, METRICS, RECIPE, WEIGHTS, CONFIG):
+            remove_leftovers(self.folder / name)
+        if not resume:
+            if path.exists():
+                raise UsageError(f"{self.folder} holds an unfinished run; go on with --resume or choose another --out")
+            write_atomically(self.folder / RECIPE, self.recipe.to_toml().encode())
+            write_atomically(self.folder / METRICS, b"")
+            return
+        if not path.exists() and not (self.folder / HELD).exists():
+            raise UsageError(f"{self.folder} holds no unfinished run to resume")
+        extended = self._extends()
+        if extended and not path.exists():  # finished: what it went on with before the learning rate fell
+            path = self.folder / HELD
+        if not path.exists():
+            raise UsageError(f"{self.folder} holds no unfinished run to resume")
+        try:
+            state = _read_checkpoint(path)
+            if extended:
+                state = self._extended(state)
+            self._restore(state)
+            if extended:
+                write_atomically(self.folder / RECIPE, self.recipe.to_toml().encode())
+        except UsageError:
+            raise
+        except Exception as error:  # a damaged file can fail in any way
+            reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+            if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in the file
+                reason = "it holds more, or other things, than tensors and numbers"
+            raise UnreadableError(f"the checkpoint {path} is damaged: {shown(reason)}") from None
+        write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
+
+    def _extends(self) -> bool:
+        """Whether the run was started with another number of epochs.
+
+        Raises:
+            UsageError: with another recipe, or the epochs of its schedule cannot be changed.
+        """
+        written, own = self._written_recipe(), self.recipe.to_toml()
+        if written == own:
+            return False
+        if _EPOCHS.sub("", written) != _EPOCHS.sub("", own):
+            raise UsageError(f"the run in {self.folder} was started with another recipe; see its {RECIPE}")
+        if self.decay_start is None or self.recipe.optimizer.warmup_steps is None:
+            raise UsageError(
+                f"the run in {self.folder} was started with another number of epochs; only runs with "
+                "optimizer.schedule=hold and optimizer.warmup_steps can be resumed with more"
+            )
+        return True
+
+    def _extended(self, state: Any) -> Any:
+        """The state of a run with another number of epochs, from before its learning rate fell."""
+        if not self._held(state) and (self.folder / HELD).exists():
+            state = _read_checkpoint(self.folder / HELD)
+        if not self._held(state):
+            raise UsageError(
+                f"the learning rate of the run in {self.folder} falls already; its epochs cannot be changed"
+            )
+        epochs = int(_EPOCHS.findall(self._written_recipe())[0])
+        if state["steps"] * self.recipe.train.epochs != self.steps * epochs:
+            raise UsageError(f"the run in {self.folder} was started with other data or another limit")
+        return {**state, "steps": self.steps, "held_until": self.decay_start}
+
+    def _held(self, state: Any) -> bool:
+        assert self.decay_start is not None
+        held_until = state.get("held_until") if isinstance(state, dict) else None
+        return isinstance(held_until, int) and state["step"] <= min(held_until, self.decay_start)
+
+    def _written_recipe(self) -> str:
+        try:
+            return read_regular(self.folder / RECIPE, MAX_RECIPE_BYTES).decode(errors="replace")
+        except OSError:
+            return ""
+
+    def _restore(self, state: Any) -> None:
+        """Takes over a checkpoint, if all of it has the form of this run's own."""
+        own = self._state()
+        if not isinstance(state, dict) or not {*own, "steps"} <= state.keys():
+            raise ValueError("it is not the state of a run")
+        if state["steps"] != self.steps:
+            raise UsageError(
+                f"the run in {self.folder} was started with other data or another limit: it has "
+                f"{shown(state['steps'])} steps, this would have {self.steps}"
+            )
+        for name in ("model", "average", "schedule", "step", "seconds"):
+            _check_form(state[name], own[name], name)
+        _check_optimizer(state["optimizer"], self.optimizer)
+        metrics = state["metrics"]
+        if not isinstance(metrics, list) or not all(isinstance(line, str) for line in metrics):
+            raise ValueError("metrics is not a list of lines")
+        if not 0 <= state["step"] <= self.steps or not 0 <= state["seconds"] < math.inf:
+            raise ValueError("step or seconds is out of range")
+        self.scorer.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.seconds, self._metrics = state["step"], state["seconds"], metrics
+
+    def log(self, **values: int | float) -> None:
+        """Adds a line to the metrics."""
+        self._metrics.append(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **values}) + "\n")
+        write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
+
+    def save(self) -> None:
+        """Replaces the checkpoint, whole or not at all."""
+        content = self.content()
+        write_atomically(self.folder / CHECKPOINT, content)
+        if self.step == self.decay_start:
+            write_atomically(self.folder / HELD, content)
+
+    def content(self) -> bytes:
+        """The checkpoint, as it is written and as `take` reads it."""
+        buffer = io.BytesIO()
+        torch.save(self._state(), buffer)
+        return buffer.getvalue()
+
+    def take(self, content: bytes) -> None:
+        """Becomes what another process's run of the same recipe is."""
+        self._restore(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.scorer.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "step": self.step,
+            "steps": self.steps,
+            "held_until": self.decay_start,
+            "seconds": self.seconds,
+            "metrics": self._metrics,
+        }
+
+    def close(self) -> None:
+        """The run is finished: the checkpoint has done its work."""
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _read_checkpoint(path: Path) -> Any:
+    """Tensors, numbers, text, lists and dicts; nothing else is in it, and nothing of it is run.
+
+    Raises:
+        Exception: of many kinds; the file is not what `torch.save` writes.
+    """
+    with open_regular(path, MAX_CHECKPOINT_BYTES) as file:
+        size = os.fstat(file.fileno()).st_size
+        parts = zipfile.ZipFile(file).infolist()
+        # torch compresses nothing: a part larger than it is in the file would be a bomb.
+        if sum(part.file_size for part in parts) > size:
+            raise ValueError("its parts are larger than the file")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_form(found: Any, own: Any, where: str) -> None:
+    """Refuses what has other keys, lengths, shapes, dtypes or types than the state of this run."""
+    if isinstance(own, Tensor):
+        same = isinstance(found, Tensor)
+        same = same and (found.shape, found.dtype, found.layout) == (own.shape, own.dtype, own.layout)
+        same = same and (own.is_floating_point() or bool((found >= 0).all()))  # counters
+    elif isinstance(own, dict):
+        same = isinstance(found, dict) and found.keys() == own.keys()
+    elif isinstance(own, list | tuple):
+        same = isinstance(found, list | tuple) and len(found) == len(own)
+    elif isinstance(own, float):
+        same = type(found) in (int, float)
+    else:
+        same = type(found) is type(own)
+    if not same:
+        raise ValueError(f"{where} is not what this run has there")
+    for key in own if isinstance(own, dict) else range(len(own)) if isinstance(own, list | tuple) else ():
+        _check_form(found[key], own[key], f"{where}.{key}")
+
+
+def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer) -> None:
+    """The form of the settings, and of what is kept for each parameter after a step, is this run's own."""
+    own = optimizer.state_dict()
+    if "param_groups" not in own:  # an optimizer made of several, named as in its state
+        _check_form(dict.fromkeys(found), dict.fromkeys(own), "optimizer")
+        for name in own:
+            _check_optimizer(found[name], getattr(optimizer, name))
+        return
+    _check_form(dict.fromkeys(found), dict.fromkeys(own), "optimizer")
+    _check_form(found["param_groups"], own["param_groups"], "optimizer.param_groups")
+    if found["state"] != {}:  # as it is before the first step
+        _check_form(found["state"], _state_after_a_step(optimizer), "optimizer.state")
+        if any(not kept.get("step", 0) >= 0 for kept in found["state"].values()):
+            raise ValueError("optimizer.state has a step before the first")
+
+
+def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """What an optimizer keeps, found by a step of a copy."""
+    trial = deepcopy(optimizer)
+    for group in trial.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    type(trial).step(trial)  # a schedule has put a step of the original's in the copy's place
+    return trial.state_dict()["state"]

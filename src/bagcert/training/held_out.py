@@ -1,0 +1,50 @@
+"""How a model in training is judged: as what it will be deployed as, on images held out from the training set."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bagcert.defenses.derandomized_smoothing import DerandomizedSmoothing
+from bagcert.nets.classifier import MeanScores
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.rules import get_rule
+from bagcert.scores import FIXED_POINT_LIMIT
+from bagcert.threat import PatchThreatModel
+from bagcert.training.recipe import Recipe
+
+
+def validation_scores(scorer: RegionScorer, pixels: np.ndarray, batch: int = 250) -> Iterator[Tensor]:
+    """Real scores of uint8 [images, height, width, 3], some at a time: those of 1,000 classes may not fit together."""
+    return (scorer.real_scores(pixels[i : i + batch]) for i in range(0, len(pixels), batch))
+
+
+def validate(
+    scorer: RegionScorer, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, threat: PatchThreatModel
+) -> dict[str, int | float]:
+    """Clean and certified accuracy of what would ship, by the recipe's rule on held-out images."""
+    pixels = pixels[: recipe.train.validate_images]
+    if recipe.augment.ablation != "none":
+        kept = recipe.augment.ablation, recipe.augment.ablation_size
+        smoothing = DerandomizedSmoothing(MeanScores(scorer), scorer.class_names, threat.image_size, *kept)
+        certificates = [smoothing.certify(pixels, threat, recipe.defense.rule)]
+    else:
+        if scorer.head == "fixed-point":
+            scorer.scale = scale_of(validation_scores(scorer, pixels))
+        rule = get_rule(recipe.defense.rule)
+        certificates = [
+            rule.certify(scorer.to_scores(z, threat.image_size), threat) for z in validation_scores(scorer, pixels)
+        ]
+    right = torch.cat([found.prediction.cpu() for found in certificates]) == torch.from_numpy(labels[: len(pixels)])
+    certified = torch.cat([found.certified.cpu() for found in certificates])
+    return {
+        "validation_images": len(pixels),
+        "clean_accuracy": right.float().mean().item(),
+        "certified_accuracy": (right & certified).float().mean().item(),
+    }
+
+
+def scale_of(z: Iterable[Tensor]) -> float:
+    """The largest score seen on validation images becomes the largest fixed-point score."""
+    return FIXED_POINT_LIMIT / max(1e-6, *(part.abs().max().item() for part in z))

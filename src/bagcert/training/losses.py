@@ -1,0 +1,145 @@
+"""Training objectives: the certified condition itself, made differentiable. Source: METHOD section 4.
+
+All take region scores [batch, classes, rows, cols] and labels [batch] and give one loss per image [batch].
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bagcert.grid import WindowBlock
+from bagcert.scores import window_sums
+from bagcert.training.random import Source, draw
+
+
+def mean_scores(scores: Float[Tensor, "batch classes rows cols"]) -> Float[Tensor, "batch classes"]:
+    """`S_c / (m n)`."""
+    return scores.float().mean((2, 3))
+
+
+def margin_loss(
+    scores: Float[Tensor, "batch classes rows cols"], labels: Int[Tensor, " batch"], margin: float
+) -> Float[Tensor, " batch"]:
+    """BagCert's hinge `max(0, M - min_{c != y} (S_y - S_c) / (m n))`, on scores in [0, 1]."""
+    means = mean_scores(scores)
+    truth = means.gather(1, labels[:, None])[:, 0]
+    rivals = means.scatter(1, labels[:, None], -torch.inf)
+    return (margin - (truth - rivals.amax(1))).clamp(min=0)
+
+
+def smooth_margin_loss(
+    scores: Float[Tensor, "batch classes rows cols"],
+    labels: Int[Tensor, " batch"],
+    margin: float,
+    temperature: float,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, " batch"]:
+    """The hinge's smooth form `CE(tau * (S / (m n) - M * onehot(y)))`."""
+    shifted = mean_scores(scores) - margin * F.one_hot(labels, scores.shape[1])
+    return F.cross_entropy(temperature * shifted, labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def cross_entropy_loss(
+    scores: Float[Tensor, "batch classes rows cols"], labels: Int[Tensor, " batch"], label_smoothing: float = 0.0
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy of the mean scores: how a classifier is trained that aims at no certificate."""
+    return F.cross_entropy(mean_scores(scores), labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def clipped_loss(
+    scores: Float[Tensor, "batch classes rows cols"],
+    labels: Int[Tensor, " batch"],
+    temperature: float = 12.0,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, " batch"]:
+    """`CE(tau * mean of tanh(0.05 z - 1))`: scores as Clipped BagNet deploys them (Zhang et al., DLS 2020)."""
+    return cross_entropy_loss(temperature * torch.tanh(0.05 * scores.float() - 1), labels, label_smoothing)
+
+
+def masked_features_loss(
+    scores: Float[Tensor, "batch classes rows cols"],
+    labels: Int[Tensor, " batch"],
+    windows: Float[Tensor, "windows rows cols"],
+    generator: Source,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, " batch"]:
+    """Cross-entropy of the mean of what is left when one random window is taken out of each map.
+
+    Args:
+        windows: as `window_masks` gives them; each is equally likely.
+        generator: on the device of the scores.
+
+    Source: Xiang et al., "PatchGuard", USENIX Security 2021, section 4.
+    """
+    drawn = draw(len(windows), len(scores), generator)
+    return F.cross_entropy(
+        _kept_means(scores, 1 - windows[drawn]), labels, reduction="none", label_smoothing=label_smoothing
+    )
+
+
+def window_masks(windows: Sequence[WindowBlock], device: torch.device) -> Float[Tensor, "windows rows cols"]:
+    """1 in the regions of each window, 0 elsewhere."""
+    masks = [
+        np.outer(block.rows[row], block.cols[col]) for block in windows for row, col in np.argwhere(block.keep).tolist()
+    ]
+    return torch.as_tensor(np.stack(masks), dtype=torch.float32, device=device)
+
+
+def one_hot_penalty(scores: Float[Tensor, "batch classes rows cols"]) -> Float[Tensor, " batch"]:
+    """Mean over regions of how many classes beyond one are on: `max(0, sum_c s_c - 1)`."""
+    return (scores.float().sum(1) - 1).clamp(min=0).mean((1, 2))
+
+
+def double_masking_loss(
+    scores: Float[Tensor, "batch classes rows cols"],
+    labels: Int[Tensor, " batch"],
+    windows: Sequence[WindowBlock],
+    full_weight: float = 0.3,
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+) -> Float[Tensor, " batch"]:
+    """`CE(mean of kept scores) + full_weight * CE(mean of all scores)` with the two worst windows left out.
+
+    The windows are chosen greedily from the map itself: the one that helps the label most against its
+    runner-up, then the next. No extra forward pass.
+    """
+    scores = scores.float()
+    keep = two_worst_windows_removed(scores.detach(), labels, windows)
+    kept = _kept_means(scores, keep)
+    loss = F.cross_entropy(temperature * kept, labels, reduction="none", label_smoothing=label_smoothing)
+    full = F.cross_entropy(temperature * scores.mean((2, 3)), labels, reduction="none", label_smoothing=label_smoothing)
+    return loss + full_weight * full
+
+
+def _kept_means(scores: Tensor, keep: Tensor) -> Tensor:
+    """Mean scores [batch, classes] over the regions where `keep` [batch, rows, cols] is 1."""
+    return (scores.float() * keep[:, None]).sum((2, 3)) / keep.sum((1, 2)).clamp(min=1)[:, None]
+
+
+@torch.no_grad()
+def two_worst_windows_removed(
+    scores: Float[Tensor, "batch classes rows cols"], labels: Int[Tensor, " batch"], windows: Sequence[WindowBlock]
+) -> Float[Tensor, "batch rows cols"]:
+    """1 where a region is kept, 0 in the two windows whose loss hurts the label most (greedy)."""
+    sums = scores.sum((2, 3)).scatter(1, labels[:, None], -torch.inf)
+    images = torch.arange(len(scores), device=scores.device)
+    lead = scores[images, labels] - scores[images, sums.argmax(1)]
+    keep = torch.ones_like(lead)
+    for _ in range(2):
+        best = torch.full((len(scores),), -torch.inf, device=scores.device)
+        removed = torch.zeros_like(keep)
+        for block in windows:
+            rows = torch.as_tensor(block.rows, dtype=lead.dtype, device=lead.device)
+            cols = torch.as_tensor(block.cols, dtype=lead.dtype, device=lead.device)
+            allowed = torch.as_tensor(block.keep, device=lead.device)
+            helped = window_sums(lead * keep, block).masked_fill(~allowed, -torch.inf).flatten(1)
+            value, index = helped.max(1)
+            window = rows[index // len(cols)][:, :, None] * cols[index % len(cols)][:, None, :]
+            removed = torch.where((value > best)[:, None, None], window, removed)
+            best = torch.maximum(best, value)
+        keep = keep * (1 - removed)
+    return keep

@@ -1,0 +1,119 @@
+"""What a recipe makes of a batch: augmented images, and one loss for each."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bagcert.aggregation import require_sum
+from bagcert.defenses.derandomized_smoothing import ablate, random_positions
+from bagcert.errors import UsageError
+from bagcert.nets.attention_pooling import attention_masking_loss
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.rules import get_rule
+from bagcert.threat import PatchThreatModel
+from bagcert.training import losses
+from bagcert.training.augment import cutout, random_crop, random_flip, random_resized_crop
+from bagcert.training.random import Source
+from bagcert.training.recipe import Recipe
+
+Objective = Callable[[Tensor, Tensor, Source], Tensor]
+"""Real scores, labels and a source of random choices to one loss per image."""
+
+
+def make_objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel, device: torch.device) -> Objective:
+    """The recipe's loss for scores of this network."""
+    loss = recipe.loss
+    windows = scorer.grid().windows(threat)
+    masked = loss.name == "masked-features" or scorer.readout is not None
+    masks = losses.window_masks(windows, device) if masked else torch.empty(0)
+    if scorer.readout is not None:
+        if loss.name != "double-masking":
+            raise UsageError(f"the attention-pooling head is trained with loss.name=double-masking, got {loss.name}")
+        if not get_rule(recipe.defense.rule).pools:
+            require_sum(scorer.readout, f"the rule {recipe.defense.rule}", "use double-masking or detection")
+    binary = scorer.form if scorer.head == "binary" else None
+
+    def objective(z: Tensor, labels: Tensor, generator: Source) -> Tensor:
+        if scorer.readout is not None:
+            return attention_masking_loss(scorer.readout, z, labels, masks, loss.full_weight, loss.label_smoothing)
+        scores = z.float() if binary is None else binary.straight_through(z.float())
+        if loss.name == "margin":
+            value = losses.margin_loss(scores, labels, loss.margin)
+        elif loss.name == "smooth-margin":
+            value = losses.smooth_margin_loss(scores, labels, loss.margin, loss.temperature, loss.label_smoothing)
+        elif loss.name in ("cross-entropy", "interval-bounds"):  # of the latter, the term of unchanged images
+            value = losses.cross_entropy_loss(scores, labels, loss.label_smoothing)
+        elif loss.name == "clipped":
+            value = losses.clipped_loss(scores, labels, loss.temperature, loss.label_smoothing)
+        elif loss.name == "masked-features":
+            value = losses.masked_features_loss(scores, labels, masks, generator, loss.label_smoothing)
+        else:
+            temperature = 1.0 if binary is None else loss.temperature
+            value = losses.double_masking_loss(
+                scores, labels, windows, loss.full_weight, loss.label_smoothing, temperature
+            )
+        if loss.one_hot_penalty:
+            value = value + loss.one_hot_penalty * losses.one_hot_penalty(scores)
+        return value
+
+    return objective
+
+
+def network_input(
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    generator: Source,
+    scorer: RegionScorer,
+    objective: Objective,
+    autocast: torch.autocast,
+) -> Tensor:
+    """From uint8 [batch, 3, height, width] to what the network is trained on: augmented, in [0, 1], perhaps ablated."""
+    batch = augment(images, recipe, generator)
+    with autocast:
+        batch = hardest_cutout(batch, labels, recipe, generator, scorer, objective)
+    batch = batch.float() / 255
+    if recipe.augment.ablation != "none":
+        positions = random_positions(len(batch), (batch.shape[2], batch.shape[3]), generator)
+        batch = ablate(batch, positions, recipe.augment.ablation, recipe.augment.ablation_size)
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+def augment(images: Tensor, recipe: Recipe, generator: Source) -> Tensor:
+    """The recipe's augmentation of uint8 [batch, 3, height, width]."""
+    if recipe.augment.resized_crop:
+        size = recipe.model.image_size or (images.shape[2], images.shape[3])
+        images = random_resized_crop(images, size, recipe.augment.resized_crop, generator)
+    if recipe.augment.crop:
+        images = random_crop(images, recipe.augment.crop, generator, recipe.augment.crop_mode)
+    if recipe.augment.flip:
+        images = random_flip(images, generator)
+    if recipe.augment.cutout and recipe.augment.cutout_candidates == 1:
+        images = cutout(images, recipe.augment.cutout, generator)
+    return images
+
+
+@torch.no_grad()
+def hardest_cutout(
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    generator: Source,
+    scorer: RegionScorer,
+    objective: Objective,
+) -> Tensor:
+    """Of `cutout_candidates` random squares in each image the one whose loss is largest; uint8 as before.
+
+    Source: the greedy worst-mask cutout of Saha et al., "Revisiting Image Classifier Training for Improved Certified
+    Robust Defense against Adversarial Patches", TMLR 2023, with random candidates for their mask sets.
+    """
+    if not recipe.augment.cutout or recipe.augment.cutout_candidates == 1:
+        return images
+    scorer.eval()  # candidates must not count in the batch statistics
+    candidates, values = [], []
+    for _ in range(recipe.augment.cutout_candidates):
+        candidates.append(cutout(images, recipe.augment.cutout, generator))
+        values.append(objective(scorer(candidates[-1].float() / 255), labels, generator))
+    worst = torch.stack(values).argmax(0)
+    return torch.stack(candidates)[worst, torch.arange(len(images), device=images.device)]

@@ -1,0 +1,277 @@
+"""Recipes: everything a training run needs to be repeated, as validated TOML."""
+
+import json
+import reprlib
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bagcert.aggregation import check_readout
+from bagcert.errors import UnreadableError, UsageError, cleaned, nearest, shown
+from bagcert.io.files import read_regular
+
+MAX_RECIPE_BYTES = 1 << 16
+"""A recipe has about one kilobyte; TOML nests as deep as a file is long."""
+
+
+Pixels = Annotated[int, Field(ge=1, le=16384)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataSection(_Section):
+    """Which images, and how many of them are held out to choose by."""
+
+    name: str = "digits"
+    validation: float = Field(default=0.1, gt=0, lt=1, description="share of the training set held out")
+    split_seed: int = Field(default=0, ge=0, lt=2**63)
+    class_weights: bool = Field(default=False, description="weigh classes by inverse frequency")
+    streaming: bool = Field(default=False, description="decode images when their batch comes, not all at the start")
+    workers: int = Field(default=2, ge=0, le=1024, description="processes that decode a stream, for each that trains")
+    shuffle: int = Field(
+        default=10_000, ge=1, le=2**31, description="images among which a stream is shuffled, beside its blocks"
+    )
+
+
+class ModelSection(_Section):
+    """The region scorer."""
+
+    architecture: str = "resnet-rf10s2"
+    width: int | None = Field(default=None, ge=8, le=65536, description="the architecture's own when absent")
+    depth: int | None = Field(default=None, ge=1, le=4096)
+    padded: bool = True
+    image_size: tuple[Pixels, Pixels] | None = Field(
+        default=None, description="images are squashed to it; their own when absent"
+    )
+    head: Literal["binary", "fixed-point", "attention-pooling"] = "fixed-point"
+    values: int = Field(default=128, ge=1, le=1024, description="pooled values of the attention-pooling head")
+    attention_heads: int = Field(default=8, ge=1, le=1024, description="each weighs values / attention_heads values")
+    hidden: int = Field(default=64, ge=1, le=1024, description="hidden units of the attention-pooling readout")
+
+    @property
+    def readout(self) -> dict[str, int]:
+        """The sizes of the readout, for the head that has one."""
+        if self.head != "attention-pooling":
+            return {}
+        return {"values": self.values, "attention_heads": self.attention_heads, "hidden": self.hidden}
+
+
+class DefenseSection(_Section):
+    """What the model is deployed as: its default rule and patch, also what training aims at."""
+
+    rule: str = "double-masking"
+    patch: str = Field(default="5", max_length=1000)
+
+
+class LossSection(_Section):
+    """The objective, METHOD section 4."""
+
+    name: Literal[
+        "margin",
+        "smooth-margin",
+        "double-masking",
+        "cross-entropy",
+        "clipped",
+        "masked-features",
+        "interval-bounds",
+    ] = "double-masking"
+    margin: float = Field(default=0.4, gt=0, le=1, description="M of the two margin losses")
+    temperature: float = Field(default=12.0, gt=0, description="tau of the smooth margin and clipped losses")
+    full_weight: float = Field(
+        default=0.3, ge=0, description="weight of the unmasked term of double-masking and interval-bounds losses"
+    )
+    one_hot_penalty: float = Field(default=0.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class OptimizerSection(_Section):
+    """Optimizer and learning-rate schedule, which begins with a linear warm-up."""
+
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    learning_rate: float = Field(default=2e-3, gt=0)
+    others_share: float = Field(
+        default=0.5, gt=0, description="for muon: learning rate of all that is no inner kernel, as a share"
+    )
+    weight_decay: float = Field(default=0.01, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="for sgd")
+    warmup: float = Field(default=0.2, ge=0, lt=1, description="share of all steps")
+    schedule: Literal["cosine", "hold"] = Field(
+        default="cosine",
+        description="after warm-up: cosine to zero; or the top rate, then linear to zero in the last `decay` share",
+    )
+    decay: float = Field(default=0.25, gt=0, le=1, description="share of all steps, for the schedule hold")
+    warmup_steps: int | None = Field(default=None, ge=1, description="instead of warmup; needed to extend a run")
+    gradient_clip: float | None = Field(default=None, gt=0)
+
+
+class AugmentSection(_Section):
+    """Batched augmentation on the device."""
+
+    resized_crop: float | None = Field(
+        default=None, gt=0, le=1, description="least share of the area that a random resized crop keeps; absent: none"
+    )
+    resize: Pixels | None = Field(
+        default=None, description="side in px that training images are squashed to before the random resized crop"
+    )
+    crop: int = Field(default=2, ge=0, le=16384, description="px of padding before the random crop")
+    crop_mode: Literal["reflect", "zero"] = "reflect"
+    flip: bool = True
+    cutout: int = Field(default=0, ge=0, le=16384, description="side in px of a square painted black; 0 for none")
+    cutout_candidates: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="random squares per image, of which the one with the largest loss is painted",
+    )
+    ablation: Literal["none", "column", "row", "block"] = Field(
+        default="none", description="hide all but a random band or block, as derandomized smoothing does"
+    )
+    ablation_size: int = Field(default=4, ge=1, le=16384, description="px of the band or the block's side")
+
+
+class TrainSection(_Section):
+    """The loop."""
+
+    epochs: int = Field(default=30, ge=1, le=1_000_000)
+    batch_size: int = Field(default=128, ge=2, le=1_000_000, description="of a step, over all processes and parts")
+    accumulate: int = Field(
+        default=1, ge=1, le=1_000_000, description="parts of a batch, worked through in turn to save memory"
+    )
+    ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the weight average that ships; 0 for none")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    validate_every: int = Field(default=1, ge=1, description="epochs")
+    validate_images: int = Field(default=1000, ge=1)
+    checkpoint_every: int = Field(default=200, ge=1, description="steps")
+
+
+class Recipe(_Section):
+    """A whole training run. `name` becomes the model's name."""
+
+    name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    defense: DefenseSection = DefenseSection()
+    loss: LossSection = LossSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    augment: AugmentSection = AugmentSection()
+    train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _resize_leads_to_a_crop(self) -> "Recipe":
+        if self.augment.resize and not (self.augment.resized_crop and self.model.image_size):
+            raise ValueError("augment.resize needs augment.resized_crop and model.image_size")
+        return self
+
+    @model_validator(mode="after")
+    def _readout_can_be_built(self) -> "Recipe":
+        if self.model.head == "attention-pooling":
+            check_readout(**self.model.readout, ablated=self.augment.ablation != "none")
+        return self
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, every value written out."""
+        lines = [f"name = {_toml(self.name)}"]
+        for section, values in self.model_dump(exclude_none=True).items():
+            if isinstance(values, dict):
+                lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
+        return "\n".join(lines) + "\n"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes in the package, by name."""
+    folder = Path(str(resources.files("bagcert.training"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A shipped recipe by name, or a TOML file, with `section.key=value` overrides applied.
+
+    Raises:
+        UsageError: unknown recipe, key or value; the nearest known name is given.
+        UnreadableError: the file is missing or not TOML.
+    """
+    shipped = shipped_recipes()
+    path = shipped.get(name_or_file, Path(name_or_file))
+    if name_or_file not in shipped and path.suffix != ".toml":
+        raise UsageError(f"there is no recipe {name_or_file!r}{nearest(name_or_file, shipped, 0.5)}")
+    try:
+        values = tomllib.loads(read_regular(path, MAX_RECIPE_BYTES).decode())
+    except OSError as error:
+        raise UnreadableError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
+        raise UnreadableError(f"the recipe {path} is not valid TOML: {shown(error)}") from None
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(values)
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """A validated recipe.
+
+    Raises:
+        UsageError: naming the key, what was given and what was expected.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = shown(".".join(map(str, first["loc"])), 100)
+        if first["type"] == "extra_forbidden":
+            known = _keys() if "." in where else Recipe.model_fields
+            raise UsageError(f"a recipe has no key {where!r}{nearest(where, known, 0.5)}") from None
+        if first["type"] == "missing":
+            raise UsageError(f"a recipe needs the key {where!r}") from None
+        if first["type"] == "value_error":
+            raise UsageError(f"a recipe's {first['ctx']['error']}") from None
+        raise UsageError(
+            f"recipe key {where}: {first['msg'].lower()}, got {shown(reprlib.repr(first.get('input')))}"
+        ) from None
+
+
+def _keys() -> list[str]:
+    keys = ["name"]
+    for section, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            keys += [f"{section}.{key}" for key in field.annotation.model_fields]
+    return keys
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """`a.b=c` into nested dicts; `c` is read as TOML where it is TOML, as text otherwise."""
+    key, separator, text = (part.strip() for part in override.partition("="))
+    if not separator or not key:
+        raise UsageError(f"an override is written section.key=value, got {override!r}")
+    if key not in _keys():
+        raise UsageError(f"a recipe has no key {key!r}{nearest(key, _keys(), 0.5)}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UsageError(
+                f"recipe key {section}: it should be a section [{section}], got {shown(reprlib.repr(values))}"
+            )
+    # A patch of 5 and a name of 1.10 are text, as they were written.
+    values[last] = text if last in ("patch", "name") and not isinstance(value, str) else value
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        quoted = json.dumps(value, ensure_ascii=False)
+        return "".join(f"\\u{ord(letter):04x}" if cleaned(letter) != letter else letter for letter in quoted)
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return repr(value)

@@ -1,0 +1,197 @@
+"""Batches of images that are read and decoded when their turn comes, for sets larger than memory.
+
+Sources keep images in blocks that are read as a whole: row groups of Parquet files, runs of images in tar shards. An
+epoch takes the blocks in a random order, cuts the images as they then follow each other into windows, and shuffles
+each window. The order follows from the seed and the epoch alone, and every image is in it once. Since every place in it
+leads to an image directly, a resumed run reads nothing of what came before.
+
+In every batch the images are shared by where their blocks lie in the epoch, so that a block is read by one process and
+one of its workers, or by two neighbors.
+"""
+
+import signal
+from collections.abc import Callable, Generator, Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bagcert.data.image_set import ImageSet, as_stored
+from bagcert.data.photo import Photo
+from bagcert.errors import BagcertError, UsageError
+from bagcert.training.batches import Part, Share
+
+Prepare = Callable[[Photo], np.ndarray]
+Task = Int64[np.ndarray, "2 images"]
+"""Places in the batch, and which images belong there: a worker's share of a step."""
+
+
+def stream_order(
+    blocks: Int64[np.ndarray, " images"], window: int, seed: int, epoch: int
+) -> Int64[np.ndarray, " images"]:
+    """Every image once: blocks in random order, and the images shuffled among the `window` that then stand together.
+
+    >>> order = stream_order(np.arange(12) // 4, 4, 0, 0)
+    >>> sorted(order.tolist()) == list(range(12)), len(set((order[:4] // 4).tolist()))  # the first four are one block
+    (True, 1)
+    """
+    return _order_and_neighborhoods(blocks, window, seed, epoch)[0]
+
+
+def _order_and_neighborhoods(blocks: np.ndarray, window: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order, and for each place in it where in a window the block of its image begins."""
+    random = np.random.default_rng((seed, epoch))
+    _, number = np.unique(blocks, return_inverse=True)
+    shuffled = random.permutation(number.max() + 1)[number]
+    together = np.argsort(shuffled, kind="stable")
+    windows = np.arange(len(blocks)) // window
+    order = together[np.argsort(windows + random.random(len(blocks)), kind="stable")]
+    return order, np.searchsorted(shuffled[together], shuffled[order]) % window
+
+
+class StreamedBatches:
+    """Batches of images decoded by workers.
+
+    Args:
+        images: the training set; its source must be picklable if there are workers.
+        prepare: Photo -> uint8 [height, width, 3]; None for images of one size that need none.
+        size: (height_px, width_px) of what is prepared.
+        share: which images of a batch are this process's.
+        window: images that are shuffled together.
+        workers: processes that decode; 0 for threads of this one.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        prepare: Prepare | None,
+        size: tuple[int, int],
+        share: Share,
+        seed: int,
+        window: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self.images, self.prepare, self.size, self.share = images, prepare or as_stored, size, share
+        self.seed, self.window, self.workers, self.device = seed, window, workers, device
+        self.epoch_steps = len(images) // share.batch
+        self._blocks = images.blocks()
+
+    def since(self, step: int) -> Generator[list[Part], None, None]:
+        """This process's parts of the batch of `step` (from 0), of the next one, and so on without end.
+
+        Raises:
+            UnreadableError: an image of the batch cannot be read.
+            UsageError: it has another size, or the images cannot be handed to workers.
+        """
+        readers = max(1, self.workers)
+        loader = DataLoader(
+            _Decoder(self.images, self.prepare, self.size),
+            batch_sampler=_Tasks(self, step, readers),  # type: ignore[arg-type]  # a task is an array, not a list
+            num_workers=self.workers,
+            collate_fn=_as_they_are,
+            worker_init_fn=_prepare_worker if self.workers else None,
+            # A fork of a process with threads, and perhaps connections, may stop at what they held.
+            multiprocessing_context="spawn" if self.workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+        try:
+            answers = iter(loader)
+        except (AttributeError, TypeError) as error:  # what pickle raises, beside its own
+            raise UsageError(
+                f"{self.images.name} cannot be handed to workers that decode it ({error}); set data.workers=0"
+            ) from None
+        while True:
+            # Tasks go to the workers in turn, and come back in turn: so many make a step.
+            found = [next(answers) for _ in range(readers)]
+            for answer in found:
+                if isinstance(answer, BagcertError):
+                    raise answer
+            places, labels, pixels = (torch.cat(column) for column in zip(*found, strict=True))
+            yield self._parts(places, labels, pixels)
+
+    def tasks(self, step: int, readers: int) -> Iterator[Task]:
+        """From `step` on, what each of so many readers of this process does; in every step one task for each."""
+        while True:
+            epoch, first = divmod(step, self.epoch_steps)
+            order, neighborhood = _order_and_neighborhoods(self._blocks, self.window, self.seed, epoch)
+            for position in range(first, self.epoch_steps):
+                start = position * self.share.batch
+                mine: list[list[np.ndarray]] = [[] for _ in range(readers)]
+                for part in np.array_split(np.arange(self.share.batch), self.share.parts):
+                    neighbors = part[np.argsort(neighborhood[start + part], kind="stable")]
+                    own = np.array_split(neighbors, self.share.processes)[self.share.process]
+                    for reader, places in enumerate(np.array_split(own, readers)):
+                        mine[reader].append(places)
+                for parts in mine:
+                    places = np.concatenate(parts)
+                    yield np.stack([places, order[start + places]])
+            step = (epoch + 1) * self.epoch_steps
+
+    def _parts(self, places: Tensor, labels: Tensor, pixels: Tensor) -> list[Part]:
+        parts = []
+        for part in np.array_split(np.arange(self.share.batch), self.share.parts):
+            chosen = (places >= int(part[0])) & (places <= int(part[-1]))
+            images = pixels[chosen].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            parts.append(Part(images.contiguous(), labels[chosen].to(self.device), places[chosen].to(self.device)))
+        return parts
+
+
+class _Tasks:
+    """The tasks, as a `DataLoader` asks for them."""
+
+    def __init__(self, batches: StreamedBatches, step: int, readers: int) -> None:
+        self.batches, self.step, self.readers = batches, step, readers
+
+    def __iter__(self) -> Iterator[Task]:
+        return self.batches.tasks(self.step, self.readers)
+
+
+class _Decoder(Dataset):
+    """What a worker has: the images, and how to bring them to one size."""
+
+    def __init__(self, images: ImageSet, prepare: Prepare, size: tuple[int, int]) -> None:
+        self.images, self.prepare, self.size = images, prepare, size
+
+    def __getitems__(self, task: Task) -> tuple[Tensor, Tensor, Tensor] | BagcertError:
+        """Places, labels and pixels [images, height, width, 3] of a task, or what is wrong with one of its images."""
+        places, indices = task
+        pixels = np.empty((len(indices), *self.size, 3), dtype=np.uint8)
+        in_worker = torch.utils.data.get_worker_info() is not None
+        try:
+            # A worker is one of many; alone, a process decodes in threads.
+            pieces = [[index] for index in indices] if in_worker else [indices]
+            found = [photo for piece in pieces for photo in self.images.prepare_each(piece, self._sized)]
+        except BagcertError as error:
+            return error
+        for place, photo in enumerate(found):
+            if isinstance(photo, BagcertError):
+                return photo
+            pixels[place] = photo
+        return torch.from_numpy(places), torch.from_numpy(self.images.labels[indices]), torch.from_numpy(pixels)
+
+    def _sized(self, photo: Photo) -> np.ndarray:
+        pixels = self.prepare(photo)
+        if pixels.shape[:2] != tuple(self.size):
+            raise UsageError(
+                f"{photo.source} has {pixels.shape[0]}x{pixels.shape[1]} px, others {self.size[0]}x{self.size[1]}; "
+                "bring them to one size with model.image_size"
+            )
+        return pixels
+
+
+def _as_they_are(answer: object) -> object:
+    return answer
+
+
+def _prepare_worker(number: int) -> None:
+    """A worker ends when the process it works for does, which takes the signals; all workers share one cache's size."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    info = torch.utils.data.get_worker_info()
+    assert info is not None
+    source = info.dataset.images.source  # type: ignore[attr-defined]
+    if hasattr(source, "cache_bytes"):
+        source.cache_bytes //= info.num_workers

@@ -1,0 +1,160 @@
+"""Checkpoints: only one that has the form of the run's own is taken, and nothing in it is run."""
+
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.training import checkpoint as run_folder
+from bagcert.training.loop import train
+from tests import tiny
+
+
+def _stopped(folder: Path, name: str = "adamw") -> Path:
+    """A run that stops at step 5, after its checkpoint of step 4."""
+
+    def stop(at: object) -> None:
+        if at.step == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(tiny.recipe(optimizer__name=name), folder, tiny.image_set(), device="cpu", on_progress=stop)
+    return folder / "checkpoint.pt"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _stopped(tmp_path_factory.mktemp("run"))
+
+
+def _resume(folder: Path) -> None:
+    train(tiny.recipe(), folder, tiny.image_set(), resume=True, device="cpu")
+
+
+def _first(state: dict) -> dict:
+    return state["optimizer"]["state"][0]
+
+
+CHANGES: dict[str, tuple[Callable[[dict], object], str]] = {
+    "a list": (lambda state: [1], "not the state of a run"),
+    "a number": (lambda state: 7, "not the state of a run"),
+    "no metrics": (lambda state: state.pop("metrics") and None, "not the state of a run"),
+    "a step before the first": (lambda state: state.update(step=-1), "out of range"),
+    "a step after the last": (lambda state: state.update(step=13), "out of range"),
+    "a step in words": (lambda state: state.update(step="five"), "step is not what"),
+    "endless seconds": (lambda state: state.update(seconds=float("inf")), "out of range"),
+    "half a step": (lambda state: state.update(step=4.5), "step is not what"),
+    "a negative count": (lambda state: state["average"].update(n_averaged=torch.tensor(-10)), "n_averaged is not what"),
+    "seconds that are none": (lambda state: state.update(seconds=float("nan")), "out of range"),
+    "metrics of numbers": (lambda state: state.update(metrics=[1]), "metrics"),
+    "a moment of another shape": (lambda state: _first(state).update(exp_avg=torch.zeros(3)), "exp_avg"),
+    "a moment that is none": (lambda state: _first(state).update(exp_avg="x"), "exp_avg"),
+    "a moment of no memory": (lambda state: _first(state).update(exp_avg=torch.zeros(1).expand(1 << 45)), "exp_avg"),
+    "a moment of no parameter": (
+        lambda state: state["optimizer"]["state"].update({999: _first(state)}),
+        "optimizer.state is not",
+    ),
+    "a moment missing": (lambda state: _first(state).__delitem__("exp_avg"), "optimizer.state.0 is not"),
+    "a parameter without moments": (lambda state: state["optimizer"]["state"].__delitem__(0), "optimizer.state is not"),
+    "a moment too many": (lambda state: _first(state).update(more=torch.zeros(1)), "optimizer.state.0 is not"),
+    "a negative step of a moment": (lambda state: _first(state).update(step=torch.tensor(-1.0)), "before the first"),
+    "an option more": (lambda state: state["optimizer"]["param_groups"][0].update(evil=1), "param_groups.0"),
+    "a rate in words": (lambda state: state["optimizer"]["param_groups"][0].update(lr="x"), "param_groups.0.lr"),
+    "a method replaced": (lambda state: state["schedule"].update(step=5), "schedule"),
+    "a weight of another dtype": (
+        lambda state: state["model"].update({name: value.double() for name, value in state["model"].items()}),
+        "model.",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_checkpoint_in_another_form_is_refused(what: str, checkpoint: Path, tmp_path: Path) -> None:
+    change, reason = CHANGES[what]
+    state = torch.load(checkpoint, weights_only=True)
+    replaced = change(state)
+    (tmp_path / "recipe.toml").write_bytes((checkpoint.parent / "recipe.toml").read_bytes())
+    torch.save(state if replaced is None else replaced, tmp_path / "checkpoint.pt")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(UnreadableError, match="is damaged: ") as error:
+        _resume(tmp_path)
+    assert reason in str(error.value)
+    assert str(error.value).isprintable()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_the_halves_of_a_composed_optimizer_are_looked_at_too(tmp_path: Path) -> None:
+    path = _stopped(tmp_path, "muon")
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["muon"]["state"][0]["momentum_buffer"] = torch.zeros(2)
+    torch.save(state, path)
+    with pytest.raises(UnreadableError, match="momentum_buffer is not what this run has"):
+        train(tiny.recipe(optimizer__name="muon"), tmp_path, tiny.image_set(), resume=True, device="cpu")
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes((checkpoint.parent / "recipe.toml").read_bytes())
+    with (
+        zipfile.ZipFile(checkpoint) as source,
+        zipfile.ZipFile(tmp_path / "checkpoint.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for part in source.infolist():
+            target.writestr(part.filename, source.read(part))
+        target.writestr("archive/data/bomb", bytes(1 << 20))
+    with pytest.raises(UnreadableError, match="its parts are larger than the file"):
+        _resume(tmp_path)
+
+
+class _Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_any_part_of_a_checkpoint_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes((checkpoint.parent / "recipe.toml").read_bytes())
+    trap = _Trap(tmp_path / "sprung")
+    archive, legacy = io.BytesIO(), io.BytesIO()
+    torch.save({**torch.load(checkpoint, weights_only=True), "metrics": trap}, archive)
+    torch.save(trap, legacy, _use_new_zipfile_serialization=False)
+    for content in (archive.getvalue(), legacy.getvalue(), pickle.dumps(trap)):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(UnreadableError, match="is damaged") as error:
+            _resume(tmp_path)
+        assert str(error.value).isprintable()
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_pipes_and_large_files_are_refused_unread(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.toml").write_bytes((checkpoint.parent / "recipe.toml").read_bytes())
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    with pytest.raises(UnreadableError, match="not a regular file"):
+        _resume(tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    (tmp_path / "checkpoint.pt").write_bytes(checkpoint.read_bytes())
+    monkeypatch.setattr(run_folder, "MAX_CHECKPOINT_BYTES", 1000)
+    with pytest.raises(UnreadableError, match="more than the limit of 1,000"):
+        _resume(tmp_path)
+    (tmp_path / "recipe.toml").unlink()
+    os.mkfifo(tmp_path / "recipe.toml")
+    with pytest.raises(UsageError, match="another recipe"):
+        _resume(tmp_path)
+
+
+def test_what_a_killed_process_left_is_removed(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("recipe.toml", "checkpoint.pt"):
+        (tmp_path / name).write_bytes((checkpoint.parent / name).read_bytes())
+    (tmp_path / ".checkpoint.pt.abcd1234").write_bytes(b"half of one")
+    _resume(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"recipe.toml", "metrics.jsonl", "model.safetensors", "config.json"}

@@ -1,0 +1,221 @@
+"""Recipes: what ships is whole, what is wrong is named."""
+
+import os
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bagcert.errors import BagcertError, UnreadableError, UsageError
+from bagcert.nets import get_architecture
+from bagcert.rules import get_rule
+from bagcert.threat import PatchThreatModel
+from bagcert.training.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+
+
+def _sentence(error: pytest.ExceptionInfo) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_whole_and_named_like_their_files(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    architecture = get_architecture(recipe.model.architecture)
+    assert get_rule(recipe.defense.rule)
+    assert PatchThreatModel.parse(recipe.defense.patch, recipe.model.image_size or architecture.image_size).patch
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_recipe_written_out_reads_back_the_same(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, ["model.image_size=[16,24]", "optimizer.learning_rate=1e-5", "model.padded=false"])
+    path = tmp_path / "written.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert load_recipe(str(path)) == recipe
+    assert load_recipe(str(path)).to_toml() == recipe.to_toml()
+    written = tomllib.loads(recipe.to_toml())
+    for section, values in recipe.model_dump(exclude_none=True, mode="json").items():
+        assert written[section] == values
+
+
+@pytest.mark.parametrize(
+    "text", ['with "quotes"', "back\\slash", "line\nbreak", "tab\t", "ünïcödé 🙂", "\x7f\x01", "#"]
+)
+def test_any_text_survives_being_written_out(text: str) -> None:
+    recipe = parse_recipe({"name": "r", "data": {"name": text}})
+    assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("name=other-1.10", "other-1.10"),
+        ("name=1.10", "1.10"),
+        ("train.epochs=3", 3),
+        ("optimizer.learning_rate=1e-4", 1e-4),
+        ("optimizer.learning_rate=1", 1.0),
+        ("train.compile=true", True),
+        ("model.padded=false", False),
+        ("model.image_size=[16,16]", (16, 16)),
+        ("model.image_size = [16, 24]", (16, 24)),
+        ("defense.patch=5", "5"),
+        ("defense.patch=2x8", "2x8"),
+        ("defense.patch=0x8", "0x8"),
+        ("defense.patch='2%'", "2%"),
+        ("defense.patch=5+2x8", "5+2x8"),
+        ('defense.rule="vote"', "vote"),
+        ("loss.name=margin", "margin"),
+        ("data.name=some/path=with equals", "some/path=with equals"),
+    ],
+)
+def test_overrides_have_the_types_of_their_keys(override: str, value: object) -> None:
+    recipe = load_recipe("digits", [override])
+    found: object = recipe
+    for part in override.partition("=")[0].strip().split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_apply_in_order_and_touch_nothing_else() -> None:
+    plain = load_recipe("digits")
+    changed = load_recipe("digits", ["train.epochs=3", "augment.cutout=2", "train.epochs=4"])
+    assert changed.train == plain.train.model_copy(update={"epochs": 4})
+    assert changed.augment.cutout == 2
+    assert changed.model_copy(update={"train": plain.train, "augment": plain.augment}) == plain
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epoch=3", ["'train.epoch'", "did you mean train.epochs"]),
+        ("trian.epochs=3", ["'trian.epochs'", "did you mean train.epochs"]),
+        ("train.deep.epochs=3", ["'train.deep.epochs'", "did you mean train.epochs"]),
+        ("nothing.like.this.at.all=3", ["'nothing.like.this.at.all'"]),
+        ("train=3", ["'train'"]),
+        ("train.epochs", ["section.key=value", "'train.epochs'"]),
+        ("=3", ["section.key=value", "'=3'"]),
+        ("", ["section.key=value", "''"]),
+        ("train.epochs=many", ["train.epochs", "integer", "'many'"]),
+        ("train.epochs=0", ["train.epochs", "greater than or equal to 1", "got 0"]),
+        ("train.epochs=1.5", ["train.epochs", "integer", "1.5"]),
+        ("train.seed=-1", ["train.seed", "-1"]),
+        ("model.width=4", ["model.width", "greater than or equal to 8"]),
+        ("model.image_size=16", ["model.image_size", "16"]),
+        ("model.image_size=[16]", ["model.image_size"]),
+        ("optimizer.name=adam", ["optimizer.name", "'adamw', 'muon' or 'sgd'", "'adam'"]),
+        ("optimizer.learning_rate=0", ["optimizer.learning_rate", "greater than 0"]),
+        ("optimizer.learning_rate=nan", ["optimizer.learning_rate", "nan"]),
+        ("optimizer.learning_rate=inf", ["optimizer.learning_rate", "inf"]),
+        ("data.validation=1", ["data.validation", "less than 1"]),
+        ("name=no/slashes", ["name", "'no/slashes'"]),
+        ("name=", ["name", "''"]),
+        ("train.compile=perhaps", ["train.compile", "'perhaps'"]),
+        ("augment.resized_crop=0", ["augment.resized_crop", "greater than 0"]),
+        ("augment.resize=256", ["augment.resize needs augment.resized_crop and model.image_size"]),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        load_recipe("digits", [override])
+    for word in words:
+        assert word in _sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["needs the key 'name'"]),
+        ("name = 'r'\nepochs = 3", ["'epochs'"]),
+        ("name = 'r'\n[trian]\nepochs = 3", ["'trian'", "did you mean train"]),
+        ("name = 'r'\n[train]\nepoch = 3", ["'train.epoch'", "did you mean train.epochs"]),
+        ("name = 'r'\ntrain = 3", ["train", "got 3"]),
+        ("name = 'r'\n[defense]\npatch = 5", ["defense.patch", "string", "got 5"]),
+        ("name = 3", ["name", "string", "got 3"]),
+    ],
+)
+def test_a_wrong_file_is_named(text: str, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        load_recipe(str(path))
+    for word in words:
+        assert word in _sentence(error)
+
+
+def test_an_override_cannot_look_into_what_is_no_section(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("name = 'r'\ntrain = 3")
+    with pytest.raises(UsageError, match=r"train: it should be a section \[train\], got 3"):
+        load_recipe(str(tmp_path / "r.toml"), ["train.epochs=3"])
+
+
+@pytest.mark.parametrize(("name", "near"), [("digit", "did you mean digits"), ("zzz", "there are")])
+def test_an_unknown_recipe_names_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load_recipe(name)
+    assert f"no recipe {name!r}; {near}" in _sentence(error)
+
+
+@pytest.mark.parametrize("content", [b"name = ", b"name: r", b"\xff\xfe", b"\x89PNG\r\n", b"a = 1\na = 2"])
+def test_what_is_not_toml_is_unreadable(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableError, match="not valid TOML") as error:
+        load_recipe(str(path))
+    assert str(path) in _sentence(error)
+
+
+def test_a_missing_file_and_a_folder_are_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "folder.toml").mkdir()
+    for name in ("missing.toml", "folder.toml"):
+        with pytest.raises(UnreadableError, match="cannot be read") as error:
+            load_recipe(str(tmp_path / name))
+        assert name in _sentence(error)
+
+
+def test_a_recipe_does_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe("digits").train.epochs = 3
+    assert isinstance(load_recipe("digits"), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"x = " + b"[" * 30_000, "is not valid TOML"),
+        (b"x = " + b"{a=" * 15_000, "is not valid TOML"),
+        (b"x = " + b"9" * 5000, "is not valid TOML"),
+        (b"#" * (1 << 16) + b"\n", "more than the limit of 65,536"),
+        (b".".join([b"a"] * 20_000) + b" = 1", "needs the key 'name'"),
+        (b'name = "x"\ndata.' + b".".join([b"a"] * 20_000) + b" = 1", "no key 'data.a'"),
+        (b'name = "x"\ntrain.epochs.' + b".".join([b"a"] * 20_000) + b" = 1", "recipe key train.epochs"),
+        (b'name = "x"\n"a\\u001b[2J\\nb" = 1', "no key"),
+        (b'name = "x"\nmodel.image_size = [1000000000, 1000000000]', "recipe key model.image_size.0"),
+        (b'name = "x"\nmodel.width = 1000000000', "recipe key model.width"),
+        (b'name = "x"\naugment.crop = 1000000000', "recipe key augment.crop"),
+        (b'name = "' + b"x" * 300 + b'"', "recipe key name"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_hostile_files_are_told_in_one_sentence(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(content)
+    with pytest.raises(BagcertError, match=re.escape(reason)) as error:
+        load_recipe(str(tmp_path / "r.toml"))
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 700
+
+
+def test_an_override_may_be_anything() -> None:
+    for text in ("[" * 30_000, "9" * 5000):
+        with pytest.raises(UsageError, match=r"recipe key train\.epochs") as error:
+            load_recipe("digits", [f"train.epochs={text}"])
+        assert len(str(error.value)) < 500
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.toml")
+    with pytest.raises(UnreadableError, match="not a regular file"):
+        load_recipe(str(tmp_path / "r.toml"))
