@@ -2,10 +2,10 @@
 
     python benchmarks/cost_growth.py --out results/speed/cost-growth.json
 
-Every point is `bagcert.evaluation.evaluate.evaluate` in a process of its own, on random images with a network of random weights:
-the one of the recipe `cifar10-cpu`, double masking. Seconds are medians of whole passes, without start and loading;
-memory is the most that the process has held. Each series has the straight line nearest to its points, and how far the
-farthest point lies from it. About seven minutes on two quiet cores.
+Every point is `bagcert.evaluation.evaluate.evaluate` in a process of its own, on random images with a network of
+random weights: the one of the recipe `cifar10-cpu`, double masking. Seconds are medians of whole passes, without start
+and loading; memory is the most that the process has held. Each series has the straight line nearest to its points, and
+how far the farthest point lies from it. About seven minutes on two quiet cores.
 """
 
 import argparse

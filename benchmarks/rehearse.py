@@ -2,10 +2,10 @@
 
     python benchmarks/rehearse.py imagenet-bagcert --classes 1000 --batch-size 4 8 --steps 4
 
-The training is the real one (`bagcert.training.loop.train`), on random uint8 images of the recipe's size and with its own
-precision, augmentation and loss; only batch size and length differ. What it measures stands under `measured`. The
-hours on several accelerators are extrapolated: on the CPU from a throughput that is assumed, on an accelerator from
-the one just measured.
+The training is the real one (`bagcert.training.loop.train`), on random uint8 images of the recipe's size and with
+its own precision, augmentation and loss; only batch size and length differ. What it measures stands under `measured`.
+The hours on several accelerators are extrapolated: on the CPU from a throughput that is assumed, on an accelerator
+from the one just measured.
 """
 
 import argparse

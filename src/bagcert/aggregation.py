@@ -139,24 +139,6 @@ def check_readout(values: int | None, attention_heads: int | None, hidden: int |
         raise ValueError("attention pooling is for whole images; a network of ablated images has another head")
 
 
-def require_sum(readout: object | None, what: str, instead: str = "") -> None:
-    """Refuses a model or map whose class scores are not sums of region scores.
-
-    Args:
-        readout: its readout; None where class scores are sums.
-        what: needs them; the sentence begins with it.
-        instead: what to do; the sentence ends with it.
-
-    Raises:
-        UsageError: there is a readout.
-    """
-    if readout is not None:
-        raise UsageError(
-            f"{what} needs class scores that are sums over regions; this model pools regions by attention"
-            + (instead and f": {instead}")
-        )
-
-
 def pooling_dtype(regions: int) -> torch.dtype:
     """float32 while every sum over this many regions is exact in it, float64 above.
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bagcert.aggregation import PRODUCT_LIMIT, WEIGHT_LIMIT, AttentionPooling, pooling_dtype, require_sum
+from bagcert.aggregation import PRODUCT_LIMIT, WEIGHT_LIMIT, AttentionPooling, pooling_dtype
 from bagcert.devices import full_precision
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid, WindowBlock
@@ -203,6 +203,24 @@ class ScoreMap:
         scores, slack = self.scores.long(), self.slack.long().clamp(max=self.span)
         worst = torch.where(own, scores - slack, scores + slack).clamp(self.low, self.high)
         return replace(self, scores=worst, slack=None)
+
+
+def require_sum(readout: object | None, what: str, instead: str = "") -> None:
+    """Refuses a model or map whose class scores are not sums of region scores.
+
+    Args:
+        readout: its readout; None where class scores are sums.
+        what: needs them; the sentence begins with it.
+        instead: what to do; the sentence ends with it.
+
+    Raises:
+        UsageError: there is a readout.
+    """
+    if readout is not None:
+        raise UsageError(
+            f"{what} needs class scores that are sums over regions; this model pools regions by attention"
+            + (instead and f": {instead}")
+        )
 
 
 def quantize(z: Tensor, scale: float) -> Int[Tensor, "batch classes rows cols"]:

@@ -1,4 +1,4 @@
-"""The layers of the package: imports point down only, and the other habits that a machine can hold."""
+"""The order of the package: imports point to earlier parts only, and the other habits that a machine can hold."""
 
 import ast
 from collections.abc import Iterator
@@ -6,57 +6,44 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src" / "bagcert"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "bagcert"
 MODULES = {
     ".".join(("bagcert", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(SOURCE.rglob("*.py"))
 }
-EXEMPT = {"bagcert"}  # the front door names everything, and loads it on first use
 
-LEVELS = {
-    1: "errors extras files addresses ahead ranks devices threat grid aggregation scores "
-    "certificate records images draws distributed verify",
-    2: "backends rules nets data losses optimizers recipe preprocess record_lines image_records gallery_file",
-    3: "defenses train training_data objective run_folder validation locality model_card",
-    4: "attacks gallery export hub failsafe evaluation_log certificate_records record_file describe",
-    5: "evaluate engines recompute compare",
-    6: "benchmark",
-    7: "report page",
-    8: "cli __main__",
-}
-LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
+ORDER = [
+    "errors",
+    "io",
+    "devices",
+    "threat",
+    "grid",
+    "aggregation",
+    "scores",
+    "certificate",
+    "records",
+    "data",
+    "nets",
+    "rules",
+    "locality",
+    "defenses",
+    "training",
+    "attacks",
+    "proofs",
+    "evaluation",
+    "bulk",
+    "export",
+    "hub",
+    "report",
+    "playground",
+    "cli",
+    "__main__",
+]
+"""Every part of the package. A part imports from the parts before it only."""
 
-SAME_LINE = {
-    ("threat", "errors"): "everything may raise the package's errors",
-    ("grid", "errors"): "likewise",
-    ("scores", "errors"): "likewise",
-    ("images", "errors"): "likewise",
-    ("devices", "errors"): "likewise",
-    ("files", "errors"): "likewise",
-    ("extras", "errors"): "likewise",
-    ("addresses", "errors"): "likewise",
-    ("addresses", "extras"): "says which extra brings a store's library",
-    ("images", "files"): "how a file is opened safely",
-    ("threat", "files"): "likewise",
-    ("grid", "threat"): "the windows of a grid are those of a threat",
-    ("scores", "devices"): "sums are formed in it",
-    ("aggregation", "errors"): "likewise",
-    ("scores", "aggregation"): "a score map carries its readout",
-    ("scores", "grid"): "a score map carries its grid",
-    ("certificate", "threat"): "a certificate says against what",
-    ("distributed", "errors"): "likewise",
-    ("objective", "defenses"): "ablated images are made by the defense that votes on them",
-    ("train", "defenses"): "training on interval bounds stands beside the bounds",
-    ("train", "objective"): "the training's own, in a file of its own",
-    ("train", "training_data"): "the training's own, in a file of its own",
-    ("train", "validation"): "the training's own, in a file of its own",
-    ("validation", "defenses"): "ablated images are judged by the defense that votes on them",
-    ("train", "run_folder"): "the folder of a run is the training's own, in a file of its own",
-    ("defenses", "locality"): "a loaded defense is measured before it certifies",
-    ("record_file", "certificate_records"): "a file of those records",
-    ("export", "certificate_records"): "geometry and threat are written as in records",
-    ("__main__", "cli"): "python -m bagcert is the command line",
-}
+MOST_PARTS, MOST_ARROWS = 24, 140
+DOCSTRING_ONLY = ["io", "training", "proofs", "evaluation", "bulk", "export", "hub", "report", "playground"]
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:
@@ -77,56 +64,75 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 
 
 def _part(module: str) -> str:
-    """`bagcert.nets.receptive_field.probe` belongs to `nets`."""
+    """`bagcert.nets.region_scorer` belongs to `nets`."""
     return module.split(".")[1]
 
 
-PAIRS = sorted(
+INSIDE = {module: path for module, path in MODULES.items() if module != "bagcert"}  # the root loads names on first use
+ARROWS = sorted(
     {
         (_part(module), _part(target))
-        for module, path in MODULES.items()
-        if module not in EXEMPT
+        for module, path in INSIDE.items()
         for target in _imports(ast.parse(path.read_text()))
-        if target.startswith("bagcert.") and _part(target) != _part(module)
+        if target.startswith("bagcert.") and _part(target) != _part(module) and module != "bagcert.__main__"
     }
 )
 
 
-def test_every_part_of_the_package_has_a_level() -> None:
-    assert {_part(module) for module in MODULES if module not in EXEMPT} <= LEVEL.keys()
+def test_the_order_names_every_part_once() -> None:
+    assert sorted(ORDER) == sorted({_part(module) for module in INSIDE})
 
 
-@pytest.mark.parametrize(("importer", "imported"), PAIRS, ids=[f"{a}-{b}" for a, b in PAIRS])
-def test_imports_point_to_a_lower_line(importer: str, imported: str) -> None:
-    assert LEVEL[imported] < LEVEL[importer] or (importer, imported) in SAME_LINE
+@pytest.mark.parametrize(("importer", "imported"), ARROWS, ids=[f"{a}-{b}" for a, b in ARROWS])
+def test_imports_point_to_an_earlier_part(importer: str, imported: str) -> None:
+    assert ORDER.index(imported) < ORDER.index(importer)
 
 
-def test_the_list_of_exceptions_is_used_and_has_no_circle() -> None:
-    assert SAME_LINE.keys() <= set(PAIRS)
-    lowest = "errors extras addresses files devices distributed threat images grid aggregation scores certificate"
-    order = {name: i for i, name in enumerate(lowest.split())}
-    order |= {
-        "locality": 98,
-        "defenses": 99,
-        "certificate_records": 99,
-        "record_file": 100,
-        "export": 100,
-        "run_folder": 100,
-        "validation": 100,
-        "objective": 100,
-        "training_data": 100,
-        "train": 101,
-        "cli": 102,
-        "__main__": 103,
-    }
-    assert all(order[imported] < order[importer] for importer, imported in SAME_LINE)
+def test_parts_and_arrows_stay_few() -> None:
+    """Counts the parts of the package and the imports between them.
+
+    A part is a module or a folder directly in `src/bagcert`; `__init__.py` and `__main__.py` do not count. An arrow is
+    a pair (A, B) of different parts such that some module in A imports some module in B. Import statements count
+    anywhere in a file, also inside functions, but not under `if TYPE_CHECKING`. Any number of imports from A to B is
+    one arrow.
+    """
+    assert len(ORDER) - 1 <= MOST_PARTS
+    assert len(ARROWS) <= MOST_ARROWS
+
+
+def test_architecture_states_the_same_order() -> None:
+    text = " ".join((ROOT / "ARCHITECTURE.md").read_text().split())
+    assert " ".join(ORDER[:-1]) in text
+
+
+def test_only_the_version_is_taken_from_the_package_root() -> None:
+    """The root loads public names from anywhere; modules that took them there would hide where they point."""
+    for module, path in INSIDE.items():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "bagcert":
+                taken = {alias.name for alias in node.names if f"bagcert.{alias.name}" not in MODULES}
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bagcert":
+                taken = {node.attr}
+            else:
+                continue
+            assert taken <= {"__version__"}, f"{module} takes {taken} from the package root"
+
+
+@pytest.mark.parametrize("folder", DOCSTRING_ONLY)
+def test_init_of_folders_without_a_table_is_a_docstring(folder: str) -> None:
+    """An import of any module in a folder runs its `__init__` first, and the command line starts without torch."""
+    (statement,) = ast.parse((SOURCE / folder / "__init__.py").read_text()).body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value, ast.Constant)
+    assert isinstance(statement.value.value, str)
 
 
 def test_rules_know_no_network_no_files_and_no_labels() -> None:
     known = {"torch", "numpy", "jaxtyping", "dataclasses", "functools", "collections", "difflib", "fractions"}
     known |= {"itertools", "math"}
-    for module, path in MODULES.items():
-        if _part(f"{module}.") == "rules":
+    for module, path in INSIDE.items():
+        if _part(module) == "rules":
             for target in _imports(ast.parse(path.read_text())):
                 assert target.split(".")[0] in {*known, "bagcert", "typing"}, f"{module} imports {target}"
 

@@ -1,1 +1,1 @@
-"""Where the certification of many image files runs."""
+"""Certification of whole data sources: folders, Parquet files, object stores."""

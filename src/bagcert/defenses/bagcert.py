@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bagcert.aggregation import require_sum
 from bagcert.defenses.base import ScoreMapDefense
 from bagcert.devices import keep_freed_memory, resolve_device
 from bagcert.errors import UnreadableError, UsageError
@@ -19,7 +18,7 @@ from bagcert.nets.region_scorer import RegionScorer, not_finite
 from bagcert.nets.runtimes import fastest_backend, get_runner
 from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig, read_model, weights_sha256
 from bagcert.rules import get_rule
-from bagcert.scores import ScoreMap, check_counting
+from bagcert.scores import ScoreMap, check_counting, require_sum
 from bagcert.threat import PatchLike, PatchThreatModel
 
 ALIASES = {"default": "cifar10-cpu"}

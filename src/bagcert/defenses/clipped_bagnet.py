@@ -16,11 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bagcert.aggregation import require_sum
 from bagcert.defenses.base import ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
-from bagcert.scores import ScoreMap, slack_of
+from bagcert.scores import ScoreMap, require_sum, slack_of
 from bagcert.threat import PatchLike
 
 LEVELS = 1000

@@ -26,7 +26,6 @@ from bagcert.grid import RegionGrid
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap, lowest_argmax
 from bagcert.threat import PatchLike, PatchThreatModel
-from bagcert.training.random import Source, draw
 
 ABLATIONS = ("column", "row", "block")
 VOTES = ("threshold", "argmax")
@@ -64,11 +63,6 @@ def ablate(
     col = (torch.arange(width, device=device) - positions[:, 1:]) % width < cols
     kept = row[:, None, :, None] & col[:, None, None, :]
     return torch.where(kept, torch.cat([images, 1 - images], 1), images.new_zeros(()))
-
-
-def random_positions(count: int, image_size: tuple[int, int], generator: Source) -> Int[Tensor, "count 2"]:
-    """A random position for each of `count` training images, every row and column equally likely, the last included."""
-    return torch.stack([draw(side, count, generator) for side in image_size], 1)
 
 
 class DerandomizedSmoothing(ScoreMapDefense):

@@ -13,12 +13,11 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from bagcert.aggregation import require_sum
 from bagcert.defenses.base import ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import Rule, get_rule
 from bagcert.rules.robust_masking import exact_share, robust_masking, robust_masking_prediction
-from bagcert.scores import ScoreMap
+from bagcert.scores import ScoreMap, require_sum
 from bagcert.threat import PatchLike
 
 

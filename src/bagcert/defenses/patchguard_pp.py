@@ -16,12 +16,11 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from bagcert.aggregation import require_sum
 from bagcert.defenses.base import ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import Rule, get_rule
 from bagcert.rules.confident_detection import alerts, check_confidence, confident_detection
-from bagcert.scores import ScoreMap
+from bagcert.scores import ScoreMap, require_sum
 from bagcert.threat import PatchLike
 
 

@@ -1,4 +1,4 @@
-"""Certified and clean accuracy of a model on a data set: the one place that compares predictions with labels."""
+"""Clean and certified accuracy of a model on a labeled data set, and one record per image."""
 
 import json
 import platform

@@ -4,14 +4,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from bagcert.aggregation import require_sum
 from bagcert.errors import UsageError
 from bagcert.export.image_range import ImageRange
 from bagcert.export.rules import EXACT, RuleModule, rule_module
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.runtimes import inference_copy
 from bagcert.rules import get_rule
-from bagcert.scores import FIXED_POINT_LIMIT
+from bagcert.scores import FIXED_POINT_LIMIT, require_sum
 from bagcert.threat import PatchThreatModel
 
 OUTPUTS = ("label", "certified", "margin", "scores")

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from bagcert.aggregation import require_sum
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.export.check import Check, Run, check_images, check_rule
@@ -26,6 +25,7 @@ from bagcert.locality import measure_onnx
 from bagcert.locality.measurement import dynamic_quantization
 from bagcert.nets.runtimes.onnx_graph import INPUT, LIBRARIES, REAL_SCORES, to_onnx
 from bagcert.nets.runtimes.onnxruntime import onnx_session
+from bagcert.scores import require_sum
 from bagcert.threat import PatchLike, PatchThreatModel
 
 RANDOM_IMAGES = 16

@@ -3,9 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bagcert.aggregation import require_sum
 from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import RegionScorer
+from bagcert.scores import require_sum
 
 
 class MeanScores(nn.Module):

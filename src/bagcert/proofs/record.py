@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bagcert.aggregation import require_sum
 from bagcert.certificate import Certificate
 from bagcert.data.photo import Photo
 from bagcert.data.preprocess import Preprocessing
@@ -23,7 +22,7 @@ from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
 from bagcert.proofs.lines import seal
 from bagcert.records import Record
-from bagcert.scores import ScoreMap
+from bagcert.scores import ScoreMap, require_sum
 from bagcert.threat import PatchThreatModel
 
 

@@ -12,7 +12,7 @@ from functools import wraps
 
 import torch
 
-from bagcert import aggregation
+from bagcert import scores
 from bagcert.certificate import Certificate
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
@@ -26,7 +26,7 @@ def require_sum(score_map: ScoreMap, rule: str) -> None:
     Raises:
         UsageError: the map has a readout.
     """
-    aggregation.require_sum(score_map.readout, f"the rule {rule}", "use double-masking or detection")
+    scores.require_sum(score_map.readout, f"the rule {rule}", "use double-masking or detection")
 
 
 def guarded(certify: Certify) -> Certify:

@@ -8,7 +8,7 @@ was drawn.
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor
 
 from bagcert.errors import UsageError
@@ -151,6 +151,11 @@ def cover(
         for axis, pixel in enumerate(torch.arange(n, device=images.device)[None, :] for n in images.shape[2:])
     ]
     return images.masked_fill(covered[0][:, None, :, None] & covered[1][:, None, None, :], fill)
+
+
+def random_positions(count: int, image_size: tuple[int, int], generator: Source) -> Int[Tensor, "count 2"]:
+    """A random position for each of `count` training images, every row and column equally likely, the last included."""
+    return torch.stack([draw(side, count, generator) for side in image_size], 1)
 
 
 def _check_crop(images: Tensor, padding: int, mode: str) -> None:

@@ -5,15 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bagcert.aggregation import require_sum
-from bagcert.defenses.derandomized_smoothing import ablate, random_positions
+from bagcert.defenses.derandomized_smoothing import ablate
 from bagcert.errors import UsageError
 from bagcert.nets.attention_pooling import attention_masking_loss
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
+from bagcert.scores import require_sum
 from bagcert.threat import PatchThreatModel
 from bagcert.training import losses
-from bagcert.training.augment import cutout, random_crop, random_flip, random_resized_crop
+from bagcert.training.augment import cutout, random_crop, random_flip, random_positions, random_resized_crop
 from bagcert.training.random import Source
 from bagcert.training.recipe import Recipe
 

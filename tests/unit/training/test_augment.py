@@ -13,6 +13,7 @@ from bagcert.training.augment import (
     flip,
     random_crop,
     random_flip,
+    random_positions,
     random_resized_crop,
     resized_crop,
 )
@@ -144,3 +145,8 @@ def test_bad_resized_crops_are_refused() -> None:
             random_resized_crop(_images(), (4, 4), share, _generator())
     with pytest.raises(UsageError, match="at least 1x1 px, got 0x4"):
         random_resized_crop(_images(), (0, 4), 0.5, _generator())
+
+
+def test_random_positions_draw_every_row_and_column() -> None:
+    drawn = random_positions(500, (6, 7), _generator())
+    assert {tuple(position) for position in drawn.tolist()} == {(i, j) for i in range(6) for j in range(7)}

@@ -6,8 +6,9 @@ those two tables. What is not in the table is refused by name: a certificate may
 to be local. Shapes are real, so padding, ceil_mode and control flow that depends on sizes need no special care.
 
 Then the network runs again, as in use: on other images, in batches of other sizes, in another memory layout. Each time
-it has to do the same, with the same operands but the image: `bagcert.nets.receptive_field.passes`. So control flow that depends on
-pixel values or on the batch is refused, as are networks that change from call to call (`bagcert.nets.receptive_field.module_state`).
+it has to do the same, with the same operands but the image: `bagcert.nets.receptive_field.passes`. So control flow that
+depends on pixel values or on the batch is refused, as are networks that change from call to call
+(`bagcert.nets.receptive_field.module_state`).
 """
 
 from collections.abc import Iterator, Sequence

@@ -10,11 +10,10 @@ import torch
 from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.io import optional as extras
+from bagcert.io import optional
 from bagcert.locality.cache import report_key
-from bagcert.nets import runtimes as backends
-from bagcert.nets.runtimes import RUNNERS, Runner, fastest_backend, get_runner, installed_backends
-from bagcert.nets.runtimes import onnx_graph as network
+from bagcert.nets import runtimes
+from bagcert.nets.runtimes import RUNNERS, Runner, fastest_backend, get_runner, installed_backends, onnx_graph
 from tests import tiny
 
 
@@ -110,44 +109,44 @@ def test_locality_is_measured_where_it_is_computed():
 
 def test_a_graph_is_written_once_per_process_and_machine(monkeypatch, tmp_path, torch_model):
     pytest.importorskip("onnxscript")
-    net, written = backends.inference_copy(torch_model.scorer), []
-    monkeypatch.setattr(network, "_GRAPHS", {})
-    real = network.to_onnx
-    small = real(backends.inference_copy(tiny.color_model().scorer), (3, 8, 8), ["z"])
-    monkeypatch.setattr(network, "to_onnx", lambda *given: written.append(given) or small)
-    first = network.graph_of(net, (3, 8, 8), tmp_path)
-    assert network.graph_of(net, (3, 8, 8), tmp_path) == first
+    net, written = runtimes.inference_copy(torch_model.scorer), []
+    monkeypatch.setattr(onnx_graph, "_GRAPHS", {})
+    real = onnx_graph.to_onnx
+    small = real(runtimes.inference_copy(tiny.color_model().scorer), (3, 8, 8), ["z"])
+    monkeypatch.setattr(onnx_graph, "to_onnx", lambda *given: written.append(given) or small)
+    first = onnx_graph.graph_of(net, (3, 8, 8), tmp_path)
+    assert onnx_graph.graph_of(net, (3, 8, 8), tmp_path) == first
     assert len(written) == 1
-    network._GRAPHS.clear()  # as another process
-    assert network.graph_of(net, (3, 8, 8), tmp_path) == first
+    onnx_graph._GRAPHS.clear()  # as another process
+    assert onnx_graph.graph_of(net, (3, 8, 8), tmp_path) == first
     assert len(written) == 1
     (path,) = tmp_path.iterdir()
     for damaged in (path.read_bytes()[:-1], b"", path.read_bytes().replace(b"images", b"imagez")):
         path.write_bytes(damaged)
-        network._GRAPHS.clear()
-        assert network.graph_of(net, (3, 8, 8), tmp_path) == first
+        onnx_graph._GRAPHS.clear()
+        assert onnx_graph.graph_of(net, (3, 8, 8), tmp_path) == first
     assert len(written) == 4
-    network.graph_of(net, (3, 9, 8), tmp_path)
+    onnx_graph.graph_of(net, (3, 9, 8), tmp_path)
     net[0].mean += 1
-    network.graph_of(net, (3, 8, 8), tmp_path)
+    onnx_graph.graph_of(net, (3, 8, 8), tmp_path)
     assert len(written) == 6
     blocked = tmp_path / "file"
     blocked.touch()
-    network._GRAPHS.clear()
-    assert network.graph_of(net, (3, 8, 8), blocked) == first  # no place to keep it is no error
+    onnx_graph._GRAPHS.clear()
+    assert onnx_graph.graph_of(net, (3, 8, 8), blocked) == first  # no place to keep it is no error
 
 
 def test_layers_of_the_users_own_are_not_kept():
     class Own(torch.nn.Conv2d):
         pass
 
-    assert network.network_key(torch.nn.Sequential(Own(3, 3, 1))) is None
-    assert network.network_key(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1))) is not None
+    assert onnx_graph.network_key(torch.nn.Sequential(Own(3, 3, 1))) is None
+    assert onnx_graph.network_key(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1))) is not None
 
 
 @pytest.mark.parametrize(("backend", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino")])
 def test_a_missing_library_names_its_extra(monkeypatch, backend, extra):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == backend else object())
+    monkeypatch.setattr(optional, "find_spec", lambda name: None if name == backend else object())
     with pytest.raises(UsageError, match=rf'needs {backend}, which is .*: pip install "bagcert\[{extra}\]"'):
         load("digits", backend=backend)
 
@@ -194,8 +193,8 @@ def test_onnxruntime_has_no_bfloat16():
 def test_the_fastest_of_what_is_there(monkeypatch):
     assert installed_backends()[0] == "torch"
     for there, chosen in ((["torch"], "torch"), (["torch", "onnxruntime"], "onnxruntime")):
-        monkeypatch.setattr(backends, "installed_backends", lambda there=there: there)
+        monkeypatch.setattr(runtimes, "installed_backends", lambda there=there: there)
         assert fastest_backend("cpu") == chosen
     assert fastest_backend("cuda") == fastest_backend("cpu", "bfloat16") == "torch"
-    monkeypatch.setattr(backends, "installed_backends", lambda: ["torch"])
+    monkeypatch.setattr(runtimes, "installed_backends", lambda: ["torch"])
     assert load("digits", checked=False, device="cpu", backend="auto").backend == "torch"
