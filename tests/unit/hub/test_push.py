@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-import huggingface_hub
 import pytest
+from huggingface_hub.utils import validate_repo_id
 
 import bagcert
 from bagcert.defenses.bagcert import shipped_models
@@ -128,7 +128,7 @@ def test_names_that_would_break_out_of_the_card_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["a/b", "some-one/my_model.v1", "A1/x"])
 def test_names_the_hub_takes_are_taken(name: str) -> None:
     hub.check_repo_id(name)
-    huggingface_hub.utils.validate_repo_id(name)
+    validate_repo_id(name)
 
 
 @pytest.mark.parametrize(
