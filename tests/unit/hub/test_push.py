@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub.utils import validate_repo_id
 
