@@ -575,10 +575,14 @@ INTERVAL_LAYERS = {
 
 ATTENTION_MASKING = {
     "regions in both windows of a pair left out twice": [
-        ("            sums.index_add_(0, block.overlapping, both.index_select(0, block.number))\n", "")
+        ("            sums[: len(block.number)] += both.index_select(0, block.number)\n", "")
     ],
-    "a mask skipped between two blocks of pairs": [
-        ("            start += count\n", "            start += count + 1\n")
+    "a pair skipped between two blocks": [("rank = torch.arange(start, min", "rank = torch.arange(start + 1, min")],
+    "a mask is no pair with itself": [
+        (
+            "yield first, count - (ends[first] - rank)",
+            "yield first, (count - (ends[first] - rank) + 1).clamp_(max=count - 1)",
+        )
     ],
     "no pairs at all": [("for block, rows in masks.pair_sums(evidence[k], sums[k]):", "for block, rows in ():")],
     "ties cost nothing between readouts": [("scores - tie_penalty(label, scores.shape[2])[:, None]", "scores")],

@@ -24,7 +24,7 @@ from bagcert.threat import PatchThreatModel
 MOST_PAIRS = 10_000_000
 NO_LABEL = 2.0**24
 """A lead above that of any row."""
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1664
 """Readouts in one product: their pooled values stay in the cache of a processor core."""
 
 
@@ -73,16 +73,8 @@ class Masks:
 
     @cached_property
     def blocks(self) -> list["_Block"]:
-        """All pairs of masks, in blocks of consecutive first masks."""
-        blocks, start = [], 0
-        while start < len(self):
-            count = min(max(1, ROWS_AT_ONCE // (len(self) - start)), len(self) - start)
-            both = (self.masks[start : start + count, None] & self.masks[None, start:]).flatten(0, 1)
-            (overlapping,) = both.any(1).nonzero(as_tuple=True)
-            shared, number = torch.unique(both[overlapping], dim=0, return_inverse=True)
-            blocks.append(_Block(start, count, overlapping, shared, number))
-            start += count
-        return blocks
+        """All pairs of masks, each mask with itself included, in blocks of at most ROWS_AT_ONCE pairs."""
+        return [_Block.of(self.masks, *pairs) for pairs in _pairs(len(self), self.masks.device)]
 
     def at_once(self, count: int) -> Iterator[slice]:
         """Slices of `count` items with a row for every mask each, so that products have ROWS_AT_ONCE rows at most."""
@@ -94,12 +86,12 @@ class Masks:
         self, evidence: Float[Tensor, "*batch channels regions"], masks: Tensor
     ) -> Float[Tensor, "*batch masks channels"]:
         """Sums over all regions but those of each mask."""
-        return (evidence @ (~masks).T.to(evidence.dtype)).transpose(-1, -2)
+        return (~masks).to(evidence.dtype) @ evidence.mT
 
     def pair_sums(
         self, evidence: Float[Tensor, "channels regions"], single: Float[Tensor, "masks channels"]
-    ) -> Iterator[tuple["_Block", Tensor]]:
-        """Sums over all regions but those of two masks [pairs, channels], a block at a time.
+    ) -> Iterator[tuple["_Block", Float[Tensor, "pairs channels"]]]:
+        """Sums over all regions but those of two masks, a block at a time.
 
         Args:
             single: `without` of every mask.
@@ -107,33 +99,44 @@ class Masks:
         # total - W(m) - W(m') + O(m, m') = single(m) + single(m') - total + O(m, m')
         less = single - evidence.sum(1)
         for block in self.blocks:
-            first, second = less[block.start : block.start + block.count], single[block.start :]
-            sums = (first[:, None] + second).flatten(0, 1)
+            sums = less.index_select(0, block.first).add_(single.index_select(0, block.second))
             both = block.shared.to(evidence.dtype) @ evidence.T
-            sums.index_add_(0, block.overlapping, both.index_select(0, block.number))
+            sums[: len(block.number)] += both.index_select(0, block.number)
             yield block, sums
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Pairs of each of `count` masks from `start` on with every mask from `start` on.
+    """Some pairs of masks; those that share regions come first.
 
     Attributes:
-        overlapping: which pairs share regions.
+        first, second: the masks of each pair.
         shared: boolean [sets, regions], the distinct sets of shared regions.
-        number: which of them each overlapping pair shares.
+        number: which of them each pair shares, for the pairs that share any.
     """
 
-    start: int
-    count: int
-    overlapping: Int[Tensor, " overlapping"]
+    first: Int[Tensor, " pairs"]
+    second: Int[Tensor, " pairs"]
     shared: Bool[Tensor, "sets regions"]
     number: Int[Tensor, " overlapping"]
 
-    def pair(self, row: int, masks: int) -> tuple[int, int]:
-        """The two masks of a row, of `masks` in all."""
-        first, second = divmod(row, masks - self.start)
-        return self.start + first, self.start + second
+    @classmethod
+    def of(cls, masks: Bool[Tensor, "masks regions"], first: Tensor, second: Tensor) -> "_Block":
+        """The block of these pairs."""
+        both = masks[first] & masks[second]
+        overlapping = both.any(1)
+        order = torch.cat([overlapping.nonzero()[:, 0], (~overlapping).nonzero()[:, 0]])
+        shared, number = torch.unique(both[overlapping], dim=0, return_inverse=True)
+        return cls(first[order], second[order], shared, number)
+
+
+def _pairs(count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs (i, j) with i <= j < count in lexicographic order, at most ROWS_AT_ONCE at a time."""
+    ends = torch.arange(count, 0, -1, device=device).cumsum(0)  # how many pairs have a first mask of at most i
+    for start in range(0, count * (count + 1) // 2, ROWS_AT_ONCE):
+        rank = torch.arange(start, min(start + ROWS_AT_ONCE, count * (count + 1) // 2), device=device)
+        first = torch.searchsorted(ends, rank, right=True)
+        yield first, count - (ends[first] - rank)
 
 
 def attention_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
@@ -164,7 +167,7 @@ def attention_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> C
                     least, at = _lead(readout.scores(rows)[None], prediction[image, None], rows[None])[0].min(0)
                     if least < lead:
                         lead = least
-                        pair[image, 0], pair[image, 1] = block.pair(int(at), len(masks))
+                        pair[image, 0], pair[image, 1] = block.first[at], block.second[at]
                 margin[image] = lead.long()
     if bool(masks.completed.any()):
         margin.clamp_(max=-1)
