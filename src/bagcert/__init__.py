@@ -1,20 +1,10 @@
-"""Certified defence against adversarial patches, in one forward pass."""
+"""Certified defense against adversarial patches, in one forward pass."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bagcert.io.lazy import lazy_names
 
 __version__ = "0.2.0"
-
-# Heavy modules load on first use, so that `bagcert --help` answers at once.
-_HOMES = {
-    "BagCert": "bagcert.defenses.bagcert",
-    "Certificate": "bagcert.certificate",
-    "FailSafe": "bagcert.defenses.failsafe",
-    "PatchThreatModel": "bagcert.threat",
-    "RegionGrid": "bagcert.grid",
-    "RegionScorer": "bagcert.nets.region_scorer",
-    "ScoreMap": "bagcert.scores",
-    "load": "bagcert.defenses.bagcert",
-}
 
 __all__ = ["BagCert", "Certificate", "FailSafe", "PatchThreatModel", "RegionGrid", "RegionScorer", "ScoreMap", "load"]
 
@@ -27,10 +17,17 @@ if TYPE_CHECKING:
     from bagcert.scores import ScoreMap
     from bagcert.threat import PatchThreatModel
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'bagcert' has no attribute {name!r}")
+# Heavy modules load on first use, so that `bagcert --help` answers at once.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BagCert": "bagcert.defenses.bagcert",
+        "Certificate": "bagcert.certificate",
+        "FailSafe": "bagcert.defenses.failsafe",
+        "PatchThreatModel": "bagcert.threat",
+        "RegionGrid": "bagcert.grid",
+        "RegionScorer": "bagcert.nets.region_scorer",
+        "ScoreMap": "bagcert.scores",
+        "load": "bagcert.defenses.bagcert",
+    },
+)

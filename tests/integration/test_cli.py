@@ -474,10 +474,12 @@ def test_info_lists_what_is_there() -> None:
     found = json.loads(run("info", "--json").out)
     assert {"digits", "cifar10-cpu"} <= set(found["recipes"])
     assert "resnet-rf8s2" in found["architectures"]
+    assert "patchcleanser" in found["defenses"]
+    assert "double-masking" in found["rules"]
     text = run("info")
     assert (text.code, text.err) == (0, "")
-    for name in (*found["models"], *found["recipes"], *found["architectures"]):
-        assert name in text.out
+    for kind in ("models", "recipes", "architectures", "defenses", "rules"):
+        assert all(name in text.out for name in found[kind])
 
 
 # In a process of its own

@@ -29,7 +29,7 @@ class BagCert(ScoreMapDefense):
     """A certified defence: predictions with a proof that no patch of the given size changes them.
 
     One forward pass gives a score map; the rule reads prediction and certificate from it. Source: Metzen &
-    Yatsura, ICLR 2021 ("vote"); METHOD section 3.2 of the design notes ("double-masking").
+    Yatsura, ICLR 2021 ("vote"); Xiang et al., PatchCleanser, USENIX Security 2022 ("double-masking"); docs/method.md.
 
     Args:
         scorer: the network.
