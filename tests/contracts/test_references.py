@@ -29,6 +29,5 @@ def test_cited_document_and_heading_exist(document: str, heading: str) -> None:
 def test_no_docstring_cites_a_document_outside_the_repository() -> None:
     for path in FILES:
         if path != Path(__file__):
-            assert not re.search(r"METHOD (sections? )?\d|of the design notes\.", path.read_text(encoding="utf-8")), (
-                path
-            )
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"METHOD (sections? )?\d|of the design notes\.", text), path
