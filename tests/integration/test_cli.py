@@ -171,7 +171,7 @@ def test_a_mistyped_command_line_is_one_sentence(arguments: tuple[str, ...]) -> 
         (("--patch", "0"), ["at least 1x1 px, got 0x0"]),
         (("--patch", "9"), ["9x9 px does not fit into an image of 8x8 px"]),
         (("--patch", "2", "--patch", "2x"), ["'2x'"]),
-        (("--rule", "votes"), ["'votes'", "did you mean 'vote'"]),
+        (("--rule", "votes"), ["'votes'", "did you mean vote"]),
         (("--fit", "stretch"), ["'stretch'", "squash or center-crop"]),
         (("--device", "gpu"), ["'gpu'"]),
         (("--device", "cuda:99"), ["'cuda:99'"]),

@@ -1,7 +1,6 @@
 """BagCert: a region scorer deployed with a rule and a patch. Loading shipped, local and hub models."""
 
 import os
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from bagcert.defenses.base import ScoreMapDefense
 from bagcert.devices import keep_freed_memory, resolve_device
-from bagcert.errors import UnreadableError, UsageError
+from bagcert.errors import UnreadableError, UsageError, nearest
 from bagcert.locality import LocalityReport, cached_report, require_local
 from bagcert.locality.cache import cache_folder
 from bagcert.nets.region_scorer import RegionScorer, not_finite
@@ -168,10 +167,8 @@ def model_folder(name: str | Path) -> Path:
     parts = text.split("/")
     if len(parts) == 2 and all(parts) and not text.startswith((".", "/", "~")):
         return _from_hub(text)
-    known = [*ALIASES, *shipped]
-    near = get_close_matches(text, known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(known)}"
-    raise UsageError(f"there is no model {text!r}: not shipped, not a folder, not a hub id (owner/name); {hint}")
+    hint = nearest(text, [*ALIASES, *shipped])
+    raise UsageError(f"there is no model {text!r}: not shipped, not a folder, not a hub id (owner/name){hint}")
 
 
 def _from_hub(name: str) -> Path:

@@ -18,7 +18,7 @@ def test_both_parts_together_are_the_digits() -> None:
     assert (values.shape, values.dtype, labels.dtype, values.min(), values.max()) == ((1797, 8, 8), "u1", "u1", 0, 16)
     for part in (train, test):
         np.testing.assert_array_equal(part.labels, labels[part.rows])
-        np.testing.assert_array_equal(part.array()[..., 1], np.rint(values[part.rows] * 255 / 16))
+        np.testing.assert_array_equal(part.array()[..., 1], np.rint(values[part.rows] * (255 / 16)))
         assert part.array().shape[1:] == (8, 8, 3)
     assert not set(train.rows) & set(test.rows)
     assert np.bincount(test.labels).min() >= 34
