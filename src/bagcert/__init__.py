@@ -6,18 +6,39 @@ from bagcert.io.lazy import lazy_names
 
 __version__ = "0.2.0"
 
-__all__ = ["BagCert", "Certificate", "FailSafe", "PatchThreatModel", "RegionGrid", "RegionScorer", "ScoreMap", "load"]
+__all__ = [
+    "BagCert",
+    "Certificate",
+    "FailSafe",
+    "PatchThreatModel",
+    "RegionGrid",
+    "RegionScorer",
+    "ScoreMap",
+    "attack",
+    "evaluate",
+    "export_model",
+    "list_defenses",
+    "list_models",
+    "load",
+    "load_dataset",
+]
 
 if TYPE_CHECKING:
+    from bagcert.attacks import attack
     from bagcert.certificate import Certificate
-    from bagcert.defenses.bagcert import BagCert, load
+    from bagcert.data import load_dataset
+    from bagcert.defenses.bagcert import BagCert, list_models, load
     from bagcert.defenses.failsafe import FailSafe
+    from bagcert.defenses.table import list_defenses
+    from bagcert.evaluation.evaluate import evaluate
+    from bagcert.export.writer import export_model
     from bagcert.grid import RegionGrid
     from bagcert.nets.region_scorer import RegionScorer
     from bagcert.scores import ScoreMap
     from bagcert.threat import PatchThreatModel
 
-# Heavy modules load on first use, so that `bagcert --help` answers at once.
+# Heavy modules load on first use, so that `bagcert --help` answers at once. A new public name is one line here, one in
+# `__all__`, one import above, and its module in docs/api.md.
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
@@ -28,6 +49,12 @@ __getattr__, __dir__ = lazy_names(
         "RegionGrid": "bagcert.grid",
         "RegionScorer": "bagcert.nets.region_scorer",
         "ScoreMap": "bagcert.scores",
+        "attack": "bagcert.attacks",
+        "evaluate": "bagcert.evaluation.evaluate",
+        "export_model": "bagcert.export.writer",
+        "list_defenses": "bagcert.defenses.table",
+        "list_models": "bagcert.defenses.bagcert",
         "load": "bagcert.defenses.bagcert",
+        "load_dataset": "bagcert.data",
     },
 )

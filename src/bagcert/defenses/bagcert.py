@@ -149,6 +149,15 @@ def shipped_models() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(weights.glob(f"*/{CONFIG}"))}
 
 
+def list_models() -> list[str]:
+    """The names that `load` takes without a network: the shipped models and their aliases.
+
+    >>> list_models()
+    ['default', 'cifar10-cpu', 'digits']
+    """
+    return [*ALIASES, *shipped_models()]
+
+
 def model_folder(name: str | Path) -> Path:
     """The folder of a model named as in `load`; a hub model is downloaded into the hub's cache.
 
@@ -167,7 +176,7 @@ def model_folder(name: str | Path) -> Path:
     parts = text.split("/")
     if len(parts) == 2 and all(parts) and not text.startswith((".", "/", "~")):
         return _from_hub(text)
-    hint = nearest(text, [*ALIASES, *shipped])
+    hint = nearest(text, list_models())
     raise UsageError(f"there is no model {text!r}: not shipped, not a folder, not a hub id (owner/name){hint}")
 
 
