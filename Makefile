@@ -1,10 +1,13 @@
-# Two commands do all the set-up: `make demo` and `make test`.
+# Two commands do all the set-up: `make demo` and `make test`. `make help` lists all targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint docs clean
+.PHONY: help demo test lint docs mutants fuzz bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/.demo  ## train on the embedded digits and certify the held-out ones; ARGS=--json for JSON
 	@$(BIN)/bagcert demo $(ARGS)
@@ -19,6 +22,16 @@ lint: $(VENV)/.dev  ## style and types
 
 docs: $(VENV)/.dev  ## the documentation, into build/docs
 	$(BIN)/python -m sphinx -W -b html docs build/docs
+
+mutants: $(VENV)/.dev  ## plant every known mistake in a copy of the sources; the tests must notice each (an hour)
+	$(BIN)/python -m tests.mutants.run $(ARGS)
+
+fuzz: $(VENV)/.dev  ## feed damaged files to every loader, a minute each
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
+	$(BIN)/python -m tests.fuzz.run --crashes build/fuzz-crashes $(ARGS)
+
+bench: $(VENV)/.dev  ## train and compare all defenses on the embedded digits, into build/bench
+	$(BIN)/bagcert benchmark --quick --out build/bench $(ARGS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) >&2

@@ -33,9 +33,9 @@ from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import as_batch
 from bagcert.defenses.bagcert import DTYPES, BagCert, load, model_folder
-from bagcert.devices import resolve_device
+from bagcert.devices import device_name, resolve_device
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.evaluation.evaluate import device_name, evaluate, versions
+from bagcert.evaluation.evaluate import evaluate, versions
 from bagcert.io.files import write_atomically
 from bagcert.io.optional import installed
 from bagcert.nets.region_scorer import PIXELS_AT_ONCE, RegionScorer
@@ -280,7 +280,7 @@ def main() -> None:
         "weights_sha256": model.weights_sha256,
         "rule": model.rule,
         "patch": arguments.patch,
-        "device": device_name(model),
+        "device": device_name(model.scorer.device),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "load_average_before": round(load_before, 2),

@@ -14,7 +14,7 @@ version = release = bagcert.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "plain_docstrings"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["misc.highlighting_failure"]
+suppress_warnings = ["misc.highlighting_failure", "ref.python"]  # `device` names an attribute of several classes
 
 html_theme = "furo"
 html_title = f"bagcert {version}"

@@ -39,7 +39,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("broken_certificates", "misreported"),
     ),
     "networks": ("python -m tests.properties.networks --cases 50000 --json", ("leaks", "crashed", "changed")),
-    "mutants": ("python -m tests.mutants.run --out OUT", ("survived",)),
+    "mutants": ("python -m tests.mutants.run --out OUT", ("survived", "stale", "broken")),
     "faults": (
         "python -m tests.faults.run --kills 50 --out OUT",
         ("incomplete", "differing", "half_written_accepted"),

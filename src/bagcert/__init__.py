@@ -1,36 +1,60 @@
-"""Certified defence against adversarial patches, in one forward pass."""
+"""Certified defense against adversarial patches, in one forward pass."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bagcert.io.lazy import lazy_names
 
 __version__ = "0.2.0"
 
-# Heavy modules load on first use, so that `bagcert --help` answers at once.
-_HOMES = {
-    "BagCert": "bagcert.defenses.bagcert",
-    "Certificate": "bagcert.certificate",
-    "FailSafe": "bagcert.defenses.failsafe",
-    "PatchThreatModel": "bagcert.threat",
-    "RegionGrid": "bagcert.grid",
-    "RegionScorer": "bagcert.nets.region_scorer",
-    "ScoreMap": "bagcert.scores",
-    "load": "bagcert.defenses.bagcert",
-}
-
-__all__ = ["BagCert", "Certificate", "FailSafe", "PatchThreatModel", "RegionGrid", "RegionScorer", "ScoreMap", "load"]
+__all__ = [
+    "BagCert",
+    "Certificate",
+    "FailSafe",
+    "PatchThreatModel",
+    "RegionGrid",
+    "RegionScorer",
+    "ScoreMap",
+    "attack",
+    "evaluate",
+    "export_model",
+    "list_defenses",
+    "list_models",
+    "load",
+    "load_dataset",
+]
 
 if TYPE_CHECKING:
+    from bagcert.attacks import attack
     from bagcert.certificate import Certificate
-    from bagcert.defenses.bagcert import BagCert, load
+    from bagcert.data import load_dataset
+    from bagcert.defenses.bagcert import BagCert, list_models, load
     from bagcert.defenses.failsafe import FailSafe
+    from bagcert.defenses.table import list_defenses
+    from bagcert.evaluation.evaluate import evaluate
+    from bagcert.export.writer import export_model
     from bagcert.grid import RegionGrid
     from bagcert.nets.region_scorer import RegionScorer
     from bagcert.scores import ScoreMap
     from bagcert.threat import PatchThreatModel
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'bagcert' has no attribute {name!r}")
+# Heavy modules load on first use, so that `bagcert --help` answers at once. A new public name is one line here, one in
+# `__all__`, one import above, and its module in docs/api.md.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BagCert": "bagcert.defenses.bagcert",
+        "Certificate": "bagcert.certificate",
+        "FailSafe": "bagcert.defenses.failsafe",
+        "PatchThreatModel": "bagcert.threat",
+        "RegionGrid": "bagcert.grid",
+        "RegionScorer": "bagcert.nets.region_scorer",
+        "ScoreMap": "bagcert.scores",
+        "attack": "bagcert.attacks",
+        "evaluate": "bagcert.evaluation.evaluate",
+        "export_model": "bagcert.export.writer",
+        "list_defenses": "bagcert.defenses.table",
+        "list_models": "bagcert.defenses.bagcert",
+        "load": "bagcert.defenses.bagcert",
+        "load_dataset": "bagcert.data",
+    },
+)

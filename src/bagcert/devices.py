@@ -39,6 +39,24 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the kind and name of the accelerator.
+
+    >>> device_name(torch.device("cpu"))
+    'cpu'
+    """
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """The name of a dtype without "torch."; None is float32.
+
+    >>> dtype_name(torch.bfloat16), dtype_name(None)
+    ('bfloat16', 'float32')
+    """
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to reuse freed memory instead of handing it back to the system.
 

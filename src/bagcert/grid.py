@@ -2,7 +2,7 @@
 
 Receptive fields are products of row sets and column sets, so everything is kept per axis, as boolean
 incidence. That one representation covers strides, dilation, clipping at the border, resizing, cropping,
-rotation by quarter turns and wrap-around ablations. Source: METHOD section 2 of the design notes.
+rotation by quarter turns and wrap-around ablations. See docs/method.md, "Score map".
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Score maps: integer scores per class and region, their range, and exact sums over them.
 
 Integers bounded by 2047 make every sum exact and independent of order, batch and device, so that the
-prediction on attacked scores is the one the proof speaks of. Source: METHOD section 2 of the design notes.
+prediction on attacked scores is the one the proof speaks of. See docs/method.md, "Score map".
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ class ScoreMap:
         low, high: the declared range, which an attacker can reach but not leave.
         grid: which pixels each region sees.
         slack: how far each score may be off wherever it is computed again, integers of the same shape, none below 0;
-            None where locality is exact. Rules count it for the attacker. METHOD section 3.6.
+            None where locality is exact. Rules count it for the attacker. See docs/method.md, "Locality".
         readout: None where the score of a class is the sum of its region scores; else `scores` holds the evidence that
             the readout pools, [batch, values + heads, rows, cols].
 

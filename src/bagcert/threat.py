@@ -51,7 +51,7 @@ class PatchThreatModel:
     an image they have the `shapes` themselves. Under a mask they may be smaller, so whoever goes through placements
     takes `maximal_shapes` and `corners`, which hold with and without a mask.
 
-    Source: METHOD section 1 of the design notes; Metzen & Yatsura, ICLR 2021, section 3.
+    Source: docs/method.md, "Threat model"; Metzen & Yatsura, ICLR 2021, section 3.
 
     Attributes:
         image_size: (height_px, width_px) of the image.

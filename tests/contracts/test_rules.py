@@ -78,6 +78,8 @@ def test_the_table(rule):
     assert "\n" not in rule.summary
 
 
-def test_an_unknown_rule_names_the_nearest():
-    with pytest.raises(UsageError, match=r"'double-masking'.*vote, levine-feizi, double-masking, detection"):
+def test_an_unknown_rule_names_the_nearest_or_all():
+    with pytest.raises(UsageError, match="no rule 'double_maskin'; did you mean double-masking"):
         get_rule("double_maskin")
+    with pytest.raises(UsageError, match="no rule 'zzz'; there are vote, levine-feizi, double-masking, detection"):
+        get_rule("zzz")

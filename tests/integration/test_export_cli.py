@@ -137,7 +137,7 @@ def test_the_javascript_example(exported, photos):
     [
         (("--rule", "detection"), 2, "the rule detection cannot be exported"),
         (("--rule", "levine-feizi"), 2, "the rule levine-feizi cannot be exported"),
-        (("--rule", "votes"), 2, "did you mean 'vote'"),
+        (("--rule", "votes"), 2, "did you mean vote"),
         (("--patch", "9"), 2, "does not fit"),
         (("--patch", "two"), 2, "a patch is written"),
         (("--int8",), 2, "dynamic quantization"),

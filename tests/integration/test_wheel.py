@@ -43,6 +43,8 @@ def test_wheel_holds_data_files(site):
         shipped = package / "weights" / weights.parent.name / "model.safetensors"
         assert shipped.read_bytes() == weights.read_bytes()
         assert shipped.stat().st_size <= 8_000_000
+    for name in ("digits.npz", "digits.LICENSE.txt"):
+        assert (package / "data" / name).read_bytes() == (ROOT / "src" / "bagcert" / "data" / name).read_bytes()
     assert not (site / "tests").exists()
 
 

@@ -31,20 +31,33 @@ class Mutant:
     name: str
     edits: tuple[tuple[str, str, str], ...]
 
+    def changed(self, package: Path) -> dict[str, str]:
+        """The new text of each file that the mistake is in; nothing is written.
+
+        Raises:
+            StaleMutantError: a text is not there exactly once, or nothing changes.
+            SyntaxError: the result is not Python.
+        """
+        sources = {file: (package / file).read_text() for file, _, _ in self.edits}
+        for file, text, replacement in self.edits:
+            count = sources[file].count(text)
+            if count != 1:
+                raise StaleMutantError(f"{self.name}: {text!r} is {count} times in {file}, not once")
+            if text == replacement:
+                raise StaleMutantError(f"{self.name}: {text!r} in {file} stays as it is")
+            sources[file] = sources[file].replace(text, replacement)
+        for file, source in sources.items():
+            compile(source, file, "exec")
+        return sources
+
     def apply(self, package: Path) -> None:
         """Makes the mistake in a copy of the package.
 
         Raises:
-            StaleMutantError: a text is not there exactly once.
-            SyntaxError: the result is no Python.
+            StaleMutantError, SyntaxError: see `changed`.
         """
-        for file, text, replacement in self.edits:
+        for file, source in self.changed(package).items():
             path = package / file
-            source = path.read_text()
-            if source.count(text) != 1:
-                raise StaleMutantError(f"{self.name}: {text!r} is {source.count(text)} times in {file}, not once")
-            source = source.replace(text, replacement)
-            compile(source, file, "exec")
             path.write_text(source)
             for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
                 compiled.unlink()

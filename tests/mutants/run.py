@@ -1,6 +1,7 @@
 """Makes every mistake of the table in a copy of the sources, one at a time; the fast tests must notice each.
 
 python -m tests.mutants.run --json --out mutants.json
+python -m tests.mutants.run --check                    # only whether each fits the sources exactly once
 """
 
 import argparse
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.mutants.copies import PASSED, Mutant, StaleMutantError, Trial, run, server
+from tests.mutants.copies import PASSED, SOURCE, Mutant, StaleMutantError, Trial, run, server
 from tests.mutants.table import MUTANTS
 
 # The quickest first: a mutant is done with at its first failure.
@@ -61,14 +62,30 @@ def result(trials: dict[str, Trial], stale: list[str], seconds: float) -> dict:
     }
 
 
+def check(mutants: list[Mutant]) -> int:
+    """Prints the mutants that do not fit the sources exactly once; 1 if there are any, else 0."""
+    stale = 0
+    for mutant in mutants:
+        try:
+            mutant.changed(SOURCE / "bagcert")
+        except (StaleMutantError, SyntaxError, FileNotFoundError) as error:
+            print(f"stale     {error}")
+            stale += 1
+    print(f"{len(mutants) - stale} of {len(mutants)} mutants fit the sources")
+    return int(stale > 0)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="mutants at once")
     parser.add_argument("--only", default="", help="mutants whose name or file contains this")
+    parser.add_argument("--check", action="store_true", help="run no tests; name the mutants that no longer fit")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--out", type=Path, help="a file to write the same JSON to")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if any(options.only in text for text in (m.name, *(edit[0] for edit in m.edits)))]
+    if options.check:
+        return check(chosen)
     started, context = time.monotonic(), server()
     sound = run(context, None, FAST_TESTS, timeout_s=1800)
     if sound.code != PASSED:

@@ -1,4 +1,4 @@
-"""The double-masking theorem (METHOD 3.2) in the abstract, proved by z3 for all tables of labels.
+"""The double-masking theorem (docs/method.md, "Double masking") in the abstract, proved by z3 for all tables of labels.
 
 A table holds the label of every pair of masks, `table[i][j] = y(m_i, m_j)`, the first round on its diagonal; 0 ... 2
 are labels and -1 is none (nothing is left). On a certified image the whole table is the answer. The attacker changes

@@ -1,4 +1,4 @@
-"""The three cases of the double-masking proof (METHOD 3.2), each by an attack that leads into it.
+"""The three cases of the double-masking proof (docs/method.md, "Double masking"), each by an attack that leads into it.
 
 On a row of seven regions, one per pixel, every 1x1 mask is one region. The clean image is certified for its
 favorite class; the attacker owns the last region, so m* is the last mask. The other class is the lowest index in

@@ -3,7 +3,7 @@
 One placement l and its window R(l) of n regions is one sentence about integers. For every class c let
 `outside[c]` be the sum over all regions outside the window, `inside[c]` the clean sum within it and `attacked[c]`
 what the attacker makes of the latter: any integer between n * low and n * high, for each class on its own. With
-u = high - low the certificate's margin (METHOD 3.1) against c is
+u = high - low the certificate's margin (docs/method.md, "Vote") against c is
 
     T_c - sum over R(l) of (u + s_y - s_c) - 1[c < y]
         = (outside[y] + inside[y] - outside[c] - inside[c]) - (n * u + inside[y] - inside[c]) - 1[c < y]

@@ -2,8 +2,8 @@
 
 The steps are those of Adam on the pixels of the patch with a cosine schedule, projected onto what a uint8 image can
 hold; the loss is the true margin of the rule on the integer score map, with straight-through gradients. Source: Madry
-et al., ICLR 2018 (PGD); Kingma & Ba, ICLR 2015 (Adam); METHOD section 3.2 of the design notes for the objectives
-against double masking.
+et al., ICLR 2018 (PGD); Kingma & Ba, ICLR 2015 (Adam); docs/method.md, "Double masking", for the conditions
+that the objectives against double masking follow.
 """
 
 import math

@@ -2,8 +2,8 @@
 
 All are of the form max over c' != c of S_c' - S_c for a class c that the attack wants on top, with S the class scores
 of some part of the map (its sums, or what a readout makes of them); the prediction of a rule changes only where such
-leads turn negative. With the masks m of double masking (METHOD
-3.2 of the design notes) there are two ways to another answer:
+leads turn negative. With the masks m of double masking (docs/method.md, "Double masking") there are two ways to another
+answer:
 
 - `every-mask`: c wins outside every mask, given one mask that is left out all the time. Outside a fixed disagreer
   that is its second round, with no fixed mask it is the unanimous first round (and, for detection, no alert).

@@ -60,7 +60,8 @@ def attack(
     from bagcert.attacks.settings import Settings
     from bagcert.data import load_dataset
     from bagcert.defenses.bagcert import load
-    from bagcert.evaluation.evaluate import device_name, labels_for, versions
+    from bagcert.devices import device_name, dtype_name
+    from bagcert.evaluation.evaluate import labels_for, versions
     from bagcert.rules import get_rule
 
     settings = Settings(steps, restarts, _count(attacked_placements), seed)
@@ -101,8 +102,8 @@ def attack(
         split=images.split,
         images=len(found.records),
         limit=limit,
-        device=device_name(loaded),
-        dtype=str(loaded.scorer.autocast_dtype or torch.float32).removeprefix("torch."),
+        device=device_name(loaded.scorer.device),
+        dtype=dtype_name(loaded.scorer.autocast_dtype),
         threads=torch.get_num_threads(),
         versions=versions(),
         seconds={

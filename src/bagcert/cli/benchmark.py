@@ -16,7 +16,7 @@ def benchmark(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Results, records, plots and trained networks go here.")],
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     defenses: Annotated[
-        str, typer.Option(metavar="NAMES", help="Names with commas between them, or all; see bagcert info.")
+        str, typer.Option(metavar="NAMES", help="Comma-separated names, or all; `bagcert info` lists them.")
     ] = "all",
     patch: Annotated[
         list[str] | None, typer.Option(metavar="PATCH", help="As in evaluate. Repeat for several. Default: 2 and 5.")

@@ -113,7 +113,8 @@ def certify(
 
     from bagcert.bulk.files import FileError, FileVerdict, certify_files, image_files
     from bagcert.defenses.bagcert import load
-    from bagcert.evaluation.evaluate import device_name, versions
+    from bagcert.devices import device_name
+    from bagcert.evaluation.evaluate import versions
     from bagcert.proofs.file import RecordFile
     from bagcert.records import SCHEMA_VERSION
 
@@ -132,7 +133,7 @@ def certify(
         records = None
         if record is not None:
             environment = {
-                "device": device_name(loaded),
+                "device": device_name(loaded.scorer.device),
                 "backend": loaded.backend,
                 "dtype": dtype,
                 "threads": torch.get_num_threads(),

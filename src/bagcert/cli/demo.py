@@ -22,7 +22,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Train a region scorer on scikit-learn's digits, and certify the held-out digits. Under a minute on two cores.
+    """Train a region scorer on the embedded digits, and certify the held-out digits. Under a minute on two cores.
 
     It ends by writing a report: figures, and images with the votes of their regions.
     """

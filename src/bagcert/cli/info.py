@@ -12,7 +12,7 @@ def info(
     model: Annotated[str | None, typer.Argument(help="A shipped model, a model folder, or a hub id.")] = None,
     json: Json = False,
 ) -> None:
-    """List the shipped models, recipes and architectures, or describe one model."""
+    """List the shipped models, recipes, architectures, defenses and rules, or describe one model."""
     if model is None:
         _list(json)
         return
@@ -38,13 +38,16 @@ def info(
 
 def _list(json: bool) -> None:
     from bagcert.defenses.bagcert import ALIASES, shipped_models
+    from bagcert.defenses.table import DEFENSES
     from bagcert.nets import ARCHITECTURES
+    from bagcert.rules import RULES
     from bagcert.training.recipe import shipped_recipes
 
     models = shipped_models()
     if json:
         listing = {"models": list(models), "aliases": ALIASES, "recipes": list(shipped_recipes())}
-        print_json({**listing, "architectures": list(ARCHITECTURES)})
+        tables = {"architectures": list(ARCHITECTURES), "defenses": list(DEFENSES), "rules": list(RULES)}
+        print_json({**listing, **tables})
         return
     from bagcert.nets.saved_model import read_config
 
@@ -56,6 +59,8 @@ def _list(json: bool) -> None:
     print_table(rows, ("name", "alias", "classes", "rule", "patch, px", "architecture"), title="Models")
     say(f"Recipes: {', '.join(shipped_recipes())}")
     say(f"Architectures: {', '.join(ARCHITECTURES)}")
+    say(f"Defenses: {', '.join(DEFENSES)}")
+    say(f"Rules: {', '.join(RULES)}")
 
 
 def _plain(value: Any) -> str:

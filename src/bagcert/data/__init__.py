@@ -1,6 +1,5 @@
 """Datasets: images, labels and class names. Adding one is one file and one line in a table below."""
 
-import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from bagcert.data.remote import is_address
 from bagcert.data.shards import find_addresses
 from bagcert.data.torch_dataset import from_torch
 from bagcert.data.webdataset import is_webdataset, load_webdataset, tar_images
-from bagcert.errors import UsageError
+from bagcert.errors import UsageError, nearest
 
 __all__ = ["DATASETS", "LAYOUTS", "ImageSet", "from_torch", "load_dataset"]
 
@@ -68,9 +67,7 @@ def _load(spec: Any, split: str, seed: int) -> ImageSet:
     known = ", ".join(DATASETS)
     if str(spec) and os.path.exists(path):
         raise UsageError(f"{spec} is not a dataset: it must be {known}, or a path to {', '.join(LAYOUTS)}")
-    nearest = difflib.get_close_matches(str(spec), DATASETS, 1)
-    hint = f", did you mean {nearest[0]}?" if nearest else ""
-    raise UsageError(f"there is no dataset or path {str(spec)!r}{hint} Known names: {known}; or give a path")
+    raise UsageError(f"there is no dataset or path {str(spec)!r}{nearest(str(spec), DATASETS)}")
 
 
 def _load_address(spec: str, split: str) -> ImageSet:

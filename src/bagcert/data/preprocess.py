@@ -2,8 +2,7 @@
 
 Each step (turning upright, cropping, resizing) acts on rows and columns separately, so what a network row depends on
 is a set of source rows, and likewise for columns. Composed with the grid of the network this gives the regions that
-a patch on the stored photo can reach. Source: METHOD section 2 of the design notes, "Preprocessing is part of the
-geometry".
+a patch on the stored photo can reach. See docs/method.md, "Preprocessing".
 """
 
 from dataclasses import dataclass, replace

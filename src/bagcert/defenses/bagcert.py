@@ -1,7 +1,6 @@
 """BagCert: a region scorer deployed with a rule and a patch. Loading shipped, local and hub models."""
 
 import os
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from bagcert.defenses.base import ScoreMapDefense
 from bagcert.devices import keep_freed_memory, resolve_device
-from bagcert.errors import UnreadableError, UsageError
+from bagcert.errors import UnreadableError, UsageError, nearest
 from bagcert.locality import LocalityReport, cached_report, require_local
 from bagcert.locality.cache import cache_folder
 from bagcert.nets.region_scorer import RegionScorer, not_finite
@@ -29,7 +28,7 @@ class BagCert(ScoreMapDefense):
     """A certified defence: predictions with a proof that no patch of the given size changes them.
 
     One forward pass gives a score map; the rule reads prediction and certificate from it. Source: Metzen &
-    Yatsura, ICLR 2021 ("vote"); METHOD section 3.2 of the design notes ("double-masking").
+    Yatsura, ICLR 2021 ("vote"); Xiang et al., PatchCleanser, USENIX Security 2022 ("double-masking"); docs/method.md.
 
     Args:
         scorer: the network.
@@ -150,6 +149,15 @@ def shipped_models() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(weights.glob(f"*/{CONFIG}"))}
 
 
+def list_models() -> list[str]:
+    """The names that `load` takes without a network: the shipped models and their aliases.
+
+    >>> list_models()
+    ['default', 'cifar10-cpu', 'digits']
+    """
+    return [*ALIASES, *shipped_models()]
+
+
 def model_folder(name: str | Path) -> Path:
     """The folder of a model named as in `load`; a hub model is downloaded into the hub's cache.
 
@@ -168,10 +176,8 @@ def model_folder(name: str | Path) -> Path:
     parts = text.split("/")
     if len(parts) == 2 and all(parts) and not text.startswith((".", "/", "~")):
         return _from_hub(text)
-    known = [*ALIASES, *shipped]
-    near = get_close_matches(text, known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(known)}"
-    raise UsageError(f"there is no model {text!r}: not shipped, not a folder, not a hub id (owner/name); {hint}")
+    hint = nearest(text, list_models())
+    raise UsageError(f"there is no model {text!r}: not shipped, not a folder, not a hub id (owner/name){hint}")
 
 
 def _from_hub(name: str) -> Path:

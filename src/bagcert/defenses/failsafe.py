@@ -2,7 +2,7 @@
 
 "Differs within one patch" is symmetric. So if the image the camera delivers is certified with a label, attacked or
 not, the scene without the patch has that label too: an attacker can take certificates away, but cannot make a
-certified verdict differ from the verdict on the clean scene. Source: METHOD section 3.4 of the design notes.
+certified verdict differ from the verdict on the clean scene. See docs/method.md, "Certificates on attacked images".
 """
 
 from collections.abc import Callable, Sequence

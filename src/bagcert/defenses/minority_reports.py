@@ -1,6 +1,6 @@
 """Minority Reports: a mask slid over the image detects patches, for any classifier.
 
-Source: McCoyd et al., Minority Reports Defense, 2020; METHOD section 3.3 of the design notes.
+Source: McCoyd et al., Minority Reports Defense, 2020; docs/method.md, "Detection".
 
 Guarantee: detection. If all masked predictions on an image equal the plain one, every attacked version of it keeps
 that prediction or raises the alert: the mask that hides the patch still says what it said. It does not say that an

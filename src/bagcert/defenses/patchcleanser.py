@@ -1,6 +1,6 @@
 """PatchCleanser: double masking on pixels, for any classifier.
 
-Source: Xiang, Mahloujifar, Mittal, PatchCleanser, USENIX Security 2022; METHOD section 3.2 of the design notes.
+Source: Xiang, Mahloujifar, Mittal, PatchCleanser, USENIX Security 2022; docs/method.md, "Double masking".
 
 Guarantee: recovery. If all pairs of masks leave the same label on an image, no patch of the threat changes what the
 defence answers on it: the mask that hides the patch gives the clean label with any second mask.

@@ -1,6 +1,6 @@
-"""Every defence by name: which training its network needs, and how the network is deployed.
+"""Every defense by name: which training its network needs, and how the network is deployed.
 
-A new defence is one file beside this one and one line in `DEFENSES`; a new training is one line in `TRAININGS`.
+A new defense is one file beside this one and one line in `DEFENSES`; a new training is one line in `TRAININGS`.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Defense(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """How the network of a defence is trained, as changes to a recipe.
+    """How the network of a defense is trained, as changes to a recipe.
 
     Attributes:
         sees: "regions" (a small receptive field), "whole" (every region of the network sees the whole image) or
@@ -84,14 +84,14 @@ TRAININGS: dict[str, Training] = {
     "interval-bounds": Training(
         "plain",
         ("loss.name=interval-bounds", "optimizer.name=adamw", "optimizer.learning_rate=5e-3", "defense.rule=vote"),
-        passes=3,  # the network itself, and centre and radius of its boxes
+        passes=3,  # the network itself, and center and radius of its boxes
     ),
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a defence is built from.
+    """What a defense is built from.
 
     Attributes:
         scorer: its trained network.
@@ -112,11 +112,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Entry:
-    """A defence of the benchmark.
+    """A defense of the benchmark.
 
     Attributes:
         training: the name of its network's training.
-        deploy: from the trained network to the defence.
+        deploy: from the trained network to the defense.
         slow: takes so many passes per image that a benchmark looks at a part of the images only.
     """
 
@@ -156,8 +156,13 @@ DEFENSES: dict[str, Entry] = {
 }
 
 
+def list_defenses() -> list[str]:
+    """The names of all defenses that `bagcert benchmark` compares, as in `DEFENSES`."""
+    return list(DEFENSES)
+
+
 def get_entry(name: str) -> Entry:
-    """The defence of that name.
+    """The defense of that name.
 
     Raises:
         UsageError: there is none.

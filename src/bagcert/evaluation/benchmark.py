@@ -18,7 +18,6 @@ import numpy as np
 import psutil
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch.utils.flop_counter import FlopCounterMode
 
 from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
@@ -28,7 +27,8 @@ from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation.evaluate import versions
 from bagcert.io.files import read_regular, write_together
 from bagcert.nets import get_architecture
-from bagcert.nets.saved_model import CONFIG, ModelConfig, read_model
+from bagcert.nets.cost import multiply_adds
+from bagcert.nets.saved_model import CONFIG, read_model
 from bagcert.records import SCHEMA_VERSION, ImageRecord, Record, wilson_interval
 from bagcert.threat import PatchThreatModel
 from bagcert.training.checkpoint import CHECKPOINT
@@ -237,10 +237,8 @@ def width_for(
 
 def cost_of(architecture: str, depth: int, classes: int, channels: int, size: tuple[int, int], width: int) -> int:
     """Multiply-adds of one pass, without weights or memory."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net = get_architecture(architecture).build(classes, width, depth, True, channels)
-        net(torch.zeros(2, channels, *size))
-    return counter.get_total_flops() // 4
+    build = get_architecture(architecture).build
+    return multiply_adds(lambda: build(classes, width, depth, True, channels), channels, size)
 
 
 def _some(count: int, most: int, seed: int) -> np.ndarray:
@@ -344,7 +342,7 @@ def _measured(
             "certified_accuracy": wilson_interval(certified, count),
         },
         parameters=parameters,
-        multiply_adds=_multiply_adds(config),
+        multiply_adds=multiply_adds(config.build, len(config.mean), config.image_size),
         forward_passes={
             "predict": defense.forward_passes(threat, certify=False),
             "certify": defense.forward_passes(threat, certify=True),
@@ -363,12 +361,6 @@ def _measured(
         versions=versions(),
     )
     return row, "".join(record.to_json() + "\n" for record in records).encode()
-
-
-def _multiply_adds(config: ModelConfig) -> int:
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        config.build()(torch.zeros(2, len(config.mean), *config.image_size))
-    return counter.get_total_flops() // 4
 
 
 @contextmanager

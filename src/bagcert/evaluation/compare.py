@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from bagcert.errors import UsageError
 from bagcert.records import SCHEMA_VERSION, ImageRecord, Record
@@ -159,8 +158,22 @@ def _test(measure: str, good: np.ndarray, seed: int) -> PairedTest:
         interval95=[float(low), float(high)],
         only_first=only_first,
         only_second=only_second,
-        p_value=float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,
+        p_value=mcnemar_p_value(only_first, only_second),
     )
+
+
+def mcnemar_p_value(only_first: int, only_second: int) -> float:
+    """McNemar's exact test, two-sided: of n fair coins, the chance of a split at least as uneven as the one seen.
+
+    >>> mcnemar_p_value(0, 5), mcnemar_p_value(3, 3)
+    (0.0625, 1.0)
+    """
+    count = only_first + only_second
+    ways = tail = 1  # C(count, k), and its sum from 0 to k
+    for k in range(min(only_first, only_second)):
+        ways = ways * (count - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**count)
 
 
 def _says(verdict: Record) -> tuple[int, bool]:

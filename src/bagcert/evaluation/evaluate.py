@@ -21,7 +21,7 @@ from bagcert.data.photo import Photo
 from bagcert.data.prefetch import one_ahead
 from bagcert.data.preprocess import PhotoGeometry, Preprocessing
 from bagcert.defenses.bagcert import BagCert
-from bagcert.devices import peak_memory_mib
+from bagcert.devices import device_name, dtype_name, peak_memory_mib
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation.gallery import make_gallery
 from bagcert.evaluation.gallery_file import Gallery, gallery_bytes, gallery_path
@@ -124,7 +124,7 @@ def evaluate(
             limit=limit,
             fit=fit,
             batch_size=batch_size,
-            device=device_name(model),
+            device=device_name(model.scorer.device),
             threads=torch.get_num_threads(),
             backend=model.backend,
             versions=versions(model),
@@ -171,9 +171,9 @@ def evaluate(
         split=images.split,
         images=len(records),
         limit=limit,
-        device=device_name(model),
+        device=device_name(model.scorer.device),
         backend=model.backend,
-        dtype=str(model.scorer.autocast_dtype or torch.float32).removeprefix("torch."),
+        dtype=dtype_name(model.scorer.autocast_dtype),
         threads=torch.get_num_threads(),
         versions=versions(model),
         seconds={
@@ -241,12 +241,6 @@ def versions(model: BagCert | None = None) -> dict[str, str]:
     own = {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}}
     runner = None if model is None else model.scorer.runner
     return own if runner is None else {**own, **runner.versions()}
-
-
-def device_name(model: BagCert) -> str:
-    """`cpu`, or the name of the accelerator."""
-    device = model.scorer.device
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def _batches(

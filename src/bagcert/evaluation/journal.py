@@ -19,6 +19,7 @@ from bagcert.data.image_set import ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.io.files import open_regular, read_regular
+from bagcert.nets.cost import update_with_weights
 from bagcert.records import ImageRecord
 from bagcert.threat import MAX_MASK_BYTES
 
@@ -58,8 +59,7 @@ def described(model: BagCert, images: ImageSet, placements: str | Path | None, *
     """
     mask = described_mask(placements)
     weights = hashlib.sha256()
-    for tensor in model.scorer.state_dict().values():
-        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    update_with_weights(weights, model.scorer)
     return {
         "model": model.name,
         "weights": weights.hexdigest(),

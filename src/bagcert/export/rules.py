@@ -86,7 +86,7 @@ class RuleModule(nn.Module):
 
 
 class VoteModule(RuleModule):
-    """The vote certificate, METHOD section 3.1 of the design notes; the same as `bagcert.rules.vote`."""
+    """The vote certificate (docs/method.md, "Vote"); the same as `bagcert.rules.vote`."""
 
     name = "vote"
 
@@ -102,7 +102,7 @@ class VoteModule(RuleModule):
 
 
 class DoubleMaskingModule(RuleModule):
-    """Double masking, METHOD section 3.2 of the design notes; the same as `bagcert.rules.double_masking`.
+    """Double masking (docs/method.md, "Double masking"); the same as `bagcert.rules.double_masking`.
 
     Every pair of masks is tried for every class: windows x windows x classes numbers per image.
     """

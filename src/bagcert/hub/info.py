@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from bagcert.defenses.bagcert import model_folder
 from bagcert.hub.card import read_results
+from bagcert.nets.cost import multiply_adds
 from bagcert.nets.saved_model import WEIGHTS, read_model, weights_sha256
 
 
@@ -24,8 +22,6 @@ def describe(name: str) -> dict[str, Any]:
     folder = model_folder(name)
     scorer, config = read_model(folder)
     grid = scorer.grid()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        scorer(torch.zeros(1, scorer.channels, *scorer.image_size))
     middle = len(grid.rows_seen) // 2
     stride = int(grid.rows_seen[middle].argmax() - grid.rows_seen[middle - 1].argmax())
     return {
@@ -40,7 +36,7 @@ def describe(name: str) -> dict[str, Any]:
         "classes": len(scorer.class_names),
         "class_names": list(scorer.class_names),
         "parameters": sum(parameter.numel() for parameter in scorer.parameters()),
-        "multiply_adds": counter.get_total_flops() // 2,
+        "multiply_adds": multiply_adds(config.build, scorer.channels, scorer.image_size),
         "head": config.head,
         **config.readout,
         "rule": config.rule,

@@ -25,6 +25,7 @@ from bagcert.errors import BagcertError
 from bagcert.io.files import read_regular, write_atomically
 from bagcert.locality.measurement import measure, shapes_for
 from bagcert.locality.report import LocalityReport
+from bagcert.nets.cost import update_with_weights
 from bagcert.nets.region_scorer import RegionScorer
 
 VERSION = 2  # of what is measured; another number makes old entries void
@@ -101,10 +102,7 @@ def report_key(model: Any) -> str:
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     digest.update(grid.rows_seen.tobytes() + grid.cols_seen.tobytes())
-    for name, tensor in scorer.state_dict().items():
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    update_with_weights(digest, scorer)
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bagcert.devices import device_name, dtype_name
 from bagcert.errors import BagcertError, UnsoundError, UsageError
 from bagcert.grid import RegionGrid
 from bagcert.locality.activation_bound import activation_bound
@@ -64,7 +65,7 @@ def measure(
         "model": name,
         "backend": scorer.backend,
         "device": device_name(scorer.device),
-        "dtype": str(scorer.autocast_dtype or torch.float32).removeprefix("torch."),
+        "dtype": dtype_name(scorer.autocast_dtype),
         "threads": torch.get_num_threads(),
         "image_size": size,
         "patches": shapes,
@@ -189,11 +190,6 @@ def dynamic_quantization(scorer: RegionScorer) -> str:
         if "quantized.dynamic" in type(part).__module__:
             return f"{name} ({type(part).__name__}) is quantized dynamically: its range is that of the whole batch"
     return ""
-
-
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the name of the accelerator."""
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def shapes_for(model: Any, patch: object, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bagcert.devices import dtype_name
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
 from bagcert.io.files import read_regular
 from bagcert.io.optional import require
@@ -123,7 +124,7 @@ def measure_onnx(
         model=path.name,
         backend="onnxruntime",
         device="cpu",
-        dtype=str(out.dtype).removeprefix("torch."),
+        dtype=dtype_name(out.dtype),
         threads=torch.get_num_threads(),
         image_size=scorer.image_size,
         patches=shapes,

@@ -65,7 +65,7 @@ class RegionScorer(nn.Module):
             that does to each score as their slack. 0 where locality is exact.
         runner: computes `z` in the network's place, see `bagcert.nets.runtimes`; None is torch.
 
-    Source: Metzen & Yatsura, ICLR 2021, section 3; METHOD section 2 of the design notes.
+    Source: Metzen & Yatsura, ICLR 2021, section 3; docs/method.md, "Score map".
     """
 
     def __init__(

@@ -5,12 +5,11 @@ A new rule is one module with a function `(ScoreMap, PatchThreatModel) -> Certif
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from torch import Tensor
 
 from bagcert.certificate import Certificate
-from bagcert.errors import UsageError
+from bagcert.errors import UsageError, nearest
 from bagcert.rules import detection, double_masking, levine_feizi, robust_masking, vote
 from bagcert.rules.guard import require_sum
 from bagcert.scores import ScoreMap
@@ -95,10 +94,9 @@ def get_rule(name: str) -> Rule:
     """The rule of that name.
 
     Raises:
-        UsageError: there is none; names the nearest and all of them.
+        UsageError: there is none.
     """
     if name in RULES:
         return RULES[name]
-    nearest = get_close_matches(name.lower().replace("_", "-"), RULES, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise UsageError(f"there is no rule {name!r}; {hint}Rules: {', '.join(RULES)}")
+    likely = name.lower().replace("_", "-")
+    raise UsageError(f"there is no rule {name!r}{nearest(likely, RULES, cutoff=0.4)}")

@@ -6,7 +6,7 @@ integer sums both times. They are turned into float64 on the CPU, which is off b
 comparison gives that much away: a certificate needs tau + ROUNDING, an alert is raised from tau - ROUNDING on. So no
 device, batch or library can make the two disagree.
 
-Source: Xiang & Mittal, PatchGuard++, 2021; METHOD section 3.3 of the design notes is tau = 0.
+Source: Xiang & Mittal, PatchGuard++, 2021; docs/method.md, "Detection", is tau = 0.
 """
 
 from collections.abc import Iterator

@@ -23,8 +23,7 @@ def detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     or raises the alert. It does not say that an image without alert has the label of the clean scene.
     `worst_placement` is [batch, 4] (for K patches [batch, K, 4]), the first mask of the lowest worst class.
 
-    Source: McCoyd et al., Minority Reports, 2020; Xiang & Mittal, PatchGuard++, 2021; METHOD section 3.3 of the
-    design notes.
+    Source: McCoyd et al., Minority Reports, 2020; Xiang & Mittal, PatchGuard++, 2021; docs/method.md, "Detection".
 
     Raises:
         UsageError: several patches lead to more mask unions than can be enumerated.

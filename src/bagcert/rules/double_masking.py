@@ -25,8 +25,8 @@ def double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate
     exact minimum over all pairs. `worst_placement` is [batch, 2, 4], a pair that attains it: always the same for
     the same image and threat (for K patches [batch, 2K, 4]).
 
-    Source: Xiang et al., PatchCleanser, USENIX Security 2022, and PatchCURE, USENIX Security 2024; METHOD
-    section 3.2 of the design notes.
+    Source: Xiang et al., PatchCleanser, USENIX Security 2022, and PatchCURE, USENIX Security 2024;
+    docs/method.md, "Double masking".
 
     Raises:
         UsageError: several patches lead to more mask unions than can be enumerated.
@@ -59,7 +59,7 @@ def double_masking_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> 
     lowest among equals): y(m) of the first mask m with y(m) != k whose pairs (m, m') all say y(m); else k. A mask
     or pair that leaves no region has no label and agrees with nothing; without any label, the plain prediction.
 
-    Source: METHOD section 3.2 of the design notes.
+    Source: Xiang et al., PatchCleanser, USENIX Security 2022, Algorithm 1; docs/method.md, "Double masking".
 
     Raises:
         UsageError: several patches lead to more mask unions than can be enumerated.

@@ -1,7 +1,8 @@
 """The largest square patch an image is certified against, from its score map, at no further forward pass.
 
 Only the windows matter, and they change at few sides: a camera image of 4000 px over a 16x16 map has a few dozen
-window sets. Each is evaluated once. Source: METHOD section 3.5 of the design notes.
+window sets. Each is evaluated once. See docs/method.md, "Largest
+certified patch".
 """
 
 from functools import cache, lru_cache

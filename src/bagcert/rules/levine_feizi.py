@@ -16,7 +16,7 @@ def levine_feizi(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     Guarantee: a lower bound, never above that of `vote`; kept for comparison. `worst_placement` [batch, 4] (for
     K patches [batch, K, 4], repeated) is the first placement of those that reach the most regions.
 
-    Source: Levine & Feizi, NeurIPS 2020; METHOD section 3.1 of the design notes.
+    Source: Levine & Feizi, NeurIPS 2020; docs/method.md, "Vote".
 
     Raises:
         UsageError: the threat is for images of another size.

@@ -20,7 +20,7 @@ def vote(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     `worst_placement` is [batch, 4], for K patches [batch, K, 4], of the class with the smallest margin (the
     lowest among equals); the last placement is repeated where there are fewer than K windows.
 
-    Source: Metzen & Yatsura, ICLR 2021, section 3; METHOD section 3.1 of the design notes.
+    Source: Metzen & Yatsura, ICLR 2021, section 3; docs/method.md, "Vote".
 
     Raises:
         UsageError: the threat is for images of another size.

@@ -6,7 +6,7 @@ three row sums of D, so that all pairs of column windows are one matrix product:
 
     sum over (R x C) or (R' x C') of D = sum_{C} D[R only] + sum_{C or C'} D[R and R'] + sum_{C'} D[R' only]
 
-Nothing here assumes that windows are intervals. Source: METHOD section 3.2 of the design notes.
+Nothing here assumes that windows are intervals. See docs/method.md, "Double masking".
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Training objectives: the certified condition itself, made differentiable. Source: METHOD section 4.
+"""Training objectives: the certified condition itself, made differentiable. See docs/method.md, "Training".
 
 All take region scores [batch, classes, rows, cols] and labels [batch] and give one loss per image [batch].
 """

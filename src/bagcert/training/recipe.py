@@ -70,7 +70,7 @@ class DefenseSection(_Section):
 
 
 class LossSection(_Section):
-    """The objective, METHOD section 4."""
+    """The training objective; see docs/method.md, "Training"."""
 
     name: Literal[
         "margin",

@@ -75,7 +75,7 @@ def pair_table(model, image, masks, fill=0.5):
 
 
 def double_masking(table, plain):
-    """Prediction and certificate from a table of labels per pair of masks: METHOD section 3.2, literally."""
+    """Prediction and certificate from a table of labels per pair of masks, as docs/method.md defines them."""
     first = [table[m][m] for m in range(len(table))]
     labels = [label for label in first if label is not None]
     certified = len({label for row in table for label in row}) == 1 and None not in table[0]

@@ -150,7 +150,7 @@ class TestLoad:
 
     @pytest.mark.parametrize(
         ("changes", "message"),
-        [({"rule": "votes"}, "did you mean 'vote'"), ({"patch": "five"}, "a patch is"), ({"patch": "11"}, "not fit")],
+        [({"rule": "votes"}, "did you mean vote"), ({"patch": "five"}, "a patch is"), ({"patch": "11"}, "not fit")],
     )
     def test_a_model_that_cannot_be_deployed_is_refused(self, folder, tmp_path, changes, message):
         facts = {**json.loads((folder / CONFIG).read_text()), **changes}
@@ -214,7 +214,7 @@ class TestDeployment:
             model.certify(images, patch)
 
     def test_unknown_rules_are_refused(self, model, images):
-        with pytest.raises(UsageError, match="did you mean 'double-masking'"):
+        with pytest.raises(UsageError, match="did you mean double-masking"):
             model.predict(images, rule="double_masking")
         with pytest.raises(UsageError, match="there is no rule 'guess'"):
             BagCert(model.scorer, rule="guess")

@@ -97,7 +97,7 @@ class TestDeployment:
         assert defense.forward_passes() == 1
 
     def test_an_unknown_rule_is_refused(self):
-        with pytest.raises(UsageError, match="did you mean 'vote'"):
+        with pytest.raises(UsageError, match="did you mean vote"):
             ClippedBagNet(pixel_scorer((4, 4)), "votes")
 
     def test_no_patch_breaks_a_certificate_and_some_break_the_rest(self):

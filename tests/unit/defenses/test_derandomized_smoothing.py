@@ -338,7 +338,7 @@ class TestRefusals:
             ({"votes": "softmax"}, "votes are threshold or argmax, got 'softmax'"),
             ({"threshold": 0.0}, "must be above 0 and at most 1, got 0"),
             ({"threshold": math.nan}, "must be above 0 and at most 1, got nan"),
-            ({"rule": "votes"}, "did you mean 'vote'"),
+            ({"rule": "votes"}, "did you mean vote"),
             ({"at_once": 0}, "at least one ablated image, got 0"),
             ({"tolerance": -0.1}, "at least 0 and below 1"),
             ({"class_names": ("only",)}, "at least two class names, got 1"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.evaluation.compare import compare
+from bagcert.evaluation.compare import compare, mcnemar_p_value
 from bagcert.evaluation.image_records import read_image_records
 from bagcert.records import ImageRecord, Record
 from tests.integration.test_cli import check_mistake, run
@@ -54,6 +54,24 @@ def test_mcnemar_is_the_binomial_test(only_first: int, only_second: int):
     weight = comb(n, only_first)
     expected = Fraction(sum(comb(n, k) for k in range(n + 1) if comb(n, k) <= weight), 2**n)
     assert compare(first, second).tests[0].p_value == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "expected"),
+    [
+        (0, 1, 1.0),
+        (1, 4, 0.375),
+        (10, 30, 0.0022214337732293643),
+        (25, 15, 0.1538599441628321),
+        (100, 900, 1.3403435580012363e-161),
+        (550, 450, 0.0017305360849763027),
+        (4900, 5100, 0.04658552770494645),
+        (30000, 0, 0.0),
+    ],
+)
+def test_mcnemar_known_values(only_first: int, only_second: int, expected: float):
+    """Values of scipy.stats.binomtest; the last is too small for a float."""
+    assert mcnemar_p_value(only_first, only_second) == pytest.approx(expected, rel=1e-9, abs=0)
 
 
 def test_the_interval_is_that_of_all_resamples():

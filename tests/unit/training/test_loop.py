@@ -380,7 +380,7 @@ def test_a_model_of_another_shape_cannot_start_a_run(whole: Path, tmp_path: Path
         ({"augment__crop": 8}, "cpu", "padding of 8 px"),
         ({"defense__patch": "9"}, "cpu", "9x9"),
         ({"defense__patch": "five"}, "cpu", "five"),
-        ({"defense__rule": "votes"}, "cpu", "did you mean 'vote'"),
+        ({"defense__rule": "votes"}, "cpu", "did you mean vote"),
         ({"model__architecture": "resnet-rf4"}, "cpu", "did you mean resnet-rf"),
         ({"model__image_size": [0, 8]}, "cpu", "greater than or equal to 1"),
         ({}, "gpu", "'gpu'"),

@@ -1,7 +1,7 @@
 """The receptive fields of a network, derived from its layers.
 
 The network runs on an image that remembers: every tensor on the way carries which image rows each of its rows depends
-on, and likewise for columns (METHOD section 2, "Geometry"). Each operation is looked up in a table of what it does to
+on, and likewise for columns (docs/method.md, "Score map"). Each operation is looked up in a table of what it does to
 those two tables. What is not in the table is refused by name: a certificate may rest only on operations that are known
 to be local. Shapes are real, so padding, ceil_mode and control flow that depends on sizes need no special care.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bagcert.errors import BagcertError, UsageError, shown
 from bagcert.io.files import read_regular, write_atomically
+from bagcert.nets.cost import update_with_weights
 
 OPSET = 18  # understood by every runtime since 2023
 INPUT = "images"
@@ -101,9 +102,7 @@ def network_key(net: nn.Module, *more: object) -> str | None:
         return None
     versions = [metadata.version(name) for name in ("bagcert", "torch", *LIBRARIES)]
     digest = hashlib.sha256(repr((net, more, versions)).encode())
-    for name, tensor in net.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    update_with_weights(digest, net)
     return digest.hexdigest()
 
 
