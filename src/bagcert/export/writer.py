@@ -25,7 +25,6 @@ from bagcert.locality import measure_onnx
 from bagcert.locality.measurement import dynamic_quantization
 from bagcert.nets.runtimes.onnx_graph import INPUT, LIBRARIES, REAL_SCORES, to_onnx
 from bagcert.nets.runtimes.onnxruntime import onnx_session
-from bagcert.scores import require_sum
 from bagcert.threat import PatchLike, PatchThreatModel
 
 RANDOM_IMAGES = 16
@@ -110,7 +109,6 @@ def export_model(
     if openvino:
         require_openvino()
     scorer = model.scorer
-    require_sum(scorer.readout, "an exported model")
     if scorer.device.type != "cpu" or scorer.autocast_dtype is not None:
         raise UsageError("a model is exported from the CPU in float32; load it so")
     if reason := dynamic_quantization(scorer):
