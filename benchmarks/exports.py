@@ -1,4 +1,4 @@
-"""Exported files on a whole test set: size, accuracy and speed in float32 and in 8 bits, in every installed runtime.
+"""Exported files on a whole test set: size, accuracy and speed in float32 and in 8 bits, in onnxruntime.
 
 Calibration images are training images; the figures are on test images, which the files have not seen. On a machine
 that is busy with other things, --untimed leaves speeds out.
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,8 @@ from bagcert.data import load_dataset
 from bagcert.data.photo import as_batch
 from bagcert.defenses.bagcert import load
 from bagcert.evaluation.evaluate import labels_for, versions
-from bagcert.export.check import Run
-from bagcert.export.openvino_ir import runner
 from bagcert.export.writer import Calibration, export_model
 from bagcert.io.files import write_atomically
-from bagcert.nets.runtimes import installed_backends
 from bagcert.nets.runtimes.onnx_graph import INPUT
 from bagcert.nets.runtimes.onnxruntime import onnx_session
 
@@ -48,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/exports/cifar10-cpu.json"))
     arguments = parser.parse_args()
     model = load(arguments.model, device="cpu", checked=False)
-    channels, openvino = model.scorer.channels, "openvino" in installed_backends()
+    channels = model.scorer.channels
     known = load_dataset(arguments.data, "train", arguments.calibration_images)
     calibration = Calibration(as_batch(known.array())[:, :channels], labels_for(model, known).astype(np.int64))
     found = load_dataset(arguments.data, "test", arguments.limit)
@@ -59,36 +55,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for precision, ranges in (("float32", None), ("int8", calibration)):
             file = Path(folder) / f"{precision}.onnx"
-            exported = export_model(
-                model, file, arguments.patch, arguments.rule, calibration=ranges, openvino=openvino, on_step=print
-            )
+            exported = export_model(model, file, arguments.patch, arguments.rule, calibration=ranges, on_step=print)
             session = onnx_session(file.read_bytes(), threads)
-            runs: dict[str, Run] = {"onnxruntime": partial(in_onnxruntime, session)}
-            sizes = {"onnxruntime": file.stat().st_size}
-            if openvino:
-                runs["openvino"] = runner(file.with_suffix(".xml"), threads)
-                sizes["openvino"] = sum(file.with_suffix(end).stat().st_size for end in (".xml", ".bin"))
-            for runtime, run in runs.items():
-                run(images[: arguments.batch_size])
-                start, parts = time.perf_counter(), []
-                for first in range(0, len(images), arguments.batch_size):
-                    parts.append(run(images[first : first + arguments.batch_size])[:3])
-                seconds = time.perf_counter() - start
-                answers[runtime, precision] = [np.concatenate(column) for column in zip(*parts, strict=True)]
-                rows.append(
-                    {
-                        "precision": precision,
-                        "runtime": runtime,
-                        "bytes": sizes[runtime],
-                        "locality_in_onnxruntime": exported.locality,
-                        **figures(answers[runtime, precision], labels),
-                        "beside_torch": differing(answers[runtime, precision], truth),
-                        "beside_float32": differing(answers[runtime, precision], answers[runtime, "float32"]),
-                    }
-                    | ({} if arguments.untimed else {"images_per_second": round(len(images) / seconds, 1)})
-                )
-                print(json.dumps(rows[-1]), flush=True)
-    libraries = ("onnx", "onnxscript", "onnxruntime", *(["openvino"] if openvino else []))
+            in_onnxruntime(session, images[: arguments.batch_size])
+            start, parts = time.perf_counter(), []
+            for first in range(0, len(images), arguments.batch_size):
+                parts.append(in_onnxruntime(session, images[first : first + arguments.batch_size])[:3])
+            seconds = time.perf_counter() - start
+            answers[precision] = [np.concatenate(column) for column in zip(*parts, strict=True)]
+            rows.append(
+                {
+                    "precision": precision,
+                    "runtime": "onnxruntime",
+                    "bytes": file.stat().st_size,
+                    "locality_in_onnxruntime": exported.locality,
+                    **figures(answers[precision], labels),
+                    "beside_torch": differing(answers[precision], truth),
+                    "beside_float32": differing(answers[precision], answers["float32"]),
+                }
+                | ({} if arguments.untimed else {"images_per_second": round(len(images) / seconds, 1)})
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    libraries = ("onnx", "onnxscript", "onnxruntime")
     result = {
         "command": f"python benchmarks/exports.py {shlex.join(sys.argv[1:])}",
         "model": model.name,

@@ -239,7 +239,6 @@ def test_tables_of_long_commands(capsys: pytest.CaptureFixture[str]) -> None:
             files=[TEXT],
             locality=TEXT,
             leak_z=0.1,
-            openvino=compared,
             accuracy={**accuracy, "images": 1, "calibration_images": 1},
         )
     )

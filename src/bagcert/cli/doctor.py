@@ -134,7 +134,7 @@ def sentences(report: "LocalityReport") -> list[str]:
         "unmeasured": "The reach of NaN in single rows and columns was not measured.",
     }
     found = [f"footprint: {footprint[report.footprint]}"]
-    if report.nan_may_spread and report.cannot_overflow:
+    if report.nan_spreads and report.cannot_overflow:
         found.append(
             f"  No value in this network can exceed {report.activation_bound:.1e}, so there is no NaN to spread."
         )

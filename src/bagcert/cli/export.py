@@ -39,9 +39,6 @@ def export(
     calibration_images: Annotated[int, typer.Option(min=2, metavar="N", help="How many of them.")] = 1000,
     split: Annotated[str, typer.Option(help="Which part of the data to take images from.")] = "train",
     fit: Fit = "squash",
-    openvino: Annotated[
-        bool, typer.Option("--openvino", help="Also write OpenVINO's FILE.xml and FILE.bin, compared likewise.")
-    ] = False,
     json: Json = False,
 ) -> None:
     """Write a model with its rule and its proof as one ONNX file, which any ONNX runtime runs without bagcert.
@@ -77,7 +74,6 @@ def export(
             placements,
             images,
             samples,
-            openvino,
             lambda step: report(min(next(done), STEPS), STEPS, step),
         )
     if json:
@@ -114,17 +110,15 @@ def _print(found: "Exported") -> None:
         f"  locality in onnxruntime: {found.locality}"
         + (f" (scores moved by up to {found.leak_z:.3g}, which counts for the attacker)" if found.leak_z else ""),
     ]
-    for name, compared in (("onnxruntime", check), ("openvino", found.openvino)):
-        if compared is None:
-            continue
-        lines.append(
-            f"  {name}: every answer on {compared.maps} made-up score maps and {compared.images} images is that of the "
-            f"rule; {compared.same_verdicts} of {compared.images} are torch's to the last unit of the margin, "
-            f"{compared.scores_moved:.3%} of the scores differ by rounding"
-            if about["quantization"] == "none"
-            else f"  {name}: every answer on {compared.maps} made-up score maps and {compared.images} images is that "
-            "of the rule on the file's own scores"
-        )
+    answers = (
+        f"  onnxruntime: every answer on {check.maps} made-up score maps and {check.images} images is that of the "
+    )
+    lines.append(
+        f"{answers}the rule; {check.same_verdicts} of {check.images} are torch's to the last unit of the margin, "
+        f"{check.scores_moved:.3%} of the scores differ by rounding"
+        if about["quantization"] == "none"
+        else f"{answers}the rule on the file's own scores"
+    )
     if found.accuracy is not None:
         for name in ("float32", "int8"):
             figures = found.accuracy[name]

@@ -47,7 +47,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16 arithmetic in the network; rules are exact in both.")]
 Backend = Annotated[
     str,
-    typer.Option(help="What computes the forward pass: torch, onnxruntime, openvino, or auto, the fastest here."),
+    typer.Option(help="What computes the forward pass: torch, onnxruntime, or auto, the faster here."),
 ]
 Portable = Annotated[
     bool,

@@ -64,7 +64,7 @@ class BagCert(ScoreMapDefense):
 
     @property
     def backend(self) -> str:
-        """What computes the forward pass: torch, onnxruntime or openvino."""
+        """What computes the forward pass: torch or onnxruntime."""
         return self.scorer.backend
 
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
@@ -110,8 +110,8 @@ def load(
             another number of threads, whose kernels may round otherwise: 8 times the drift that was measured is guarded
             against, too. That is an estimate; where you can, certify and deploy in one configuration.
         checked: False leaves the measurement out, for whoever measures next.
-        backend: what computes the forward pass, on the CPU: torch, onnxruntime or openvino; or auto, the fastest of
-            those installed. Locality is measured on that backend; heads and rules are the same on all.
+        backend: what computes the forward pass, on the CPU: torch or onnxruntime; or auto, the faster of those
+            installed. Locality is measured on that backend; heads and rules are the same on all.
 
     Raises:
         UsageError: no such model, device, dtype or backend, or its libraries are not installed.

@@ -1,5 +1,6 @@
 """An exported file is believed only after it was run: what it answers against what the package's own rules answer."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bagcert.aggregation import VALUE_LIMIT, WEIGHT_LIMIT
 from bagcert.errors import UnsoundError
 from bagcert.export.image_range import out_of_range, require_refused
 from bagcert.export.module import CertifiedModule
+from bagcert.nets.attention_pooling import FIRST_WEIGHT, UNITS, AttentionReadout
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap
@@ -83,14 +86,14 @@ def check_images(
     _, certified, margin, *_ = run(out_of_range(images).numpy())
     require_refused(certified, margin)
     expected = scorer.integers(scorer.forward_batch(images)).cpu().numpy().astype(np.int64)
-    distance = np.abs(found[3].astype(np.int64) - expected)
+    distance = np.abs(_levels(found[3].astype(np.int64), scorer) - _levels(expected, scorer))
     moved = float((distance > 0).mean())
     if not quantized and (distance.max() > 1 or moved > MOST_MOVED):
         raise UnsoundError(
             f"the exported network gives other scores than torch: {moved:.2%} differ, by up to {distance.max()}; by "
             f"rounding alone it would be at most {MOST_MOVED:.0%}, by 1"
         )
-    truth = _expected(torch.from_numpy(expected).to(torch.int16), None, module, scorer, threat)
+    truth = _expected(torch.from_numpy(expected), None, module, scorer, threat)
     same = np.ones(len(images), dtype=bool)
     for here, there in zip(found[:3], truth, strict=True):
         same &= here == there
@@ -100,6 +103,8 @@ def check_images(
 def made_up(module: CertifiedModule, scorer: RegionScorer) -> Tensor:
     """Real-valued scores that try a rule: ties, counting, the ends of the range, what is not a number, noise."""
     random = torch.Generator().manual_seed(0)
+    if scorer.readout is not None:
+        return _made_up_evidence(scorer.readout, random)
     classes, (rows, cols) = len(scorer.class_names), scorer.grid().map_size
     shape = (classes, rows, cols)
     # Of all classes, of the first two, of the last two; a class leads everywhere but in one region.
@@ -123,6 +128,37 @@ def made_up(module: CertifiedModule, scorer: RegionScorer) -> Tensor:
             one[(favored + 1) % classes] = one[favored]
         maps.append(one)
     return torch.stack(maps) / (1.0 if module.binary else module.scale)
+
+
+def _made_up_evidence(readout: AttentionReadout, random: torch.Generator) -> Tensor:
+    """Real-valued scores that try attention pooling: regions alike, a few that outweigh the others, the limits."""
+    channels, size = readout.channels, tuple(readout.position.shape[1:])
+    values, shift = readout.values, readout.position.detach() + math.log(FIRST_WEIGHT)
+    flat, odd = torch.zeros(channels, *size), torch.zeros(channels, *size)
+    odd[:, 0, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])[torch.arange(channels) % 4]
+    maps = [flat, odd, torch.full_like(flat, torch.inf), torch.full_like(flat, -torch.inf)]
+    for number in range(RANDOM_MAPS):
+        reach = (2, 20, 150, VALUE_LIMIT)[number % 4]
+        most = (1, 2, 16, WEIGHT_LIMIT)[number // 4 % 4]  # small sums of weights often give quotients with a half
+        common = torch.randint(-reach, reach + 1, (values, 1, 1), generator=random)
+        content = common + torch.randint(-reach, reach + 1, (values, *size), generator=random)
+        weights = torch.randint(1, most + 1, (readout.heads, *size), generator=random)
+        for _ in range(number % 3):
+            row, col = (int(torch.randint(0, side, (), generator=random)) for side in size)
+            content[:, row, col] = torch.randint(-VALUE_LIMIT, VALUE_LIMIT + 1, (values,), generator=random)
+            weights[:, row, col] = WEIGHT_LIMIT
+        maps.append(torch.cat([content / UNITS, weights.float().log() - shift]))
+    return torch.stack(maps)
+
+
+def _levels(scores: np.ndarray, scorer: RegionScorer) -> np.ndarray:
+    """Integers that one rounding moves by 1 at most: the scores; with a readout, values and attention weights."""
+    if scorer.readout is None:
+        return scores
+    weights = scores[:, scorer.readout.values :]
+    products = scores[:, : scorer.readout.values]
+    values = products // weights.repeat(scorer.readout.values // scorer.readout.heads, 1)
+    return np.concatenate([values, weights], 1)
 
 
 def _compare(
@@ -149,9 +185,7 @@ def _expected(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Label, certified and margin by the package's rule; `z` says what the tolerance does, where there is one."""
     rule = get_rule(module.rule.name)
-    scores = scores.long()
-    whole = ScoreMap(scores, module.low, module.high, scorer.grid())
-    found = rule.certify(whole, threat)
+    found = rule.certify(scorer.form.score_map(scores.long(), scorer.grid()), threat)
     margin = found.margin
     if module.tolerance > 0 and z is not None:
         # The guard of `bagcert.rules.guard` on the worst map that the module itself states.

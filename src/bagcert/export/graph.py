@@ -20,6 +20,8 @@ def metadata(
     model: BagCert, module: CertifiedModule, threat: PatchThreatModel, quantization: str = "none"
 ) -> dict[str, str]:
     """What a file says of itself: texts and numbers as they are, everything else as JSON."""
+    pooling = model.scorer.form.pooling
+    sizes = {"classes": pooling.classes, "values": pooling.values, "heads": pooling.heads} if pooling else None
     return {
         "bagcert_version": __version__,
         "model": model.name,
@@ -31,6 +33,7 @@ def metadata(
         "image_size": json.dumps(model.image_size),
         "geometry": json.dumps(geometry_fields(model.scorer.grid()), separators=(",", ":")),
         "score_range": json.dumps([module.low, module.high]),
+        "readout": json.dumps(sizes),
         "locality": "measured" if module.tolerance > 0 else "exact",
         "tolerance_z": repr(module.tolerance),
         "quantization": quantization,

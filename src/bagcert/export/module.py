@@ -4,13 +4,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from bagcert.errors import UsageError
+from bagcert.errors import UnsoundError, UsageError
+from bagcert.export.attention import EvidenceMap, attention_rule
 from bagcert.export.image_range import ImageRange
 from bagcert.export.rules import EXACT, RuleModule, rule_module
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.runtimes import inference_copy
 from bagcert.rules import get_rule
-from bagcert.scores import FIXED_POINT_LIMIT, require_sum
+from bagcert.scores import EXACT_SUMS, FIXED_POINT_LIMIT
 from bagcert.threat import PatchThreatModel
 
 OUTPUTS = ("label", "certified", "margin", "scores")
@@ -28,7 +29,8 @@ class CertifiedModule(nn.Module):
     Proof and prediction are formed in float32 from whole numbers below 2^24. A runtime that does not count those
     exactly (one that computes in bfloat16, say) certifies nothing: beside the other sums two just below 2^24 are formed
     that differ by one, and where their difference is not one the margin is -2^24. So it is for images that are not in
-    [0, 1], see `image_range`.
+    [0, 1], see `image_range`. Attention pooling forms sums over more than 128 regions in float64 below 2^53, and a
+    runtime must round known quotients correctly as well.
 
     Args:
         scorer: the network, with its head and geometry; its weights are copied.
@@ -48,19 +50,26 @@ class CertifiedModule(nn.Module):
     def __init__(self, scorer: RegionScorer, rule: str, threat: PatchThreatModel, tolerance: float = 0.0) -> None:
         super().__init__()
         get_rule(rule)
-        require_sum(scorer.readout, "an exported model")
         self.binary = scorer.head == "binary"
         self.low, self.high = scorer.form.low, scorer.form.high
+        self.evidence = None if scorer.readout is None else EvidenceMap(scorer.readout)
+        if self.evidence is not None and tolerance > 0:
+            raise UnsoundError("attention pooling needs a network whose locality is exact in the exported file")
         self.scale, self.tolerance = (1.0 if self.binary else scorer.scale), tolerance
         if tolerance * self.scale >= FIXED_POINT_LIMIT:
             raise UsageError(f"a tolerance of {tolerance:g} is more than the scores of this head hold")
         grid = scorer.grid()
-        self.rule = rule_module(rule, grid, threat, len(scorer.class_names), self.high - self.low)
-        regions = grid.map_size[0] * grid.map_size[1]
-        large = torch.full((2, regions), float((EXACT - 1) // regions))
+        pooling = scorer.form.pooling
+        if pooling is None:
+            self.rule = rule_module(rule, grid, threat, len(scorer.class_names), self.high - self.low)
+        else:
+            self.rule = attention_rule(rule, grid, threat, pooling)
+        regions, dtype = grid.map_size[0] * grid.map_size[1], self.rule.dtype
+        most = EXACT if dtype == torch.float32 else EXACT_SUMS
+        large = torch.full((2, regions), (most - 1) // regions, dtype=dtype)
         large[1, 0] -= 1
         self.register_buffer("large", large)
-        self.register_buffer("ones", torch.ones(regions, 1))
+        self.register_buffer("ones", torch.ones(regions, 1, dtype=dtype))
         self.net = inference_copy(scorer)
         self.image_range = ImageRange()
 
@@ -74,7 +83,7 @@ class CertifiedModule(nn.Module):
     def decide(self, z: Float[Tensor, "batch classes rows cols"]) -> Decision:
         """Label, certified, margin and integer scores from real-valued scores."""
         scores = self.head(z)
-        levels = scores.flatten(2) - self.low
+        levels = scores.flatten(2) if self.evidence is not None else scores.flatten(2) - self.low
         label, margin = self.rule(levels)
         if self.tolerance > 0:
             worst_label, worst_margin = self.rule(self.worst(z, label).flatten(2) - self.low)
@@ -84,6 +93,8 @@ class CertifiedModule(nn.Module):
 
     def head(self, z: Tensor) -> Tensor:
         """`RegionScorer.integers`, in float32."""
+        if self.evidence is not None:
+            return self.evidence(z)
         if self.binary:
             return (z > 0).float()
         return torch.where(z.isnan(), float(self.low), self._scaled(z)).round()
@@ -109,7 +120,9 @@ class CertifiedModule(nn.Module):
         return (z * self.scale).clamp(float(self.low), float(self.high))
 
     def _counts(self, levels: Float[Tensor, "batch classes regions"]) -> Bool[Tensor, " batch"]:
-        """Does this runtime form sums just below 2^24 exactly? Of numbers that it cannot know beforehand."""
-        known = (levels[:, :1] >= 0).float() * self.large
+        """Does this runtime form sums just below the limit exactly? Of numbers that it cannot know beforehand."""
+        ones = (levels[:, -1:] >= 0).to(self.large.dtype)  # levels and attention weights are never negative
+        known = ones * self.large
         by_sum, by_product = known.sum(2), (known @ self.ones)[..., 0]
-        return (by_sum[:, 0] - by_sum[:, 1] == 1) & (by_product[:, 0] - by_product[:, 1] == 1)
+        counts = (by_sum[:, 0] - by_sum[:, 1] == 1) & (by_product[:, 0] - by_product[:, 1] == 1)
+        return counts & self.rule.computes(ones[:, :, :1])

@@ -1,8 +1,9 @@
 """The rules as tensor operations that any runtime has: sums, products, comparisons, maxima.
 
-They say what `bagcert.rules` say, in float32 on whole numbers below 2^24, so that every sum is exact in any order. The
-windows are constants. Nothing is sorted and no index of a maximum is asked for, so ties fall as the package's one tie
-rule wants them on every runtime: the lowest class index wins.
+They say what `bagcert.rules` say, in float32 on whole numbers below 2^24, so that every sum is exact in any order.
+`bagcert.export.attention` has those for attention pooling. The windows are constants. Nothing is sorted and no index of
+a maximum is asked for, so ties fall as the package's one tie rule wants them on every runtime: the lowest class index
+wins.
 """
 
 from itertools import combinations_with_replacement
@@ -32,7 +33,40 @@ def lowest_largest(values: Float[Tensor, "batch classes *more"]) -> Float[Tensor
 
 
 class RuleModule(nn.Module):
-    """A rule in its place in the graph: levels to label and margin, both whole numbers in float32 [batch].
+    """A rule in its place in the graph: what a head gives to label and margin, both whole numbers [batch].
+
+    Args:
+        classes: how many.
+
+    Attributes:
+        dtype: what its sums are formed in.
+    """
+
+    name: str
+    index: Tensor
+    dtype = torch.float32
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.arange(classes, dtype=torch.float32))
+
+    def own(self, values: Tensor, label: Float[Tensor, " batch"]) -> Tensor:
+        """values[b, label[b]] with the class dimension kept: a sum of which one term is not zero."""
+        chosen = (self.index == label[:, None]).float()
+        return (values * chosen.view(*chosen.shape, *[1] * (values.ndim - 2))).sum(1, keepdim=True)
+
+    def smallest(self, lead: Float[Tensor, "batch classes"], label: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The smallest lead over another class, less what the tie rule takes."""
+        lead = lead - (self.index < label[:, None]).float()
+        return torch.where(self.index == label[:, None], float(EXACT), lead).amin(1)
+
+    def computes(self, one: Float[Tensor, "batch 1 1"]) -> Bool[Tensor, " batch"]:
+        """Does this runtime compute what the rule needs besides sums? `one` is 1, which the runtime cannot know."""
+        return one[:, 0, 0] > 0
+
+
+class SumModule(RuleModule):
+    """A rule for class scores that are sums over regions.
 
     Args:
         inside: which regions each window holds.
@@ -44,16 +78,13 @@ class RuleModule(nn.Module):
         UsageError: its sums reach 2^24, or it takes more memory than `MOST_MIB`.
     """
 
-    name: str
-    index: Tensor
     inside: Tensor
 
     def __init__(self, inside: Bool[np.ndarray, "windows regions"], classes: int, span: int, patches: int) -> None:
-        super().__init__()
+        super().__init__(classes)
         self.span, self.patches = span, patches
         self.require_exact(span * inside.shape[1])
         self.require_memory(classes, *inside.shape)
-        self.register_buffer("index", torch.arange(classes, dtype=torch.float32))
         self.register_buffer("inside", torch.from_numpy(inside.astype(np.float32)))
 
     def require_exact(self, most: int) -> None:
@@ -74,18 +105,8 @@ class RuleModule(nn.Module):
                 f"the limit of {MOST_MIB} MiB"
             )
 
-    def own(self, values: Tensor, label: Float[Tensor, " batch"]) -> Tensor:
-        """values[b, label[b]] with the class dimension kept: a sum of which one term is not zero."""
-        chosen = (self.index == label[:, None]).float()
-        return (values * chosen.view(*chosen.shape, *[1] * (values.ndim - 2))).sum(1, keepdim=True)
 
-    def smallest(self, lead: Float[Tensor, "batch classes"], label: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The smallest lead over another class, less what the tie rule takes."""
-        lead = lead - (self.index < label[:, None]).float()
-        return torch.where(self.index == label[:, None], float(EXACT), lead).amin(1)
-
-
-class VoteModule(RuleModule):
+class VoteModule(SumModule):
     """The vote certificate (docs/method.md, "Vote"); the same as `bagcert.rules.vote`."""
 
     name = "vote"
@@ -101,7 +122,55 @@ class VoteModule(RuleModule):
         return label, self.smallest(self.own(total, label) - total - taken, label)
 
 
-class DoubleMaskingModule(RuleModule):
+class TwoRounds(nn.Module):
+    """The double-masking prediction from the labels of all single masks and of all pairs.
+
+    Args:
+        inside: which regions each mask holds.
+        classes: how many.
+
+    Attributes:
+        labelled: some mask leaves a region.
+        completes: some pair of masks leaves none.
+    """
+
+    index: Tensor
+    has_label: Tensor
+    may_pass: Tensor
+    order: Tensor
+
+    def __init__(self, inside: Bool[np.ndarray, "masks regions"], classes: int) -> None:
+        super().__init__()
+        outside = ~inside
+        # Pairs are complete where no region is left; a mask with such a partner never passes a second round.
+        complete = outside.astype(np.float32) @ outside.T.astype(np.float32) == 0
+        self.labelled = bool(outside.any(1).any())
+        self.completes = bool(complete.any())
+        self.register_buffer("index", torch.arange(classes, dtype=torch.float32))
+        self.register_buffer("has_label", torch.from_numpy(outside.any(1)))
+        self.register_buffer("may_pass", torch.from_numpy(~complete.any(1)).float())
+        self.register_buffer("order", torch.arange(len(inside), dtype=torch.float32))
+
+    def forward(
+        self, single: Float[Tensor, "batch masks"], pairs: Float[Tensor, "batch masks masks"]
+    ) -> Float[Tensor, " batch"]:
+        """The label of both rounds, where some mask leaves a region."""
+        first = torch.where(self.has_label, single, -1.0)
+        votes = (first[:, None, :] == self.index[:, None]).float().sum(2)
+        majority = lowest_largest(votes)
+        holds = torch.eq(pairs, first[:, :, None]).float().amin(2)
+        passes = holds * self.may_pass * (first != majority[:, None]).float() * (first >= 0).float()
+        # The first mask that passes, or one beyond the last.
+        at = torch.where(passes > 0, self.order, float(len(self.order))).amin(1)
+        dissent = (first * torch.eq(self.order, at[:, None]).float()).sum(1)
+        return torch.where(at < len(self.order), dissent, majority)
+
+    def limit(self, margin: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The margin; -1 at most where some pair of masks leaves no region."""
+        return margin.clamp(max=-1.0) if self.completes else margin
+
+
+class DoubleMaskingModule(SumModule):
     """Double masking (docs/method.md, "Double masking"); the same as `bagcert.rules.double_masking`.
 
     Every pair of masks is tried for every class: windows x windows x classes numbers per image.
@@ -109,21 +178,11 @@ class DoubleMaskingModule(RuleModule):
 
     name = "double-masking"
     outside: Tensor
-    has_label: Tensor
-    may_pass: Tensor
-    order: Tensor
 
     def __init__(self, inside: Bool[np.ndarray, "windows regions"], classes: int, span: int, patches: int) -> None:
         super().__init__(inside, classes, span, patches)
-        outside = ~inside
-        # Pairs are complete where no region is left; a mask with such a partner never passes a second round.
-        complete = outside.astype(np.float32) @ outside.T.astype(np.float32) == 0
-        self.labelled = bool(outside.any(1).any())
-        self.completes = bool(complete.any())
-        self.register_buffer("outside", torch.from_numpy(outside.astype(np.float32)))
-        self.register_buffer("has_label", torch.from_numpy(outside.any(1)))
-        self.register_buffer("may_pass", torch.from_numpy(~complete.any(1)).float())
-        self.register_buffer("order", torch.arange(len(inside), dtype=torch.float32))
+        self.rounds = TwoRounds(inside, classes)
+        self.register_buffer("outside", torch.from_numpy((~inside).astype(np.float32)))
 
     def require_exact(self, most: int) -> None:
         """The largest number is a difference of two class sums, and one."""
@@ -146,26 +205,15 @@ class DoubleMaskingModule(RuleModule):
         """Label by both rounds; margin = the smallest lead of that label outside any two masks."""
         # What each pair of masks leaves of each class: [batch, classes, first mask, second mask]
         left = (levels[:, :, None, :] * self.outside) @ self.outside.T
-        label = self._label(levels, left)
+        if self.rounds.labelled:
+            label = self.rounds(lowest_largest(levels @ self.outside.T), lowest_largest(left))
+        else:
+            label = lowest_largest(levels.sum(2))
         lead = (self.own(left, label) - left).amin((2, 3))
-        margin = self.smallest(lead, label)
-        return label, margin.clamp(max=-1.0) if self.completes else margin
-
-    def _label(self, levels: Levels, left: Float[Tensor, "batch classes masks masks"]) -> Float[Tensor, " batch"]:
-        if not self.labelled:
-            return lowest_largest(levels.sum(2))
-        first = torch.where(self.has_label, lowest_largest(levels @ self.outside.T), -1.0)
-        votes = (first[:, None, :] == self.index[:, None]).float().sum(2)
-        majority = lowest_largest(votes)
-        holds = torch.eq(lowest_largest(left), first[:, :, None]).float().amin(2)
-        passes = holds * self.may_pass * (first != majority[:, None]).float() * (first >= 0).float()
-        # The first mask that passes, or one beyond the last.
-        at = torch.where(passes > 0, self.order, float(len(self.order))).amin(1)
-        dissent = (first * torch.eq(self.order, at[:, None]).float()).sum(1)
-        return torch.where(at < len(self.order), dissent, majority)
+        return label, self.rounds.limit(self.smallest(lead, label))
 
 
-RULE_MODULES: dict[str, type[RuleModule]] = {module.name: module for module in (VoteModule, DoubleMaskingModule)}
+RULE_MODULES: dict[str, type[SumModule]] = {module.name: module for module in (VoteModule, DoubleMaskingModule)}
 """The rules a graph can hold, by name."""
 
 
@@ -177,13 +225,24 @@ def rule_module(rule: str, grid: RegionGrid, threat: PatchThreatModel, classes: 
     """
     if rule not in RULE_MODULES:
         raise UsageError(f"the rule {rule} cannot be exported; {' and '.join(RULE_MODULES)} can")
-    inside = _masks(grid, threat)
-    if rule == DoubleMaskingModule.name and threat.patches > 1:
-        inside = _unions(inside, threat, classes)
+    inside = masks(grid, threat, classes) if rule == DoubleMaskingModule.name else _windows(grid, threat)
     return RULE_MODULES[rule](inside, classes, span, threat.patches)
 
 
-def _masks(grid: RegionGrid, threat: PatchThreatModel) -> Bool[np.ndarray, "windows regions"]:
+def masks(grid: RegionGrid, threat: PatchThreatModel, numbers: int) -> Bool[np.ndarray, "masks regions"]:
+    """What the attacked patches may hide: all windows, or for K patches all unions of K windows.
+
+    Args:
+        numbers: how many a graph holds for each pair of masks.
+
+    Raises:
+        UsageError: several patches lead to more unions than a graph can hold.
+    """
+    windows = _windows(grid, threat)
+    return windows if threat.patches == 1 else _unions(windows, threat, numbers)
+
+
+def _windows(grid: RegionGrid, threat: PatchThreatModel) -> Bool[np.ndarray, "windows regions"]:
     """The windows in the order of `RegionGrid.windows`."""
     parts = [
         (block.rows[:, None, :, None] & block.cols[None, :, None, :])[block.keep] for block in grid.windows(threat)
@@ -192,15 +251,16 @@ def _masks(grid: RegionGrid, threat: PatchThreatModel) -> Bool[np.ndarray, "wind
 
 
 def _unions(
-    masks: Bool[np.ndarray, "windows regions"], threat: PatchThreatModel, classes: int
+    windows: Bool[np.ndarray, "windows regions"], threat: PatchThreatModel, numbers: int
 ) -> Bool[np.ndarray, "unions regions"]:
     """All unions of as many windows as there are patches, in the order of `bagcert.rules.union_masking`."""
-    count = comb(len(masks) + threat.patches - 1, threat.patches)
-    if 4 * classes * count**2 > MOST_MIB * 2**20:
+    count = comb(len(windows) + threat.patches - 1, threat.patches)
+    if 4 * numbers * count**2 > MOST_MIB * 2**20:
         raise UsageError(
             f"masking against {threat} needs {count:,} unions of {threat.patches} windows, too many for a graph (the "
-            f"limit is {MOST_MIB} MiB per image for all their pairs); the vote rule needs none"
+            f"limit is {MOST_MIB} MiB per image for all their pairs); use fewer patches, or the vote rule if class "
+            "scores are sums"
         )
     return np.stack(
-        [masks[list(some)].any(0) for some in combinations_with_replacement(range(len(masks)), threat.patches)]
+        [windows[list(some)].any(0) for some in combinations_with_replacement(range(len(windows)), threat.patches)]
     )

@@ -18,14 +18,12 @@ from bagcert.export.check import Check, Run, check_images, check_rule
 from bagcert.export.graph import INSIDE, behind_network, metadata, with_metadata, with_outputs
 from bagcert.export.int8 import quantized
 from bagcert.export.module import OUTPUTS, CertifiedModule
-from bagcert.export.openvino_ir import intermediate, require_openvino, runner
-from bagcert.io.files import write_together
+from bagcert.io.files import write_atomically
 from bagcert.io.optional import require_installed
 from bagcert.locality import measure_onnx
 from bagcert.locality.measurement import dynamic_quantization
 from bagcert.nets.runtimes.onnx_graph import INPUT, LIBRARIES, REAL_SCORES, to_onnx
 from bagcert.nets.runtimes.onnxruntime import onnx_session
-from bagcert.scores import require_sum
 from bagcert.threat import PatchLike, PatchThreatModel
 
 RANDOM_IMAGES = 16
@@ -55,7 +53,6 @@ class Exported:
         locality: what moved outside a patch's reach, in onnxruntime: exact or guarded.
         leak_z: by how much at most.
         check: in onnxruntime, the made-up maps included.
-        openvino: the same in OpenVINO; None without.
         accuracy: of the float32 and the int8 file on the same images, clean and certified; None without int8.
     """
 
@@ -64,7 +61,6 @@ class Exported:
     locality: str
     leak_z: float
     check: Check
-    openvino: Check | None = None
     accuracy: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +76,6 @@ def export_model(
     placements: "np.ndarray | str | Path | None" = None,
     images: Float[Tensor, "images channels height width"] | None = None,
     calibration: Calibration | None = None,
-    openvino: bool = False,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Exported:
     """Writes a model with a rule and its proof as ONNX, after comparing what the file answers with the package's rules.
@@ -91,11 +86,10 @@ def export_model(
 
     Args:
         model: on the CPU, float32.
-        out: the `.onnx` file; with `openvino` also the `.xml` and `.bin` beside it.
+        out: the `.onnx` file.
         patch, rule, placements: what to deploy; the model's own when absent.
         images: real images to compare on, besides random ones.
         calibration: quantize the network to 8 bits with these images.
-        openvino: write OpenVINO's files as well.
         on_step: called with what is being done.
 
     Returns:
@@ -107,10 +101,7 @@ def export_model(
         BagcertError: a file cannot be written.
     """
     require_installed(["onnxruntime", *LIBRARIES], "onnx", "exporting")
-    if openvino:
-        require_openvino()
     scorer = model.scorer
-    require_sum(scorer.readout, "an exported model")
     if scorer.device.type != "cpu" or scorer.autocast_dtype is not None:
         raise UsageError("a model is exported from the CPU in float32; load it so")
     if reason := dynamic_quantization(scorer):
@@ -140,15 +131,7 @@ def export_model(
         found = Exported(
             [str(out)], values, report.consequence, report.leak_z, replace(check, maps=maps), accuracy=build.accuracy
         )
-        contents = {out: final}
-        if openvino:
-            on_step("comparing OpenVINO's answers")
-            names = [out.with_suffix(".xml"), out.with_suffix(".bin")]
-            checked = _check_openvino(graph, values, folder, samples, module, model, threat, calibration is not None)
-            parts = intermediate(final, values, folder, "final")
-            contents = {names[1]: parts[1], names[0]: parts[0], out: final}
-            found = replace(found, files=[str(out), *map(str, names)], openvino=checked)
-        write_together(contents)
+        write_atomically(out, final)
     return found
 
 
@@ -219,22 +202,3 @@ def _same(final: bytes, graph: Any, samples: Tensor) -> None:
     for name, here, there in zip(OUTPUTS, found, checked, strict=False):
         if not np.array_equal(here, there):
             raise UnsoundError(f"the file answers otherwise than the graph that was checked: its {name} differs")
-
-
-def _check_openvino(
-    graph: Any,
-    values: dict[str, str],
-    folder: Path,
-    samples: Tensor,
-    module: CertifiedModule,
-    model: BagCert,
-    threat: PatchThreatModel,
-    is_quantized: bool,
-) -> Check:
-    """The same comparisons on OpenVINO's files, of the rule by itself and of the whole graph."""
-    threads, runs = torch.get_num_threads(), []
-    for name, each in (("rule", behind_network(graph)), ("whole", graph)):
-        intermediate(each.SerializeToString(), values, folder, name)
-        runs.append(runner(folder / f"{name}.xml", threads))
-    maps = check_rule(runs[0], module, model.scorer, threat)
-    return replace(check_images(runs[1], samples, module, model.scorer, threat, is_quantized), maps=maps)

@@ -2,8 +2,7 @@
 
 Some kernels multiply values they have no use for by zero: bfloat16 convolutions on CPUs read pixels in pairs and pad
 with zero weights. That is exact while values are finite; but 0 * inf is NaN, far from the patch. So where NaN spreads
-beyond the receptive field, no value may ever overflow, and this has to be proved, not sampled. OpenVINO's ReLU makes 0
-of NaN, so there the probes cannot tell whether NaN spreads; in bfloat16 the proof is always asked for.
+beyond the receptive field, no value may ever overflow, and this has to be proved, not sampled.
 """
 
 import copy

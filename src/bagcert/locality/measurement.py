@@ -85,7 +85,7 @@ def measure(
             footprint = compare_footprint(scorer, backend.grid)
     probes, largest = run_probes(backend, shapes, images, thorough, seed)
     report = LocalityReport(footprint=footprint, probes=probes, largest_score=largest, refusal=refusal, **facts)
-    if not report.nan_may_spread:
+    if not report.nan_spreads:
         return report
     return replace(report, activation_bound=_proved_bound(scorer, backend.grid))
 

@@ -48,7 +48,7 @@ class LocalityReport:
 
     Attributes:
         model: its name.
-        backend: "torch", "onnxruntime" or "openvino".
+        backend: "torch" or "onnxruntime".
         device, dtype, threads: where and how.
         image_size: (height_px, width_px).
         patches: (height_px, width_px) of the patches tried.
@@ -108,11 +108,6 @@ class LocalityReport:
         )
 
     @property
-    def nan_may_spread(self) -> bool:
-        """Does it, or is this a backend that hides NaN (OpenVINO's ReLU does), in a dtype whose kernels spread it?"""
-        return self.nan_spreads or (self.backend == "openvino" and self.dtype != "float32")
-
-    @property
     def is_finite(self) -> bool:
         """Are all scores of clean images finite? Otherwise what a patch does to them cannot be told."""
         return math.isfinite(self.largest_score)
@@ -125,7 +120,7 @@ class LocalityReport:
     @property
     def consequence(self) -> Consequence:
         """Within one configuration: exact where nothing moved at all, guarded below the limit, else refused."""
-        if self.refusal or not self.is_finite or (self.nan_may_spread and not self.cannot_overflow):
+        if self.refusal or not self.is_finite or (self.nan_spreads and not self.cannot_overflow):
             return "refused"
         return self._consequence(self.leak_z, LEAK_LIMIT)
 
@@ -158,11 +153,6 @@ class LocalityReport:
             return "an image without a patch has scores that are NaN or infinite"
         if self.nan_spreads and not self.cannot_overflow:
             return "NaN in a pixel reaches regions that are declared not to see it"
-        if self.nan_may_spread and not self.cannot_overflow:
-            return (
-                f"{self.backend} in {self.dtype} may spread infinite values beyond a patch's reach, and it is not "
-                "proved that this network has none"
-            )
         if self.consequence == "refused":
             limit = LEAK_LIMIT * self.largest_score
             name = next(p.name for p in self.probes if p.kind != "drift" and p.largest_z == self.leak_z)

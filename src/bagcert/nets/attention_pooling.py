@@ -73,7 +73,7 @@ class AttentionReadout(nn.Module):
         """
         values, logits = self._split(finite(z))
         values = values.clamp(-VALUE_LIMIT, VALUE_LIMIT).round()
-        steps = torch.tensor(_weight_steps(), dtype=torch.float32, device=z.device)
+        steps = torch.tensor(weight_steps(), dtype=torch.float32, device=z.device)
         weights = torch.bucketize(logits.contiguous(), steps, right=True) + 1
         products = weights.unsqueeze(2) * values.to(torch.int32).unflatten(1, (self.heads, -1))
         return torch.cat([products.flatten(1, 2), weights], 1).to(torch.int32)
@@ -144,7 +144,7 @@ class AttentionReadout(nn.Module):
 
 
 @cache
-def _weight_steps() -> tuple[float, ...]:
+def weight_steps() -> tuple[float, ...]:
     """The logarithms at which a rounded weight becomes 2, 3, ... 255, ascending."""
     return tuple(math.log(weight - 0.5) for weight in range(2, WEIGHT_LIMIT + 1))
 

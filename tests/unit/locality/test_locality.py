@@ -351,33 +351,6 @@ class TestOverflow:
         assert "NaN or infinite" in report.reason
         assert json.dumps(report.to_dict(), allow_nan=False)
 
-    @pytest.mark.parametrize(("dtype", "consequence"), [("float32", "exact"), ("bfloat16", "refused")])
-    def test_a_backend_that_hides_nan_needs_the_proof_in_bfloat16(self, dtype, consequence):
-        report = replace(measure(tiny.color_model(), thorough=False), backend="openvino", dtype=dtype)
-        assert report.consequence == consequence
-        assert ("may spread" in report.reason) == (consequence == "refused")
-        assert replace(report, activation_bound=1e3).consequence == "exact"
-
-    def test_and_is_given_it_where_there_is_one(self):
-        class Runner:
-            name = "openvino"
-
-            def __init__(self, scorer):
-                self.scorer = scorer
-
-            def versions(self):
-                return {}
-
-            def __call__(self, images):
-                with torch.no_grad():
-                    return self.scorer(images).nan_to_num()
-
-        for net, consequence in ((body(), "exact"), (nn.Sequential(body(), nn.GELU()), "refused")):
-            scorer = scorer_of(nn.Sequential(net))
-            scorer.autocast_dtype, scorer.runner = torch.bfloat16, Runner(scorer)
-            report = measure(scorer, "2", thorough=False)
-            assert (report.backend, report.nan_spreads, report.consequence) == ("openvino", False, consequence)
-
     def test_unknown_layers_have_no_bound(self):
         assert activation_bound(scorer_of(nn.Sequential(body(), nn.Softmax(1)))) == math.inf
 

@@ -13,11 +13,10 @@ from bagcert.io.optional import installed
 from bagcert.nets.runtimes.base import Runner
 from bagcert.nets.runtimes.onnx_graph import inference_copy
 from bagcert.nets.runtimes.onnxruntime import OnnxRuntimeRunner
-from bagcert.nets.runtimes.openvino import OpenVinoRunner
 
 __all__ = ["BACKENDS", "RUNNERS", "Runner", "fastest_backend", "get_runner", "installed_backends"]
 
-RUNNERS: dict[str, type[Runner]] = {"onnxruntime": OnnxRuntimeRunner, "openvino": OpenVinoRunner}
+RUNNERS: dict[str, type[Runner]] = {"onnxruntime": OnnxRuntimeRunner}
 """Backends other than torch, by name."""
 
 BACKENDS = ("torch", *RUNNERS)
@@ -35,7 +34,7 @@ def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder:
         folder: where graphs are kept between processes; None keeps none.
 
     Raises:
-        UsageError: no such backend; its libraries are not installed; it has no such dtype here; another device.
+        UsageError: no such backend; its libraries are not installed; another dtype than float32, or another device.
     """
     if name not in BACKENDS:
         raise UsageError(f"there is no backend {name!r}{nearest(name, BACKENDS)}")
@@ -43,7 +42,9 @@ def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder:
         return None
     if scorer.device.type != "cpu":
         raise UsageError(f"the backend {name} runs on the CPU, got the device {scorer.device}")
-    return RUNNERS[name](inference_copy(scorer), dtype, folder)
+    if dtype is not None:
+        raise UsageError(f"the backend {name} computes in float32; torch has bfloat16")
+    return RUNNERS[name](inference_copy(scorer), folder)
 
 
 def installed_backends() -> list[str]:
@@ -53,14 +54,13 @@ def installed_backends() -> list[str]:
 
 
 def fastest_backend(device: str = "auto", dtype: str = "float32") -> str:
-    """The backend to take where none is asked for: the first installed of onnxruntime and openvino, else torch.
+    """The backend to take where none is asked for: onnxruntime if it is installed, else torch.
 
-    Only in float32 on a machine without an accelerator; elsewhere torch. benchmarks/backends.py measures the order, and
+    Only in float32 on a machine without an accelerator; elsewhere torch. benchmarks/backends.py measures the speed, and
     that certificates stay what they are.
     """
     if dtype != "float32" or device not in ("auto", "cpu"):
         return "torch"
     if device == "auto" and (torch.cuda.is_available() or torch.backends.mps.is_available()):
         return "torch"
-    there = installed_backends()
-    return next((name for name in ("onnxruntime", "openvino") if name in there), "torch")
+    return "onnxruntime" if "onnxruntime" in installed_backends() else "torch"

@@ -18,14 +18,13 @@ Session = Callable[[np.ndarray], np.ndarray]
 
 
 class Runner(ABC):
-    """The forward pass of one network on one backend.
+    """The forward pass of one network on one backend, in float32.
 
     It uses as many threads as torch does at the time of the call, so that what measures torch with other numbers of
     threads measures this as well. A session is started when it is first needed.
 
     Args:
         net: images in [0, 1] to `z`, from `inference_copy`.
-        dtype: what the network computes in; None is float32.
         folder: where graphs are kept between processes; None keeps none.
 
     Attributes:
@@ -34,24 +33,18 @@ class Runner(ABC):
         extra: what brings them, as in `pip install "bagcert[...]"`.
 
     Raises:
-        UsageError: a library is missing, or the backend has no such dtype here.
+        UsageError: a library is missing.
     """
 
     name: ClassVar[str]
     libraries: ClassVar[tuple[str, ...]]
     extra: ClassVar[str]
 
-    def __init__(self, net: nn.Module, dtype: torch.dtype | None = None, folder: Path | None = None) -> None:
+    def __init__(self, net: nn.Module, folder: Path | None = None) -> None:
         require_installed(self.libraries, self.extra, f"the backend {self.name}")
         self.net = net
-        self.dtype = dtype
         self.folder = folder
-        self.require_dtype()
         self._sessions: dict[tuple[int, ...], Session] = {}
-
-    @abstractmethod
-    def require_dtype(self) -> None:
-        """Raises UsageError where the backend has no such dtype on this machine."""
 
     @abstractmethod
     def start(self, image: tuple[int, int, int], threads: int) -> Session:

@@ -33,14 +33,15 @@ def inference_copy(scorer: Any) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[str]) -> Any:
-    """The ONNX graph of a module that takes `images` float32 [batch, channels, height, width], any number at once.
+def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[str], batch: int | None = None) -> Any:
+    """The ONNX graph of a module that takes `images` float32 [batch, channels, height, width].
 
     It holds standard operators and weights, and nothing of the machine it was made on.
 
     Args:
         image: (channels, height, width).
         outputs: a name for each output.
+        batch: how many images it takes at once; None for any number.
 
     Returns:
         An `onnx.ModelProto`.
@@ -48,7 +49,7 @@ def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[st
     Raises:
         UsageError: a layer that ONNX cannot express.
     """
-    example = torch.rand(2, *image, generator=torch.Generator().manual_seed(0))
+    example = torch.rand(batch or 2, *image, generator=torch.Generator().manual_seed(0))
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -56,7 +57,7 @@ def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[st
                 (example,),
                 input_names=[INPUT],
                 output_names=list(outputs),
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}} if batch is None else None,
                 opset_version=OPSET,
                 external_data=False,
                 dynamo=True,

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from bagcert.errors import UsageError
 from bagcert.nets.runtimes.base import Runner, Session
 from bagcert.nets.runtimes.onnx_graph import INPUT, LIBRARIES, graph_of
 
@@ -15,11 +14,6 @@ class OnnxRuntimeRunner(Runner):
     name = "onnxruntime"
     libraries = ("onnxruntime", *LIBRARIES)
     extra = "onnx"
-
-    def require_dtype(self) -> None:
-        """Float32 alone."""
-        if self.dtype is not None:
-            raise UsageError("the backend onnxruntime computes in float32 on CPUs; torch and openvino have bfloat16")
 
     def start(self, image: tuple[int, int, int], threads: int) -> Session:
         """A session on the network's graph."""
