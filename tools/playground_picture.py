@@ -47,7 +47,7 @@ def path(size: tuple[int, int], patch: tuple[int, int]) -> Iterator[tuple[int, i
     bottom, right = size[0] - patch[0], size[1] - patch[1]
     for row in range(4):
         top = row * bottom // 3
-        lefts = list(range(0, right, STEP_PX)) + [right]
+        lefts = [*range(0, right, STEP_PX), right]
         for left in lefts if row % 2 == 0 else reversed(lefts):
             yield top, left
 
@@ -135,10 +135,8 @@ def save(frames: list[Image.Image], out: Path) -> None:
         image.putpalette(palette.getpalette())
         images.append(image)
     out.parent.mkdir(parents=True, exist_ok=True)
-    images[0].save(
-        out, save_all=True, append_images=images[1:], duration=MILLISECONDS, loop=0, transparency=TRANSPARENT, disposal=1,
-        optimize=False,
-    )  # fmt: skip
+    rest = {"save_all": True, "append_images": images[1:], "duration": MILLISECONDS, "loop": 0, "optimize": False}
+    images[0].save(out, transparency=TRANSPARENT, disposal=1, **rest)
 
 
 def main() -> int:
