@@ -76,10 +76,8 @@ def _ratios(rows: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
         ]
     except KeyError:
         return []
-    return [
-        "",
-        f"Images certified per second against {patch}x{patch} px. {'. '.join(each[0].upper() + each[1:] for each in said)}.",
-    ]
+    sentences = ". ".join(each[0].upper() + each[1:] for each in said)
+    return ["", f"Images certified per second against {patch}x{patch} px. {sentences}."]
 
 
 def published_rows(results: Path) -> list[dict[str, Any]]:

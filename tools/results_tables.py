@@ -90,7 +90,7 @@ class Reach:
         self._grids: dict[str, Any] = {}
 
     def __call__(self, model: str, threat: str) -> str:
-        """Rows x columns of the largest windows, of rows x columns of the map; empty for a model that is not shipped."""
+        """Size of the largest windows and of the map, rows x columns; empty for a model that is not shipped."""
         if model not in shipped_models():
             return ""
         if model not in self._grids:
