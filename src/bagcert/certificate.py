@@ -23,7 +23,7 @@ class Certificate:
             where a patch comes closest to changing the answer (two windows for double masking).
         rule, threat: what was asked.
         locality: "exact", or "measured" where it rests on a measured tolerance: scores that may move outside a patch's
-            reach counted for the attacker. A measurement is no bound, hence the mark. See docs/method.md, "Locality".
+            reach counted for the attacker. A measurement is no bound, hence the mark. See docs/method.md, "Locality is checked".
     """
 
     prediction: Int[Tensor, " batch"]

@@ -32,7 +32,7 @@ class ScoreMap:
         low, high: the declared range, which an attacker can reach but not leave.
         grid: which pixels each region sees.
         slack: how far each score may be off wherever it is computed again, integers of the same shape, none below 0;
-            None where locality is exact. Rules count it for the attacker. See docs/method.md, "Locality".
+            None where locality is exact. Rules count it for the attacker. See docs/method.md, "Locality is checked".
         readout: None where the score of a class is the sum of its region scores; else `scores` holds the evidence that
             the readout pools, [batch, values + heads, rows, cols].
 

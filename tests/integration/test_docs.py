@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 RUN = ("tutorial", "checking", "publishing", "fail_safe", "adding_a_defense")
-OTHERS = ("publishing", "many_devices")  # show options of other programs
+OTHERS = ("publishing", "many_devices", "results")  # show options of other programs
 BUILDERS = ("sphinx", "furo", "myst_parser")
 
 

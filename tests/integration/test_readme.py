@@ -1,5 +1,7 @@
 """What README shows is run: its Python as it stands, its commands where they need no download."""
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
@@ -14,7 +16,8 @@ from bagcert.training.recipe import shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+PYTHON = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.S)
+MOST_BYTES, MOST_PICTURE_BYTES = 7000, 1_000_000
 BLOCKS = [
     [line.split(" # ")[0].strip() for line in block.splitlines() if line.startswith("bagcert ")]
     for block in re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -28,13 +31,39 @@ def test_readme_has_examples():
     assert sum(map(len, OFFLINE)) >= 3
 
 
-@pytest.mark.parametrize("example", PYTHON, ids=lambda text: text.strip().splitlines()[-1][:40])
-def test_python_example_runs(example):
+@pytest.mark.parametrize(("example", "output"), PYTHON, ids=[text.strip().splitlines()[-1][:40] for text, _ in PYTHON])
+def test_python_example_runs_and_prints_what_is_shown(example, output):
     names = {}
-    exec(compile(example, "README.md", "exec"), names)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(example, "README.md", "exec"), names)
+    assert printed.getvalue() == output
     if "certificate" in names:
         assert names["certificate"].certified.any()
         assert names["certificate"].worst_placement.shape[1:] == (2, 4)
+
+
+def test_readme_shows_the_output_of_an_example():
+    assert any(output for _, output in PYTHON)
+
+
+def test_readme_is_short_and_its_files_exist():
+    assert len(README.encode()) <= MOST_BYTES
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    local = [ROOT / link for link in links if "://" not in link]
+    assert local
+    assert not [path for path in local if not path.exists()]
+
+
+def test_pictures_are_small():
+    pictures = [path for path in (ROOT / "docs" / "images").iterdir() if path.is_file()]
+    assert {path.suffix for path in pictures} >= {".gif", ".svg"}
+    assert all(path.stat().st_size <= MOST_PICTURE_BYTES for path in pictures)
+
+
+def test_the_recording_moves():
+    with Image.open(ROOT / "docs" / "images" / "playground.gif") as recording:
+        assert recording.n_frames >= 20
 
 
 @pytest.mark.parametrize("commands", list(filter(None, OFFLINE)), ids=lambda commands: commands[0])
@@ -54,7 +83,16 @@ def test_commands_that_download_name_recipes_and_models_that_ship():
             assert shlex.split(command)[2] in shipped_recipes()
 
 
-def test_tables_are_up_to_date():
-    script = ROOT / "tools" / "readme_tables.py"
+def test_tables_and_plot_are_up_to_date():
+    script = ROOT / "tools" / "results_tables.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_defense_is_listed():
+    from bagcert.defenses.table import DEFENSES
+
+    table = README.partition("## Defenses")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"`([a-z+-]+)`", table))
+    others = {"undefended", "column-smoothing-levine-feizi"}
+    assert listed - {"--defenses"} == set(DEFENSES) - others

@@ -47,7 +47,7 @@ class EvidenceMap(nn.Module):
 
 
 class AttentionMaskingModule(RuleModule):
-    """Double masking with a readout for every pair of masks, METHOD section 3.7 of the design notes.
+    """Double masking with a readout for every pair of masks (docs/method.md, "Attention pooling").
 
     Args:
         inside: which regions each mask holds.

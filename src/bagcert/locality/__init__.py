@@ -2,7 +2,7 @@
 
 All certificates rest on one fact: outside R(l) the score map stands still. The geometry is derived from the layers
 (`bagcert.nets.receptive_field.derive`); here it is measured on this device and dtype what the arithmetic makes of
-it. See docs/method.md, "Locality".
+it. See docs/method.md, "Locality is checked".
 
 Two questions are kept apart. Within one configuration (device, dtype, threads, images per forward pass) a clean image
 and its attacked version meet the same kernels: what moves there is a leak. Across configurations other kernels may

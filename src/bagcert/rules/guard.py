@@ -3,7 +3,7 @@
 Where a backend's arithmetic is not bit for bit local, a score outside a patch's reach can move by the map's `slack`.
 Every rule proves its answer from sums of s_y - s_c over regions that the patch does not reach (plus a term for the
 reach that does not depend on the scores), so it is enough to prove it on the map where each of these differences is
-as small as the slack allows. See docs/method.md, "Locality".
+as small as the slack allows. See docs/method.md, "Locality is checked".
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """The receptive fields of a network, measured.
 
-Two independent probes (docs/method.md, "Locality"). Structural: NaN in the pixels of a
+Two independent probes (docs/method.md, "Locality is checked"). Structural: NaN in the pixels of a
 row or column; the regions that become NaN are its true footprint, whatever the weights, since 0 * NaN is NaN.
 Numerical: change everything under a patch; bits outside its declared reach must not move. The first asks what
 the network computes, the second whether this backend's arithmetic keeps to it (Winograd and FFT convolutions,
