@@ -6,9 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo
 from bagcert.data.prefetch import one_ahead
-from bagcert.data.preprocess import PhotoGeometry, Preprocessing
+from bagcert.data.preprocess import Preprocessing, StoredShape
 from bagcert.defenses.bagcert import BagCert
 from bagcert.devices import peak_memory_mib
 from bagcert.errors import UnreadableError, UsageError
@@ -29,11 +29,12 @@ from bagcert.evaluation.journal import Batch, EvaluationLog, described, describe
 from bagcert.io.files import remove_leftovers, write_atomically
 from bagcert.records import ImageRecord, Record, Row, RunInfo, wilson_interval
 from bagcert.rules import get_rule
-from bagcert.scores import ScoreMap
+from bagcert.rules.together import certify_together
 from bagcert.threat import PatchThreatModel
 
 LIBRARIES = ("bagcert", "torch", "numpy", "pillow")
 READ_AT_ONCE = 64  # photos decoded side by side
+MOST_SIZES = 1024  # of images whose threats are kept
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,19 @@ class Evaluation:
 
 @dataclass
 class _Tally:
-    """One rule against one patch; the threat is parsed for the size of the images at hand."""
+    """One rule against one patch; the threat is parsed once for each size of the images at hand."""
 
     rule: str
     notation: str
-    threat: PatchThreatModel | None = None
+    threats: dict[tuple[int, int], PatchThreatModel] = field(default_factory=dict)
+
+    def threat(self, size: tuple[int, int], placements: str | Path | None) -> PatchThreatModel:
+        """The threat for images of this size."""
+        if size not in self.threats:
+            if len(self.threats) >= MOST_SIZES:
+                self.threats.clear()
+            self.threats[size] = PatchThreatModel.parse(self.notation, size, placements)
+        return self.threats[size]
 
 
 def evaluate(
@@ -144,9 +153,9 @@ def evaluate(
             batches = _batches(images, preprocessing, batch_size, lost, done)
             if model.scorer.device.type != "cpu":  # a processor that computes has no time to read beside it
                 batches = one_ahead(batches)
-            for indices, pixels, geometry in batches:
+            for indices, pixels, shapes in batches:
                 load_seconds += time.perf_counter() - clock if run == 0 else 0.0
-                found, laps = _certify(model, tallies, pixels, geometry, placements)
+                found, laps = _certify(model, tallies, preprocessing, pixels, shapes, placements)
                 seconds = [sum(pair) for pair in zip(seconds, laps, strict=True)]
                 if run == 0:
                     lines = [ImageRecord(i, int(labels[i]), line) for i, line in zip(indices, found, strict=True)]
@@ -251,57 +260,56 @@ def device_name(model: BagCert) -> str:
 
 def _batches(
     images: ImageSet, preprocessing: Preprocessing, batch_size: int, errors: dict[int, str], first: int
-) -> Iterator[tuple[list[int], np.ndarray, PhotoGeometry]]:
-    """Numbers and network inputs uint8 [batch, h, w, 3] of consecutive images of one stored size, and its geometry.
+) -> Iterator[tuple[list[int], np.ndarray, list[StoredShape]]]:
+    """Numbers and network inputs uint8 [batch, h, w, 3] of consecutive images, and the shape of each as stored.
 
     They begin with the image `first`. What cannot be read goes into `errors` by its number.
     """
 
-    def sized(photo: Photo) -> tuple[tuple[int, int], int, np.ndarray]:
-        return photo.stored_size, photo.orientation, preprocessing.apply(photo)
+    def sized(photo: Photo) -> tuple[StoredShape, np.ndarray]:
+        return (photo.stored_size, photo.orientation), preprocessing.apply(photo)
 
-    def prepared() -> Iterator[tuple[tuple[tuple[int, int], int], int, np.ndarray]]:
+    def prepared() -> Iterator[tuple[int, np.ndarray, StoredShape]]:
         for start in range(first, len(images), READ_AT_ONCE):
             numbers = range(start, min(start + READ_AT_ONCE, len(images)))
             for number, found in zip(numbers, images.prepare_each(numbers, sized), strict=True):
                 if isinstance(found, UnreadableError):
                     errors[number] = str(found)
                 else:
-                    size, orientation, pixels = found
-                    yield (size, orientation), number, pixels
+                    shape, pixels = found
+                    yield number, pixels, shape
 
-    for (size, orientation), group in groupby(prepared(), key=lambda item: item[0]):
-        geometry = preprocessing.geometry(size, orientation)
-        while batch := list(islice(group, batch_size)):
-            yield [number for _, number, _ in batch], np.stack([pixels for _, _, pixels in batch]), geometry
+    each = prepared()
+    while batch := list(islice(each, batch_size)):
+        yield [number for number, _, _ in batch], np.stack([pixels for _, pixels, _ in batch]), [s for _, _, s in batch]
 
 
 def _certify(
     model: BagCert,
     tallies: Sequence[_Tally],
+    preprocessing: Preprocessing,
     pixels: np.ndarray,
-    geometry: PhotoGeometry,
+    shapes: Sequence[StoredShape],
     placements: str | Path | None,
 ) -> tuple[list[list[Record]], list[float]]:
-    """The records of each image of a batch, a verdict per tally; seconds of the forward pass and of each tally."""
+    """The records of each image of a batch, a verdict per tally; seconds of the forward pass and of each tally.
+
+    Photos of all sizes share the forward pass, and those with the same windows share the rule.
+    """
     clock = time.perf_counter()
-    score_map = geometry.score_map(model.score_map(pixels))
-    laps, columns = [_lap(clock, model)], []
+    scores = model.score_map(pixels)
+    divided = preprocessing.score_maps(scores, shapes)
+    laps = [_lap(clock, model)]
+    lines: list[list[Record]] = [[] for _ in shapes]
     for tally in tallies:
-        threat = _threat(tally, score_map, placements)
+        threats = [tally.threat(size, placements) for (size, _), _, _ in divided]
         clock = time.perf_counter()
-        certificate = get_rule(tally.rule).certify(score_map, threat)
+        certificates = certify_together(tally.rule, [score_map for _, _, score_map in divided], threats)
         laps.append(_lap(clock, model))
-        columns.append(Record.each(certificate))
-    return [list(line) for line in zip(*columns, strict=True)], laps
-
-
-def _threat(tally: _Tally, score_map: ScoreMap, placements: str | Path | None) -> PatchThreatModel:
-    """The tally's threat for images of this size, parsed once per size."""
-    size = score_map.grid.image_size
-    if tally.threat is None or tally.threat.image_size != size:
-        tally.threat = PatchThreatModel.parse(tally.notation, size, placements)
-    return tally.threat
+        for (_, chosen, _), certificate in zip(divided, certificates, strict=True):
+            for number, record in zip(chosen, Record.each(certificate), strict=True):
+                lines[number].append(record)
+    return lines, laps
 
 
 def _lap(clock: float, model: BagCert) -> float:
