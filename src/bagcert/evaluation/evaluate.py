@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from bagcert.data.preprocess import Preprocessing, StoredShape
 from bagcert.defenses.bagcert import BagCert
 from bagcert.devices import peak_memory_mib
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.evaluation.gallery import make_gallery
+from bagcert.evaluation.gallery import VOTES, make_gallery
 from bagcert.evaluation.gallery_file import Gallery, gallery_bytes, gallery_path
 from bagcert.evaluation.journal import Batch, EvaluationLog, described, described_mask, log_path
 from bagcert.io.files import remove_leftovers, write_atomically
@@ -92,7 +92,7 @@ def evaluate(
         model: a loaded defence.
         data: a data set, or its name as in `bagcert.data.load_dataset`.
         patches, rules: the model's own when empty. Sizes are in pixels of the data set's images.
-        limit: the first so many images in data-set order.
+        limit: at most so many images, see `ImageSet.take`.
         batch_size: images per forward pass.
         placements: a mask image of allowed placements.
         fit: how images of another size reach the network, "squash" or "center-crop".
@@ -121,6 +121,7 @@ def evaluate(
         get_rule(tally.rule)
     records: list[ImageRecord] = []
     errors: dict[int, str] = {}
+    resized = False
     passes: list[list[float]] = []
     journal = None
     if log is not None:
@@ -147,22 +148,28 @@ def evaluate(
                 for batch in journal.batches:
                     records += batch.records
                     errors |= dict(batch.errors)
+                    resized |= batch.resized
                     seconds = [sum(pair) for pair in zip(seconds, batch.seconds, strict=True)]
                 done = records[-1].index + 1 if records else 0
             clock = time.perf_counter()
             batches = _batches(images, preprocessing, batch_size, lost, done)
             if model.scorer.device.type != "cpu":  # a processor that computes has no time to read beside it
                 batches = one_ahead(batches)
-            for indices, pixels, shapes in batches:
+            for indices, pixels, shapes, sources in batches:
                 load_seconds += time.perf_counter() - clock if run == 0 else 0.0
                 found, laps = _certify(model, tallies, preprocessing, pixels, shapes, placements)
                 seconds = [sum(pair) for pair in zip(seconds, laps, strict=True)]
                 if run == 0:
-                    lines = [ImageRecord(i, int(labels[i]), line) for i, line in zip(indices, found, strict=True)]
+                    lines = [
+                        ImageRecord(i, int(labels[i]), line, source)
+                        for i, line, source in zip(indices, found, sources, strict=True)
+                    ]
+                    others = any(shape != (model.image_size, 1) for shape in shapes)
+                    resized |= others
                     # A copy: images that are read ahead may add to it meanwhile.
                     passed = [(i, sentence) for i, sentence in list(lost.items()) if done <= i < indices[-1]]
                     if journal:
-                        journal.append(Batch(lines, passed, laps))
+                        journal.append(Batch(lines, passed, laps, others))
                     records += lines
                 done = indices[-1] + 1
                 on_progress(run * len(images) + done, repeat * len(images))
@@ -173,6 +180,7 @@ def evaluate(
     if not records:
         raise UnreadableError(f"no image of {images.name} can be read; the first: {errors[0]}")
     forward, *each = (statistics.median(column) for column in zip(*passes, strict=True))
+    rows = [_row(tally, records, column, each[column]) for column, tally in enumerate(tallies)]
     info = RunInfo(
         model=model.name,
         weights_sha256=model.weights_sha256,
@@ -190,15 +198,29 @@ def evaluate(
             "forward": round(forward, 3),
             "total": round(time.time() - psutil.Process().create_time(), 3),
         },
-        results=[_row(tally, records, column, each[column]) for column, tally in enumerate(tallies)],
+        results=rows,
         unreadable=len(errors),
         repeat=repeat,
         batch_size=batch_size,
         peak_memory_mib=peak_memory_mib(),
         placements=mask,
+        pixels="of the photo" if resized else f"at {model.image_size[0]}x{model.image_size[1]}",
     )
-    pictures = make_gallery(model, images, records, placements, fit) if gallery else None
+    own = next((t.threat for t in rows if (t.rule, t.threat.partition(" ")[0]) == (model.rule, str(model.patch))), None)
+    info = replace(info, deployed=[model.rule, own or str(model.patch)], notes=[*images.notes, *_remarks(model, rows)])
+    pictures = make_gallery(model, images, records, placements, fit, deployed=info.deployed) if gallery else None
     return Evaluation(info, records, [errors[number] for number in sorted(errors)], pictures)
+
+
+def _remarks(model: BagCert, rows: Sequence[Row]) -> list[str]:
+    """Why a rule certifies nothing, where that follows from the head of the model."""
+    votes = dict.fromkeys(row.rule for row in rows if row.rule in VOTES and row.certified_share == 0)
+    if not votes or model.scorer.head != "fixed-point":
+        return []
+    return [
+        f"{' and '.join(votes)} certified no image: scores of the fixed-point head are so large that the regions under "
+        "one patch can outvote all others; use double-masking, or train with the binary head"
+    ]
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
@@ -238,9 +260,12 @@ def labels_for(model: BagCert, images: ImageSet) -> np.ndarray:
     if unknown and numbered and len(images.class_names) <= len(model.class_names):
         return images.labels
     if unknown:
+        way_out = ""
+        if len(images.class_names) == 1:
+            way_out = f"; {images.name}/{unknown[0]} must be the folder of a class, named as the model names it"
         known = ", ".join(model.class_names[:10]) + (", ..." if len(model.class_names) > 10 else "")
         raise UsageError(
-            f"{images.name} has the class {unknown[0]!r}, which {model.name} does not know; it knows {known}"
+            f"{images.name} has the class {unknown[0]!r}, which {model.name} does not know; it knows {known}{way_out}"
         )
     return np.array([index[name] for name in images.class_names])[images.labels]
 
@@ -260,28 +285,28 @@ def device_name(model: BagCert) -> str:
 
 def _batches(
     images: ImageSet, preprocessing: Preprocessing, batch_size: int, errors: dict[int, str], first: int
-) -> Iterator[tuple[list[int], np.ndarray, list[StoredShape]]]:
-    """Numbers and network inputs uint8 [batch, h, w, 3] of consecutive images, and the shape of each as stored.
+) -> Iterator[tuple[list[int], np.ndarray, list[StoredShape], list[str]]]:
+    """Numbers and network inputs uint8 [batch, h, w, 3] of consecutive images; shapes as stored, and what they are.
 
     They begin with the image `first`. What cannot be read goes into `errors` by its number.
     """
 
-    def sized(photo: Photo) -> tuple[StoredShape, np.ndarray]:
-        return (photo.stored_size, photo.orientation), preprocessing.apply(photo)
+    def sized(photo: Photo) -> tuple[np.ndarray, StoredShape, str]:
+        return preprocessing.apply(photo), (photo.stored_size, photo.orientation), images.named(photo)
 
-    def prepared() -> Iterator[tuple[int, np.ndarray, StoredShape]]:
+    def prepared() -> Iterator[tuple[int, np.ndarray, StoredShape, str]]:
         for start in range(first, len(images), READ_AT_ONCE):
             numbers = range(start, min(start + READ_AT_ONCE, len(images)))
             for number, found in zip(numbers, images.prepare_each(numbers, sized), strict=True):
                 if isinstance(found, UnreadableError):
                     errors[number] = str(found)
                 else:
-                    shape, pixels = found
-                    yield number, pixels, shape
+                    yield number, *found
 
     each = prepared()
     while batch := list(islice(each, batch_size)):
-        yield [number for number, _, _ in batch], np.stack([pixels for _, pixels, _ in batch]), [s for _, _, s in batch]
+        numbers, pixels, shapes, sources = (list(column) for column in zip(*batch, strict=True))
+        yield numbers, np.stack(pixels), shapes, sources
 
 
 def _certify(
