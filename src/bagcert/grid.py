@@ -170,9 +170,19 @@ def _inside(lines: np.ndarray) -> np.ndarray:
     return counts @ counts.T == counts.sum(1)[:, None]
 
 
-def _axis_windows(touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The maximal lines of `touched` in order of first appearance, and the first placement of each."""
-    distinct, line_of = _lines(touched)
+def _axis_windows(seen: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """What patches of a side reach along an axis: the maximal lines in order of first appearance.
+
+    Also the first placement of each.
+    """
+    return _axis_windows_of(np.packbits(seen, axis=1).tobytes(), seen.shape, side)
+
+
+@lru_cache(maxsize=4096)
+def _axis_windows_of(packed: bytes, shape: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
+    """By content, because photos of many sizes share the lengths of their axes."""
+    lines = np.frombuffer(packed, dtype=np.uint8).reshape(shape[0], -1)
+    distinct, line_of = _lines(_touched(np.unpackbits(lines, axis=1, count=shape[1]).astype(bool), side))
     is_maximal = _inside(distinct).sum(1) == 1
     first = np.unique(line_of, return_index=True)[1]
     return distinct[is_maximal], first[is_maximal]
@@ -186,8 +196,8 @@ def _windows(grid: RegionGrid, threat: PatchThreatModel) -> tuple[WindowBlock, .
         return (_restricted(grid, threat),)
     blocks = []
     for shape in threat.shapes:
-        rows, tops = _axis_windows(_touched(grid.rows_seen, shape[0]))
-        cols, lefts = _axis_windows(_touched(grid.cols_seen, shape[1]))
+        rows, tops = _axis_windows(grid.rows_seen, shape[0])
+        cols, lefts = _axis_windows(grid.cols_seen, shape[1])
         size = (len(rows), len(cols))
         places = np.stack(np.broadcast_arrays(tops[:, None], lefts[None, :], *shape), 2)
         blocks.append(WindowBlock(rows, cols, np.ones(size, dtype=bool), places))

@@ -41,20 +41,57 @@ class Record:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """All verdicts on one image of a data set."""
+    """All verdicts on one image of a data set; `source` is its file within the data, or what else it is called."""
 
     index: int
     label: int
     results: list[Record]
+    source: str = ""
 
     def to_json(self) -> str:
-        """One line of JSONL."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        """One line of JSONL, with the source before the results; without it where there is none."""
+        return json.dumps(named(asdict(self)), separators=(",", ":"))
 
 
-def telling_column(records: Sequence[ImageRecord]) -> int:
-    """The verdict to show where only one is: the first that certifies some image, or else the first."""
-    columns = range(len(records[0].results)) if records else ()
+def named(values: dict[str, Any]) -> dict[str, Any]:
+    """The record of an image as it is written: `source` stands before `results`, and only if there is one.
+
+    >>> named({"index": 3, "label": 0, "results": [], "source": "cat/3.png"})
+    {'index': 3, 'label': 0, 'source': 'cat/3.png', 'results': []}
+    """
+    source, results = values.pop("source"), values.pop("results")
+    return {**values, **({"source": source} if source else {}), "results": results}
+
+
+def in_unit(threat: str, pixels: str = "") -> str:
+    """A patch as records name it, with its unit.
+
+    Args:
+        threat: as in `Record.threat`.
+        pixels: whose pixels they are, as in `RunInfo.pixels`.
+
+    >>> in_unit("2x8"), in_unit("2%"), in_unit("5 within the allowed placements", "at 32x32")
+    ('2x8 px', '2% of the image', '5 px at 32x32 within the allowed placements')
+    """
+    size, space, where = threat.partition(" ")
+    unit = "of the image" if size.endswith("%") else f"px {pixels}".strip()
+    return f"{size} {unit}{space}{where}"
+
+
+def telling_column(records: Sequence[ImageRecord], deployed: Sequence[str] | None = None) -> int:
+    """The verdict to show where only one is: that of the model's own rule and patch, if it is there.
+
+    Otherwise the first that certifies some image, or else the first.
+
+    Args:
+        deployed: the model's own [rule, patch].
+    """
+    if not records:
+        return 0
+    asked = [[row.rule, row.threat] for row in records[0].results]
+    if deployed is not None and list(deployed) in asked:
+        return asked.index(list(deployed))
+    columns = range(len(asked))
     return next((column for column in columns if any(record.results[column].certified for record in records)), 0)
 
 
@@ -84,7 +121,10 @@ class RunInfo:
     """A whole evaluation, as `bagcert evaluate --json` prints it.
 
     `placements` is the mask image of allowed placements, its `file` name and `sha256`, None where there was none.
-    `attack` says how the images were attacked, None if they were not.
+    `attack` says how the images were attacked, None if they were not. `notes` are sentences without which the figures
+    would be misunderstood, such as that the images are a sample. `pixels` says whose pixels patches are in: "at 32x32"
+    where all images have the size of the network's input, else "of the photo". `deployed` is the model's own
+    [rule, patch].
     """
 
     model: str
@@ -106,14 +146,17 @@ class RunInfo:
     peak_memory_mib: int = 0
     placements: dict[str, str] | None = None
     attack: dict[str, Any] | None = None
+    notes: list[str] | None = None
+    pixels: str = ""
+    deployed: list[str] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, the schema version first; nothing is said of a mask or attacks where there were none."""
+        """Ready for JSON, the schema version first; without a mask, attacks or notes where there are none."""
         values = asdict(self)
         values["results"] = [_without_attack(row) if self.attack is None else row for row in values["results"]]
-        for name in ("placements", "attack"):
-            if values[name] is None:
+        for name in ("placements", "attack", "notes", "pixels", "deployed"):
+            if not values[name]:
                 del values[name]
         return {"schema_version": values.pop("schema_version"), **values}
 

@@ -1,12 +1,16 @@
 """What every rule in the table keeps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from bagcert.data.preprocess import Preprocessing
 from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
 from bagcert.rules import RULES, get_rule
+from bagcert.rules.together import certify_together
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 
@@ -83,3 +87,54 @@ def test_an_unknown_rule_names_the_nearest_or_all():
         get_rule("double_maskin")
     with pytest.raises(UsageError, match="no rule 'zzz'; there are vote, levine-feizi, double-masking, detection"):
         get_rule("zzz")
+
+
+@pytest.mark.parametrize("patch", ["1", "2x3", "2+1x4", "9%", "2*2"])
+def test_maps_of_many_image_sizes_get_the_same_certificates_together(rule, patch):
+    """Photos of 24 sizes, some mirrored or turned, resized to one network input: one call per set of windows."""
+    net = score_map(-5, 5, batch=60)
+    random = np.random.default_rng(1)
+    preprocessing = Preprocessing(GRID.image_size)
+    shapes = [
+        ((int(random.integers(9, 15)), int(random.integers(11, 15))), int(random.integers(1, 9))) for _ in net.scores
+    ]
+    divided = preprocessing.score_maps(net, shapes)
+    assert sorted(i for _, members, _ in divided for i in members) == list(range(60))
+    maps = [each for _, _, each in divided]
+    threats = [PatchThreatModel.parse(patch, each.grid.image_size) for each in maps]
+    calls = []
+    certify = rule.certify
+
+    def counted(scores, threat):
+        calls.append(len(scores))
+        return certify(scores, threat)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(RULES, rule.name, replace(rule, certify=counted))
+        found = certify_together(rule.name, maps, threats)
+    assert sum(calls) == 60
+    assert len(calls) < len(maps)
+    for (shape, members, _), threat, together in zip(divided, threats, found, strict=True):
+        for place, image in enumerate(members):
+            alone = certify(preprocessing.geometry(*shape).score_map(net[image : image + 1]), threat)
+            assert together.threat is threat
+            assert (alone.rule, alone.locality) == (together.rule, together.locality)
+            for name in ("prediction", "certified", "margin", "worst_placement"):
+                assert torch.equal(getattr(alone, name)[0], getattr(together, name)[place]), name
+
+
+def test_maps_with_a_slack_are_certified_together(rule):
+    net = score_map(-5, 5)
+    net = replace(net, slack=torch.ones_like(net.scores))
+    divided = Preprocessing(GRID.image_size).score_maps(net, [((9 + i % 2, 11), 1) for i in range(len(net))])
+    maps = [each for _, _, each in divided]
+    threats = [PatchThreatModel.parse("1", each.grid.image_size) for each in maps]
+    for each, threat, together in zip(maps, threats, certify_together(rule.name, maps, threats), strict=True):
+        alone = rule.certify(each, threat)
+        assert together.locality == "measured"
+        assert torch.equal(alone.margin, together.margin)
+        assert torch.equal(alone.worst_placement, together.worst_placement)
+
+
+def test_no_map_is_no_certificate():
+    assert certify_together("vote", [], []) == []

@@ -16,7 +16,7 @@ from bagcert.attacks.settings import Settings
 from bagcert.attacks.victim import Defense
 from bagcert.data.image_set import ImageSet
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.records import SCHEMA_VERSION
+from bagcert.records import SCHEMA_VERSION, named
 from bagcert.threat import PatchThreatModel
 
 Batch = tuple[Sequence[int], np.ndarray, np.ndarray]
@@ -43,15 +43,16 @@ class AttackRow:
 
 @dataclass(frozen=True)
 class ImageAttacks:
-    """What attacks did to one image of a data set, a result per rule and threat."""
+    """What attacks did to one image of a data set, a result per rule and threat; `source` as in `ImageRecord`."""
 
     index: int
     label: int
     results: list[AttackRecord]
+    source: str = ""
 
     def to_json(self) -> str:
         """One line of JSONL."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return json.dumps(named(asdict(self)), separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Bracket:
 
 @dataclass(frozen=True)
 class AttackInfo:
-    """A whole run, as `bagcert attack --json` prints it."""
+    """A whole run, as `bagcert attack --json` prints it; `notes` and `pixels` as in `bagcert.records.RunInfo`."""
 
     model: str
     weights_sha256: str
@@ -86,11 +87,15 @@ class AttackInfo:
     seed: int
     attack: dict[str, Any]
     results: list[AttackRow]
+    notes: list[str] = field(default_factory=list)
+    pixels: str = ""
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, the schema version first."""
+        """Ready for JSON, the schema version first; without notes where there are none."""
         values = asdict(self)
+        if not self.notes:
+            del values["notes"]
         return {"schema_version": values.pop("schema_version"), **values}
 
 
@@ -215,11 +220,13 @@ def upright_batches(
     size: tuple[int, int],
     batch_size: int,
     numbers: Sequence[int] | None = None,
+    sources: dict[int, str] | None = None,
 ) -> Iterator[Batch]:
     """Images of a data set for `bracket`, with their labels; all must have the network's `size`.
 
     Args:
         numbers: of the images; all of them when absent.
+        sources: gets what each image is called, by its number.
 
     Raises:
         UsageError: an image of another size; its patch would have to be chosen before it is resized.
@@ -235,8 +242,11 @@ def upright_batches(
                 turned = " and turned by EXIF" if photo.orientation != 1 else ""
                 raise UsageError(
                     f"{photo.source} is {height}x{width} px{turned}; attacks need upright images of the network's "
-                    f"{size[0]}x{size[1]} px, since the patch is put on what the network sees"
+                    f"{size[0]}x{size[1]} px, since the patch is put on what the network sees; --resize brings every "
+                    "image to that size first"
                 )
+        if sources is not None:
+            sources |= {number: images.named(photo) for number, photo in zip(batch, photos, strict=True)}
         yield batch, np.stack([photo.pixels for photo in photos]), labels[batch]
 
 

@@ -9,12 +9,10 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from bagcert.bulk.parts import Found, Part, PartReader
 from bagcert.data.prefetch import one_ahead
@@ -23,7 +21,7 @@ from bagcert.defenses.bagcert import BagCert, load
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
 from bagcert.proofs.record import pixels_sha256
 from bagcert.records import Record
-from bagcert.rules import get_rule
+from bagcert.rules.together import certify_together
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 
@@ -161,42 +159,54 @@ class Worker:
         return _Input(found.stored_size, found.orientation, pixels_sha256(found.pixels), pixels)
 
     def _batch(self, inputs: Sequence[_Input]) -> list[dict[str, Any]]:
-        """What each image's row holds of the verdict. Photos of all sizes share the forward pass, not the geometry."""
+        """What each image's row holds of the verdict.
+
+        Photos of all sizes share the forward pass, and those with the same windows share the rule.
+        """
         pixels = np.stack([found.pixels for found in inputs])
         missing = self.question.batch_size - len(pixels)
         scores = self.model.score_map(np.concatenate([pixels, np.repeat(pixels[:1], missing, axis=0)]))
-        said: list[dict[str, Any]] = [{}] * len(inputs)
-
-        def shape(i: int) -> tuple[tuple[int, int], int]:
-            return inputs[i].size_px, inputs[i].orientation
-
-        for (size, orientation), members in groupby(sorted(range(len(inputs)), key=shape), key=shape):
-            chosen = list(members)
-            some = scores[torch.tensor(chosen, device=scores.scores.device)]
-            score_map = self._preprocessing.geometry(size, orientation).score_map(some)
+        said: list[dict[str, Any]] = [{"results": []} for _ in inputs]
+        shapes = [(found.size_px, found.orientation) for found in inputs]
+        fitting: list[tuple[list[int], ScoreMap, list[PatchThreatModel]]] = []
+        for (size, _), chosen, score_map in self._preprocessing.score_maps(scores[: len(inputs)], shapes):
             try:
-                verdicts = self._verdicts(score_map, size)
+                fitting.append((chosen, score_map, self._threats(size)))
             except UsageError as error:  # a patch that does not fit into images of this size
-                verdicts = [{"error": str(error)}] * len(chosen)
-            for i, verdict in zip(chosen, verdicts, strict=True):
-                said[i] = verdict
+                for i in chosen:
+                    said[i] = {"error": str(error)}
+        try:
+            self._certify(fitting, said)
+        except UsageError:  # the rule refuses some of them, whose rows have the error
+            for one in fitting:
+                for i in one[0]:
+                    said[i] = {"results": []}
+                try:
+                    self._certify([one], said)
+                except UsageError as error:
+                    for i in one[0]:
+                        said[i] = {"error": str(error)}
+        for row in said:
+            if "error" not in row:
+                row["prediction"] = row["results"][0]["prediction"]
+                row["class_name"] = self.model.class_names[row["prediction"]]
         return said
 
-    def _verdicts(self, score_map: ScoreMap, size: tuple[int, int]) -> list[dict[str, Any]]:
-        columns = []
+    def _certify(
+        self, some: Sequence[tuple[list[int], ScoreMap, list[PatchThreatModel]]], said: Sequence[dict[str, Any]]
+    ) -> None:
+        """Adds the results of each rule against each patch: (positions in `said`, their score map, threats)."""
         for rule in self.question.rules:
-            for patch in self.question.patches:
-                threat = PatchThreatModel.parse(patch, size, self.question.placements)
-                certificate = get_rule(rule).certify(score_map, threat)
-                columns.append([_result(record, patch) for record in Record.each(certificate)])
-        return [
-            {
-                "prediction": results[0]["prediction"],
-                "class_name": self.model.class_names[results[0]["prediction"]],
-                "results": list(results),
-            }
-            for results in zip(*columns, strict=True)
-        ]
+            for column, patch in enumerate(self.question.patches):
+                maps, threats = [score_map for _, score_map, _ in some], [threats[column] for _, _, threats in some]
+                certificates = certify_together(rule, maps, threats)
+                for (chosen, _, _), certificate in zip(some, certificates, strict=True):
+                    for i, record in zip(chosen, Record.each(certificate), strict=True):
+                        said[i]["results"].append(_result(record, patch))
+
+    def _threats(self, size: tuple[int, int]) -> list[PatchThreatModel]:
+        """One for each patch, for images of this size."""
+        return [PatchThreatModel.parse(patch, size, self.question.placements) for patch in self.question.patches]
 
 
 def _result(record: Record, patch: str) -> dict[str, Any]:

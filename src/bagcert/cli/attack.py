@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, styled
-from bagcert.cli.options import Data, Device, Dtype, Json, Limit, Model, Patches, Placements, Rules, Split
+from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, say_notes, styled
+from bagcert.cli.options import Data, Device, Dtype, Json, Limit, Model, Patches, Placements, Resize, Rules, Split
+from bagcert.records import in_unit
 
 if TYPE_CHECKING:
     from bagcert.attacks.evaluate import AttackInfo, Bracket
@@ -20,6 +21,7 @@ def attack(
     rule: Rules = None,
     placements: Placements = None,
     limit: Limit = None,
+    resize: Resize = False,
     attack: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,6 +53,7 @@ def attack(
     exit code is 4.
     """
     import time
+    from dataclasses import replace
 
     started = time.perf_counter()
     import torch
@@ -58,10 +61,11 @@ def attack(
     from bagcert.attacks import get_attack
     from bagcert.attacks.evaluate import AttackInfo, bracket, described, upright_batches
     from bagcert.attacks.settings import Settings
-    from bagcert.data import load_dataset
+    from bagcert.data.preprocess import Preprocessing
     from bagcert.defenses.bagcert import load
     from bagcert.devices import device_name, dtype_name
     from bagcert.evaluation.evaluate import labels_for, versions
+    from bagcert.evaluation.selection import select_images
     from bagcert.rules import get_rule
 
     settings = Settings(steps, restarts, _count(attacked_placements), seed)
@@ -75,17 +79,18 @@ def attack(
         get_rule(name)
     with progress("loading"):
         loaded = load(model, device, dtype)
-    images = load_dataset(data, split, limit)
+    images = select_images(loaded.config, data, split, limit, Preprocessing(loaded.image_size) if resize else None)
     labels = labels_for(loaded, images)
     rules = sorted(dict.fromkeys(rule or (loaded.rule,)), key=lambda name: name != loaded.rule)
     patches = list(dict.fromkeys(patch or (str(loaded.patch),)))
     load_seconds = time.perf_counter() - started
     total = len(images) * len(rules) * len(patches)
     about = {"model": loaded.name, "weights_sha256": loaded.weights_sha256, "data": images.name, "split": images.split}
+    sources: dict[int, str] = {}
     with progress("attacking") as report:
         found = bracket(
             loaded,
-            upright_batches(images, labels, loaded.image_size, batch_size),
+            upright_batches(images, labels, loaded.image_size, batch_size, sources=sources),
             patches,
             rules,
             attack or (),
@@ -113,8 +118,10 @@ def attack(
         seed=seed,
         attack=described(attack or (), settings, batch_size),
         results=found.rows,
+        notes=list(images.notes),
+        pixels=f"at {loaded.image_size[0]}x{loaded.image_size[1]}",
     )
-    _write(info, found.records, out, records)
+    _write(info, [replace(record, source=sources[record.index]) for record in found.records], out, records)
     if json:
         print_json(info.to_dict())
     else:
@@ -169,7 +176,7 @@ def _print(info: "AttackInfo") -> None:
         broken = row.broken_certificates
         rows.append(
             (
-                row.threat,
+                in_unit(row.threat, info.pixels),
                 row.rule,
                 f"{row.clean_accuracy:.1%}",
                 f"{row.attacked_accuracy:.1%}",
@@ -179,6 +186,7 @@ def _print(info: "AttackInfo") -> None:
             )
         )
     say(f"{info.model} on {info.data} ({info.split}, {info.images:,} images)")
+    say_notes(info.notes)
     print_table(rows, ("patch", "rule"), ("clean", "attacked", "certified", "attempts", "broken certificates"))
     say(
         f"{', '.join(info.attack['attacks'])}; {info.seconds['total']:.1f} s in all "

@@ -5,6 +5,7 @@ files and may be hostile: texts stand on one line, without control characters, a
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bagcert.errors import cleaned
-from bagcert.records import RunInfo
+from bagcert.records import RunInfo, in_unit
 from bagcert.training.launcher import is_first_here
 
 WIDTH_WHEN_PIPED = 120
@@ -34,6 +35,12 @@ class Report(Protocol):
 def say(line: str = "", style: str = "") -> None:
     """One line of results on stdout."""
     _stdout().print(styled(line, style), soft_wrap=True)
+
+
+def say_notes(notes: Iterable[str] | None) -> None:
+    """Sentences that belong to the figures around them, a line each."""
+    for note in notes or ():
+        say(f"note: {note}")
 
 
 def say_all(text: str) -> None:
@@ -79,7 +86,7 @@ def print_table(
         left, right: names of the columns aligned to the left, and of those after them aligned to the right.
         title: above it.
         fold: are cells that are too long broken anywhere, and not cut short?
-        first_whole: is the first column never broken?
+        first_whole: is the first column never broken? The table is wider than the terminal where it has to be.
     """
     table = Table(title=None if title is None else styled(title), title_justify="left", box=HEAVY_HEAD)
     for number, name in enumerate((*left, *right)):
@@ -91,7 +98,7 @@ def print_table(
         )
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else styled(cell) for cell in row))
-    _stdout().print(table)
+    _stdout(_stdout().measure(table).minimum if first_whole else 0).print(table)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
@@ -156,7 +163,7 @@ def print_results(info: RunInfo) -> None:
         low, high = row.interval95["certified_accuracy"]
         rows.append(
             (
-                row.threat,
+                in_unit(row.threat, info.pixels),
                 row.rule,
                 f"{row.clean_accuracy:.1%}",
                 *(() if row.attacked_accuracy is None else (f"{row.attacked_accuracy:.1%}",)),
@@ -167,6 +174,7 @@ def print_results(info: RunInfo) -> None:
         )
     # A title of the table would be cut to the table's width.
     say(f"{info.model} on {info.data} ({info.split}, {info.images:,} images)")
+    say_notes(info.notes)
     right = ("clean", *attacked, "certified", "certified, 95 % interval", "seconds")
     print_table(rows, ("patch", "rule"), right)
     seconds = info.seconds
@@ -182,8 +190,16 @@ def print_results(info: RunInfo) -> None:
         say(f"{attempts:,} attempts, {certified:,} of them on certified images; {broken} certificates broken")
 
 
-def _stdout() -> Console:
-    return Console(width=None if sys.stdout.isatty() else WIDTH_WHEN_PIPED, highlight=False, emoji=False, markup=False)
+def _stdout(least: int = 0) -> Console:
+    """As wide as the terminal, or as COLUMNS says; but no narrower than `least`."""
+    asked = os.environ.get("COLUMNS", "")
+    width = int(asked) if asked.isdecimal() and int(asked) > 0 else None
+    if width is None and not sys.stdout.isatty():
+        width = WIDTH_WHEN_PIPED
+    console = Console(width=width, highlight=False, emoji=False, markup=False)
+    if console.width < least:
+        console.width = least
+    return console
 
 
 def _stderr() -> Console:

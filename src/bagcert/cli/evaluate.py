@@ -21,6 +21,7 @@ from bagcert.cli.options import (
     Patches,
     Placements,
     Portable,
+    Resize,
     Rules,
     Split,
 )
@@ -64,6 +65,7 @@ def evaluate(
             "one. About a second per image and row.",
         ),
     ] = False,
+    resize: Resize = False,
     fail_under_certified: FailUnder = None,
 ) -> None:
     """Clean and certified accuracy of a model on a data set, for every rule and patch from one forward pass.
@@ -73,11 +75,12 @@ def evaluate(
     import time
 
     started = time.perf_counter()
-    from bagcert.data import load_dataset
+    from bagcert.data.preprocess import Preprocessing
     from bagcert.defenses.bagcert import load
     from bagcert.errors import BagcertError, UsageError
     from bagcert.evaluation.evaluate import evaluate as run
     from bagcert.evaluation.evaluate import log_path, write_evaluation
+    from bagcert.evaluation.selection import select_images
 
     if out is not None:
         check_output(out)
@@ -86,7 +89,7 @@ def evaluate(
     log = None if out is None else log_path(out)
     with progress("loading"):
         loaded = load(model, device, dtype, portable, backend=backend)
-    images = load_dataset(data, split, limit)
+    images = select_images(loaded.config, data, split, limit, Preprocessing(loaded.image_size, fit) if resize else None)
     model_seconds = time.perf_counter() - started
     try:
         with progress("evaluating") as report:
@@ -147,6 +150,7 @@ def _attacked(
     placements: str | None,
 ) -> "tuple[Evaluation, Bracket]":
     """The evaluation with what attacks did to the images that could be read, row by row."""
+    import time
     from dataclasses import replace
 
     from bagcert.attacks.evaluate import bracket, described, upright_batches
@@ -155,6 +159,7 @@ def _attacked(
 
     settings, batch_size, info = Settings(), 64, evaluation.info
     numbers, total = [record.index for record in evaluation.records], info.images * len(info.results)
+    clock = time.perf_counter()
     with progress("attacking") as report:
         found = bracket(
             model,
@@ -166,6 +171,8 @@ def _attacked(
             about={"model": info.model, "weights_sha256": info.weights_sha256, "data": info.data, "split": info.split},
             on_progress=lambda done, broken: report(int(done), total, f"{broken} broken"),
         )
+    elapsed = time.perf_counter() - clock
+    info = replace(info, seconds={**info.seconds, "total": round(info.seconds["total"] + elapsed, 3)})
     rows = [
         replace(row, **{name: getattr(figures, name) for name in ATTACK_FIGURES})
         for row, figures in zip(info.results, found.rows, strict=True)

@@ -9,8 +9,15 @@ DATA_HELP = (
     "digits, cifar10 (from the hub), or a path or URL: class folders, Parquet files, tar shards, CIFAR-10's pickles."
 )
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
-Split = Annotated[str, typer.Option(help="Which part of the data.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N images, in data-set order.")]
+Split = Annotated[
+    str,
+    typer.Option(help="Which part of the data; held-out: what was held out of the part that the model was trained on."),
+]
+LIMIT_HELP = (
+    "At most N images: of class folders a sample in proportion to the classes, drawn with seed 0; of other data the "
+    "first N."
+)
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help=LIMIT_HELP)]
 OnePatch = Annotated[
     str | None,
     typer.Option(
@@ -43,6 +50,14 @@ Placements = Annotated[
     typer.Option(metavar="MASK.png", help="An image whose white part is where patches may lie. Default: anywhere."),
 ]
 Fit = Annotated[str, typer.Option(help="How images of another size reach the network: squash or center-crop.")]
+Resize = Annotated[
+    bool,
+    typer.Option(
+        "--resize",
+        help="Bring every image upright and to the network's size first; patches are then in pixels of that size. "
+        "Attacks need it where images are of other sizes.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16 arithmetic in the network; rules are exact in both.")]
 Backend = Annotated[

@@ -41,7 +41,7 @@ def load_dataset(spec: Any, split: str = "test", limit: int | None = None, seed:
             a folder with the original pickles of CIFAR-10; an address of Parquet or WebDataset files that fsspec knows
             (`s3://bucket/train-*.tar`); or a torch dataset of (image, label). `./digits` is a path.
         split: which part; sources without parts have the one split "all" and ignore it.
-        limit: take the first images only, in dataset order; the others are not decoded.
+        limit: take so many images only, see `ImageSet.take`; the others are not decoded.
         seed: of the split of datasets that come without one.
 
     Raises:

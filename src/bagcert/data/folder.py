@@ -12,6 +12,8 @@ from bagcert.data.photo import Photo, read_image
 from bagcert.errors import CONTROL, UnreadableError, UsageError
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jp2", ".mpo")
+SPLITS = ("train", "test", "val", "valid", "validation")
+"""Usual names of splits; any other folder of class folders is more likely one that stands a level below the data."""
 EXTENSIONS = (*_JPEG, ".avif", ".bmp", ".gif", ".ico", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -33,7 +35,9 @@ def load_folder(path: Path, split: str = "test") -> ImageSet:
     splits = {} if flat else {folder: classes for folder in folders if (classes := _folders(path / folder))}
     if splits:
         if split not in splits:
-            raise UsageError(f"{path} has no split {split!r}; it has {', '.join(splits)}")
+            inner = ", ".join(splits)
+            hint = f"; did you mean {path / inner}?" if len(splits) == 1 and inner not in SPLITS else ""
+            raise UsageError(f"{path} has no split {split!r}; it has {inner}{hint}")
         class_names = sorted(set().union(*splits.values()))
         root = path / split
     elif folders:

@@ -19,6 +19,7 @@ from bagcert.errors import UnreadableError, UsageError
 Prepared = TypeVar("Prepared")
 
 _CHUNK = 64
+SAMPLE_SEED = 0
 QUICK = 1e-3
 """Seconds: what takes longer is worth a thread."""
 
@@ -34,6 +35,7 @@ class ImageSet:
         class_names: one per class.
         source: image number -> Photo; called from several threads.
         rows: int64 [images], the number under which `source` knows each image; None for 0, 1, 2, ...
+        notes: sentences that belong to every figure of these images, such as that they are a sample.
 
     Raises:
         UnreadableError: no image, or a label outside the classes.
@@ -45,6 +47,7 @@ class ImageSet:
     class_names: tuple[str, ...]
     source: Callable[[int], Photo]
     rows: Int64[np.ndarray, " images"] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.labels):
@@ -103,8 +106,29 @@ class ImageSet:
         """
         return self._array if prepare is None else self._stack(prepare)
 
+    def require_classes(self) -> None:
+        """Refuses what no classifier can be trained on.
+
+        Raises:
+            UnreadableError: there is only one class.
+        """
+        if len(self.class_names) < 2:
+            raise UnreadableError(
+                f"{self.name} has one class, {self.class_names[0]!r}, and a classifier needs at least two; images are "
+                f"looked for in {self.name}/CLASS/ and {self.name}/SPLIT/CLASS/, so give the folder that holds the "
+                "class folders, or sort the images into one folder for each class"
+            )
+
+    def named(self, photo: Photo) -> str:
+        """What a photo is called within this set: the path of its file below the folder, or else its source."""
+        return photo.source.removeprefix(self.name).lstrip("/\\ ") or photo.source
+
     def take(self, limit: int | None) -> "ImageSet":
-        """The first `limit` images, or all with None or a limit beyond the end.
+        """A part of at most `limit` images, or all with None or a limit beyond the end.
+
+        Where the images come one class after the other, as those of class folders do, these are drawn at random with
+        seed 0: of each class its share, up to one image. Otherwise they are the first, as in CIFAR-10, whose order is
+        random already. The part keeps the order of the set, and its notes say how it was chosen.
 
         Raises:
             UsageError: limit < 1.
@@ -113,7 +137,25 @@ class ImageSet:
             return self
         if limit < 1:
             raise UsageError(f"a limit must be at least 1 image, got {limit}")
-        return self if limit >= len(self) else self.subset(np.arange(limit))
+        if limit >= len(self):
+            return self
+        if not self.is_grouped:
+            note = f"the first {limit:,} of {len(self):,} images"
+            return replace(self.subset(np.arange(limit)), notes=(*self.notes, note))
+        found = self.subset(np.flatnonzero(self._sampled(limit, SAMPLE_SEED)))
+        classes = [len(np.unique(labels)) for labels in (found.labels, self.labels)]
+        of_classes = "" if classes[0] == classes[1] else f", of {classes[0]:,} of {classes[1]:,} classes"
+        note = (
+            f"a sample: {limit:,} of {len(self):,} images{of_classes}, drawn in proportion to the classes "
+            f"with seed {SAMPLE_SEED}"
+        )
+        return replace(found, notes=(*self.notes, note))
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether there are several classes and the images of each follow one another."""
+        changes = int(np.count_nonzero(np.diff(self.labels)))
+        return changes > 0 and changes == len(np.unique(self.labels)) - 1
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "ImageSet":
         """The images with these indices, in this order.
@@ -137,6 +179,12 @@ class ImageSet:
         held = round(fraction * len(self)) if 0 < fraction < 1 else 0
         if not 0 < held < len(self):
             raise UsageError(f"a fraction of {fraction} of {len(self)} images leaves one part empty")
+        validation = self._sampled(held, seed)
+        rest = self.subset(np.flatnonzero(~validation))
+        return rest, replace(self.subset(np.flatnonzero(validation)), split="validation")
+
+    def _sampled(self, count: int, seed: int) -> np.ndarray:
+        """Boolean [images]: `count` images drawn at random, of each class its share up to one."""
         random = np.random.default_rng(seed)
         order = random.permutation(len(self))
         # Spread every class evenly over (0, 1); the lowest share of the whole is then a share of every class.
@@ -144,10 +192,9 @@ class ImageSet:
         for label in range(len(self.class_names)):
             members = order[self.labels[order] == label]
             position[members] = (np.arange(len(members)) + random.random()) / max(len(members), 1)
-        validation = np.zeros(len(self), dtype=bool)
-        validation[np.argsort(position, kind="stable")[:held]] = True
-        rest = self.subset(np.flatnonzero(~validation))
-        return rest, replace(self.subset(np.flatnonzero(validation)), split="validation")
+        chosen = np.zeros(len(self), dtype=bool)
+        chosen[np.argsort(position, kind="stable")[:count]] = True
+        return chosen
 
     def class_weights(self) -> Float[np.ndarray, " classes"]:
         """Float32 [classes]: inverse class frequencies with mean 1 over the classes present; 0 for those absent."""

@@ -5,10 +5,12 @@ is a set of source rows, and likewise for columns. Composed with the grid of the
 a patch on the stored photo can reach. See docs/method.md, "Preprocessing".
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import torch
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
@@ -21,6 +23,10 @@ FITS = ("squash", "center-crop")
 
 # Pillow's 8-bit resize rounds weights to multiples of 2^-22: what weighs less than this counts for nothing in it.
 _NEGLIGIBLE = 1e-9
+
+
+StoredShape = tuple[tuple[int, int], int]
+"""(height_px, width_px) of a photo as stored, and its EXIF orientation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +106,23 @@ class Preprocessing:
             raise UsageError(f"a photo must be at least 1x1 px, got {stored_size[0]}x{stored_size[1]}")
         return _geometry(self, (int(stored_size[0]), int(stored_size[1])), orientation)
 
+    def score_maps(
+        self, scores: ScoreMap, shapes: Sequence[StoredShape]
+    ) -> list[tuple[StoredShape, list[int], ScoreMap]]:
+        """The score map of a batch of photos divided by their shapes: (shape, positions in the batch, own score map).
+
+        Args:
+            scores: of the network, over its input.
+            shapes: of each photo.
+        """
+        members: dict[StoredShape, list[int]] = {}
+        for position, shape in enumerate(shapes):
+            members.setdefault(shape, []).append(position)
+        return [
+            (shape, chosen, self.geometry(*shape).score_map(scores if len(members) == 1 else _some(scores, chosen)))
+            for shape, chosen in members.items()
+        ]
+
     def _crop(self, upright_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """((top, bottom), (left, right)) of the part of the upright photo that is used."""
         height, width = upright_size
@@ -111,6 +134,10 @@ class Preprocessing:
         crop_width = min(width, max(1, height * net_width // net_height))
         top, left = (height - crop_height) // 2, (width - crop_width) // 2
         return (top, top + crop_height), (left, left + crop_width)
+
+
+def _some(scores: ScoreMap, chosen: list[int]) -> ScoreMap:
+    return scores[torch.tensor(chosen, device=scores.scores.device)]
 
 
 @lru_cache(maxsize=64)
@@ -130,10 +157,16 @@ def _geometry(preprocessing: Preprocessing, stored_size: tuple[int, int], orient
     for pixels, span, target, backwards in zip(
         (height, width), preprocessing._crop((height, width)), preprocessing.size, reversed_axes, strict=True
     ):
-        table = np.zeros((target, pixels), dtype=bool)
-        table[:, slice(*span)] = _resize_support(span[1] - span[0], target)
-        tables.append(table[:, ::-1] if backwards else table)
+        tables.append(_axis_table(pixels, span, target, backwards))
     return PhotoGeometry(tables[0], tables[1], swapped)
+
+
+@lru_cache(maxsize=256)
+def _axis_table(pixels: int, span: tuple[int, int], target: int, backwards: bool) -> np.ndarray:
+    """Boolean [target, pixels] of one axis; kept apart, because photos of many sizes share the lengths of axes."""
+    table = np.zeros((target, pixels), dtype=bool)
+    table[:, slice(*span)] = _resize_support(span[1] - span[0], target)
+    return table[:, ::-1] if backwards else table
 
 
 def _resize_support(source: int, target: int) -> np.ndarray:

@@ -6,9 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import metadata
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +19,22 @@ from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo
 from bagcert.data.prefetch import one_ahead
-from bagcert.data.preprocess import PhotoGeometry, Preprocessing
+from bagcert.data.preprocess import Preprocessing, StoredShape
 from bagcert.defenses.bagcert import BagCert
 from bagcert.devices import device_name, dtype_name, peak_memory_mib
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.evaluation.gallery import make_gallery
+from bagcert.evaluation.gallery import VOTES, make_gallery
 from bagcert.evaluation.gallery_file import Gallery, gallery_bytes, gallery_path
 from bagcert.evaluation.journal import Batch, EvaluationLog, described, described_mask, log_path
 from bagcert.io.files import remove_leftovers, write_atomically
 from bagcert.records import ImageRecord, Record, Row, RunInfo, wilson_interval
 from bagcert.rules import get_rule
-from bagcert.scores import ScoreMap
+from bagcert.rules.together import certify_together
 from bagcert.threat import PatchThreatModel
 
 LIBRARIES = ("bagcert", "torch", "numpy", "pillow")
 READ_AT_ONCE = 64  # photos decoded side by side
+MOST_SIZES = 1024  # of images whose threats are kept
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,19 @@ class Evaluation:
 
 @dataclass
 class _Tally:
-    """One rule against one patch; the threat is parsed for the size of the images at hand."""
+    """One rule against one patch; the threat is parsed once for each size of the images at hand."""
 
     rule: str
     notation: str
-    threat: PatchThreatModel | None = None
+    threats: dict[tuple[int, int], PatchThreatModel] = field(default_factory=dict)
+
+    def threat(self, size: tuple[int, int], placements: str | Path | None) -> PatchThreatModel:
+        """The threat for images of this size."""
+        if size not in self.threats:
+            if len(self.threats) >= MOST_SIZES:
+                self.threats.clear()
+            self.threats[size] = PatchThreatModel.parse(self.notation, size, placements)
+        return self.threats[size]
 
 
 def evaluate(
@@ -83,7 +92,7 @@ def evaluate(
         model: a loaded defence.
         data: a data set, or its name as in `bagcert.data.load_dataset`.
         patches, rules: the model's own when empty. Sizes are in pixels of the data set's images.
-        limit: the first so many images in data-set order.
+        limit: at most so many images, see `ImageSet.take`.
         batch_size: images per forward pass.
         placements: a mask image of allowed placements.
         fit: how images of another size reach the network, "squash" or "center-crop".
@@ -112,6 +121,7 @@ def evaluate(
         get_rule(tally.rule)
     records: list[ImageRecord] = []
     errors: dict[int, str] = {}
+    resized = False
     passes: list[list[float]] = []
     journal = None
     if log is not None:
@@ -138,22 +148,28 @@ def evaluate(
                 for batch in journal.batches:
                     records += batch.records
                     errors |= dict(batch.errors)
+                    resized |= batch.resized
                     seconds = [sum(pair) for pair in zip(seconds, batch.seconds, strict=True)]
                 done = records[-1].index + 1 if records else 0
             clock = time.perf_counter()
             batches = _batches(images, preprocessing, batch_size, lost, done)
             if model.scorer.device.type != "cpu":  # a processor that computes has no time to read beside it
                 batches = one_ahead(batches)
-            for indices, pixels, geometry in batches:
+            for indices, pixels, shapes, sources in batches:
                 load_seconds += time.perf_counter() - clock if run == 0 else 0.0
-                found, laps = _certify(model, tallies, pixels, geometry, placements)
+                found, laps = _certify(model, tallies, preprocessing, pixels, shapes, placements)
                 seconds = [sum(pair) for pair in zip(seconds, laps, strict=True)]
                 if run == 0:
-                    lines = [ImageRecord(i, int(labels[i]), line) for i, line in zip(indices, found, strict=True)]
+                    lines = [
+                        ImageRecord(i, int(labels[i]), line, source)
+                        for i, line, source in zip(indices, found, sources, strict=True)
+                    ]
+                    others = any(shape != (model.image_size, 1) for shape in shapes)
+                    resized |= others
                     # A copy: images that are read ahead may add to it meanwhile.
                     passed = [(i, sentence) for i, sentence in list(lost.items()) if done <= i < indices[-1]]
                     if journal:
-                        journal.append(Batch(lines, passed, laps))
+                        journal.append(Batch(lines, passed, laps, others))
                     records += lines
                 done = indices[-1] + 1
                 on_progress(run * len(images) + done, repeat * len(images))
@@ -164,6 +180,7 @@ def evaluate(
     if not records:
         raise UnreadableError(f"no image of {images.name} can be read; the first: {errors[0]}")
     forward, *each = (statistics.median(column) for column in zip(*passes, strict=True))
+    rows = [_row(tally, records, column, each[column]) for column, tally in enumerate(tallies)]
     info = RunInfo(
         model=model.name,
         weights_sha256=model.weights_sha256,
@@ -181,15 +198,29 @@ def evaluate(
             "forward": round(forward, 3),
             "total": round(time.time() - psutil.Process().create_time(), 3),
         },
-        results=[_row(tally, records, column, each[column]) for column, tally in enumerate(tallies)],
+        results=rows,
         unreadable=len(errors),
         repeat=repeat,
         batch_size=batch_size,
         peak_memory_mib=peak_memory_mib(),
         placements=mask,
+        pixels="of the photo" if resized else f"at {model.image_size[0]}x{model.image_size[1]}",
     )
-    pictures = make_gallery(model, images, records, placements, fit) if gallery else None
+    own = next((t.threat for t in rows if (t.rule, t.threat.partition(" ")[0]) == (model.rule, str(model.patch))), None)
+    info = replace(info, deployed=[model.rule, own or str(model.patch)], notes=[*images.notes, *_remarks(model, rows)])
+    pictures = make_gallery(model, images, records, placements, fit, deployed=info.deployed) if gallery else None
     return Evaluation(info, records, [errors[number] for number in sorted(errors)], pictures)
+
+
+def _remarks(model: BagCert, rows: Sequence[Row]) -> list[str]:
+    """Why a rule certifies nothing, where that follows from the head of the model."""
+    votes = dict.fromkeys(row.rule for row in rows if row.rule in VOTES and row.certified_share == 0)
+    if not votes or model.scorer.head != "fixed-point":
+        return []
+    return [
+        f"{' and '.join(votes)} certified no image: scores of the fixed-point head are so large that the regions under "
+        "one patch can outvote all others; use double-masking, or train with the binary head"
+    ]
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
@@ -229,9 +260,12 @@ def labels_for(model: BagCert, images: ImageSet) -> np.ndarray:
     if unknown and numbered and len(images.class_names) <= len(model.class_names):
         return images.labels
     if unknown:
+        way_out = ""
+        if len(images.class_names) == 1:
+            way_out = f"; {images.name}/{unknown[0]} must be the folder of a class, named as the model names it"
         known = ", ".join(model.class_names[:10]) + (", ..." if len(model.class_names) > 10 else "")
         raise UsageError(
-            f"{images.name} has the class {unknown[0]!r}, which {model.name} does not know; it knows {known}"
+            f"{images.name} has the class {unknown[0]!r}, which {model.name} does not know; it knows {known}{way_out}"
         )
     return np.array([index[name] for name in images.class_names])[images.labels]
 
@@ -245,57 +279,56 @@ def versions(model: BagCert | None = None) -> dict[str, str]:
 
 def _batches(
     images: ImageSet, preprocessing: Preprocessing, batch_size: int, errors: dict[int, str], first: int
-) -> Iterator[tuple[list[int], np.ndarray, PhotoGeometry]]:
-    """Numbers and network inputs uint8 [batch, h, w, 3] of consecutive images of one stored size, and its geometry.
+) -> Iterator[tuple[list[int], np.ndarray, list[StoredShape], list[str]]]:
+    """Numbers and network inputs uint8 [batch, h, w, 3] of consecutive images; shapes as stored, and what they are.
 
     They begin with the image `first`. What cannot be read goes into `errors` by its number.
     """
 
-    def sized(photo: Photo) -> tuple[tuple[int, int], int, np.ndarray]:
-        return photo.stored_size, photo.orientation, preprocessing.apply(photo)
+    def sized(photo: Photo) -> tuple[np.ndarray, StoredShape, str]:
+        return preprocessing.apply(photo), (photo.stored_size, photo.orientation), images.named(photo)
 
-    def prepared() -> Iterator[tuple[tuple[tuple[int, int], int], int, np.ndarray]]:
+    def prepared() -> Iterator[tuple[int, np.ndarray, StoredShape, str]]:
         for start in range(first, len(images), READ_AT_ONCE):
             numbers = range(start, min(start + READ_AT_ONCE, len(images)))
             for number, found in zip(numbers, images.prepare_each(numbers, sized), strict=True):
                 if isinstance(found, UnreadableError):
                     errors[number] = str(found)
                 else:
-                    size, orientation, pixels = found
-                    yield (size, orientation), number, pixels
+                    yield number, *found
 
-    for (size, orientation), group in groupby(prepared(), key=lambda item: item[0]):
-        geometry = preprocessing.geometry(size, orientation)
-        while batch := list(islice(group, batch_size)):
-            yield [number for _, number, _ in batch], np.stack([pixels for _, _, pixels in batch]), geometry
+    each = prepared()
+    while batch := list(islice(each, batch_size)):
+        numbers, pixels, shapes, sources = (list(column) for column in zip(*batch, strict=True))
+        yield numbers, np.stack(pixels), shapes, sources
 
 
 def _certify(
     model: BagCert,
     tallies: Sequence[_Tally],
+    preprocessing: Preprocessing,
     pixels: np.ndarray,
-    geometry: PhotoGeometry,
+    shapes: Sequence[StoredShape],
     placements: str | Path | None,
 ) -> tuple[list[list[Record]], list[float]]:
-    """The records of each image of a batch, a verdict per tally; seconds of the forward pass and of each tally."""
+    """The records of each image of a batch, a verdict per tally; seconds of the forward pass and of each tally.
+
+    Photos of all sizes share the forward pass, and those with the same windows share the rule.
+    """
     clock = time.perf_counter()
-    score_map = geometry.score_map(model.score_map(pixels))
-    laps, columns = [_lap(clock, model)], []
+    scores = model.score_map(pixels)
+    divided = preprocessing.score_maps(scores, shapes)
+    laps = [_lap(clock, model)]
+    lines: list[list[Record]] = [[] for _ in shapes]
     for tally in tallies:
-        threat = _threat(tally, score_map, placements)
+        threats = [tally.threat(size, placements) for (size, _), _, _ in divided]
         clock = time.perf_counter()
-        certificate = get_rule(tally.rule).certify(score_map, threat)
+        certificates = certify_together(tally.rule, [score_map for _, _, score_map in divided], threats)
         laps.append(_lap(clock, model))
-        columns.append(Record.each(certificate))
-    return [list(line) for line in zip(*columns, strict=True)], laps
-
-
-def _threat(tally: _Tally, score_map: ScoreMap, placements: str | Path | None) -> PatchThreatModel:
-    """The tally's threat for images of this size, parsed once per size."""
-    size = score_map.grid.image_size
-    if tally.threat is None or tally.threat.image_size != size:
-        tally.threat = PatchThreatModel.parse(tally.notation, size, placements)
-    return tally.threat
+        for (_, chosen, _), certificate in zip(divided, certificates, strict=True):
+            for number, record in zip(chosen, Record.each(certificate), strict=True):
+                lines[number].append(record)
+    return lines, laps
 
 
 def _lap(clock: float, model: BagCert) -> float:

@@ -28,7 +28,9 @@ from bagcert.threat import PatchThreatModel
 VOTES = ("vote", "levine-feizi")
 
 
-def chosen(records: Sequence[ImageRecord], most: int = MOST_PICTURES) -> list[int]:
+def chosen(
+    records: Sequence[ImageRecord], most: int = MOST_PICTURES, deployed: Sequence[str] | None = None
+) -> list[int]:
     """Positions in `records` of the images to show, ascending: a spread over what the telling rule and patch gave.
 
     A third each right and certified, right only, and wrong, evenly over the margins within each; where a kind has
@@ -38,7 +40,7 @@ def chosen(records: Sequence[ImageRecord], most: int = MOST_PICTURES) -> list[in
     []
     """
     kinds: list[list[int]] = [[], [], []]
-    column = telling_column(records)
+    column = telling_column(records, deployed)
     for position, record in enumerate(records):
         first = record.results[column]
         right = first.prediction == record.label
@@ -60,6 +62,7 @@ def make_gallery(
     placements: str | Path | None = None,
     fit: str = "squash",
     most: int = MOST_PICTURES,
+    deployed: Sequence[str] | None = None,
 ) -> Gallery:
     """Pictures of some images of an evaluation, by one further forward pass over them.
 
@@ -67,12 +70,13 @@ def make_gallery(
         model, images, placements, fit: as they were evaluated.
         records: of the evaluation.
         most: how many pictures, at most 32.
+        deployed: the model's own [rule, patch], see `telling_column`.
 
     Raises:
         UnreadableError: an image that was readable no longer is.
     """
     preprocessing = Preprocessing(model.image_size, fit)
-    some = [records[position] for position in chosen(records, min(most, MOST_PICTURES))]
+    some = [records[position] for position in chosen(records, min(most, MOST_PICTURES), deployed)]
 
     def prepared(photo: Photo) -> tuple[np.ndarray, np.ndarray, tuple[int, int], int]:
         return preprocessing.apply(photo), thumbnail(photo.upright()), photo.stored_size, photo.orientation
@@ -83,7 +87,7 @@ def make_gallery(
     ready: list[Any] = list(found)
     if not ready:
         return Gallery(model.class_names, [])
-    column = telling_column(records)
+    column = telling_column(records, deployed)
     maps = model.score_map(np.stack([item[0] for item in ready]))
     return Gallery(
         model.class_names,

@@ -36,11 +36,13 @@ class Batch:
         records: of consecutive images of the data, at least one.
         errors: (number, sentence) of the images before the last of these that could not be read.
         seconds: of the forward pass, then of each rule against each patch.
+        resized: whether some of the images have another size than the network's input.
     """
 
     records: list[ImageRecord]
     errors: list[tuple[int, str]]
     seconds: list[float]
+    resized: bool = True
 
 
 _BATCH = TypeAdapter(Batch)

@@ -7,8 +7,8 @@ import numpy as np
 
 from bagcert.errors import shown
 from bagcert.io.files import write_atomically
+from bagcert.records import in_unit
 from bagcert.report.drawing import drawn, figure
-from bagcert.report.summary import in_unit
 
 if TYPE_CHECKING:
     from bagcert.data.photo import Photo
@@ -75,7 +75,7 @@ def _draw(drawing: Any, found: "Picture", names: tuple[str, ...], verdict: "Reco
 
 def sentence(verdict: "Record") -> str:
     """What a verdict says, with the margin, in words."""
-    against = f"a patch of {in_unit(verdict.threat)} ({verdict.rule})"
+    against = f"a patch of {in_unit(verdict.threat, 'of the photo')} ({verdict.rule})"
     if verdict.certified:
         return f"certified against {against}\nthe answer holds by {verdict.margin:,} units of score in the worst case"
     return f"not certified against {against}\n{-verdict.margin:,} units of score are missing in the worst case"

@@ -9,7 +9,7 @@ from string import Template
 import numpy as np
 
 from bagcert.io.files import write_atomically
-from bagcert.records import Row, RunInfo
+from bagcert.records import RunInfo, in_unit
 from bagcert.report import svg
 from bagcert.report.pictures import gallery
 from bagcert.report.summary import (
@@ -18,7 +18,6 @@ from bagcert.report.summary import (
     Run,
     Training,
     confusion,
-    in_unit,
     margins,
     patch_curves,
     patch_title,
@@ -62,15 +61,20 @@ def _headline(runs: Sequence[Run]) -> str:
         sentences.append(
             f'<p class="headline"><b>{best.certified_accuracy:.1%}</b> of {info.images:,} images of '
             f"{escape(info.data)} are answered rightly by {escape(info.model)} with a proof that "
-            f"{escape(attacker(best.threat))}, {promise}, whatever it shows "
+            f"{escape(attacker(best.threat, info.pixels))}, {promise}, whatever it shows "
             f"(rule {escape(best.rule)}, 95 % interval {low:.1f} to {high:.1f} %). "
-            f"{best.clean_accuracy:.1%} are answered rightly without an attack.</p>"
+            f"{best.clean_accuracy:.1%} are answered rightly without an attack.</p>{_notes(info)}"
         )
     return "\n".join(sentences)
 
 
-def attacker(threat: str) -> str:
-    """A threat as records name it, in words.
+def _notes(info: RunInfo) -> str:
+    """What belongs to the figures of a run, such as that its images are a sample."""
+    return "".join(f'<p class="note">Note: {escape(note)}.</p>' for note in info.notes or ())
+
+
+def attacker(threat: str, pixels: str = "") -> str:
+    """A threat as records name it, in words; `pixels` as in `RunInfo`.
 
     >>> attacker("5"), attacker("2*3 within the allowed placements")
     ('one patch of 5 px, anywhere', '2 patches of 3 px, within the allowed placements')
@@ -79,7 +83,7 @@ def attacker(threat: str) -> str:
     """
     size, _, where = threat.partition(" ")
     count, star, each = size.partition("*")
-    patches = f"{count} patches of {in_unit(each)}" if star else f"one patch of {in_unit(size)}"
+    patches = f"{count} patches of {in_unit(each, pixels)}" if star else f"one patch of {in_unit(size, pixels)}"
     return f"{patches}, {where or 'anywhere'}"
 
 
@@ -104,12 +108,12 @@ def _note_interval() -> str:
 
 def _run(run: Run) -> str:
     info = run.info
-    parts = [f"<h2>{escape(info.model)} on {escape(info.data)}</h2>", _asked(info), _table(info.results)]
+    parts = [f"<h2>{escape(info.model)} on {escape(info.data)}</h2>", _asked(info), _table(info)]
     if run.records is None:
         missing = "Per-class figures, margins and pictures need the records that bagcert evaluate --out writes beside."
         return "<section>" + "".join(parts) + f'<p class="note">{missing}</p></section>'
     shown = info.results[run.telling]
-    what = f"{escape(shown.rule)}, {escape(attacker(shown.threat))}"
+    what = f"{escape(shown.rule)}, {escape(attacker(shown.threat, info.pixels))}"
     edges, groups = margins(run, run.telling)
     histogram = svg.histogram(edges, groups, KIND_STYLES, "margin")
     parts += [
@@ -132,13 +136,14 @@ def _run(run: Run) -> str:
 
 def _asked(info: RunInfo) -> str:
     """What was asked and on what."""
-    limit = "" if info.limit is None else f", the first {info.limit:,}"
+    limit = "" if info.limit is None else f", --limit {info.limit}" if info.notes else f", the first {info.limit:,}"
     unreadable = f", {info.unreadable:,} unreadable left out" if info.unreadable else ""
     seconds = info.seconds
+    attackers = dict.fromkeys(attacker(row.threat, info.pixels) for row in info.results)
     facts = {
         "Model": f"{info.model}, weights SHA-256 {info.weights_sha256[:16]}",
         "Data": f"{info.data}, split {info.split}, {info.images:,} images{limit}{unreadable}",
-        "Threat": "any content under " + "; or under ".join(dict.fromkeys(attacker(r.threat) for r in info.results)),
+        "Threat": "any content under " + "; or under ".join(attackers),
         "Rules": ", ".join(dict.fromkeys(row.rule for row in info.results)),
         "Hardware": f"{info.device}, {info.threads} threads, {info.backend}, {info.dtype}",
         "Versions": ", ".join(f"{name} {version}" for name, version in info.versions.items()),
@@ -150,10 +155,10 @@ def _asked(info: RunInfo) -> str:
     return f"<dl>{items}</dl>"
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(info: RunInfo) -> str:
+    rows = info.results
     attacked = any(row.attacked_accuracy is not None for row in rows)
-    title = patch_title(row.threat for row in rows)
-    head = [title, "rule", "clean", *(["attacked"] if attacked else []), "certified", "95 % interval", "seconds"]
+    head = ["patch", "rule", "clean", *(["attacked"] if attacked else []), "certified", "95 % interval", "seconds"]
     body = []
     for row in rows:
         low, high = row.interval95["certified_accuracy"]
@@ -161,7 +166,7 @@ def _table(rows: Sequence[Row]) -> str:
         interval = f"{100 * low:.1f} to {100 * high:.1f} %"
         cells = [f"{row.clean_accuracy:.1%}", *under, f"{row.certified_accuracy:.1%}", interval, f"{row.seconds:.2f}"]
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-        body.append(f"<tr><td>{escape(row.threat)}</td><td>{escape(row.rule)}</td>{numbers}</tr>")
+        body.append(f"<tr><td>{escape(in_unit(row.threat, info.pixels))}</td><td>{escape(row.rule)}</td>{numbers}</tr>")
     return _tabular(head, body, 2)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from bagcert.evaluation.gallery_file import Picture
-from bagcert.records import ImageRecord
-from bagcert.report.summary import KINDS, Run, in_unit, kind_of
+from bagcert.records import ImageRecord, in_unit
+from bagcert.report.summary import KINDS, Run, kind_of
 
 
 def gallery(run: Run) -> str:
@@ -31,15 +31,19 @@ def _card(run: Run, picture: Picture, record: ImageRecord) -> str:
     answer, rival = run.class_name(picture.prediction), run.class_name(picture.runner_up)
     truth = "" if first.prediction == record.label else f" (is {escape(run.class_name(record.label))})"
     missing = f"margin {first.margin:,}" if first.certified else f"{-first.margin:,} short of a certificate"
-    largest = f"{picture.largest_certified_px} px" if picture.largest_certified_px else "none"
+    unit = f"px {run.info.pixels}".strip()
+    proved = picture.largest_certified_px
+    largest = f"certified up to {proved} {unit} as deployed" if proved else "not certified as deployed"
+    name = escape(record.source or f"image {picture.index}")
     verdicts = "".join(
-        f"<li>{'&#10003;' if row.certified else '&#10007;'} {escape(in_unit(row.threat))}, {escape(row.rule)}</li>"
+        f"<li>{'&#10003;' if row.certified else '&#10007;'} {escape(in_unit(row.threat, run.info.pixels))}, "
+        f"{escape(row.rule)}</li>"
         for row in record.results[:12]
     )
     return (
         f'<figure class="card"><div class="pair">{_image(picture)}{_votes(picture, answer, rival)}</div><figcaption>'
-        f"<b>{escape(answer)}</b>{truth}, not {escape(rival)} <small>image {picture.index}</small><br>{missing}; "
-        f"largest certified patch: {largest}, with a defence built for it {picture.largest_certifiable_px} px"
+        f"<b>{escape(answer)}</b>{truth}, not {escape(rival)} <small>{name}</small><br>{missing}; "
+        f"{largest}; a defence built for its largest patch: up to {picture.largest_certifiable_px} {unit}"
         f'<ul class="verdicts">{verdicts}</ul></figcaption></figure>'
     )
 

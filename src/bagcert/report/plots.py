@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from bagcert.io.files import write_atomically
+from bagcert.records import in_unit
 from bagcert.report.drawing import drawn, figure
-from bagcert.report.summary import KINDS, Inputs, Run, Training, in_unit, margins, patch_curves, patch_title
+from bagcert.report.summary import KINDS, Inputs, Run, Training, margins, patch_curves, patch_title
 
 COLORS = ("#25804a", "#d99a1c", "#c23b4a")
 
@@ -69,7 +70,7 @@ def _margins(run: Run) -> Any:
         base = [below + count for below, count in zip(base, groups[kind], strict=True)]
     axes.axvline(0, color="black", linestyle="--", linewidth=1)
     row = run.info.results[run.telling]
-    axes.set(xlabel=_plain(f"margin ({row.rule}, patch of {in_unit(row.threat)})"), ylabel="images")
+    axes.set(xlabel=_plain(f"margin ({row.rule}, patch of {in_unit(row.threat, run.info.pixels)})"), ylabel="images")
     axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return drawing
 

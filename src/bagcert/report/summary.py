@@ -50,8 +50,11 @@ class Run:
 
     @property
     def telling(self) -> int:
-        """The row to show where only one is, as `telling_column`: the first that certifies anything."""
+        """The row to show where only one is, as `telling_column`: the model's own, or the first that certifies."""
         rows = self.info.results
+        asked = [[row.rule, row.threat] for row in rows]
+        if self.info.deployed in asked:
+            return asked.index(self.info.deployed)
         return next((column for column, row in enumerate(rows) if row.certified_share > 0), 0)
 
     def class_name(self, index: int) -> str:
@@ -84,16 +87,6 @@ class Inputs:
 
     runs: list[Run]
     trainings: list[Training]
-
-
-def in_unit(threat: str) -> str:
-    """A patch as records name it, with its unit.
-
-    >>> in_unit("2x8"), in_unit("2%"), in_unit("5 within the allowed placements")
-    ('2x8 px', '2% of the image', '5 px within the allowed placements')
-    """
-    size, space, where = threat.partition(" ")
-    return f"{size} of the image{space}{where}" if size.endswith("%") else f"{size} px{space}{where}"
 
 
 def read_inputs(paths: Sequence[Path]) -> Inputs:

@@ -50,6 +50,7 @@ def load_training_data(
         UsageError: batches too small to share, images of different sizes, or more of them than memory holds.
         UnreadableError: an image that cannot be read.
     """
+    source.require_classes()
     training, validation = source.split_off(recipe.data.validation, recipe.data.split_seed)
     prepare = Preprocessing(recipe.model.image_size).apply if recipe.model.image_size else None
     larger = Preprocessing((recipe.augment.resize, recipe.augment.resize)).apply if recipe.augment.resize else prepare

@@ -268,7 +268,8 @@ def test_the_files_hold_the_run_and_a_line_per_image(evaluation: module.Evaluati
     assert json.loads((tmp_path / "new" / "r.json").read_text()) == evaluation.info.to_dict()
     lines = [json.loads(line) for line in (tmp_path / "new" / "r.records.jsonl").read_text().splitlines()]
     assert len(lines) == 60
-    assert list(lines[0]) == ["index", "label", "results"]
+    assert list(lines[0]) == ["index", "label", "source", "results"]
+    assert [line["source"] for line in lines] == [f"image {i}" for i in range(60)]
     assert [line["index"] for line in lines] == list(range(60))
     assert lines[7]["results"][0]["margin"] == evaluation.records[7].results[0].margin
 

@@ -1,0 +1,92 @@
+"""One rule for score maps of several image sizes, in as few calls as there are sets of windows.
+
+A rule sees a patch only as windows of the score map. Photos of hundreds of sizes lead to a few dozen sets of windows,
+since all of them are resized to one network input. Maps with the same windows are certified in one call. Only the
+pixels of worst placements differ between them, and each of these belongs to one window.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from bagcert.certificate import Certificate
+from bagcert.grid import WindowBlock
+from bagcert.rules import get_rule
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel
+
+
+def certify_together(
+    rule: str, score_maps: Sequence[ScoreMap], threats: Sequence[PatchThreatModel]
+) -> list[Certificate]:
+    """The certificates of several score maps, the same as those of the rule applied to one map after the other.
+
+    Args:
+        rule: a name in `RULES`.
+        score_maps: of one network, each with the grid of its images.
+        threats: one for each map, for its image size.
+
+    Raises:
+        UsageError: an unknown rule, or whatever the rule refuses.
+    """
+    certify = get_rule(rule).certify
+    groups: dict[tuple, list[int]] = {}
+    for number, (score_map, threat) in enumerate(zip(score_maps, threats, strict=True)):
+        groups.setdefault(_key(score_map, threat), []).append(number)
+    found: dict[int, Certificate] = {}
+    for members in groups.values():
+        first = members[0]
+        certificate = certify(_joined([score_maps[number] for number in members]), threats[first])
+        blocks = score_maps[first].grid.windows(threats[first])
+        start = 0
+        for number in members:
+            part = _part(certificate, slice(start, start + len(score_maps[number])), threats[number])
+            start += len(score_maps[number])
+            own = score_maps[number].grid.windows(threats[number])
+            found[number] = part if own is blocks else _moved(part, blocks, own)
+    return [found[number] for number in range(len(score_maps))]
+
+
+def _key(score_map: ScoreMap, threat: PatchThreatModel) -> tuple:
+    """Equal where a rule does the same, up to the pixels of placements."""
+    windows = [
+        (block.rows.shape, block.rows.tobytes(), block.cols.shape, block.cols.tobytes(), block.keep.tobytes())
+        for block in score_map.grid.windows(threat)
+    ]
+    kind = (score_map.low, score_map.high, score_map.slack is None, id(score_map.readout))
+    return (score_map.grid.map_size, threat.patches, kind, *windows)
+
+
+def _joined(score_maps: Sequence[ScoreMap]) -> ScoreMap:
+    """One batch on the grid of the first."""
+    first = score_maps[0]
+    if len(score_maps) == 1:
+        return first
+    slack = None if first.slack is None else torch.cat([each.slack for each in score_maps if each.slack is not None])
+    return replace(first, scores=torch.cat([each.scores for each in score_maps]), slack=slack)
+
+
+def _part(certificate: Certificate, images: slice, threat: PatchThreatModel) -> Certificate:
+    return replace(
+        certificate,
+        prediction=certificate.prediction[images],
+        certified=certificate.certified[images],
+        margin=certificate.margin[images],
+        worst_placement=certificate.worst_placement[images],
+        threat=threat,
+    )
+
+
+def _moved(certificate: Certificate, blocks: Sequence[WindowBlock], own: Sequence[WindowBlock]) -> Certificate:
+    """The certificate with the placement of each window in `blocks` replaced by that of the same window in `own`."""
+    window_at = {tuple(place): number for number, place in enumerate(_places(blocks).tolist())}
+    worst = certificate.worst_placement
+    numbers = [window_at[tuple(place)] for place in worst.reshape(-1, 4).tolist()]
+    return replace(certificate, worst_placement=torch.from_numpy(_places(own)[numbers]).reshape(worst.shape).to(worst))
+
+
+def _places(blocks: Sequence[WindowBlock]) -> np.ndarray:
+    """Int [windows, 4]: the placement of every window, without the gaps."""
+    return np.concatenate([block.places[block.keep] for block in blocks])
