@@ -14,9 +14,20 @@ _HOMES = {
     "RegionScorer": "bagcert.nets.region_scorer",
     "ScoreMap": "bagcert.scores",
     "load": "bagcert.defenses.bagcert",
+    "train": "bagcert.training.api",
 }
 
-__all__ = ["BagCert", "Certificate", "FailSafe", "PatchThreatModel", "RegionGrid", "RegionScorer", "ScoreMap", "load"]
+__all__ = [
+    "BagCert",
+    "Certificate",
+    "FailSafe",
+    "PatchThreatModel",
+    "RegionGrid",
+    "RegionScorer",
+    "ScoreMap",
+    "load",
+    "train",
+]
 
 if TYPE_CHECKING:
     from bagcert.certificate import Certificate
@@ -26,6 +37,7 @@ if TYPE_CHECKING:
     from bagcert.nets.region_scorer import RegionScorer
     from bagcert.scores import ScoreMap
     from bagcert.threat import PatchThreatModel
+    from bagcert.training.api import train
 
 
 def __getattr__(name: str) -> Any:

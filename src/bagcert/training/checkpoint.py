@@ -92,7 +92,8 @@ class RunFolder:
             if extended:
                 state = self._extended(state)
             self._restore(state)
-            if extended:
+            if extended:  # from here on it is a run of that many epochs, wherever it stops
+                self.save()
                 write_atomically(self.folder / RECIPE, self.recipe.to_toml().encode())
         except UsageError:
             raise
@@ -137,7 +138,8 @@ class RunFolder:
             )
         written = written_recipe(self.folder)
         epochs = 0 if written is None else written.train.epochs
-        if state["steps"] * self.recipe.train.epochs != self.steps * epochs:
+        extended_before = state["steps"] == self.steps  # and stopped before its recipe was written
+        if state["steps"] * self.recipe.train.epochs != self.steps * epochs and not extended_before:
             raise UsageError(f"the run in {self.folder} was started with other data or another limit")
         return {**state, "steps": self.steps, "held_until": self.decay_start}
 

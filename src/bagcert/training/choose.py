@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bagcert.data.remote import is_address
-from bagcert.errors import UsageError
+from bagcert.errors import UsageError, nearest
 from bagcert.training.checkpoint import RECIPE
 from bagcert.training.recipe import Recipe, load_recipe, shipped_recipes
 
@@ -49,9 +49,11 @@ def choose_recipe(
         if out is not None and out.resolve() != path.resolve():
             raise UsageError(f"a run is resumed in its own folder {what}, not in {out}")
         return load_recipe(str(path / RECIPE), changes), path
+    if what == str(out) and resume:
+        raise UsageError(f"{what} holds no unfinished run to resume")
     if what in shipped_recipes() or path.suffix == ".toml" or not _is_images(what):
-        if what == str(out) and resume:
-            raise UsageError(f"{what} holds no unfinished run to resume")
+        if what not in shipped_recipes() and path.suffix != ".toml":
+            raise UsageError(f"there is no recipe, file or folder {what!r}{nearest(what, shipped_recipes(), 0.5)}")
         recipe = load_recipe(what, changes)
         return recipe, out or Path("runs") / recipe.name
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name.rstrip("*"))[:100].lstrip("._-") or PHOTOS

@@ -64,7 +64,7 @@ def split_by_group(
         members = random.permutation(np.flatnonzero(class_of == label))
         target, taken = fraction * int(size[members].sum()), 0
         for group in members[:-1]:
-            if abs(taken + size[group] - target) < abs(taken - target):
+            if abs(taken + size[group] - target) <= abs(taken - target):
                 held[group] = True
                 taken += int(size[group])
     # A class may also have images in groups of other classes; none may lose all of them.

@@ -242,6 +242,8 @@ def _given(scorer: RegionScorer | None, sources: Sources, images: TrainingData) 
         UsageError: it has other classes or takes images of another size.
     """
     assert scorer is not None
+    if scorer.channels != 3:
+        raise UsageError(f"training is on RGB images, the network takes {scorer.channels} channels")
     if scorer.class_names != sources.training.class_names:
         raise UsageError(f"the network and {sources.name} have different classes")
     size = (images.held_out.shape[1], images.held_out.shape[2])
