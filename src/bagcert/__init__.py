@@ -21,6 +21,7 @@ __all__ = [
     "list_models",
     "load",
     "load_dataset",
+    "train",
 ]
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from bagcert.nets.region_scorer import RegionScorer
     from bagcert.scores import ScoreMap
     from bagcert.threat import PatchThreatModel
+    from bagcert.training.api import train
 
 # Heavy modules load on first use, so that `bagcert --help` answers at once. A new public name is one line here, one in
 # `__all__`, one import above, and its module in docs/api.md.
@@ -56,5 +58,6 @@ __getattr__, __dir__ = lazy_names(
         "list_models": "bagcert.defenses.bagcert",
         "load": "bagcert.defenses.bagcert",
         "load_dataset": "bagcert.data",
+        "train": "bagcert.training.api",
     },
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bagcert.data.class_names import names_beside
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo, read_image
 from bagcert.errors import CONTROL, UnreadableError, UsageError
@@ -22,7 +23,8 @@ def load_folder(path: Path, split: str = "test") -> ImageSet:
 
     `root/class/*.jpg` has one split, "all", which is given whatever the split asked for. With `root/split/class/*.jpg`
     the classes are those of all splits together, so that a label means the same in each. Files are told by their
-    extension; hidden files and folders, and folders inside class folders, are left out.
+    extension; hidden files and folders, and folders inside class folders, are left out. A file `classes.txt` in `root`
+    may say under which names the classes are shown, see `bagcert.data.class_names`.
 
     Raises:
         UnreadableError: not a folder, no class folders, no images, a folder that may not be listed.
@@ -55,7 +57,8 @@ def load_folder(path: Path, split: str = "test") -> ImageSet:
         labels += [label] * len(found)
     if not files:
         raise UnreadableError(f"the class folders of {root} ({', '.join(class_names)[:100]}) hold no images")
-    return ImageSet(str(path), split, np.asarray(labels, dtype=np.int64), tuple(class_names), _Files(tuple(files)))
+    shown = names_beside(path, class_names)
+    return ImageSet(str(path), split, np.asarray(labels, dtype=np.int64), shown, _Files(tuple(files)))
 
 
 @dataclass(frozen=True, eq=False)

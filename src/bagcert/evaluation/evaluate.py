@@ -249,12 +249,19 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
 def labels_for(model: BagCert, images: ImageSet) -> np.ndarray:
     """The labels of a data set as the model's class indices, matched by name, or by number where data has no names.
 
+    The names of the class folders that the model was trained on are known as well, where it shows its classes under
+    other names.
+
     Raises:
         UsageError: a class the model does not know.
     """
     if images.class_names == model.class_names:
         return images.labels
     index = {name: i for i, name in enumerate(model.class_names)}
+    config = getattr(model, "config", None)
+    folders = config.provenance.get("class_folders") if config else None
+    if isinstance(folders, list) and len(folders) == len(model.class_names):
+        index = {**{name: i for i, name in enumerate(folders) if isinstance(name, str)}, **index}
     unknown = [name for name in images.class_names if name not in index]
     numbered = images.class_names == tuple(map(str, range(len(images.class_names))))
     if unknown and numbered and len(images.class_names) <= len(model.class_names):

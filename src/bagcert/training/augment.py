@@ -153,6 +153,45 @@ def cover(
     return images.masked_fill(covered[0][:, None, :, None] & covered[1][:, None, None, :], fill)
 
 
+def random_color(
+    images: UInt8[Tensor, "batch channels height width"], strength: float, generator: Source
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Each image with a brightness, contrast and saturation of its own.
+
+    Args:
+        images: uint8 [batch, 3, height, width].
+        strength: the three factors are drawn evenly from [1 - strength, 1 + strength]; 0 returns the images as they
+            are.
+        generator: on the device of the images.
+
+    Raises:
+        UsageError: a strength outside [0, 1).
+    """
+    if not 0 <= strength < 1:
+        raise UsageError(f"a color augmentation has a strength of at least 0 and below 1, got {strength}")
+    if strength == 0:
+        return images
+    factors = 1 + strength * (2 * draw_uniform(3, len(images), generator) - 1)
+    return recolor(images, factors.T)
+
+
+def recolor(
+    images: UInt8[Tensor, "batch channels height width"], factors: Float[Tensor, "batch 3"]
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Image b with brightness, contrast and saturation multiplied by `factors[b]`, in this order.
+
+    Contrast is the distance of a pixel from the mean gray of its image, saturation the distance from its own gray
+    (the mean of its channels). Values are rounded and clipped once, at the end.
+    """
+    brightness, contrast, saturation = factors.T[:, :, None, None, None]
+    pixels = images.float() * brightness
+    mean = pixels.mean((1, 2, 3), keepdim=True)
+    pixels = mean + (pixels - mean) * contrast
+    gray = pixels.mean(1, keepdim=True)
+    pixels = gray + (pixels - gray) * saturation
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+
+
 def random_positions(count: int, image_size: tuple[int, int], generator: Source) -> Int[Tensor, "count 2"]:
     """A random position for each of `count` training images, every row and column equally likely, the last included."""
     return torch.stack([draw(side, count, generator) for side in image_size], 1)

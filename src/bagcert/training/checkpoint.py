@@ -5,7 +5,7 @@ import json
 import math
 import os
 import pickle
-import re
+import tomllib
 import zipfile
 from copy import deepcopy
 from pathlib import Path
@@ -19,10 +19,9 @@ from bagcert.errors import UnreadableError, UsageError, shown
 from bagcert.io.files import open_regular, read_regular, remove_leftovers, write_atomically
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.saved_model import CONFIG, WEIGHTS
-from bagcert.training.recipe import MAX_RECIPE_BYTES, Recipe
+from bagcert.training.recipe import MAX_RECIPE_BYTES, Recipe, parse_recipe
 
 CHECKPOINT, HELD, METRICS, RECIPE = "checkpoint.pt", "checkpoint-held.pt", "metrics.jsonl", "recipe.toml"
-_EPOCHS = re.compile(r"^epochs = (\d+)$", re.MULTILINE)
 MAX_CHECKPOINT_BYTES = 1 << 33
 """Four times the largest weights a model folder may have: weights, their average, and two moments of the optimizer."""
 
@@ -78,14 +77,11 @@ class RunFolder:
         path = self.folder / CHECKPOINT
         for name in (CHECKPOINT, HELD, METRICS, RECIPE, WEIGHTS, CONFIG):
             remove_leftovers(self.folder / name)
+        check_run_folder(self.folder, resume)
         if not resume:
-            if path.exists():
-                raise UsageError(f"{self.folder} holds an unfinished run; go on with --resume or choose another --out")
             write_atomically(self.folder / RECIPE, self.recipe.to_toml().encode())
             write_atomically(self.folder / METRICS, b"")
             return
-        if not path.exists() and not (self.folder / HELD).exists():
-            raise UsageError(f"{self.folder} holds no unfinished run to resume")
         extended = self._extends()
         if extended and not path.exists():  # finished: what it went on with before the learning rate fell
             path = self.folder / HELD
@@ -96,7 +92,8 @@ class RunFolder:
             if extended:
                 state = self._extended(state)
             self._restore(state)
-            if extended:
+            if extended:  # from here on it is a run of that many epochs, wherever it stops
+                self.save()
                 write_atomically(self.folder / RECIPE, self.recipe.to_toml().encode())
         except UsageError:
             raise
@@ -110,14 +107,20 @@ class RunFolder:
     def _extends(self) -> bool:
         """Whether the run was started with another number of epochs.
 
+        Recipes are compared by value: a key that did not exist when the run was started has its default, and the name
+        of the data may be another path to it.
+
         Raises:
             UsageError: with another recipe, or the epochs of its schedule cannot be changed.
         """
-        written, own = self._written_recipe(), self.recipe.to_toml()
-        if written == own:
-            return False
-        if _EPOCHS.sub("", written) != _EPOCHS.sub("", own):
+        written = written_recipe(self.folder)
+        own = self.recipe
+        if written is not None:
+            own = own.changed(train={"epochs": written.train.epochs}, data={"name": written.data.name})
+        if written != own:
             raise UsageError(f"the run in {self.folder} was started with another recipe; see its {RECIPE}")
+        if written.train.epochs == self.recipe.train.epochs:
+            return False
         if self.decay_start is None or self.recipe.optimizer.warmup_steps is None:
             raise UsageError(
                 f"the run in {self.folder} was started with another number of epochs; only runs with "
@@ -133,8 +136,10 @@ class RunFolder:
             raise UsageError(
                 f"the learning rate of the run in {self.folder} falls already; its epochs cannot be changed"
             )
-        epochs = int(_EPOCHS.findall(self._written_recipe())[0])
-        if state["steps"] * self.recipe.train.epochs != self.steps * epochs:
+        written = written_recipe(self.folder)
+        epochs = 0 if written is None else written.train.epochs
+        extended_before = state["steps"] == self.steps  # and stopped before its recipe was written
+        if state["steps"] * self.recipe.train.epochs != self.steps * epochs and not extended_before:
             raise UsageError(f"the run in {self.folder} was started with other data or another limit")
         return {**state, "steps": self.steps, "held_until": self.decay_start}
 
@@ -142,12 +147,6 @@ class RunFolder:
         assert self.decay_start is not None
         held_until = state.get("held_until") if isinstance(state, dict) else None
         return isinstance(held_until, int) and state["step"] <= min(held_until, self.decay_start)
-
-    def _written_recipe(self) -> str:
-        try:
-            return read_regular(self.folder / RECIPE, MAX_RECIPE_BYTES).decode(errors="replace")
-        except OSError:
-            return ""
 
     def _restore(self, state: Any) -> None:
         """Takes over a checkpoint, if all of it has the form of this run's own."""
@@ -211,6 +210,26 @@ class RunFolder:
     def close(self) -> None:
         """The run is finished: the checkpoint has done its work."""
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def check_run_folder(folder: Path, resume: bool) -> None:
+    """Says what `RunFolder.open` would say of a folder without a run, before images are read.
+
+    Raises:
+        UsageError: the folder holds an unfinished run, or none that could be resumed.
+    """
+    if resume and not (folder / CHECKPOINT).exists() and not (folder / HELD).exists():
+        raise UsageError(f"{folder} holds no unfinished run to resume")
+    if not resume and (folder / CHECKPOINT).exists():
+        raise UsageError(f"{folder} holds an unfinished run; go on with --resume or choose another --out")
+
+
+def written_recipe(folder: Path) -> Recipe | None:
+    """The recipe in a run folder; None where there is none that is valid."""
+    try:
+        return parse_recipe(tomllib.loads(read_regular(folder / RECIPE, MAX_RECIPE_BYTES).decode()))
+    except (OSError, ValueError, RecursionError):  # errors of recipes are ValueErrors as well
+        return None
 
 
 def _read_checkpoint(path: Path) -> Any:

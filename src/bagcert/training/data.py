@@ -1,22 +1,51 @@
 """The images of a training run: what is trained on, in memory or as a stream, and what is held out to choose by."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from bagcert.data import DATASETS, load_dataset
+from bagcert.data.class_names import read_class_names
 from bagcert.data.image_set import ImageSet
 from bagcert.data.preprocess import Preprocessing
-from bagcert.errors import UsageError
+from bagcert.data.remote import is_address
+from bagcert.errors import UsageError, shown
 from bagcert.training.batches import Batches, MemoryBatches, Share
+from bagcert.training.groups import groups_of, split_by_group
 from bagcert.training.launcher import processes_here
 from bagcert.training.recipe import Recipe
 from bagcert.training.stream import StreamedBatches, stream_order
 
 SAMPLED_IMAGES = 2048
 """Images of a stream from which mean and deviation of the pixels are taken."""
+
+
+VALIDATION_FOLDERS = ("val", "valid", "validation")
+"""Folders of class folders beside `train` that are validated on instead of a part of the training images."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """The images of a run before any is decoded.
+
+    Attributes:
+        training: what is trained on.
+        validation: what is held out.
+        name, split: of the data, as they were asked for.
+        held_out_by: how the validation images were chosen, for the model's provenance.
+        class_folders: the class folders in the order of the classes where they are shown under other names, else None.
+    """
+
+    training: ImageSet
+    validation: ImageSet
+    name: str
+    split: str
+    held_out_by: str
+    class_folders: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +56,8 @@ class TrainingData:
         training: the images trained on.
         batches: of them.
         sample: uint8 [images, 3, height, width]: all of them, or some where they come as a stream.
-        held_out: uint8 [images, height, width, 3], not trained on.
+        held_out: uint8 [images, height, width, 3], not trained on. The first `train.validate_images` have every class
+            in proportion.
         held_out_labels: int64 [images].
     """
 
@@ -38,10 +68,49 @@ class TrainingData:
     held_out_labels: np.ndarray
 
 
+def load_sources(
+    recipe: Recipe, data: str | ImageSet | None, limit: int | None, validation: ImageSet | None = None
+) -> Sources:
+    """The images that a recipe trains on, and those it holds out.
+
+    Class folders may have a part `val` (or `valid`, `validation`) beside `train`, which is then held out. Otherwise a
+    share of the training images is, by class or by group.
+
+    Raises:
+        UsageError: no such data, classes that differ, or nothing can be held out.
+        UnreadableError: files that cannot be read, or only one class.
+    """
+    spec = data if isinstance(data, ImageSet) else data or recipe.data.name
+    source = spec if isinstance(spec, ImageSet) else load_dataset(spec, "train", limit)
+    if validation is None and isinstance(spec, str):
+        validation = _validation_folder(spec)
+    folders = source.class_names
+    if recipe.data.class_names is not None:
+        names = read_class_names(Path(recipe.data.class_names), folders)
+        source = replace(source, class_names=names)
+        validation = None if validation is None else replace(validation, class_names=names)
+    source.require_classes()
+    section = recipe.data
+    if validation is not None:
+        if validation.class_names != source.class_names:
+            raise UsageError(f"the validation images {validation.name} have other classes than the training images")
+        training, how = source, f"split {validation.split}"
+    elif section.groups is not None:
+        held = split_by_group(source.labels, groups_of(source, section.groups), section.validation, section.split_seed)
+        training = source.subset(np.flatnonzero(~held))
+        validation = replace(source.subset(np.flatnonzero(held)), split="validation")
+        how = f"{section.validation:g} of the {source.split} images by group, seed {section.split_seed}"
+    else:
+        training, validation = source.split_off(section.validation, section.split_seed)
+        how = f"{section.validation:g} of the {source.split} images, seed {section.split_seed}"
+    renamed = folders if folders != source.class_names else None
+    return Sources(training, validation, source.name, source.split, how, renamed)
+
+
 def load_training_data(
-    source: ImageSet, recipe: Recipe, device: torch.device, process: int = 0, processes: int = 1
+    sources: Sources, recipe: Recipe, device: torch.device, process: int = 0, processes: int = 1
 ) -> TrainingData:
-    """Splits the images, and decodes those that must be there from the start.
+    """Decodes the images that must be there from the start.
 
     In memory these are all images. Of a stream they are a sample, and as many held-out images as one validation looks
     at; both are found in a few neighborhoods of the files, so that nothing like the whole set is read.
@@ -50,15 +119,15 @@ def load_training_data(
         UsageError: batches too small to share, images of different sizes, or more of them than memory holds.
         UnreadableError: an image that cannot be read.
     """
-    source.require_classes()
-    training, validation = source.split_off(recipe.data.validation, recipe.data.split_seed)
+    training, validation = sources.training, sources.validation
     prepare = Preprocessing(recipe.model.image_size).apply if recipe.model.image_size else None
     larger = Preprocessing((recipe.augment.resize, recipe.augment.resize)).apply if recipe.augment.resize else prepare
     size = min(recipe.train.batch_size, len(training))
     share = Share(size, recipe.train.accumulate, process, processes)
     seed = recipe.train.seed
     if not recipe.data.streaming:
-        _require_memory(source, recipe)
+        validation = _sample_first(validation, recipe)
+        _require_memory(training, len(training) + len(validation), recipe)
         images = _tensor(training.array(larger)).contiguous().to(device)
         labels = torch.from_numpy(training.labels).to(device)
         batches: Batches = MemoryBatches(images, labels, share, seed)
@@ -74,18 +143,45 @@ def load_training_data(
     return TrainingData(training, batches, _tensor(sample), held_out, validation.labels)
 
 
+def _validation_folder(spec: str) -> ImageSet | None:
+    """The held-out part of class folders that have one."""
+    if spec in DATASETS or is_address(spec):
+        return None
+    root = Path(spec).expanduser()
+    name = next((name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
+    # A folder of that name may also be a class.
+    if name is None or not (root / "train").is_dir():
+        return None
+    return load_dataset(spec, name)
+
+
+def _sample_first(validation: ImageSet, recipe: Recipe) -> ImageSet:
+    """The same images; those of one validation, with every class in proportion, come first.
+
+    Class folders are sorted by class, so that without it the first images would be of the first classes.
+    """
+    count = recipe.train.validate_images
+    if count >= len(validation):
+        return validation
+    numbers = replace(validation, rows=np.arange(len(validation)))
+    rest, sample = numbers.split_off(count / len(validation), recipe.data.split_seed)
+    assert sample.rows is not None
+    assert rest.rows is not None
+    return validation.subset(np.concatenate([sample.rows, rest.rows]))
+
+
 def _tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def _require_memory(source: ImageSet, recipe: Recipe) -> None:
+def _require_memory(source: ImageSet, count: int, recipe: Recipe) -> None:
     """Refuses before the decoding what would end in the middle of it."""
     side = recipe.augment.resize
     height, width = (side, side) if side else recipe.model.image_size or source.read([0])[0].stored_size
-    needed = len(source) * height * width * 3
+    needed = count * height * width * 3
     there = psutil.virtual_memory().available // processes_here()
     if needed > there:
         raise UsageError(
-            f"{len(source):,} decoded images of {height}x{width} px need {needed / 2**30:.1f} GiB of memory in every "
+            f"{count:,} decoded images of {height}x{width} px need {needed / 2**30:.1f} GiB of memory in every "
             f"process, and {there / 2**30:.1f} GiB are free: set data.streaming=true"
         )

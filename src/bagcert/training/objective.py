@@ -13,7 +13,14 @@ from bagcert.rules import get_rule
 from bagcert.scores import require_sum
 from bagcert.threat import PatchThreatModel
 from bagcert.training import losses
-from bagcert.training.augment import cutout, random_crop, random_flip, random_positions, random_resized_crop
+from bagcert.training.augment import (
+    cutout,
+    random_color,
+    random_crop,
+    random_flip,
+    random_positions,
+    random_resized_crop,
+)
 from bagcert.training.random import Source
 from bagcert.training.recipe import Recipe
 
@@ -89,6 +96,7 @@ def augment(images: Tensor, recipe: Recipe, generator: Source) -> Tensor:
         images = random_crop(images, recipe.augment.crop, generator, recipe.augment.crop_mode)
     if recipe.augment.flip:
         images = random_flip(images, generator)
+    images = random_color(images, recipe.augment.color, generator)
     if recipe.augment.cutout and recipe.augment.cutout_candidates == 1:
         images = cutout(images, recipe.augment.cutout, generator)
     return images

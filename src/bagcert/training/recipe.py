@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bagcert.aggregation import check_readout
 from bagcert.errors import UnreadableError, UsageError, cleaned, nearest, shown
@@ -19,6 +19,12 @@ MAX_RECIPE_BYTES = 1 << 16
 
 
 Pixels = Annotated[int, Field(ge=1, le=16384)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+def _square(size: Any) -> Any:
+    """A single side stands for a square."""
+    return (size, size) if type(size) is int else size
 
 
 class _Section(BaseModel):
@@ -28,9 +34,19 @@ class _Section(BaseModel):
 class DataSection(_Section):
     """Which images, and how many of them are held out to choose by."""
 
-    name: str = "digits"
-    validation: float = Field(default=0.1, gt=0, lt=1, description="share of the training set held out")
-    split_seed: int = Field(default=0, ge=0, lt=2**63)
+    name: str = Field(default="digits", description="a data set's name, path or URL; `--data` replaces it")
+    validation: float = Field(
+        default=0.1, gt=0, lt=1, description="share of the training set held out, unless the data has a folder `val`"
+    )
+    split_seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the choice of held-out images")
+    groups: str | None = Field(
+        default=None,
+        description="images never split between training and validation: `prefix` (files of a class folder whose names "
+        "agree up to the last `_`, `-`, `.` or space), or a file with a line `class/file,group` for each image",
+    )
+    class_names: str | None = Field(
+        default=None, description="a file with a line `folder: name` for each class folder to be shown under that name"
+    )
     class_weights: bool = Field(default=False, description="weigh classes by inverse frequency")
     streaming: bool = Field(default=False, description="decode images when their batch comes, not all at the start")
     workers: int = Field(default=2, ge=0, le=1024, description="processes that decode a stream, for each that trains")
@@ -42,14 +58,20 @@ class DataSection(_Section):
 class ModelSection(_Section):
     """The region scorer."""
 
-    architecture: str = "resnet-rf10s2"
+    architecture: str = Field(default="resnet-rf10s2", description="a name from `bagcert info`")
     width: int | None = Field(default=None, ge=8, le=65536, description="the architecture's own when absent")
-    depth: int | None = Field(default=None, ge=1, le=4096)
-    padded: bool = True
-    image_size: tuple[Pixels, Pixels] | None = Field(
-        default=None, description="images are squashed to it; their own when absent"
+    depth: int | None = Field(
+        default=None, ge=1, le=4096, description="residual blocks; the architecture's own when absent"
     )
-    head: Literal["binary", "fixed-point", "attention-pooling"] = "fixed-point"
+    padded: bool = Field(default=True, description="zero padding; without it, regions lie wholly inside the image")
+    image_size: Annotated[tuple[Pixels, Pixels], BeforeValidator(_square)] | None = Field(
+        default=None, description="`[height, width]` in px that images are squashed to; their own when absent"
+    )
+    head: Literal["binary", "fixed-point", "attention-pooling"] = Field(
+        default="fixed-point",
+        description="how scores become integers, and regions an answer: 0 or 1 for each class, or fixed-point "
+        "numbers, both summed over regions; or attention pooling and a small network",
+    )
     values: int = Field(default=128, ge=1, le=1024, description="pooled values of the attention-pooling head")
     attention_heads: int = Field(default=8, ge=1, le=1024, description="each weighs values / attention_heads values")
     hidden: int = Field(default=64, ge=1, le=1024, description="hidden units of the attention-pooling readout")
@@ -65,8 +87,12 @@ class ModelSection(_Section):
 class DefenseSection(_Section):
     """What the model is deployed as: its default rule and patch, also what training aims at."""
 
-    rule: str = "double-masking"
-    patch: str = Field(default="5", max_length=1000)
+    rule: str = Field(default="double-masking", description="the rule that predicts and certifies")
+    patch: str = Field(
+        default="5",
+        max_length=1000,
+        description="as for `--patch`, in px of the resized image or as a share (`2%`)",
+    )
 
 
 class LossSection(_Section):
@@ -80,34 +106,42 @@ class LossSection(_Section):
         "clipped",
         "masked-features",
         "interval-bounds",
-    ] = "double-masking"
-    margin: float = Field(default=0.4, gt=0, le=1, description="M of the two margin losses")
-    temperature: float = Field(default=12.0, gt=0, description="tau of the smooth margin and clipped losses")
+    ] = Field(default="double-masking", description="the loss; `double-masking` goes with the rule of that name")
+    margin: float = Field(default=0.4, gt=0, le=1, description="margin of the two margin losses")
+    temperature: float = Field(
+        default=12.0, gt=0, description="factor on mean scores, for smooth-margin, clipped, and binary double-masking"
+    )
     full_weight: float = Field(
         default=0.3, ge=0, description="weight of the unmasked term of double-masking and interval-bounds losses"
     )
-    one_hot_penalty: float = Field(default=0.0, ge=0)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    one_hot_penalty: float = Field(
+        default=0.0, ge=0, description="weight of a penalty on regions that score for several classes"
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each target that is spread over all classes"
+    )
 
 
 class OptimizerSection(_Section):
     """Optimizer and learning-rate schedule, which begins with a linear warm-up."""
 
-    name: Literal["adamw", "muon", "sgd"] = "adamw"
-    learning_rate: float = Field(default=2e-3, gt=0)
+    name: Literal["adamw", "muon", "sgd"] = Field(
+        default="adamw", description="`muon` uses Muon for convolution kernels and AdamW for the rest"
+    )
+    learning_rate: float = Field(default=2e-3, gt=0, description="the top rate of the schedule")
     others_share: float = Field(
         default=0.5, gt=0, description="for muon: learning rate of all that is no inner kernel, as a share"
     )
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, description="of kernels; batch norm and biases have none")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="for sgd")
-    warmup: float = Field(default=0.2, ge=0, lt=1, description="share of all steps")
+    warmup: float = Field(default=0.2, ge=0, lt=1, description="linear warm-up, as a share of all steps")
     schedule: Literal["cosine", "hold"] = Field(
         default="cosine",
         description="after warm-up: cosine to zero; or the top rate, then linear to zero in the last `decay` share",
     )
     decay: float = Field(default=0.25, gt=0, le=1, description="share of all steps, for the schedule hold")
     warmup_steps: int | None = Field(default=None, ge=1, description="instead of warmup; needed to extend a run")
-    gradient_clip: float | None = Field(default=None, gt=0)
+    gradient_clip: float | None = Field(default=None, gt=0, description="largest norm of the gradient; absent: any")
 
 
 class AugmentSection(_Section):
@@ -120,8 +154,14 @@ class AugmentSection(_Section):
         default=None, description="side in px that training images are squashed to before the random resized crop"
     )
     crop: int = Field(default=2, ge=0, le=16384, description="px of padding before the random crop")
-    crop_mode: Literal["reflect", "zero"] = "reflect"
-    flip: bool = True
+    crop_mode: Literal["reflect", "zero"] = Field(default="reflect", description="what the padding holds")
+    flip: bool = Field(default=True, description="mirror half of the images, left to right")
+    color: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="brightness, contrast and saturation are multiplied by numbers drawn from [1 - color, 1 + color]",
+    )
     cutout: int = Field(default=0, ge=0, le=16384, description="side in px of a square painted black; 0 for none")
     cutout_candidates: int = Field(
         default=1,
@@ -138,24 +178,27 @@ class AugmentSection(_Section):
 class TrainSection(_Section):
     """The loop."""
 
-    epochs: int = Field(default=30, ge=1, le=1_000_000)
+    epochs: int = Field(default=30, ge=1, le=1_000_000, description="passes over the training images")
     batch_size: int = Field(default=128, ge=2, le=1_000_000, description="of a step, over all processes and parts")
     accumulate: int = Field(
         default=1, ge=1, le=1_000_000, description="parts of a batch, worked through in turn to save memory"
     )
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the weight average that ships; 0 for none")
-    precision: Literal["fp32", "bf16"] = "bf16"
-    compile: bool = False
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    validate_every: int = Field(default=1, ge=1, description="epochs")
-    validate_images: int = Field(default=1000, ge=1)
-    checkpoint_every: int = Field(default=200, ge=1, description="steps")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16",
+        description="of the network's arithmetic; bf16 is faster on GPUs and on CPUs with AMX",
+    )
+    compile: bool = Field(default=False, description="torch.compile: a slow start, then faster steps")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of weights, order and augmentation")
+    validate_every: int = Field(default=1, ge=1, description="epochs between validations; each writes the model")
+    validate_images: int = Field(default=1000, ge=1, description="held-out images of a validation, at most")
+    checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints, beside those of epochs")
 
 
 class Recipe(_Section):
     """A whole training run. `name` becomes the model's name."""
 
-    name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(max_length=200, pattern=NAME, description="of the model and, unless `--out` says, its run folder")
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     defense: DefenseSection = DefenseSection()
@@ -175,6 +218,12 @@ class Recipe(_Section):
         if self.model.head == "attention-pooling":
             check_readout(**self.model.readout, ablated=self.augment.ablation != "none")
         return self
+
+    def changed(self, **sections: dict[str, Any]) -> "Recipe":
+        """A copy with other values, such as `changed(train={"epochs": 3})`; they are not validated."""
+        return self.model_copy(
+            update={name: getattr(self, name).model_copy(update=values) for name, values in sections.items()}
+        )
 
     def to_toml(self) -> str:
         """The recipe as TOML, every value written out."""

@@ -1,0 +1,61 @@
+"""Names for class folders: a text file with a line `folder: name` for each folder to be shown under another name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bagcert.errors import CONTROL, UnreadableError, UsageError, shown
+from bagcert.io.files import read_regular
+
+CLASS_NAMES = "classes.txt"
+"""The file that `load_folder` looks for beside the class folders, or beside the parts."""
+MAX_BYTES = 1 << 24
+SEPARATORS = " \t:,="
+
+
+def read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    """The shown name of each class folder; folders that the file does not mention keep their own.
+
+    A line is the name of a folder, a separator (a space, tab, colon, comma or equals sign) and the shown name. Empty
+    lines are skipped.
+
+    Raises:
+        UnreadableError: the file is missing or not text.
+        UsageError: a line without a known folder or without a name, a folder named twice, or one name for two folders.
+    """
+    try:
+        lines = read_regular(path, MAX_BYTES).decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise UnreadableError(f"the class names {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UnreadableError(f"the class names {path} are not text in UTF-8") from None
+    known = sorted(folders, key=len, reverse=True)  # of two folders that begin a line, the longer one is meant
+    names: dict[str, str] = {}
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line:
+            continue
+        folder = next((each for each in known if line.startswith(each) and line[len(each) :][:1] in SEPARATORS), None)
+        name = "" if folder is None else line[len(folder) :].lstrip(SEPARATORS)
+        if folder is None or not name or CONTROL.search(name):
+            raise UsageError(
+                f"line {number} of {path} must be a class folder and its name, such as '{shown(folders[0], 60)}: "
+                f"stop sign'; got {shown(repr(line), 60)}"
+            )
+        if folder in names:
+            raise UsageError(f"{path} names the class folder {shown(folder, 60)!r} twice")
+        names[folder] = name
+    result = tuple(names.get(folder, folder) for folder in folders)
+    twice = next((name for name in result if result.count(name) > 1), None) if len(set(result)) < len(result) else None
+    if twice is not None:
+        raise UsageError(f"{path} leads to two classes with the name {shown(twice, 60)!r}")
+    return result
+
+
+def names_beside(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    """The shown names that the file `classes.txt` in a data folder gives; a file of another form is left alone."""
+    path = root / CLASS_NAMES
+    if not path.is_file():
+        return tuple(folders)
+    try:
+        return read_class_names(path, folders)
+    except (UsageError, UnreadableError):
+        return tuple(folders)

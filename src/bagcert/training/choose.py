@@ -1,0 +1,84 @@
+"""What a training command means: the recipe and the run folder that follow from a recipe, images or a run folder."""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from bagcert.data.remote import is_address
+from bagcert.errors import UsageError, nearest
+from bagcert.training.checkpoint import RECIPE
+from bagcert.training.recipe import Recipe, load_recipe, shipped_recipes
+
+PHOTOS, PHOTOS_64, LARGE_PX = "photos", "photos64", 48
+_SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
+
+
+def choose_recipe(
+    what: str | None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    size: str | None = None,
+    resume: bool = False,
+) -> tuple[Recipe, Path]:
+    """The recipe of a run, and its folder.
+
+    Args:
+        what: a shipped recipe, a TOML file, images (a path or URL), or, to resume, a run folder; None for that in
+            `out`. Images are trained on by the recipe `photos`, or by `photos64` where `size` is 48 px or more, under
+            the name of their folder; a run on them that is resumed keeps its recipe.
+        out: the run folder; `runs/NAME` when absent.
+        overrides: `section.key=value`.
+        size: of the network's images, as `HxW` or the side of a square.
+        resume: whether a run goes on.
+
+    Raises:
+        UsageError: none of these, or a wrong key or value.
+        UnreadableError: the recipe cannot be read.
+    """
+    changes = [*_size_override(size), *overrides]
+    if what is None:
+        if not resume or out is None:
+            raise UsageError("training needs a recipe, or a folder of images; --resume needs a run folder")
+        what = str(out)
+    path = Path(what)
+    if what not in shipped_recipes() and (path / RECIPE).is_file():
+        if not resume:
+            raise UsageError(f"{what} is a run folder; --resume goes on with it")
+        if out is not None and out.resolve() != path.resolve():
+            raise UsageError(f"a run is resumed in its own folder {what}, not in {out}")
+        return load_recipe(str(path / RECIPE), changes), path
+    if what == str(out) and resume:
+        raise UsageError(f"{what} holds no unfinished run to resume")
+    if what in shipped_recipes() or path.suffix == ".toml" or not _is_images(what):
+        if what not in shipped_recipes() and path.suffix != ".toml":
+            raise UsageError(f"there is no recipe, file or folder {what!r}{nearest(what, shipped_recipes(), 0.5)}")
+        recipe = load_recipe(what, changes)
+        return recipe, out or Path("runs") / recipe.name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name.rstrip("*"))[:100].lstrip("._-") or PHOTOS
+    folder = out or Path("runs") / name
+    if resume and (folder / RECIPE).is_file():
+        recipe = load_recipe(str(folder / RECIPE), changes)
+    else:
+        recipe = load_recipe(PHOTOS_64 if _is_large(size) else PHOTOS, [f"name={name}", *changes])
+    return recipe.changed(data={"name": what}), folder
+
+
+def _is_images(what: str) -> bool:
+    return is_address(what) or os.path.exists(what) or bool(glob.has_magic(what) and glob.glob(what))
+
+
+def _parsed(size: str) -> tuple[int, int]:
+    found = _SIZE.fullmatch(size.strip())
+    if found is None:
+        raise UsageError(f"a size is a side in px, such as 32, or HEIGHTxWIDTH; got {size!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _is_large(size: str | None) -> bool:
+    return size is not None and min(_parsed(size)) >= LARGE_PX
+
+
+def _size_override(size: str | None) -> list[str]:
+    return [] if size is None else [f"model.image_size={list(_parsed(size))}"]

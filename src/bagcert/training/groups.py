@@ -1,0 +1,104 @@
+"""A split of the training images that keeps groups of correlated ones, such as frames of a video, on one side."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from bagcert.data.image_set import ImageSet
+from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.io.files import read_regular
+
+PREFIX = "prefix"
+MAX_BYTES = 1 << 28
+_BEFORE_LAST_SEPARATOR = re.compile(r"(.+)[_. -]")
+
+
+def groups_of(images: ImageSet, how: str) -> Int64[np.ndarray, " images"]:
+    """A number for each image, the same for all images of a group.
+
+    Args:
+        images: of class folders, whose files have names.
+        how: "prefix": files of one class folder whose names (without extension) agree up to the last `_`, `-`, `.` or
+            space; a name without any of these is a group of its own. Otherwise a text file with a line
+            `class folder/file,group` for each image; a tab or space may stand for the comma.
+
+    Raises:
+        UsageError: images without file names, or the file lacks an image.
+        UnreadableError: the file is missing or not text.
+    """
+    files: tuple[Path, ...] | None = getattr(images.source, "files", None)
+    if files is None:
+        raise UsageError(f"groups need images in class folders, whose files have names; {images.name} has none")
+    rows = range(len(files)) if images.rows is None else images.rows.tolist()
+    names = [f"{files[row].parent.name}/{files[row].name}" for row in rows]
+    if how == PREFIX:
+        groups = [_prefix(name) for name in names]
+    else:
+        listed = _read(Path(how))
+        lacking = next((name for name in names if name not in listed), None)
+        if lacking is not None:
+            raise UsageError(f"the groups {how} have no line for the image {shown(lacking)!r}")
+        groups = [listed[name] for name in names]
+    return np.unique(np.array(groups), return_inverse=True)[1].astype(np.int64).reshape(-1)
+
+
+def split_by_group(
+    labels: Int64[np.ndarray, " images"], groups: Int64[np.ndarray, " images"], fraction: float, seed: int
+) -> Bool[np.ndarray, " images"]:
+    """Which images are held out: whole groups, of each class as near to `fraction` of its images as groups allow.
+
+    A group counts for the class that most of its images have. Every class keeps an image to train on.
+
+    Raises:
+        UsageError: no group is small enough to be held out.
+    """
+    random = np.random.default_rng(seed)
+    size = np.bincount(groups)
+    counts = np.zeros((len(size), int(labels.max()) + 1), dtype=np.int64)
+    np.add.at(counts, (groups, labels), 1)
+    class_of = counts.argmax(1)
+    held = np.zeros(len(size), dtype=bool)
+    for label in range(counts.shape[1]):
+        members = random.permutation(np.flatnonzero(class_of == label))
+        target, taken = fraction * int(size[members].sum()), 0
+        for group in members[:-1]:
+            if abs(taken + size[group] - target) <= abs(taken - target):
+                held[group] = True
+                taken += int(size[group])
+    # A class may also have images in groups of other classes; none may lose all of them.
+    trained_on = counts[~held].sum(0)
+    for lost in np.flatnonzero((trained_on == 0) & (counts.sum(0) > 0)):
+        held[counts[:, lost].argmax()] = False
+    if not held.any():
+        raise UsageError(
+            f"no group of images can be held out as a share of {fraction:g}: every class needs at least two groups, "
+            "and small ones; set a larger data.validation, or give a folder val/"
+        )
+    return held[groups]
+
+
+def _prefix(name: str) -> str:
+    folder, _, file = name.partition("/")
+    stem = Path(file).stem
+    found = _BEFORE_LAST_SEPARATOR.match(stem)
+    return f"{folder}/{found[1]}" if found else f"{folder}//{stem}"
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        lines = read_regular(path, MAX_BYTES).decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise UnreadableError(f"the groups {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UnreadableError(f"the groups {path} are not text in UTF-8") from None
+    listed = {}
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        parts = next((parts for separator in ",\t " if (parts := line.rsplit(separator, 1))[1:]), None)
+        if parts is None:
+            if line:
+                raise UsageError(f"line {number} of {path} must be 'class folder/file,group'; got {shown(line, 60)!r}")
+            continue
+        listed[parts[0].strip()] = parts[1].strip()
+    return listed

@@ -1,0 +1,137 @@
+"""What a training run is made of before its first step: model config, optimizer, schedule, weight average."""
+
+import math
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import bagcert
+from bagcert.data.image_set import ImageSet
+from bagcert.errors import UsageError
+from bagcert.nets import get_architecture
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.nets.saved_model import ModelConfig, read_model
+from bagcert.rules import get_rule
+from bagcert.training.data import Sources
+from bagcert.training.muon import MuonAdamW
+from bagcert.training.recipe import Recipe
+
+
+def model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelConfig:
+    """The config of the model that a recipe leads to, with mean and deviation of uint8 images [images, 3, h, w]."""
+    architecture = get_architecture(recipe.model.architecture)
+    get_rule(recipe.defense.rule)
+    pixels = images.float().div_(255) if len(images) <= 10_000 else images[:: len(images) // 10_000].float().div_(255)
+    mean = [round(value, 4) for value in pixels.mean((0, 2, 3)).tolist()]
+    std = [round(max(value, 1e-3), 4) for value in pixels.std((0, 2, 3)).tolist()]
+    if recipe.augment.ablation != "none":  # `[x, 1 - x]`, in which hidden is 0 and stays 0
+        mean, std = [0.0] * 6, [1.0] * 6
+    return ModelConfig(
+        name=recipe.name,
+        architecture=recipe.model.architecture,
+        width=recipe.model.width or architecture.width,
+        depth=recipe.model.depth or architecture.depth,
+        padded=recipe.model.padded,
+        head=recipe.model.head,
+        **recipe.model.readout,
+        scale=1.0,
+        mean=mean,
+        std=std,
+        class_names=list(training.class_names),
+        image_size=recipe.model.image_size or (images.shape[2], images.shape[3]),
+        rule=recipe.defense.rule,
+        patch=recipe.defense.patch,
+        recipe=recipe.model_dump(exclude_none=True),
+    )
+
+
+def start_from(scorer: RegionScorer, folder: Path) -> None:
+    """Copies the weights of a model; the last layer starts afresh if the classes differ."""
+    start = read_model(folder)[0]
+    given, own = start.state_dict(), scorer.state_dict()
+    head = set(scorer.class_layers)
+    for name in sorted(given.keys() | own.keys()):
+        if name in head and start.class_names != scorer.class_names:
+            continue
+        if name not in given or name not in own or given[name].shape != own[name].shape:
+            raise UsageError(f"the model in {folder} cannot start this recipe: tensor {name!r} does not fit")
+        own[name].copy_(given[name])
+
+
+def make_optimizer(recipe: Recipe, scorer: RegionScorer) -> torch.optim.Optimizer:
+    """Weight decay on kernels only, not on batch norm or biases."""
+    section = recipe.optimizer
+    kernels = [p for p in scorer.net.parameters() if p.ndim > 1]
+    others = [p for p in scorer.net.parameters() if p.ndim <= 1]
+    others += [] if scorer.readout is None else list(scorer.readout.parameters())
+    groups = [{"params": kernels, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if section.name == "muon":
+        *inner, classifier = kernels
+        rate = section.learning_rate
+        return MuonAdamW(inner, [classifier, *others], rate, rate * section.others_share, section.weight_decay)
+    if section.name == "sgd":
+        return torch.optim.SGD(groups, section.learning_rate, momentum=section.momentum, nesterov=section.momentum > 0)
+    return torch.optim.AdamW(groups, section.learning_rate)
+
+
+def learning_rate(recipe: Recipe, steps: int) -> Callable[[int], float]:
+    """The schedule, as a share of the top rate."""
+    section = recipe.optimizer
+    warmup = section.warmup_steps or max(1, round(section.warmup * steps))
+    fall = decay_start(recipe, steps)
+
+    def share(step: int) -> float:
+        rising = (step + 1) / warmup
+        if fall is not None:  # a short run falls before it has risen to the top
+            return min(1.0, rising, (steps - step) / max(1, steps - fall))
+        if step < warmup:
+            return rising
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return share
+
+
+def decay_start(recipe: Recipe, steps: int) -> int | None:
+    """The first step at which a held learning rate falls; None for other schedules."""
+    if recipe.optimizer.schedule != "hold":
+        return None
+    return steps - round(recipe.optimizer.decay * steps)
+
+
+def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """An exponential average that forgets the first weights fast: its decay grows to `decay` as steps go by."""
+
+    def update(averages: Any, current: Any, count: Any) -> None:
+        steps = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averages, current, count)
+
+    return update
+
+
+def provenance(
+    sources: Sources, accelerator: Accelerator, step: int, steps: int, seconds: float, limit: int | None
+) -> dict[str, Any]:
+    """Where a model comes from, for its config."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    found = {
+        "data": Path(sources.name).name,
+        "split": sources.split,
+        "validation": sources.held_out_by,
+        "training_images": len(sources.training),
+        "limit": limit,
+        "steps": step,
+        "steps_planned": steps,
+        "device": f"{device.type} ({name})",
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "training_seconds": round(seconds, 1),
+        "versions": {"bagcert": bagcert.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    return found if sources.class_folders is None else {**found, "class_folders": list(sources.class_folders)}

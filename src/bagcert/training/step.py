@@ -1,0 +1,108 @@
+"""One step of training: from the parts of a batch to changed weights."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.threat import PatchThreatModel
+from bagcert.training.batches import Part, Share
+from bagcert.training.distributed import Team
+from bagcert.training.interval import BoundedLoss
+from bagcert.training.objective import Objective, make_objective, network_input
+from bagcert.training.random import BatchDraws
+from bagcert.training.recipe import Recipe
+
+
+class Losses:
+    """The objective of a recipe for one network, and the loss of its bounds where the recipe trains on bounds.
+
+    Raises:
+        UsageError: the recipe does not fit the network or the threat.
+    """
+
+    def __init__(self, recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel, device: torch.device) -> None:
+        self.objective: Objective = make_objective(recipe, scorer, threat, device)
+        self.bounded: BoundedLoss | None = None
+        if recipe.loss.name == "interval-bounds":
+            self.bounded = BoundedLoss(scorer, threat, recipe.loss.full_weight, device)
+
+
+class Stepper:
+    """Does one optimizer step after another.
+
+    Args:
+        recipe: as for the run.
+        scorer: the network, on the device.
+        losses: of this network.
+        optimizer: of its parameters.
+        accelerator, team: of this process.
+        class_weights: float32 [classes], on the device.
+        share: which images of a batch are this process's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        scorer: RegionScorer,
+        losses: Losses,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        team: Team,
+        class_weights: Tensor,
+        share: Share,
+    ) -> None:
+        self.recipe, self.scorer, self.losses = recipe, scorer, losses
+        self.accelerator, self.team, self.class_weights, self.share = accelerator, team, class_weights, share
+        self.model, self.optimizer = accelerator.prepare(scorer, optimizer)
+        self.forward = torch.compile(self.model) if recipe.train.compile else self.model
+        self.autocast = torch.autocast(
+            accelerator.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"
+        )
+
+    def step(self, parts: list[Part], step: int, done: float) -> Tensor:
+        """Changes the weights, and gives this process's loss before that.
+
+        Args:
+            parts: of the batch of this step.
+            step: from 0; random numbers follow from it.
+            done: the share of all steps that are done.
+        """
+        weights = [self.class_weights[part.labels] for part in parts]
+        whole_weight = self.accelerator.reduce(torch.stack([weight.sum() for weight in weights]).sum(), "sum")
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.accelerator.device)
+        for part, weight in zip(parts, weights, strict=True):
+            # The processes meet where the gradients of the last part are made.
+            with nullcontext() if part is parts[-1] else self.accelerator.no_sync(self.model):
+                # Gradients are averaged over the processes; this process's share counts as often as there are.
+                loss = (self._losses(part, step, done) * weight).sum() / whole_weight * self.team.size
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        if self.recipe.optimizer.gradient_clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.gradient_clip)
+        self.optimizer.step()
+        return total
+
+    def _losses(self, part: Part, step: int, done: float) -> Tensor:
+        """One loss per image."""
+        recipe, losses = self.recipe, self.losses
+        generator = _draws(self.accelerator.device, recipe.train.seed, step, self.share, part)
+        batch = network_input(part.images, part.labels, recipe, generator, self.scorer, losses.objective, self.autocast)
+        self.model.train()
+        with self.autocast:
+            z = self.forward(batch)
+        loss = losses.objective(z, part.labels, generator)
+        if losses.bounded is not None:
+            with self.autocast:
+                loss = losses.bounded(loss, batch, part.labels, done, generator)
+        return loss
+
+
+def _draws(device: torch.device, seed: int, step: int, share: Share, part: Part) -> BatchDraws:
+    """The random numbers of a step, and of them those for the images of one part."""
+    mixed = int(np.random.SeedSequence((seed, step, 0)).generate_state(1, np.uint64)[0] >> 1)
+    return BatchDraws(torch.Generator(device).manual_seed(mixed), share.batch, part.rows)
