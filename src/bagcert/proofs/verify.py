@@ -52,21 +52,21 @@ def verify_record(record: dict[str, Any], readout: dict[str, Any] | None = None)
         record: as it was parsed.
         readout: that of attention pooling, as it was parsed; the record must state its hash.
     """
-    return _checked(lambda: _verify_record(record, readout))
+    return _checked("record", lambda: _verify_record(record, readout))
 
 
 def verify_readout(readout: dict[str, Any]) -> Verdict:
     """Checks the form of a readout and the hash of its integers."""
-    return _checked(lambda: Verdict(True, f"a readout of {read_readout(readout).classes} classes"))
+    return _checked("readout", lambda: Verdict(True, f"a readout of {read_readout(readout).classes} classes"))
 
 
-def _checked(check: Callable[[], Verdict]) -> Verdict:
+def _checked(what: str, check: Callable[[], Verdict]) -> Verdict:
     try:
         return check()
     except FaultError as error:
         return Verdict(False, error.reason, error.fault)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, zlib.error) as error:
-        return Verdict(False, f"the record is malformed ({type(error).__name__}: {str(error)[:200]!r})", "record")
+        return Verdict(False, f"the {what} is malformed ({type(error).__name__}: {str(error)[:200]!r})", "record")
 
 
 def _verify_record(record: dict[str, Any], readout: dict[str, Any] | None) -> Verdict:
@@ -253,8 +253,8 @@ def answers(scores: Scores | Evidence, kept: np.ndarray) -> list[int | None]:
 def margin_of(scores: Scores | Evidence, kept: np.ndarray, y: int) -> float:
     """The least z_y - z_c - [c < y] over sets of kept regions and c != y; sets of no region do not count."""
     z = scores.class_scores(kept[kept.any(1)])
-    leads = z[:, [y]] - z - (np.arange(z.shape[1]) < y)
-    return float(np.delete(leads, y, axis=1).min(initial=inf))
+    leads = (z[:, [y]] - z - (np.arange(z.shape[1]) < y)).astype(float)
+    return np.delete(leads, y, axis=1).min(initial=inf)
 
 
 def margin_of_worst(claim: Claim, scores: Scores | Evidence, y: int) -> float:
