@@ -69,20 +69,20 @@ RECTANGLES = {
     "the last part of the rows forgotten": [("for some in np.array_split(", "for some in [[]] + np.array_split(")],
 }
 
-VERIFY = {
+CLAIM = {
     "checker: of each height only the widest patch within a mask": [
         (
-            "wide = np.minimum(end - np.arange(width), widest[h])",
-            "wide = np.where(end - np.arange(width) >= widest[h], widest[h], 0)",
+            "np.minimum(end - np.arange(width), widest[h])",
+            "np.where(end - np.arange(width) >= widest[h], widest[h], 0)",
         )
     ],
-    "checker: only the largest shapes within a mask": [("new[:-1] &= (tall[:-1] != taller).any(1)", "new[:] = False")],
+    "checker: only the largest shapes within a mask": [
+        ("look[:-1] &= (tall[:-1] != taller).any(1)", "look[:] = False")
+    ],
     "checker: within a mask a row too many is left out": [
-        ("new[1:] &= (tall[1:] != taller).any(1)", "new[1:] &= ~tall[:-1].any(1)")
+        ("look[1:] &= (tall[1:] != taller).any(1)", "look[1:] &= ~tall[:-1].any(1)")
     ],
-    "checker: windows kept though they lie in another": [
-        ("@ _inside(lines[1]).T == 1)", "@ _inside(lines[1]).T >= 1)")
-    ],
+    "checker: windows kept though they lie in another": [("(holders == 1)", "(holders >= 1)")],
 }
 
 GRID = {
@@ -613,7 +613,7 @@ MUTANTS = [
         "threat.py": THREAT | RECTANGLES,
         "aggregation.py": AGGREGATION,
         "rules/attention_masking.py": ATTENTION_MASKING,
-        "proofs/verify.py": VERIFY,
+        "proofs/claim.py": CLAIM,
         "grid.py": GRID,
         "scores.py": SCORES,
         "devices.py": FULL_PRECISION,

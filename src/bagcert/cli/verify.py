@@ -37,26 +37,31 @@ def verify(
     """
     from bagcert.errors import UnreadableError, UsageError
     from bagcert.proofs.lines import from_line, lines
-    from bagcert.proofs.verify import Verdict, verify_record
+    from bagcert.proofs.verify import Verdict, verify_readout, verify_record
     from bagcert.records import SCHEMA_VERSION
 
     if images is not None and model is None:
         raise UsageError("--images are for computing the scores again; name the --model")
     again = None if model is None else _recomputing(model, images, device)
     total = sum(1 for _ in lines(file))
-    if not total:
-        raise UnreadableError(f"{file} holds no records")
     results: list[dict[str, Any]] = []
     images_seen: set[str] = set()
     first_lines: dict[bytes, int] = {}
+    readout: dict[str, Any] | None = None  # of the records after it
     with progress("verifying") as report:
         for number, line in enumerate(lines(file), 1):
+            report(number, total)
             record = None
             try:
-                record = from_line(line)
-                verdict = verify_record(record)
-                if verdict.ok and again is not None:
-                    verdict = again(record)
+                content = from_line(line)
+                if "readout_version" in content:
+                    readout, verdict = content, verify_readout(content)
+                    if verdict.ok:
+                        continue
+                else:
+                    record, verdict = content, verify_record(content, readout)
+                    if verdict.ok and again is not None:
+                        verdict = again(record)
             except ValueError as error:
                 verdict = Verdict(False, str(error), "record")
             results.append(_result(number, record, verdict))
@@ -66,7 +71,8 @@ def verify(
                 results[-1]["repeats_line"] = earlier if earlier < number else None
             if not verdict.ok and not json:
                 warn(_sentence(results[-1]))
-            report(number, total)
+    if not results:
+        raise UnreadableError(f"{file} holds no records")
     bad = [result for result in results if not result["verified"]]
     certified = sum(result["certified"] is True for result in results if result["verified"])
     repeated = sum(result["repeats_line"] is not None for result in results)

@@ -12,11 +12,13 @@ from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.io.files import require_writable
 from bagcert.proofs.lines import from_line, lines, to_line
-from bagcert.proofs.record import image_fields, model_fields, threat_fields
+from bagcert.proofs.record import image_fields, model_fields, readout_fields, threat_fields
 from bagcert.rules import get_rule
+from bagcert.scores import require_sum
 from bagcert.threat import PatchThreatModel, check_notation
 
 _BEGINNING = b'{"record_version":'
+_READOUT_BEGINNING = b'{"readout_version":'
 
 
 class RecordFile:
@@ -24,7 +26,8 @@ class RecordFile:
 
     What a kill cuts off is at most the end of the last image: `resume` keeps the records of all whole images, drops
     the rest, and `holds` says which need not be done again. The finished file is the same, byte for byte, as that of
-    a run never interrupted, if the images are the same.
+    a run never interrupted, if the images are the same. If the model pools regions by attention, the first line is its
+    readout.
 
     Args:
         path: the file; without `resume` there must be none.
@@ -38,8 +41,8 @@ class RecordFile:
         changed: the names that it was asked for and that the file has with other pixels only.
 
     Raises:
-        UsageError: there is a file already, or it holds another model, environment, rule or patch; an unknown rule or
-            a patch outside the notation.
+        UsageError: there is a file already, or it holds another model, readout, environment, rule or patch; an unknown
+            rule, one that needs sums over regions where the model has none, or a patch outside the notation.
         UnreadableError: a line other than the last is damaged.
         BagcertError: it cannot be written.
     """
@@ -56,8 +59,10 @@ class RecordFile:
         resume: bool = False,
     ) -> None:
         self._asked = [(rule, patch) for rule in rules or (model.rule,) for patch in patches or (str(model.patch),)]
+        readout = model.scorer.form.pooling
         for rule, patch in self._asked:  # before there is a file
-            get_rule(rule)
+            if not get_rule(rule).pools:
+                require_sum(readout, f"the rule {rule}", "use double-masking or detection")
             check_notation(patch)
         require_writable(path)
         if path.exists() and not resume and not (path.is_file() and path.stat().st_size == 0):
@@ -68,6 +73,7 @@ class RecordFile:
         self.held = 0
         self.changed: list[str] = []
         self._common = {"model": model_fields(model), "environment": environment, "fit": fit}
+        self._readout = None if readout is None else readout_fields(readout)
         self._placements = placements
         self._done: Counter[tuple[str, str]] = Counter()
         self._names: set[str] = set()
@@ -75,6 +81,8 @@ class RecordFile:
         try:
             self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
             self._file.truncate(whole)
+            if self._readout is not None and not whole:
+                self._write(to_line(self._readout))
         except OSError as error:
             raise BagcertError(f"{path} cannot be written: {error.strerror or error}") from None
 
@@ -106,20 +114,24 @@ class RecordFile:
         Raises:
             BagcertError: they cannot be written; `resume` drops what was.
         """
-        rest = memoryview(b"".join(map(to_line, records)))
         try:
-            while rest:  # a disk that fills up takes a part
-                rest = rest[self._file.write(rest) :]
+            self._write(b"".join(map(to_line, records)))
         except OSError as error:
             raise BagcertError(f"{self.path} cannot be written: {error.strerror or error}") from None
 
+    def _write(self, content: bytes) -> None:
+        rest = memoryview(content)
+        while rest:  # a disk that fills up takes a part
+            rest = rest[self._file.write(rest) :]
+
     def _read(self) -> int:
-        """Counts the whole images into `_done`; returns where the last of them ends."""
+        """Counts the whole images into `_done`; returns where the last of them, or the readout, ends."""
         group: list[dict[str, Any]] = []
         whole = position = 0
         for number, line in enumerate(lines(self.path), 1):
             if not line.endswith(b"\n"):
-                if line[: len(_BEGINNING)] != _BEGINNING[: len(line)]:
+                expected = _READOUT_BEGINNING if self._readout is not None and number == 1 else _BEGINNING
+                if line[: len(expected)] != expected[: len(line)]:
                     raise UnreadableError(
                         f"the last line of {self.path} is no beginning of a record; is it another file?"
                     )
@@ -128,6 +140,10 @@ class RecordFile:
                 record = from_line(line)
             except ValueError as error:
                 raise UnreadableError(f"line {number} of {self.path} is no whole record: {error}") from None
+            if "readout_version" in record or (number == 1 and self._readout is not None):
+                self._check_readout(record, number)
+                position = whole = len(line)
+                continue
             self._check(record, len(group), number)
             key = _key(record["source"], record["image"])
             if group and _key(group[0]["source"], group[0]["image"]) != key:
@@ -141,6 +157,13 @@ class RecordFile:
                 whole = position
                 group.clear()
         return whole
+
+    def _check_readout(self, content: dict[str, Any], number: int) -> None:
+        """Refuses what is not this run's readout in the first line."""
+        if "readout_version" not in content:
+            raise UsageError(f"line {number} of {self.path} is no readout; this run's model pools regions by attention")
+        if self._readout is None or number > 1 or content["sha256"] != self._readout["sha256"]:
+            raise UsageError(f"line {number} of {self.path} is a readout that is not of this run's model")
 
     def _check(self, record: dict[str, Any], index: int, number: int) -> None:
         """Is this what the run would have written there?"""

@@ -9,8 +9,12 @@ from typing import Any
 from bagcert.errors import UnreadableError
 from bagcert.io.files import open_regular
 
-RECORD_VERSIONS = (1, 2)
-"""Version 2 is of records that restrict placements. Those of version 1 left out smaller patches within the mask."""
+RECORD_VERSIONS = (1, 2, 3)
+"""Version 2 is of records that restrict placements; those of version 1 left out smaller patches within the mask.
+
+Version 3 is of attention pooling: records have `evidence` instead of `scores` and use a readout, a line of its own.
+"""
+READOUT_VERSION = 1
 
 MOST_LINE_BYTES = 2**26
 FIELDS = {
@@ -25,6 +29,13 @@ FIELDS = {
     "verdict": "prediction class_name certified margin worst_placement",
     "environment": "device backend dtype threads versions",
 }
+POOLING_FIELDS = {
+    **{name: fields for name, fields in FIELDS.items() if name != "scores"},
+    "record": FIELDS["record"].replace("scores", "evidence"),
+    "evidence": "shape readout_sha256 products weights",
+}
+"""Of version 3."""
+READOUT_FIELDS = "readout_version values heads hidden classes first first_bias second skip bias sha256"
 
 TEXTS = (("network", "fit"), ("environment", "dtype"), ("verdict", "class_name"), ("threat", "notation"))
 
@@ -42,48 +53,80 @@ def to_line(record: dict[str, Any]) -> bytes:
 
 
 def from_line(line: bytes) -> dict[str, Any]:
-    """A record from its line; its form is checked, not what it says.
+    """A record or a readout from its line; its form is checked, not what it says.
+
+    A readout has a `readout_version`. The records after it use it.
 
     Raises:
         ValueError: longer than 64 MiB, not JSON, a key twice, NaN, an unknown version, missing or unknown fields,
             another SHA-256 than that of its content.
     """
+    content = _object(line)
+    if "readout_version" in content:
+        _check_readout(content)
+    else:
+        _check_record(content)
+    return content
+
+
+def _object(line: bytes) -> dict[str, Any]:
     if len(line) > MOST_LINE_BYTES:
         raise ValueError(f"it has more than {MOST_LINE_BYTES:,} bytes")
     try:
-        record = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        content = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON, or is cut short ({error})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not text ({error.reason} at byte {error.start})") from None
-    if not isinstance(record, dict):
+    if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
+    return content
+
+
+def _check_readout(readout: dict[str, Any]) -> None:
+    version = readout["readout_version"]
+    if version != READOUT_VERSION or type(version) is not int:
+        raise ValueError(f"its readout_version is {version!r}; this reads {READOUT_VERSION}")
+    _check_fields(readout, READOUT_FIELDS, "it")
+    if not isinstance(readout["sha256"], str):
+        raise ValueError("its sha256 is not text")
+
+
+def _check_record(record: dict[str, Any]) -> None:
     if "record_version" not in record:
         raise ValueError("it has no record_version, so it is no certificate record")
-    if record["record_version"] not in RECORD_VERSIONS or type(record["record_version"]) is not int:
-        raise ValueError(f"its record_version is {record['record_version']!r}; this reads 1 and 2")
-    for name, fields in FIELDS.items():
-        part, what = (record, "it") if name == "record" else (record[name], f"its {name}")
-        if not isinstance(part, dict):
-            raise ValueError(f"{what} is not a JSON object")
-        if lacking := sorted(set(fields.split()) - part.keys()):
-            raise ValueError(f"{what} lacks {lacking[0]!r}")
-        if unknown := sorted(part.keys() - set(fields.split())):
-            raise ValueError(f"{what} has the unknown field {unknown[0]!r}")
+    version = record["record_version"]
+    if version not in RECORD_VERSIONS or type(version) is not int:
+        raise ValueError(f"its record_version is {version!r}; this reads 1, 2 and 3")
+    for name, fields in (FIELDS if version < 3 else POOLING_FIELDS).items():
+        if name == "record":
+            _check_fields(record, fields, "it")
+        else:
+            _check_fields(record[name], fields, f"its {name}")
     for name, inner in TEXTS:
         if not isinstance(record[name][inner], str):
             raise ValueError(f"its {name}.{inner} is not text")
     if not isinstance(record["source"], str) or not isinstance(record["environment"]["versions"], dict):
         raise ValueError("its source is not text, or its environment.versions are not an object")
+    if version == 3 and not isinstance(record["evidence"]["readout_sha256"], str):
+        raise ValueError("its evidence.readout_sha256 is not text")
     try:
         same = seal(record)["sha256"] == record["sha256"]
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not same:
         raise ValueError("its SHA-256 is not that of its content; it was damaged or altered")
-    return record
+
+
+def _check_fields(part: Any, fields: str, what: str) -> None:
+    if not isinstance(part, dict):
+        raise ValueError(f"{what} is not a JSON object")
+    if lacking := sorted(set(fields.split()) - part.keys()):
+        raise ValueError(f"{what} lacks {lacking[0]!r}")
+    if unknown := sorted(part.keys() - set(fields.split())):
+        raise ValueError(f"{what} has the unknown field {unknown[0]!r}")
 
 
 def lines(path: Path) -> Iterator[bytes]:

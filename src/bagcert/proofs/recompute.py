@@ -11,8 +11,16 @@ from bagcert.data.photo import Photo, read_image
 from bagcert.data.preprocess import FITS, Preprocessing
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnreadableError
-from bagcert.proofs.record import geometry_fields, image_fields, model_fields, pixels_sha256, scores_fields
+from bagcert.proofs.record import geometry_fields, image_fields, map_fields, model_fields, pixels_sha256
 from bagcert.proofs.verify import Verdict
+
+PACKED = {
+    "data": ("scores", "<i2"),
+    "slack": ("slack of the scores", "<i2"),
+    "products": ("products of the evidence", "<i4"),
+    "weights": ("weights of the evidence", "u1"),
+}
+"""The packed fields of a map: what they are called in a sentence, and their type."""
 
 
 def image_path(record: dict[str, Any], images: Path | None = None) -> Path:
@@ -22,10 +30,10 @@ def image_path(record: dict[str, Any], images: Path | None = None) -> Path:
 
 
 def recompute(record: dict[str, Any], model: BagCert, path: Path) -> Verdict:
-    """Is this what the model says of this image? To be asked of records that `verify_record` found to hold.
+    """Whether a record that `verify_record` found to hold is what the model says of this image.
 
-    The image must have the recorded pixels, the model the recorded weights and head; its own geometry for such an
-    image, and its scores, computed here again, must be the recorded ones exactly.
+    The image must have the recorded pixels, and the model the recorded weights, head and readout. Its geometry for such
+    an image and its scores or evidence, computed here again, must be the recorded ones exactly.
 
     Args:
         record: of a form that `from_line` and `verify_record` accept.
@@ -42,10 +50,10 @@ def recompute(record: dict[str, Any], model: BagCert, path: Path) -> Verdict:
     for name, there, here in _pairs(record["image"], image_fields(photo)):
         if there != here:
             return _refused(f"the {name} of its image is {there}, that of {path} is {here}")
-    return _scores(record, model, photo)
+    return _computed(record, model, photo)
 
 
-def _scores(record: dict[str, Any], model: BagCert, photo: Photo) -> Verdict:
+def _computed(record: dict[str, Any], model: BagCert, photo: Photo) -> Verdict:
     said = record["network"]
     if said["fit"] not in FITS:
         return _refused(f"its fit is {said['fit']!r}, known are {' and '.join(FITS)}")
@@ -61,33 +69,45 @@ def _scores(record: dict[str, Any], model: BagCert, photo: Photo) -> Verdict:
         if there != here:
             number = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), len(here))
             return _refused(f"its geometry is not the network's: {axis} differ from number {number} on")
-    scores = scores_fields(score_map)
-    for name in ("shape", "low", "high"):
-        if record["scores"][name] != scores[name]:
-            return _refused(f"the {name} of its scores is {record['scores'][name]}, here {scores[name]}")
-    for name in ("data", "slack"):
-        there, here = _unpacked(record["scores"][name]), _unpacked(scores[name])
-        if not np.array_equal(there, here):
-            what = "scores" if name == "data" else "slack of the scores"
-            if there.shape != here.shape:
-                return _refused(f"the {what} are {there.size} numbers, here {here.size}")
-            return _refused(
-                f"the {what} differ from the network's here in {int((there != here).sum())} of {here.size} places by "
-                f"up to {int(np.abs(there - here).max())} (recorded with {_where(record['environment'])})"
-            )
+    ((name, found),) = map_fields(score_map).items()
+    if (refused := _map(record, name, found)) is not None:
+        return refused
     label = record["verdict"]["prediction"]
     if record["verdict"]["class_name"] != model.class_names[label]:
         return _refused(f"class {label} is {model.class_names[label]!r}, not {record['verdict']['class_name']!r}")
     return Verdict(True, "pixels, geometry and scores are those of the model")
 
 
+def _map(record: dict[str, Any], name: str, found: dict[str, Any]) -> Verdict | None:
+    """Refuses a map, `scores` or `evidence`, that is not the one found here."""
+    if name not in record:
+        return _refused(f"the record has no {name}, which this model gives")
+    said = record[name]
+    for field in found:
+        if field not in PACKED and said[field] != found[field]:
+            return _refused(f"the {field} of its {name} is {said[field]}, here {found[field]}")
+    for field in found:
+        if field not in PACKED:
+            continue
+        what, dtype = PACKED[field]
+        there, here = _unpacked(said[field], dtype), _unpacked(found[field], dtype)
+        if there.shape != here.shape:
+            return _refused(f"the {what} are {there.size} numbers, here {here.size}")
+        if not np.array_equal(there, here):
+            return _refused(
+                f"the {what} differ from the network's here in {int((there != here).sum())} of {here.size} places by "
+                f"up to {int(np.abs(there - here).max())} (recorded with {_where(record['environment'])})"
+            )
+    return None
+
+
 def _pairs(there: dict[str, Any], here: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(name, there[name], value) for name, value in here.items()]
 
 
-def _unpacked(text: str | None) -> np.ndarray:
+def _unpacked(text: str | None, dtype: str) -> np.ndarray:
     """Of fields that `verify_record` has unpacked within its limits; nothing for None."""
-    return np.frombuffer(b"" if text is None else zlib.decompress(base64.b64decode(text)), dtype="<i2").astype(int)
+    return np.frombuffer(b"" if text is None else zlib.decompress(base64.b64decode(text)), dtype).astype(int)
 
 
 def _where(environment: dict[str, Any]) -> str:

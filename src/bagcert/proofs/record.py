@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from bagcert.aggregation import AttentionPooling
 from bagcert.certificate import Certificate
 from bagcert.data.photo import Photo
 from bagcert.data.preprocess import Preprocessing
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
-from bagcert.proofs.lines import seal
+from bagcert.proofs.lines import READOUT_VERSION, seal
 from bagcert.records import Record
-from bagcert.scores import ScoreMap, require_sum
+from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 
 
@@ -40,7 +41,7 @@ def certificate_record(
         model: whose scores they are.
         preprocessing: how the photo reached the network.
         photo: the image as stored.
-        score_map: its scores [1, classes, rows, cols], over the stored photo.
+        score_map: its scores [1, classes, rows, cols] or evidence, over the stored photo.
         certificate: of that one image.
         environment: `device`, `backend`, `dtype`, `threads` and `versions` of the run.
 
@@ -50,8 +51,9 @@ def certificate_record(
     if len(score_map) != 1 or len(certificate) != 1:
         raise UsageError(f"a record is of one image, got {len(score_map)} score maps, {len(certificate)} certificates")
     (said,) = Record.each(certificate)
+    restricted = certificate.threat.allowed is not None
     record = {
-        "record_version": 1 if certificate.threat.allowed is None else 2,
+        "record_version": 3 if score_map.readout is not None else 2 if restricted else 1,
         "source": photo.source,
         "image": image_fields(photo),
         "network": {
@@ -63,7 +65,7 @@ def certificate_record(
         "geometry": geometry_fields(score_map.grid),
         "threat": threat_fields(certificate.threat),
         "rule": certificate.rule,
-        "scores": scores_fields(score_map),
+        **map_fields(score_map),
         "locality": certificate.locality,
         "verdict": {
             "prediction": said.prediction,
@@ -90,12 +92,7 @@ def pixels_sha256(pixels: np.ndarray) -> str:
 
 
 def model_fields(model: BagCert) -> dict[str, Any]:
-    """What names a model and its head.
-
-    Raises:
-        UsageError: a model whose class scores are not sums over regions, of which there are no records.
-    """
-    require_sum(model.scorer.readout, "a certificate record")
+    """What names a model and its head."""
     return {
         "name": model.name,
         "weights_sha256": model.weights_sha256,
@@ -120,6 +117,13 @@ def threat_fields(threat: PatchThreatModel) -> dict[str, Any]:
     }
 
 
+def map_fields(score_map: ScoreMap) -> dict[str, Any]:
+    """The map under the name that it has in a record: `scores`, or `evidence` with attention pooling."""
+    if score_map.readout is None:
+        return {"scores": scores_fields(score_map)}
+    return {"evidence": evidence_fields(score_map, score_map.readout)}
+
+
 def scores_fields(score_map: ScoreMap) -> dict[str, Any]:
     """The integers [classes, rows, cols], and their slack if there is any, as deflated little-endian int16."""
     if not -(2**15) <= score_map.low < score_map.high < 2**15:
@@ -133,13 +137,49 @@ def scores_fields(score_map: ScoreMap) -> dict[str, Any]:
     }
 
 
+def evidence_fields(score_map: ScoreMap, readout: AttentionPooling) -> dict[str, Any]:
+    """Products as deflated little-endian int32 and weights as deflated bytes, with the hash of their readout."""
+    products, weights = score_map.scores[0].split([readout.values, readout.heads])
+    return {
+        "shape": [readout.values, readout.heads, *score_map.grid.map_size],
+        "readout_sha256": readout_fields(readout)["sha256"],
+        "products": _pack_integers(products, "<i4"),
+        "weights": _pack_integers(weights, "u1"),
+    }
+
+
+@lru_cache(maxsize=4)
+def readout_fields(readout: AttentionPooling) -> dict[str, Any]:
+    """A readout: its sizes, its matrices as deflated little-endian int32, and the hash of all these integers."""
+    parts = {name: getattr(readout, name) for name in ("first", "first_bias", "second", "skip", "bias")}
+    sizes = {
+        "values": readout.values,
+        "heads": readout.heads,
+        "hidden": len(readout.first),
+        "classes": readout.classes,
+    }
+    hashed = hashlib.sha256(np.array(list(sizes.values()), "<i4").tobytes())
+    for part in parts.values():
+        hashed.update(_bytes(part, "<i4"))
+    packed = {name: _pack_integers(part, "<i4") for name, part in parts.items()}
+    return {"readout_version": READOUT_VERSION, **sizes, **packed, "sha256": hashed.hexdigest()}
+
+
 def _runs(seen: np.ndarray) -> list[list[int]]:
     edges = np.flatnonzero(np.diff(np.concatenate([[0], seen.astype(np.int8), [0]])))
     return edges.reshape(-1, 2).tolist()
 
 
 def _pack_int16(values: Tensor) -> str:
-    return _pack(values.clamp(max=2**15 - 1).cpu().numpy().astype("<i2").tobytes())
+    return _pack_integers(values.clamp(max=2**15 - 1), "<i2")
+
+
+def _pack_integers(values: Tensor, dtype: str) -> str:
+    return _pack(_bytes(values, dtype))
+
+
+def _bytes(values: Tensor, dtype: str) -> bytes:
+    return values.cpu().numpy().astype(dtype).tobytes()
 
 
 def _pack(content: bytes) -> str:
