@@ -14,9 +14,20 @@ _HOMES = {
     "RegionScorer": "bagcert.nets.region_scorer",
     "ScoreMap": "bagcert.scores",
     "load": "bagcert.defenses.bagcert",
+    "regionalize": "bagcert.nets.regionalize",
 }
 
-__all__ = ["BagCert", "Certificate", "FailSafe", "PatchThreatModel", "RegionGrid", "RegionScorer", "ScoreMap", "load"]
+__all__ = [
+    "BagCert",
+    "Certificate",
+    "FailSafe",
+    "PatchThreatModel",
+    "RegionGrid",
+    "RegionScorer",
+    "ScoreMap",
+    "load",
+    "regionalize",
+]
 
 if TYPE_CHECKING:
     from bagcert.certificate import Certificate
@@ -24,6 +35,7 @@ if TYPE_CHECKING:
     from bagcert.defenses.failsafe import FailSafe
     from bagcert.grid import RegionGrid
     from bagcert.nets.region_scorer import RegionScorer
+    from bagcert.nets.regionalize import regionalize
     from bagcert.scores import ScoreMap
     from bagcert.threat import PatchThreatModel
 
