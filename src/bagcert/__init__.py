@@ -21,6 +21,7 @@ __all__ = [
     "list_models",
     "load",
     "load_dataset",
+    "regionalize",
     "train",
 ]
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from bagcert.export.writer import export_model
     from bagcert.grid import RegionGrid
     from bagcert.nets.region_scorer import RegionScorer
+    from bagcert.nets.regionalize import regionalize
     from bagcert.scores import ScoreMap
     from bagcert.threat import PatchThreatModel
     from bagcert.training.api import train
@@ -58,6 +60,7 @@ __getattr__, __dir__ = lazy_names(
         "list_models": "bagcert.defenses.bagcert",
         "load": "bagcert.defenses.bagcert",
         "load_dataset": "bagcert.data",
+        "regionalize": "bagcert.nets.regionalize",
         "train": "bagcert.training.api",
     },
 )

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -13,10 +13,13 @@ from bagcert.bulk.parts import Part, list_work
 from bagcert.bulk.results import ResultFolder, described, summarize
 from bagcert.bulk.worker import Question, Worker
 from bagcert.data.storage import absolute
-from bagcert.defenses.bagcert import load
+from bagcert.defenses.bagcert import dtype_name, load
 from bagcert.errors import UsageError
 from bagcert.rules import get_rule
 from bagcert.threat import check_notation
+
+if TYPE_CHECKING:
+    import torch
 
 Found = Generator[tuple[int, pa.Table], None, None]
 
@@ -60,7 +63,7 @@ def certify_many(
     batch_size: int = BATCH_SIZE,
     part_size: int = PART_SIZE,
     device: str = "auto",
-    dtype: str = "float32",
+    dtype: "str | torch.dtype" = "float32",
     portable: bool = False,
     backend: str = "torch",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -108,7 +111,7 @@ def certify_many(
         fit,
         batch_size,
         device,
-        dtype,
+        dtype_name(dtype),
         portable,
         backend,
     )

@@ -17,16 +17,18 @@ def info(
         _list(json)
         return
     from bagcert.hub.info import describe
+    from bagcert.nets.saved_model import patch_text
 
     found = describe(model)
     if json:
         print_json(found)
         return
-    shown = {key: value for key, value in found.items() if key not in ("recipe", "results")}
+    shown = {key: value for key, value in found.items() if key not in ("recipe", "results") and value is not None}
+    shown["patch"] = patch_text(found["patch"], found["image_size_px"])
     print_facts((key.replace("_", " "), _plain(value)) for key, value in shown.items())
     if found["results"]:
         say()
-        say("measured", "bold")
+        say("measured, patches in pixels of the images of the data", "bold")
         for row in found["results"]:
             say(
                 f"  {row['threat']:>8} {row['rule']:<15} clean {row['clean_accuracy']:.1%}  certified "
@@ -55,8 +57,8 @@ def _list(json: bool) -> None:
     for name, folder in models.items():
         config = read_config(folder)
         alias = ", ".join(alias for alias, target in ALIASES.items() if target == name)
-        rows.append((name, alias, str(len(config.class_names)), config.rule, config.patch, config.architecture))
-    print_table(rows, ("name", "alias", "classes", "rule", "patch, px", "architecture"), title="Models")
+        rows.append((name, alias, str(len(config.class_names)), config.rule, config.patch_text, config.architecture))
+    print_table(rows, ("name", "alias", "classes", "rule", "patch", "architecture"), title="Models")
     say(f"Recipes: {', '.join(shipped_recipes())}")
     say(f"Architectures: {', '.join(ARCHITECTURES)}")
     say(f"Defenses: {', '.join(DEFENSES)}")

@@ -1,11 +1,14 @@
 """BagCert: a region scorer deployed with a rule and a patch. Loading shipped, local and hub models."""
 
+import copy
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from bagcert.defenses.base import ScoreMapDefense
@@ -15,7 +18,18 @@ from bagcert.locality import LocalityReport, cached_report, require_local
 from bagcert.locality.cache import cache_folder
 from bagcert.nets.region_scorer import RegionScorer, not_finite
 from bagcert.nets.runtimes import fastest_backend, get_runner
-from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig, read_model, weights_sha256
+from bagcert.nets.saved_model import (
+    CONFIG,
+    GRAPH,
+    WEIGHTS,
+    ModelConfig,
+    first_line,
+    normalization,
+    patch_text,
+    read_model,
+    weights_sha256,
+    write_model,
+)
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap, check_counting, require_sum
 from bagcert.threat import PatchLike, PatchThreatModel
@@ -36,6 +50,7 @@ class BagCert(ScoreMapDefense):
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
         config: where it comes from, for loaded models.
         weights_sha256: of the weights file, for loaded models.
+        folder: of that file, for loaded models.
 
     `locality` is what `check_locality` found, None before it is asked; `load` asks.
 
@@ -51,6 +66,7 @@ class BagCert(ScoreMapDefense):
         patch: PatchLike = 5,
         config: ModelConfig | None = None,
         weights_sha256: str = "",
+        folder: Path | None = None,
     ) -> None:
         get_rule(rule)
         self.scorer = scorer.eval()
@@ -59,8 +75,18 @@ class BagCert(ScoreMapDefense):
         self.patch = patch
         self.config = config
         self.weights_sha256 = weights_sha256
+        self.folder = folder
         self.locality: LocalityReport | None = None
+        self.portable = False
         self.name = config.name if config else type(scorer.net).__name__
+
+    def __repr__(self) -> str:
+        dtype = str(self.scorer.autocast_dtype or torch.float32).removeprefix("torch.")
+        return (
+            f"BagCert({self.name!r}, {len(self.class_names)} classes, patch "
+            f"{patch_text(str(self.patch), self.image_size)}, rule {self.rule}, {self.backend} on "
+            f"{self.scorer.device} in {dtype})"
+        )
 
     @property
     def backend(self) -> str:
@@ -83,13 +109,120 @@ class BagCert(ScoreMapDefense):
         self.locality = cached_report(self, thorough=portable)
         require_local(self.locality, portable)
         self.scorer.tolerance = self.locality.tolerance(portable)
+        self.portable = portable
         return self
+
+    def to(self, device: str | torch.device) -> "BagCert":
+        """Moves the network to a device. Where locality was measured it is measured there as well.
+
+        Args:
+            device: auto, cpu, cuda, cuda:N or mps.
+
+        Raises:
+            UsageError: no such device, or a backend that runs on the CPU only.
+            UnsoundError: as for `load`; the network is then back where it was.
+        """
+        target, source = resolve_device(str(device)), self.scorer.device
+        if target.type != "cpu" and self.scorer.runner is not None:
+            raise UsageError(f"the backend {self.backend} runs on the CPU, got the device {target}")
+        check_counting(target)
+        before = self.locality, self.scorer.tolerance
+        try:
+            self._move(target)
+            if self.locality is not None:
+                self.check_locality(self.portable)
+        except BaseException:
+            self._move(source)
+            self.locality, self.scorer.tolerance = before
+            raise
+        return self
+
+    def _move(self, device: torch.device) -> None:
+        self.scorer.to(device).freeze()
+
+    def save(self, folder: str | Path, name: str | None = None) -> Path:
+        """Writes a model folder that `load` and every command take, with the rule and the patch as they are now.
+
+        A loaded model is written as it was loaded. The network of any other is written as a list of operations, as
+        `torch.export` finds them, so that a module of your own needs no code where it is loaded. Geometry is not
+        written: it is derived from the operations at each load.
+
+        Args:
+            folder: made if it is not there; a model in it is replaced.
+            name: of the model, for tables; its own name if it has one.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UsageError: the network holds an operation that cannot be stored or does not take RGB images, or the patch
+                is a threat model that its notation does not describe, as one with allowed placements.
+            BagcertError: the folder cannot be written.
+        """
+        if self.scorer.channels == 1:
+            raise UsageError("a model folder is of a network of RGB images, this one takes images of one channel")
+        scorer = self._as_configured()
+        facts: dict[str, Any] = {
+            "name": name or self.name,
+            "class_names": list(self.class_names),
+            "image_size": self.image_size,
+            "head": self.scorer.head,
+            "scale": self.scorer.scale,
+            "rule": self.rule,
+            "patch": self._notation(),
+        }
+        if self.config is None:
+            normalize, readout = self.scorer.normalize, self.scorer.readout
+            facts |= {"mean": normalize.mean.flatten().tolist(), "std": normalize.std.flatten().tolist()}
+            if readout is not None:
+                facts |= {"values": readout.values, "attention_heads": readout.heads}
+                facts["hidden"] = readout.first.out_features
+        else:
+            facts = self.config.model_dump() | facts | normalization(self.scorer.state_dict(), self.config)
+        if scorer is None:
+            facts |= {"architecture": GRAPH, "width": None, "depth": None, "padded": True}
+        try:
+            config = ModelConfig.model_validate(facts)
+        except ValidationError as error:
+            raise UsageError(f"this model cannot be saved: {first_line(error)}") from None
+        write_model(Path(folder), scorer or self.scorer, config)
+        return Path(folder)
+
+    def _as_configured(self) -> RegionScorer | None:
+        """The scorer as the config builds it, before batch norm was folded; None where it is another network."""
+        if self.config is None or self.config.architecture == GRAPH:
+            return None
+        with torch.device("meta"):
+            built = self.config.build()
+        if _same_layers(built, self.scorer):
+            return self.scorer
+        if self.folder is None:
+            return None
+        try:
+            kept, _ = read_model(self.folder)
+        except UnreadableError:
+            return None
+        folded = copy.deepcopy(kept).fold_batch_norm()
+        mine, theirs = self.scorer.state_dict(), folded.state_dict()
+        same = _same_layers(folded, self.scorer) and all(torch.equal(mine[key].cpu(), theirs[key]) for key in theirs)
+        return kept if same else None
+
+    def _notation(self) -> str:
+        threat = PatchThreatModel.parse(self.patch, self.image_size)
+        if threat != PatchThreatModel.parse(threat.notation, self.image_size):
+            raise UsageError("this patch cannot be written into a model folder: its notation does not say all of it")
+        return threat.notation
+
+
+def _same_layers(first: RegionScorer, second: RegionScorer) -> bool:
+    mine, theirs = ({name: t.shape for name, t in net.state_dict().items()} for net in (first, second))
+    return mine == theirs and repr(first.net) == repr(second.net) and repr(first.readout) == repr(second.readout)
 
 
 def load(
     name: str | Path = "default",
     device: str = "auto",
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     portable: bool = False,
     checked: bool = True,
     backend: str = "torch",
@@ -105,7 +238,7 @@ def load(
     Args:
         name: as above.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: float32 or bfloat16.
+        dtype: "float32" or "bfloat16", or torch's own.
         portable: certificates are to hold as well where the attacked image is seen in another batch size or with
             another number of threads, whose kernels may round otherwise: 8 times the drift that was measured is guarded
             against, too. That is an estimate; where you can, certify and deploy in one configuration.
@@ -118,8 +251,7 @@ def load(
         UnreadableError: the files are damaged or not what they should be.
         UnsoundError: on this device sums are not exact, or scores move where they must not.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"a dtype is one of {', '.join(DTYPES)}; got {dtype!r}")
+    dtype = dtype_name(dtype)
     chosen = fastest_backend(device, dtype) if backend == "auto" else backend
     target = resolve_device("cpu" if device == "auto" and chosen != "torch" else device)
     if target.type == "cpu":
@@ -139,8 +271,23 @@ def load(
     check_counting(target)
     cache = cache_folder()
     scorer.runner = get_runner(chosen, scorer, DTYPES[dtype], None if cache is None else cache / "onnx")
-    model = BagCert(scorer, config.rule, config.patch, config, weights_sha256(folder))
+    model = BagCert(scorer, config.rule, config.patch, config, weights_sha256(folder), folder)
     return model.check_locality(portable) if checked else model
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """The name of a dtype given by name or as torch's own.
+
+    >>> dtype_name(torch.bfloat16), dtype_name("float32")
+    ('bfloat16', 'float32')
+
+    Raises:
+        UsageError: models do not run in it.
+    """
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if name not in DTYPES:
+        raise UsageError(f"a dtype is one of {', '.join(DTYPES)}; got {name!r}")
+    return name
 
 
 def shipped_models() -> dict[str, Path]:

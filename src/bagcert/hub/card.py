@@ -111,11 +111,12 @@ def model_card(config: ModelConfig, weights_sha256: str, results: RunInfo | None
         f"proves, or does not, that no patch can change the answer. {len(config.class_names):,} classes, images of "
         f"{height}x{width} px (others are resized), architecture {code(config.architecture)}, rule "
         f"{code(config.rule)}.{_readout(config)}",
-        f"## Measured\n\n{_measured(results, repo_id)}",
+        f"## Measured\n\n{_measured(results, repo_id, config)}",
         "## Threat model\n\n"
-        f"The attacker replaces all pixels of one patch, {code(config.patch)} in pixels of an image of {height}x{width}"
-        " px as this model is deployed, at any place, by anything, knowing the model; nothing else changes. A "
-        "certificate covers every smaller patch and a sticker of any form inside that rectangle. If an image is "
+        f"The attacker replaces all pixels of one patch, {code(config.patch_text)} as this model is deployed, at any "
+        "place, by anything, knowing the model; nothing else changes. Sizes in pixels are those of the image that the "
+        "network sees; on an image of another size ask for a patch in pixels of that image. A certificate covers "
+        "every smaller patch and a sticker of any form inside that rectangle. If an image is "
         f"certified, {promise}: {rule.summary}.",
         f"## What no certificate covers\n\n{LIMITS}",
         f"## Training\n\n{_training(config)}",
@@ -158,14 +159,15 @@ def _readout(config: ModelConfig) -> str:
     )
 
 
-def _measured(results: RunInfo | None, repo_id: str) -> str:
+def _measured(results: RunInfo | None, repo_id: str, config: ModelConfig) -> str:
     if results is None or not results.results:
         return (
             "**Nothing was measured of this model: no results come with it.** Whoever uses it should evaluate it on "
             f"images of their own: `bagcert evaluate {repo_id} --data FOLDER`."
         )
+    height, width = config.image_size
     lines = [
-        "| patch, px | rule | clean | certified | certified, 95 % interval |",
+        "| patch, px of the data | rule | clean | certified | certified, 95 % interval |",
         "|---|---|---|---|---|",
         *map(_line, results.results),
     ]
@@ -174,6 +176,7 @@ def _measured(results: RunInfo | None, repo_id: str) -> str:
     return (
         "\n".join(lines) + "\n\nClean: the share of images answered rightly. Certified: the share answered rightly "
         "*and* proved to stay so under any patch of that size, anywhere; a lower bound of the accuracy under attack. "
+        f"Sizes are in pixels of the images of the data, before they are resized to {height}x{width} px. "
         f"Intervals are Wilson's. Measured on {results.images:,} images{limit} of {code(results.data)}, split "
         f"{code(results.split)}{unreadable}, on {code(results.device)} in {code(results.dtype)}."
     )

@@ -26,6 +26,7 @@ from bagcert.io.files import read_regular, write_atomically
 from bagcert.locality.measurement import measure, shapes_for
 from bagcert.locality.report import LocalityReport
 from bagcert.nets.cost import update_with_weights
+from bagcert.nets.receptive_field.module_state import is_told_by_text
 from bagcert.nets.region_scorer import RegionScorer
 
 VERSION = 2  # of what is measured; another number makes old entries void
@@ -123,9 +124,7 @@ def _read(path: Path, key: str) -> LocalityReport | None:
 
 
 def _described(model: Any) -> bool:
-    """Is the net made of layers whose description says all that their weights do not?"""
-    parts = getattr(model, "scorer", model).modules()
-    return all(type(part).__module__.partition(".")[0] in ("torch", "bagcert") for part in parts)
+    return is_told_by_text(getattr(model, "scorer", model))
 
 
 def _digest(body: bytes) -> str:

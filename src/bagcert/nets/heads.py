@@ -6,6 +6,7 @@ asks its head, `RegionScorer.form`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -169,3 +170,8 @@ def make_head(
         return FixedPointHead(scale)
     assert readout is not None
     return AttentionHead(readout, frozen)
+
+
+def scale_of(z: Iterable[Tensor]) -> float:
+    """The fixed-point scale that makes the largest of some scores the largest integer."""
+    return FIXED_POINT_LIMIT / max(1e-6, *(part.abs().max().item() for part in z))

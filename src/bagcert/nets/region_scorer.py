@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from bagcert.data.photo import as_batch, with_batch_axis
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid
 from bagcert.nets.attention_pooling import AttentionReadout
-from bagcert.nets.heads import HEADS, Head, HeadName, make_head
+from bagcert.nets.heads import HEADS, Head, HeadName, make_head, scale_of
 from bagcert.nets.receptive_field.derive import derive_grid
 from bagcert.nets.receptive_field.probe import check_locality
 from bagcert.scores import ScoreMap
@@ -118,29 +118,70 @@ class RegionScorer(nn.Module):
         class_names: Sequence[str],
         image_size: tuple[int, int],
         head: HeadName = "fixed-point",
-        scale: float = 1.0,
+        scale: float | Literal["auto"] = 1.0,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
+        images: object = None,
     ) -> "RegionScorer":
         """A region scorer from any module that maps images to [batch, classes, rows, cols].
 
         The geometry is derived from the layers, then measured with NaN and perturbation probes. The module is
-        wrapped, not copied: it is in eval mode afterwards. A module that is refused is left as it was.
+        wrapped, not copied: it is in eval mode afterwards. A module that is refused is left as it was. A classifier
+        that ends with mean pooling and a linear layer becomes such a module with `bagcert.regionalize`.
+
+        Args:
+            module: images [batch, channels, height, width], normalized, to scores.
+            class_names, image_size, head, mean, std: as for the class.
+            scale: of the fixed-point head; "auto" takes it from `images`, see `calibrate`.
+            images: as for `score_map`.
 
         Raises:
             UnsoundError: a layer is not local (it is named), or the module reaches beyond its derived geometry.
             UsageError: the module cannot be traced, its weights are not finite float32, it does not take images
                 of `mean`'s channels, or its output does not fit `class_names`; or an argument is out of range.
         """
-        scorer = cls(module, class_names, image_size, head, scale, mean, std)
+        automatic = isinstance(scale, str)
+        if scale != "auto" and automatic:
+            raise UsageError(f'a scale is a number or "auto", got {scale!r}')
+        if automatic != (images is not None):
+            raise UsageError('scale="auto" needs images to take it from, and images need scale="auto"')
+        scorer = cls(module, class_names, image_size, head, 1.0 if isinstance(scale, str) else scale, mean, std)
         modes = [(part, part.training) for part in module.modules()]
         try:
             scorer.eval()._require_local()
+            if automatic:
+                scorer.calibrate(images)
         except BaseException:
             for part, training in modes:
                 part.training = training
             raise
         return scorer
+
+    def calibrate(self, images: object) -> "RegionScorer":
+        """Sets the scale of the fixed-point head so that the largest score of some images is the largest integer.
+
+        Any scale gives sound certificates. With one that is too small scores are rounded coarsely; with one that is too
+        large they are clipped. A hundred images like those of the deployment are enough.
+
+        Args:
+            images: as for `score_map`, at least one.
+
+        Raises:
+            UsageError: bad images, another head, or scores that are not finite or all 0.
+        """
+        if self.head != "fixed-point":
+            raise UsageError(f"only the fixed-point head has a scale, this network has the {self.head} head")
+        batch = self._as_batch(images)
+        if not len(batch):
+            raise UsageError("the scale is taken from the scores of images, and none were given")
+        z = self.real_scores(batch)
+        if not z.isfinite().all() or not z.any():
+            raise UsageError("the scale cannot be taken from these images: their scores are not finite, or all 0")
+        scale = scale_of([z])
+        if not is_normal(scale):
+            raise UsageError(f"the scale of the fixed-point head must be {NORMAL}, these images give {scale}")
+        self.scale = scale
+        return self
 
     def _require_local(self) -> None:
         """The checks of `from_module`."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,10 +16,13 @@ from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, s
 from bagcert.io.files import read_regular, write_together
 from bagcert.nets import get_architecture
 from bagcert.nets.attention_pooling import AttentionReadout
+from bagcert.nets.graph_network import GraphNetwork, NetworkGraph, as_graph, graph_text
 from bagcert.nets.heads import HeadName
 from bagcert.nets.region_scorer import RegionScorer, not_finite
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+GRAPH = "graph"
+"""The architecture of a network stored as a list of operations, which is in the metadata of the weights file."""
 
 MAX_WEIGHTS_BYTES = 1 << 31
 """Weights are read into memory as a whole; half a billion float32 values are more than any region scorer needs."""
@@ -54,8 +58,8 @@ class ModelConfig(BaseModel):
     format: Literal[1] = 1
     name: Name
     architecture: Name
-    width: int = Field(ge=1, le=65536)
-    depth: int = Field(ge=1, le=4096)
+    width: int | None = Field(default=None, ge=1, le=65536)
+    depth: int | None = Field(default=None, ge=1, le=4096)
     padded: bool = True
     head: HeadName
     values: int | None = Field(default=None, ge=1, le=1024)
@@ -82,6 +86,15 @@ class ModelConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sizes_fit_the_architecture(self) -> "ModelConfig":
+        for name, size in (("width", self.width), ("depth", self.depth)):
+            if size is None and self.architecture != GRAPH:
+                raise ValueError(f"{name}: field required with every architecture but {GRAPH}")
+            if size is not None and self.architecture == GRAPH:
+                raise ValueError(f"{name} does not belong to the architecture {GRAPH}")
+        return self
+
     @property
     def ablated(self) -> bool:
         """Whether the net takes ablated images, as derandomized smoothing makes them."""
@@ -93,46 +106,86 @@ class ModelConfig(BaseModel):
         sizes = {"values": self.values, "attention_heads": self.attention_heads, "hidden": self.hidden}
         return {name: size for name, size in sizes.items() if size is not None}
 
-    def build(self) -> RegionScorer:
-        """The scorer with fresh weights."""
+    @property
+    def patch_text(self) -> str:
+        """The patch and the image size that its pixels are of."""
+        return patch_text(self.patch, self.image_size)
+
+    def build(self, graph: NetworkGraph | None = None) -> RegionScorer:
+        """The scorer with fresh weights.
+
+        Args:
+            graph: of the architecture `graph`, and of no other.
+        """
         readout = None
         if self.values and self.attention_heads and self.hidden:
-            size = self._map_size(self.values + self.attention_heads)
+            _, _, rows, cols = self._map_shape(self.values + self.attention_heads, graph)
+            size = (rows, cols)
             readout = AttentionReadout(len(self.class_names), self.values, self.attention_heads, self.hidden, size)
-        net = self._net(len(self.class_names) if readout is None else readout.channels)
+        net = self._net(len(self.class_names) if readout is None else readout.channels, graph)
         return RegionScorer(
             net, self.class_names, self.image_size, self.head, self.scale, self.mean, self.std, readout=readout
         )
 
-    def _net(self, outputs: int) -> nn.Module:
+    def _net(self, outputs: int, graph: NetworkGraph | None) -> nn.Module:
+        if (graph is not None) != (self.architecture == GRAPH):
+            raise UsageError(f"the architecture {self.architecture} is not built from a list of operations")
+        if graph is not None:
+            found = self._map_shape(outputs, graph)[1]
+            if found != outputs:
+                raise UsageError(f"the network has {found} output channels where {outputs} are needed")
+            return GraphNetwork(graph)
+        assert self.width is not None and self.depth is not None  # noqa: PT018
         architecture = get_architecture(self.architecture)
         return architecture.build(outputs, self.width, self.depth, self.padded, len(self.mean))
 
-    def _map_size(self, outputs: int) -> tuple[int, int]:
-        """(rows, columns) of the map for images of `image_size`, found without memory."""
+    def _map_shape(self, outputs: int, graph: NetworkGraph | None) -> tuple[int, ...]:
+        """[1, channels, rows, columns] of the map for an image of `image_size`, found without memory."""
         with torch.device("meta"):
+            image = torch.empty(1, len(self.mean), *self.image_size)
+            if graph is not None:
+                return tuple(GraphNetwork(graph).eval().require_bounded(image).shape)
             try:
-                shape = self._net(outputs).eval()(torch.empty(1, len(self.mean), *self.image_size)).shape
+                return tuple(self._net(outputs, None).eval()(image).shape)
             except RuntimeError as error:
                 raise UsageError(f"images of {self.image_size} px are too small for {self.architecture}") from error
-        return shape[2], shape[3]
+
+
+def patch_text(patch: str, image_size: tuple[int, int]) -> str:
+    """A patch in the notation of `PatchThreatModel.parse` and the size of the images that its pixels are of.
+
+    >>> patch_text("5", (32, 32)), patch_text("2%", (224, 224))
+    ('5 px at 32x32', '2% at 224x224')
+    """
+    return f"{patch}{'' if '%' in patch else ' px'} at {image_size[0]}x{image_size[1]}"
 
 
 def write_model(folder: Path, scorer: RegionScorer, config: ModelConfig) -> None:
     """Writes both files, each whole or not at all, and never one beside the other of another model.
 
+    With the architecture `graph` the network is stored as a list of operations, whatever module it is.
+
     Raises:
         BagcertError: the folder cannot be written, or the weights are not finite.
+        UsageError: the network cannot be stored as a list of operations.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer.state_dict().items()}
+    state, metadata = scorer.state_dict(), None
+    if config.architecture == GRAPH:
+        net = as_graph(scorer.net, (scorer.channels, *scorer.image_size))
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("net.")}
+        state |= {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+        metadata = {GRAPH: graph_text(net.graph).decode()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if name := not_finite(tensors):
         raise BagcertError(f"tensor {name!r} has values that are not finite; nothing was written to {folder}")
     text = config.model_dump_json(indent=2) + "\n"
-    write_together({folder / WEIGHTS: safetensors.torch.save(tensors), folder / CONFIG: text.encode()})
+    write_together({folder / WEIGHTS: safetensors.torch.save(tensors, metadata), folder / CONFIG: text.encode()})
 
 
 def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
     """A trained scorer in eval mode, and its config.
+
+    The geometry is derived from the layers or operations; the files say nothing of it.
 
     Raises:
         UnreadableError: a file is missing, truncated or not what it should be; tensors are missing, extra,
@@ -142,7 +195,8 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
     config = read_config(folder)
     path = folder / WEIGHTS
     try:
-        tensors = safetensors.torch.load(read_regular(path, MAX_WEIGHTS_BYTES))
+        content = read_regular(path, MAX_WEIGHTS_BYTES)
+        tensors = safetensors.torch.load(content)
     except FileNotFoundError:
         raise UnreadableError(f"the model folder {folder} has no {WEIGHTS}") from None
     except OSError as error:
@@ -151,10 +205,12 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
         raise UnreadableError(f"{path} is not a whole safetensors file: {shown(error)}") from None
     try:
         # Shapes first, without memory: the config may claim more than the file has.
+        graph = _read_graph(path, content) if config.architecture == GRAPH else None
         with torch.device("meta"):
-            scorer = config.build()
+            scorer = config.build(graph)
     except UsageError as error:
-        raise UnreadableError(f"{folder / CONFIG} does not describe a network: {shown(error)}") from None
+        source = folder / CONFIG if config.architecture != GRAPH else path
+        raise UnreadableError(f"{source} does not describe a network: {shown(error)}") from None
     expected = scorer.state_dict()
     for what, names in (
         ("lacks", expected.keys() - tensors.keys()),
@@ -182,7 +238,32 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
         scorer.eval().freeze()
     except UsageError as error:
         raise UnreadableError(f"{path} holds a readout that cannot be certified: {error}") from None
+    if graph is not None:
+        try:
+            scorer.grid()
+        except BagcertError as error:
+            raise UnreadableError(f"{path} holds a network that cannot be certified: {shown(error)}") from None
     return scorer, config
+
+
+def _read_graph(path: Path, content: bytes) -> NetworkGraph:
+    """The operations in the metadata of a safetensors file, whose header was found whole."""
+    (size,) = struct.unpack("<Q", content[:8])
+    metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    if GRAPH not in metadata:
+        raise UnreadableError(f"{path} holds no list of operations, which the architecture {GRAPH} needs")
+    try:
+        return NetworkGraph.model_validate_json(metadata[GRAPH])
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"{path} holds no valid list of operations: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What is wrong in one line; of pydantic's errors the first."""
+    if isinstance(error, ValidationError):
+        found = error.errors()[0]
+        return shown(": ".join([*filter(None, [".".join(map(str, found["loc"]))]), found["msg"].lower()]))
+    return shown(error)
 
 
 def normalization(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[float]]:
@@ -202,16 +283,14 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         text = read_regular(path, MAX_CONFIG_BYTES).decode()
         config = ModelConfig.model_validate(json.loads(text))
-        get_architecture(config.architecture)
+        if config.architecture != GRAPH:
+            get_architecture(config.architecture)
     except OSError as error:
         raise UnreadableError(
             f"the model folder {folder} has no readable {CONFIG}: {error.strerror or error}"
         ) from None
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            error = ValueError(": ".join([*filter(None, [".".join(map(str, first["loc"]))]), first["msg"].lower()]))
-        raise UnreadableError(f"{path} is not a model config: {shown(error)}") from None
+        raise UnreadableError(f"{path} is not a model config: {first_line(error)}") from None
     return config
 
 

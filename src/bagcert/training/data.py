@@ -13,7 +13,7 @@ from bagcert.data.class_names import read_class_names
 from bagcert.data.image_set import ImageSet
 from bagcert.data.preprocess import Preprocessing
 from bagcert.data.remote import is_address
-from bagcert.errors import UsageError, shown
+from bagcert.errors import UsageError
 from bagcert.training.batches import Batches, MemoryBatches, Share
 from bagcert.training.groups import groups_of, split_by_group
 from bagcert.training.launcher import processes_here

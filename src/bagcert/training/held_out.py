@@ -1,6 +1,6 @@
 """How a model in training is judged: as what it will be deployed as, on images held out from the training set."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from bagcert.defenses.derandomized_smoothing import DerandomizedSmoothing
 from bagcert.nets.classifier import MeanScores
+from bagcert.nets.heads import scale_of
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
-from bagcert.scores import FIXED_POINT_LIMIT
 from bagcert.threat import PatchThreatModel
 from bagcert.training.recipe import Recipe
+
+__all__ = ["scale_of", "validate", "validation_scores"]
 
 
 def validation_scores(scorer: RegionScorer, pixels: np.ndarray, batch: int = 250) -> Iterator[Tensor]:
@@ -43,8 +45,3 @@ def validate(
         "clean_accuracy": right.float().mean().item(),
         "certified_accuracy": (right & certified).float().mean().item(),
     }
-
-
-def scale_of(z: Iterable[Tensor]) -> float:
-    """The largest score seen on validation images becomes the largest fixed-point score."""
-    return FIXED_POINT_LIMIT / max(1e-6, *(part.abs().max().item() for part in z))

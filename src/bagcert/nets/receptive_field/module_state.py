@@ -191,3 +191,21 @@ def _same(old: Any, new: Any) -> bool:
     if isinstance(old, set):
         return old == new
     return isinstance(old, _SIMPLE) and bool(old == new or (old != old and new != new))
+
+
+def is_told_by_text(module: nn.Module) -> bool:
+    """Do the text and the weights of a network say all that it computes, so that a cache may compare networks by them?
+
+    They do for layers of torch and of this package. They do not for layers of the user's own, nor for traced and
+    scripted networks, whose code is not in their text, nor where hooks or a `forward` of a single layer's own change
+    what a layer computes.
+
+    >>> is_told_by_text(nn.Conv2d(3, 8, 3)), is_told_by_text(torch.fx.symbolic_trace(nn.Conv2d(3, 8, 3)))
+    (True, False)
+    """
+    return all(
+        type(part).__module__.partition(".")[0] in ("torch", "bagcert")
+        and not isinstance(part, torch.fx.GraphModule | torch.jit.ScriptModule)
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        for part in module.modules()
+    )

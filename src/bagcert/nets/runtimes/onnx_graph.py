@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bagcert.errors import BagcertError, UsageError, shown
 from bagcert.io.files import read_regular, write_atomically
 from bagcert.nets.cost import update_with_weights
+from bagcert.nets.receptive_field.module_state import is_told_by_text
 
 OPSET = 18  # understood by every runtime since 2023
 INPUT = "images"
@@ -98,8 +99,8 @@ def graph_of(net: nn.Module, image: tuple[int, int, int], folder: Path | None = 
 
 
 def network_key(net: nn.Module, *more: object) -> str | None:
-    """The hash of a network's layers and weights; None where layers of the user's own may hold more than these say."""
-    if any(type(part).__module__.partition(".")[0] not in ("torch", "bagcert") for part in net.modules()):
+    """The hash of a network's layers and weights; None where the network may compute more than these say."""
+    if not is_told_by_text(net):
         return None
     versions = [metadata.version(name) for name in ("bagcert", "torch", *LIBRARIES)]
     digest = hashlib.sha256(repr((net, more, versions)).encode())
