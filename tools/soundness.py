@@ -93,6 +93,14 @@ def measure(part: str) -> dict[str, Any]:
     }
 
 
+def mended() -> list[dict[str, str]]:
+    """The wrong certificates that were found and mended, from the table in SECURITY.md."""
+    section = (ROOT / "SECURITY.md").read_text().split("## Wrong certificates found and mended")[1].split("\n## ")[0]
+    heading, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in (heading, *rows)]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
+
+
 def main() -> int:
     """Measures the parts that were asked for and keeps the rest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,7 +114,11 @@ def main() -> int:
         found = measure(part)
         kept = {**(json.loads(OUT.read_text())["parts"] if OUT.exists() else {}), part: found}  # parts may run abreast
         done.append(found)
-        document = {"versions": versions(), "parts": {name: kept[name] for name in PARTS if name in kept}}
+        document = {
+            "versions": versions(),
+            "mended": mended(),
+            "parts": {name: kept[name] for name in PARTS if name in kept},
+        }
         write_atomically(OUT, (json.dumps(document, indent=2) + "\n").encode())
         print(f"{part}: gave way {found['gave_way']}, {found['seconds']} s", flush=True)
     return int(any(found["gave_way"] or found["exit_code"] for found in done))
