@@ -196,6 +196,27 @@ def soundness_lines() -> list[str]:
             f"{run['disagreements']} disagreements, {run['attacked_certificates']:,} certificates attacked with all or "
             f"extreme contents, {run['broken_certificates']} broken"
         )
+    if run := parts.get("masks"):
+        said.append(
+            f"random patch notations under random masks of allowed placements on {run['cases']:,} cases: "
+            f"{run['attacked_certificates']:,} certificates attacked with any promised rectangle, "
+            f"{run['broken_certificates']} broken"
+        )
+    if run := parts.get("pooling"):
+        said.append(
+            f"attention pooling against integers of any size on {run['cases']:,} cases: {run['disagreements']} "
+            f"disagreements, {run['attacked_maps']:,} attacked maps, {run['broken_certificates']} certificates broken"
+        )
+    if run := parts.get("photo-files"):
+        said.append(
+            f"photo files of {len(run['certified_by_format'])} formats and orientations on {run['cases']:,} cases: "
+            f"{run['attacks']:,} attacks on the stored file, {run['broken_certificates']} certificates broken"
+        )
+    if run := parts.get("networks"):
+        said.append(
+            f"random networks given to `RegionScorer.from_module`: {run['cases']:,}, accepted {run['accepted']:,}, of "
+            f"which {run['leaks']} see further than derived"
+        )
     attacks = [parts[name] for name in ("attack-2x2", "attack-5x5") if name in parts]
     if attacks:
         each = ", ".join(
