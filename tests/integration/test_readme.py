@@ -49,7 +49,7 @@ def test_readme_shows_the_output_of_an_example():
 
 def test_readme_is_short_and_its_files_exist():
     assert len(README.encode()) <= MOST_BYTES
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+    links = re.findall(r"\]\(([^)#]+)[#)]", README)
     local = [ROOT / link for link in links if "://" not in link]
     assert local
     assert not [path for path in local if not path.exists()]
