@@ -67,6 +67,11 @@ class BagCert(ScoreMapDefense):
         """What computes the forward pass: torch, onnxruntime or openvino."""
         return self.scorer.backend
 
+    @property
+    def locality_checked(self) -> bool:
+        """Whether the network's locality was measured on its device; see `BagCert.check_locality`."""
+        return self.scorer.locality_checked
+
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
         """Integer scores of a batch: uint8 [batch, height, width, 3] or float [batch, 3, height, width] in [0, 1]."""
         return self.scorer.score_map(images)
@@ -83,6 +88,7 @@ class BagCert(ScoreMapDefense):
         self.locality = cached_report(self, thorough=portable)
         require_local(self.locality, portable)
         self.scorer.tolerance = self.locality.tolerance(portable)
+        self.scorer.locality_checked = True
         return self
 
 
