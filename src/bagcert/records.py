@@ -1,4 +1,4 @@
-"""Rows and runs as they are written: plain data, standard library only."""
+"""Records of images and runs, as evaluations write them: plain data, standard library only."""
 
 import json
 import math
@@ -14,7 +14,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Record:
-    """What one rule says of one image against one threat; `locality` as in `Certificate`."""
+    """The result of one rule on one image against one threat; `locality` as in `Certificate`.
+
+    `worst_placement` is [top, left, height, width], or a list of those where there are several windows.
+    """
 
     rule: str
     patch: list[int] | None
@@ -34,8 +37,17 @@ class Record:
         rows = zip(*(column.tolist() for column in columns), strict=True)
         shape = None if patch is None else list(patch)
         return [
-            cls(certificate.rule, shape, threat, prediction, certified, margin, place, certificate.locality)
-            for prediction, certified, margin, place in rows
+            cls(
+                certificate.rule,
+                shape,
+                threat,
+                prediction,
+                certified,
+                margin,
+                places[0] if len(places) == 1 else places,
+                certificate.locality,
+            )
+            for prediction, certified, margin, places in rows
         ]
 
 

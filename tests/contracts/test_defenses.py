@@ -64,7 +64,8 @@ class TestEveryDefense:
         assert answers.dtype == torch.int64
         assert torch.equal(certificate.certified, certificate.margin >= 0)
         assert certificate.threat == THREAT
-        assert certificate.worst_placement.shape[-1] == 4
+        windows = certificate.worst_placement.shape[1]
+        assert certificate.worst_placement.shape == (len(pixels), windows, 4)
         assert (answers[:6].numpy() == LABELS[:6]).all()
 
     def test_answers_do_not_depend_on_the_batch(self, name):

@@ -40,6 +40,8 @@ def test_certificate_and_prediction_agree(rule, patch, low, high):
     assert found.prediction.dtype == found.margin.dtype == found.worst_placement.dtype == torch.int64
     assert torch.equal(found.prediction, rule.predict(scores, threat))
     assert torch.equal(found.certified, found.margin >= 0)
+    assert found.worst_placement.ndim == 3
+    assert found.worst_placement.shape[1] in (threat.patches, 2 * threat.patches)
     placement = found.worst_placement.reshape(-1, 4)
     assert bool((placement[:, :2] >= 0).all())
     assert bool((placement[:, :2] + placement[:, 2:] <= torch.tensor(GRID.image_size)).all())

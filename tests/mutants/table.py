@@ -353,10 +353,11 @@ DETECTION = {
     "detection ignores alerts": [("score_map.classes) - most", "score_map.classes)")],
     "detection: ties forgotten": [(" - tie_penalty(label, score_map.classes) - most", " - most")],
     "detection: a mask over everything raises no alert": [("margin.clamp_(max=-1)", "pass")],
-    "detection: several patches treated as one": [
-        ("if threat.patches > 1 else None", "if threat.patches > 2 else None")
-    ],
     "detection: the weakest mask": [(".max(2)\n            left", ".min(2)\n            left")],
+}
+
+MASK_SETS = {
+    "masks: several patches treated as one": [("if threat.patches == 1:", "if threat.patches <= 2:")],
 }
 
 DOUBLE_MASKING = {
@@ -629,6 +630,7 @@ MUTANTS = [
         "rules/vote.py": VOTE,
         "rules/levine_feizi.py": LEVINE_FEIZI,
         "rules/detection.py": DETECTION,
+        "rules/mask_sets.py": MASK_SETS,
         "rules/double_masking.py": DOUBLE_MASKING,
         "rules/window_pairs.py": WINDOW_PAIRS,
         "rules/union_masking.py": UNION_MASKING,

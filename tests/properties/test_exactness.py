@@ -67,7 +67,7 @@ def test_the_worst_placement_of_a_vote_is_where_the_margin_is_attained(case):
     found = RULES["vote"].certify(case.score_map, case.threat)
     reaches = {(*corner, *shape): mask for (shape, *corner), mask in oracle.reaches(*case.geometry)}
     for image, scores in enumerate(case.scores):
-        reach = reaches[tuple(found.worst_placement[image].tolist())]  # admissible, or this fails
+        reach = reaches[tuple(found.worst_placement[image, 0].tolist())]  # admissible, or this fails
         label, margin = oracle.vote(scores, [reach], case.score_map.low, case.score_map.high)
         assert (label, margin) == (int(found.prediction[image]), int(found.margin[image]))
 
@@ -78,7 +78,7 @@ def test_worst_placements_are_admissible_and_masks_attain_the_margin(case):
     admissible = {(*corner, *shape) for (shape, *corner), _ in oracle.reaches(*case.geometry)}
     for name, windows in (("vote", 1), ("detection", 1), ("double-masking", 2)):
         found = RULES[name].certify(case.score_map, case.threat).worst_placement
-        assert found.reshape(len(case.score_map), -1, 4).shape[1] == windows * case.threat.patches
+        assert found.shape == (len(case.score_map), windows * case.threat.patches, 4)
         assert {tuple(placement) for placement in found.reshape(-1, 4).tolist()} <= admissible
     if case.threat.patches > 1 or case.threat.allowed is not None:
         return

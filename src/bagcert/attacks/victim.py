@@ -84,8 +84,7 @@ class Victim:
         self.detects = guarantee == "detection"
         clean = defense.certify(images, threat, rule)
         self.prediction, self.certified = clean.prediction.cpu(), clean.certified.cpu()
-        worst = clean.worst_placement.cpu()
-        self.worst_placement = nearest_placements(threat, worst[:, None] if worst.ndim == 2 else worst)
+        self.worst_placement = nearest_placements(threat, clean.worst_placement.cpu())
         batch = len(images)
         self.broken = torch.zeros(batch, dtype=torch.bool)
         self.attempts = torch.zeros(batch, dtype=torch.int64)

@@ -93,6 +93,11 @@ class BagCert(ScoreMapDefense):
         """What computes the forward pass: torch or onnxruntime."""
         return self.scorer.backend
 
+    @property
+    def locality_checked(self) -> bool:
+        """Whether the network's locality was measured on its device; see `BagCert.check_locality`."""
+        return self.scorer.locality_checked
+
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
         """Integer scores of a batch: uint8 [batch, height, width, 3] or float [batch, 3, height, width] in [0, 1]."""
         return self.scorer.score_map(images)
@@ -110,6 +115,7 @@ class BagCert(ScoreMapDefense):
         require_local(self.locality, portable)
         self.scorer.tolerance = self.locality.tolerance(portable)
         self.portable = portable
+        self.scorer.locality_checked = True
         return self
 
     def to(self, device: str | torch.device) -> "BagCert":
@@ -126,19 +132,20 @@ class BagCert(ScoreMapDefense):
         if target.type != "cpu" and self.scorer.runner is not None:
             raise UsageError(f"the backend {self.backend} runs on the CPU, got the device {target}")
         check_counting(target)
-        before = self.locality, self.scorer.tolerance
+        before = self.locality, self.scorer.tolerance, self.scorer.locality_checked
         try:
             self._move(target)
             if self.locality is not None:
                 self.check_locality(self.portable)
         except BaseException:
             self._move(source)
-            self.locality, self.scorer.tolerance = before
+            self.locality, self.scorer.tolerance, self.scorer.locality_checked = before
             raise
         return self
 
     def _move(self, device: torch.device) -> None:
         self.scorer.to(device).freeze()
+        self.scorer.locality_checked = False
 
     def save(self, folder: str | Path, name: str | None = None) -> Path:
         """Writes a model folder that `load` and every command take, with the rule and the patch as they are now.

@@ -1,6 +1,7 @@
 """What defenses that are a score map and a rule have in common: predictions and certificates read from the map."""
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,8 @@ class ScoreMapDefense(ABC):
     ) -> Certificate:
         """Prediction, proof, margin and worst placement for each image.
 
+        The certificate is marked `locality: unchecked` where nothing was measured: see `Certificate`.
+
         Args:
             images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
             patch: an attacker in the notation of `PatchThreatModel.parse`; the deployed patch when absent.
@@ -79,7 +82,15 @@ class ScoreMapDefense(ABC):
         Raises:
             UsageError: bad images, patch or rule.
         """
-        return self.certify_scores(self.score_map(images), patch, rule, placements)
+        certificate = self.certify_scores(self.score_map(images), patch, rule, placements)
+        if certificate.locality == "exact" and not self.locality_checked:
+            return replace(certificate, locality="unchecked")
+        return certificate
+
+    @property
+    def locality_checked(self) -> bool:
+        """Whether it is known that scores outside a patch's reach stand still: measured, or true by construction."""
+        return True
 
     def certify_scores(
         self,

@@ -48,6 +48,11 @@ class ClippedBagNet(ScoreMapDefense):
         self.class_names, self.image_size = scorer.class_names, scorer.image_size
         self.rule, self.patch, self.name = rule, patch, name
 
+    @property
+    def locality_checked(self) -> bool:
+        """Whether the network's locality was measured on its device; see `BagCert.check_locality`."""
+        return self.scorer.locality_checked
+
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
         """Scores from 0 to 1000 of a batch, on the scorer's grid for images of this size.
 

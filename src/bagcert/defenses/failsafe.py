@@ -115,5 +115,6 @@ class FailSafe:
         if margin >= 0:
             return f"{name}: no patch of {certificate.threat} px changes it, by {self.rule} with margin {margin}"
         fallback = "no label" if self.fallback is None else "the fallback's label"
-        where = certificate.worst_placement[index].tolist()
+        places = certificate.worst_placement[index].tolist()
+        where = places[0] if len(places) == 1 else places
         return f"{fallback}: a patch of {certificate.threat} px at {where} might change {name} (margin {margin})"

@@ -118,7 +118,7 @@ class IntervalBounds:
 
         The margin is floor(1000 * the least lower bound of z_y - z_c), at least 0 where that bound is positive
         (certified) and at most -1 elsewhere. `worst_placement` is where it is least, the first such placement:
-        [batch, 4], for K patches [batch, K, 4].
+        [batch, K, 4] for K patches.
 
         Args:
             images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
@@ -145,8 +145,7 @@ class IntervalBounds:
         units = torch.floor(-least * UNITS_PER_LOGIT).clamp(-_LIMIT, _LIMIT).long()
         certified = least < 0
         margin = torch.where(certified, units.clamp(min=0), units.clamp(max=-1))
-        worst = boxes[at]
-        return Certificate(label, certified, margin, worst[:, 0] if threat.patches == 1 else worst, RULE, threat)
+        return Certificate(label, certified, margin, boxes[at], RULE, threat)
 
     def _asked(
         self,

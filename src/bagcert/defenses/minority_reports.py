@@ -125,7 +125,7 @@ class MinorityReports:
         """The plain label, and whether every masked prediction equals it: then no attack changes it without an alert.
 
         The margin counts agreement, not scores: 0 where all masks agree (certified), -1 elsewhere.
-        `worst_placement` holds a mask (not a patch), [batch, 4], for K patches [batch, K, 4]: the first that
+        `worst_placement` holds the rectangles of a mask (not a patch), [batch, K, 4] for K patches: the first that
         disagrees; where certified, the one with the smallest lead. A mask that leaves no pixel agrees with nothing.
 
         Args:
@@ -151,4 +151,4 @@ class MinorityReports:
         holds, mask = torch.cat(certified), torch.cat(worst)
         if bool(masks.whole.any()):
             holds = torch.zeros_like(holds)
-        return Certificate(label, holds, holds.long() - 1, mask[:, 0] if threat.patches == 1 else mask, RULE, threat)
+        return Certificate(label, holds, holds.long() - 1, mask, RULE, threat)

@@ -51,6 +51,11 @@ class PatchGuardPlusPlus(ScoreMapDefense):
         self.class_names, self.image_size = scorer.class_names, scorer.image_size
         self.patch, self.name = patch, name
 
+    @property
+    def locality_checked(self) -> bool:
+        """Whether the network's locality was measured on its device; see `BagCert.check_locality`."""
+        return self.scorer.locality_checked
+
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
         """The scorer's own map. Raises UsageError for bad images."""
         return self.scorer.score_map(images)

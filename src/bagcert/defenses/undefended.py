@@ -117,6 +117,7 @@ class Undefended:
         threat = PatchThreatModel.parse(patch, (height, width), placements)
         shape = threat.maximal_shapes[0]
         top, left = threat.corners(shape)[0]
-        worst = torch.tensor([[int(top), int(left), *shape]], device=prediction.device).repeat(len(prediction), 1)
+        first = torch.tensor([int(top), int(left), *shape], device=prediction.device)
+        worst = first.expand(len(prediction), 1, 4).contiguous()
         none = torch.zeros_like(prediction, dtype=torch.bool)
         return Certificate(prediction, none, torch.full_like(prediction, -1), worst, RULE, threat)

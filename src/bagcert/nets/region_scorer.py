@@ -107,6 +107,7 @@ class RegionScorer(nn.Module):
         self.scale = float(scale)
         self.autocast_dtype: torch.dtype | None = None
         self.tolerance = 0.0
+        self.locality_checked = False  # whether `tolerance` was measured on this device
         self.runner: Runner | None = None
         self._frozen: AttentionPooling | None = None
         self._grids: dict[tuple[int, int], RegionGrid] = {}

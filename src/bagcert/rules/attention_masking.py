@@ -200,8 +200,7 @@ def attention_detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certif
             margin[some] = lead.long()
     if bool(masks.whole.any()):
         margin.clamp_(max=-1)
-    placement = masks.placements[worst].squeeze(1)
-    return Certificate(prediction, margin >= 0, margin, placement, "detection", threat)
+    return Certificate(prediction, margin >= 0, margin, masks.placements[worst], "detection", threat)
 
 
 def _parts(score_map: ScoreMap, threat: PatchThreatModel) -> tuple[AttentionPooling, Masks]:

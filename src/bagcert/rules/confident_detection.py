@@ -20,8 +20,8 @@ from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
 from bagcert.rules.detection import detection
 from bagcert.rules.guard import guarded, require_sum
-from bagcert.rules.masks import Windows, chunks, per_image
-from bagcert.rules.union_masking import Unions
+from bagcert.rules.mask_sets import MaskSet
+from bagcert.rules.masks import chunks
 from bagcert.scores import ScoreMap, exact_arithmetic
 from bagcert.threat import PatchThreatModel
 
@@ -113,16 +113,10 @@ def _masked_sums(
 ) -> Iterator[tuple[slice, Float[Tensor, "batch classes masks"], Float[Tensor, " masks"]]]:
     """Some images, their sums outside every mask, exact, and how many regions each mask leaves; float64 on the CPU."""
     device = score_map.scores.device
-    unions = Unions.of(score_map, threat) if threat.patches > 1 else None
-    windows = Windows.of(score_map, threat) if unions is None else unions.windows
-    keep = windows.keep if unions is None else torch.ones_like(unions.members[:, 0], dtype=torch.bool)
-    sizes = windows.sizes if unions is None else unions.masks.sum(1)
-    rows, cols = score_map.grid.map_size
-    regions = (rows * cols - sizes[keep]).cpu().double()
-    elements = per_image(score_map, windows) if unions is None else score_map.classes * len(unions)
-    for images in chunks(len(score_map), elements):
+    masks = MaskSet.of(score_map, threat)
+    regions = (masks.regions - masks.sizes[masks.keep]).cpu().double()
+    for images in chunks(len(score_map), score_map.classes * masks.elements):
         with exact_arithmetic(device):
             levels = score_map.levels(images)
-            taken = windows.sums(levels) if unions is None else unions.sums(levels.flatten(2))
-            left = (levels.sum((2, 3))[..., None] - taken)[..., keep].cpu().double()
+            left = (levels.sum((2, 3))[..., None] - masks.sums(levels))[..., masks.keep].cpu().double()
         yield images, left + score_map.low * regions, regions

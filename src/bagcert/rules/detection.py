@@ -5,8 +5,8 @@ import torch
 from bagcert.certificate import Certificate
 from bagcert.rules.attention_masking import attention_detection
 from bagcert.rules.guard import guarded
-from bagcert.rules.masks import Windows, chunks, per_image
-from bagcert.rules.union_masking import Unions
+from bagcert.rules.mask_sets import MaskSet
+from bagcert.rules.masks import chunks
 from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 
@@ -21,7 +21,7 @@ def detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
 
     Guarantee: sound for detection, and the margin is exact: every attacked version of a certified image keeps y
     or raises the alert. It does not say that an image without alert has the label of the clean scene.
-    `worst_placement` is [batch, 4] (for K patches [batch, K, 4]), the first mask of the lowest worst class.
+    `worst_placement` is [batch, K, 4] for K patches, the first mask of the lowest worst class.
 
     Source: McCoyd et al., Minority Reports, 2020; Xiang & Mittal, PatchGuard++, 2021; docs/method.md, "Detection".
 
@@ -31,27 +31,22 @@ def detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     if score_map.readout is not None:
         return attention_detection(score_map, threat)
     batch, device = len(score_map), score_map.scores.device
-    unions = Unions.of(score_map, threat) if threat.patches > 1 else None
-    windows = Windows.of(score_map, threat) if unions is None else unions.windows
-    members = torch.arange(len(windows), device=device) if unions is None else unions.members
+    masks = MaskSet.of(score_map, threat)
     margin = torch.empty(batch, dtype=torch.int64, device=device)
     prediction, worst = torch.empty_like(margin), torch.empty_like(margin)
-    elements = per_image(score_map, windows) if unions is None else score_map.classes * len(unions)
     with exact_arithmetic(device):
-        for images in chunks(batch, elements):
+        for images in chunks(batch, score_map.classes * masks.elements):
             levels = score_map.levels(images)
             total = levels.sum((2, 3))
-            sums = windows.sums(levels) if unions is None else unions.sums(levels.flatten(2))
+            sums = masks.sums(levels)
             label = lowest_argmax(total)
             every = torch.arange(len(label), device=device)
             removed = sums[every, label][:, None] - sums
-            most, mask = (windows.without_gaps(removed, -torch.inf) if unions is None else removed).max(2)
+            most, mask = masks.without_gaps(removed, -torch.inf).max(2)
             left = total[every, label][:, None] - total - tie_penalty(label, score_map.classes) - most
             left[every, label] = torch.inf  # the label is no rival of itself
             least, rival = left.min(1)
             margin[images], prediction[images], worst[images] = least.long(), label, mask[every, rival]
-    rows, cols = score_map.grid.map_size
-    whole = (windows.sizes[windows.keep] == rows * cols) if unions is None else unions.masks.all(1)
-    if bool(whole.any()):
+    if bool(masks.whole.any()):
         margin.clamp_(max=-1)
-    return Certificate(prediction, margin >= 0, margin, windows.placements[members[worst]], "detection", threat)
+    return Certificate(prediction, margin >= 0, margin, masks.placements[worst], "detection", threat)

@@ -47,12 +47,11 @@ def guarded(certify: Certify) -> Certify:
         worst = certify(score_map.worst_case(found.prediction), threat)
         same = worst.prediction == found.prediction
         margin = torch.where(same, worst.margin, found.margin.clamp(max=-1))
-        place = same.view(-1, *[1] * (found.worst_placement.ndim - 1))
         return Certificate(
             found.prediction,
             margin >= 0,
             margin,
-            torch.where(place, worst.worst_placement, found.worst_placement),
+            torch.where(same[:, None, None], worst.worst_placement, found.worst_placement),
             found.rule,
             threat,
             "measured",

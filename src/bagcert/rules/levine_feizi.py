@@ -13,8 +13,8 @@ from bagcert.threat import PatchThreatModel
 def levine_feizi(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     """Certifies the plain sum by counting: margin = min over c != y of T_c - 1[c < y] - 2 u K max |R|.
 
-    Guarantee: a lower bound, never above that of `vote`; kept for comparison. `worst_placement` [batch, 4] (for
-    K patches [batch, K, 4], repeated) is the first placement of those that reach the most regions.
+    Guarantee: a lower bound, never above that of `vote`; kept for comparison. `worst_placement` [batch, K, 4] is
+    for each of K patches the first placement of those that reach the most regions.
 
     Source: Levine & Feizi, NeurIPS 2020; docs/method.md, "Vote".
 
@@ -30,7 +30,5 @@ def levine_feizi(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
     lead = sums.gather(1, prediction[:, None]) - sums - tie_penalty(prediction, score_map.classes)
     lead.scatter_(1, prediction[:, None], torch.iinfo(torch.int64).max)
     margin = lead.amin(1) - 2 * score_map.span * threat.patches * sizes[largest]
-    placement = windows.placements[largest].expand(len(score_map), 4)
-    if threat.patches > 1:
-        placement = placement[:, None].expand(-1, threat.patches, -1)
+    placement = windows.placements[largest].expand(len(score_map), threat.patches, 4)
     return Certificate(prediction, margin >= 0, margin, placement.contiguous(), "levine-feizi", threat)

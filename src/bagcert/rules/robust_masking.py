@@ -8,19 +8,18 @@ class in prediction and certificate alike, every rival class is looked at, and r
 outside the window over 1 - T (the bound of the public code left that division out until 12/2021).
 """
 
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
 from bagcert.rules.guard import guarded, require_sum
-from bagcert.rules.masks import Windows, chunks
-from bagcert.rules.union_masking import Unions
+from bagcert.rules.mask_sets import MaskSet
+from bagcert.rules.masks import chunks
 from bagcert.scores import ScoreMap, exact_arithmetic, exact_dtype, lowest_argmax, tie_penalty
 from bagcert.threat import PatchThreatModel
 
@@ -39,8 +38,8 @@ def robust_masking(score_map: ScoreMap, threat: PatchThreatModel, threshold: obj
 
     Guarantee: sound, a lower bound. Evidence v for y inside w raises its sum by v and its largest window by at most v,
     so that 0 is the worst. Evidence for a rival beyond T / (1 - T) of what it has outside w gets its window masked.
-    `worst_placement` is [batch, 4] (for K patches [batch, K, 4]), of the first window that attains the margin among
-    those that bounds leave open. T = 0 is named "robust-masking" in certificates, others "robust-masking:T".
+    `worst_placement` is [batch, K, 4] for K patches, of the first mask that attains the margin among those that bounds
+    leave open. T = 0 is named "robust-masking" in certificates, others "robust-masking:T".
 
     Source: Xiang et al., PatchGuard, USENIX Security 2021, section 4.
 
@@ -68,12 +67,12 @@ def robust_masking_prediction(
     """
     require_sum(score_map, "robust-masking")
     share = exact_share(threshold)
-    masks = _Masks.of(score_map, threat)
+    masks = MaskSet.of(score_map, threat)
     prediction = torch.empty(len(score_map), dtype=torch.int64, device=score_map.scores.device)
     with exact_arithmetic(prediction.device):
         for images in chunks(len(score_map), masks.elements * score_map.classes):
             evidence = _evidence(score_map, images, share)
-            prediction[images] = _prediction(evidence.sum((2, 3)), masks.sums(evidence), share)
+            prediction[images] = _prediction(evidence.sum((2, 3)), _sums(masks, evidence), share)
     return prediction
 
 
@@ -106,60 +105,14 @@ def exact_share(threshold: object) -> Fraction:
     return share
 
 
-@dataclass(frozen=True, eq=False)
-class _Masks:
-    """All windows of a threat, for several patches all unions of that many."""
-
-    windows: Windows
-    unions: Unions | None
-
-    @classmethod
-    def of(cls, score_map: ScoreMap, threat: PatchThreatModel) -> "_Masks":
-        unions = Unions.of(score_map, threat) if threat.patches > 1 else None
-        return cls(Windows.of(score_map, threat) if unions is None else unions.windows, unions)
-
-    def __len__(self) -> int:
-        return len(self.windows) if self.unions is None else len(self.unions)
-
-    @property
-    def elements(self) -> int:
-        """Of the largest temporary per map."""
-        rows, cols = self.windows.grid.map_size
-        return max(rows * cols, len(self))
-
-    @property
-    def gaps(self) -> Bool[Tensor, " masks"] | None:
-        return self.windows.gaps if self.unions is None else None
-
-    @property
-    def completed(self) -> Tensor:
-        return self.windows.completed if self.unions is None else self.unions.completed
-
-    @property
-    def placements(self) -> Int[Tensor, "masks *patches 4"]:
-        return self.windows.placements[slice(None) if self.unions is None else self.unions.members]
-
-    def sums(self, evidence: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch masks"]:
-        """Sums over every mask; 0 in gaps, which is never more than a window has."""
-        if self.unions is not None:
-            return self.unions.sums(evidence.flatten(-2))
-        return self.windows.without_gaps(self.windows.sums(evidence), 0.0)
-
-    def outside(self, mask: Int[Tensor, " rows"]) -> Bool[Tensor, "rows m n"]:
-        """The regions that each mask leaves."""
-        if self.unions is None:
-            return ~self.windows.masks[mask]
-        return self.unions.outside[mask].unflatten(1, self.windows.grid.map_size)
-
-
 def _certify(score_map: ScoreMap, threat: PatchThreatModel, share: Fraction) -> Certificate:
-    masks = _Masks.of(score_map, threat)
+    masks = MaskSet.of(score_map, threat)
     margin = torch.empty(len(score_map), dtype=torch.int64, device=score_map.scores.device)
     prediction, worst = torch.empty_like(margin), torch.empty_like(margin)
     with exact_arithmetic(margin.device):
         for images in chunks(len(score_map), masks.elements * score_map.classes):
             evidence = _evidence(score_map, images, share)
-            total, sums = evidence.sum((2, 3)), masks.sums(evidence)
+            total, sums = evidence.sum((2, 3)), _sums(masks, evidence)
             label = _prediction(total, sums, share)
             margin[images], worst[images] = _worst_mask(masks, evidence, total, sums, label, share)
             prediction[images] = label
@@ -178,6 +131,11 @@ def _evidence(score_map: ScoreMap, images: slice, share: Fraction) -> Float[Tens
     return score_map.scores[images].clamp(min=0).to(exact_dtype(max(1, score_map.high), rows * cols))
 
 
+def _sums(masks: MaskSet, evidence: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch masks"]:
+    """Sums over every mask; 0 in gaps, which is never more than a window has."""
+    return masks.without_gaps(masks.sums(evidence), 0.0)
+
+
 def _prediction(
     total: Float[Tensor, "batch classes"], sums: Float[Tensor, "batch classes masks"], share: Fraction
 ) -> Int[Tensor, " batch"]:
@@ -187,7 +145,7 @@ def _prediction(
 
 
 def _worst_mask(
-    masks: _Masks,
+    masks: MaskSet,
     evidence: Float[Tensor, "batch classes m n"],
     total: Float[Tensor, "batch classes"],
     sums: Float[Tensor, "batch classes masks"],
@@ -210,7 +168,7 @@ def _worst_mask(
 
     def settled(image: Tensor, mask: Tensor) -> Tensor:
         rest = evidence[image, label[image]] * masks.outside(mask)
-        return lead[image, mask] - masks.sums(rest).amax(1).long()
+        return lead[image, mask] - _sums(masks, rest).amax(1).long()
 
     margins = torch.full_like(floor, _MOST)
     first = lowest_argmax(-floor)

@@ -17,8 +17,8 @@ def vote(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
 
     Guarantee: exact for one patch (no tighter certificate of the plain sum exists from the score map alone);
     for K patches a lower bound, since the union of K reaches costs at most the K largest window damages.
-    `worst_placement` is [batch, 4], for K patches [batch, K, 4], of the class with the smallest margin (the
-    lowest among equals); the last placement is repeated where there are fewer than K windows.
+    `worst_placement` is [batch, K, 4] for K patches, of the class with the smallest margin (the lowest among
+    equals); the last placement is repeated where there are fewer than K windows.
 
     Source: Metzen & Yatsura, ICLR 2021, section 3; docs/method.md, "Vote".
 
@@ -43,10 +43,7 @@ def vote(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
             margin[images], rival = left.min(1)
             worst[images] = _largest_first(windows, _own(damage, rival), threat.patches)
             prediction[images] = label
-    placement = windows.placements[worst]
-    return Certificate(
-        prediction, margin >= 0, margin, placement[:, 0] if threat.patches == 1 else placement, "vote", threat
-    )
+    return Certificate(prediction, margin >= 0, margin, windows.placements[worst], "vote", threat)
 
 
 def _own(values: Tensor, label: Tensor) -> Tensor:

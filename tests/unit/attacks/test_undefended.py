@@ -37,7 +37,7 @@ def test_it_certifies_nothing():
     assert found.prediction.tolist() == [0, 1, 2, 0, 1]
     assert not found.certified.any()
     assert found.margin.tolist() == [-1] * 5
-    assert found.worst_placement.tolist() == [[2, 3, 3, 3]] * 5
+    assert found.worst_placement.tolist() == [[[2, 3, 3, 3]]] * 5
     assert found.rule == "none"
 
 

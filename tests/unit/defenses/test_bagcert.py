@@ -10,6 +10,7 @@ from PIL import Image
 
 import bagcert
 from bagcert.defenses.bagcert import BagCert, load, model_folder, shipped_models
+from bagcert.defenses.patchguard import PatchGuard
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig, weights_sha256, write_model
@@ -301,3 +302,12 @@ def test_a_network_of_the_users_own_is_deployed_in_two_lines(images):
     assert own.name == "Sequential"
     assert own.config is None
     assert certificate.prediction.max() <= 1
+
+
+def test_locality_is_unchecked_until_it_is_measured(folder, images):
+    model = load(folder, device="cpu", checked=False)
+    around = PatchGuard(model.scorer, patch=2)
+    assert model.certify(images).locality == around.certify(images).locality == "unchecked"
+    model.check_locality()
+    expected = "exact" if model.scorer.tolerance == 0 else "measured"
+    assert model.certify(images).locality == around.certify(images).locality == expected

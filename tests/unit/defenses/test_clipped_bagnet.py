@@ -132,5 +132,5 @@ class TestDeployment:
         assert (found.prediction.item(), found.margin.item()) == (0, margin(scores[2]))
         assert not found.certified.item()
         image[0, 2, 3] = (0, 0, 255)
-        assert found.worst_placement.tolist() == [[2, 3, 1, 1]]
+        assert found.worst_placement.tolist() == [[[2, 3, 1, 1]]]
         assert defense.predict(image).item() == 2

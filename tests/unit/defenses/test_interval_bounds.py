@@ -67,7 +67,7 @@ def test_margins_are_those_of_interval_arithmetic_by_hand():
             least[top, left, h, w] = linear_by_loops(*ends, difference, shifts)[0].min()
         worst = min(least.values())
         assert found.margin[i].item() == pytest.approx(math.floor(1000 * worst), abs=1)
-        assert least[tuple(found.worst_placement[i].tolist())] == pytest.approx(worst, abs=1e-6)
+        assert least[tuple(found.worst_placement[i, 0].tolist())] == pytest.approx(worst, abs=1e-6)
         assert bool(found.certified[i]) == (worst > 1e-4)
 
 
@@ -179,7 +179,7 @@ def test_only_allowed_placements_count():
     allowed = np.zeros((6, 6), dtype=bool)
     allowed[2:4, 1:3] = True
     free, confined = bounds(model, "2").certify(images), bounds(model, "2").certify(images, placements=allowed)
-    assert confined.worst_placement.tolist() == [[2, 1, 2, 2]] * 4
+    assert confined.worst_placement.tolist() == [[[2, 1, 2, 2]]] * 4
     assert (confined.margin >= free.margin).all()
     assert bool((confined.margin > free.margin).any())
 

@@ -61,7 +61,7 @@ def test_answer_and_alert_follow_the_definition(patch, stride, batch_size):
             label, quiet = reference(model, image, masks)
             assert (found.prediction[i], found.certified[i]) == (label, quiet)
             assert found.margin[i] == (0 if quiet else -1)
-            worst = masking.union_of([found.worst_placement[i].tolist()])
+            worst = masking.union_of(found.worst_placement[i].tolist())
             assert (masking.label_of(model, image, worst) == label) == quiet
             outcomes.add(quiet)
     if patch == "2" and stride < 9:

@@ -83,11 +83,11 @@ def test_too_many_unions_name_the_vote_rule():
 
 
 def test_an_empty_batch():
-    for patch, windows in (("1", ()), ("2*1", (2,))):
+    for patch, windows in (("1", 1), ("2*1", 2)):
         threat = PatchThreatModel.parse(patch, (1, 5))
         empty = ScoreMap(torch.zeros(0, 3, 1, 5, dtype=torch.int16), 0, 1, GRID)
         assert double_masking(empty, threat).worst_placement.shape == (0, 2 * threat.patches, 4)
-        assert detection(empty, threat).worst_placement.shape == (0, *windows, 4)
+        assert detection(empty, threat).worst_placement.shape == (0, windows, 4)
         assert double_masking_prediction(empty, threat).shape == (0,)
 
 

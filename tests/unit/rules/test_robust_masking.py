@@ -41,7 +41,7 @@ class TestByHand:
         found = robust_masking(scores, one_px(scores))
         # Of 8 a patch silences 2 and 2 more are masked; class 1 keeps its 9 where the patch is elsewhere.
         assert (found.prediction.item(), found.margin.item(), found.rule) == (0, 4 - 9, "robust-masking")
-        assert found.worst_placement.tolist() == [[0, 1, 1, 1]]
+        assert found.worst_placement.tolist() == [[[0, 1, 1, 1]]]
 
     def test_negative_scores_are_no_evidence(self):
         scores = row([3, 3, 3, 3], [0, 0, 0, 0], [-9, -9, -9, -9])
@@ -82,7 +82,7 @@ class TestByHand:
 
     def test_an_empty_batch(self):
         scores = row([1, 1, 1], [0, 0, 0])[:0]
-        assert robust_masking(scores, one_px(scores)).worst_placement.shape == (0, 4)
+        assert robust_masking(scores, one_px(scores)).worst_placement.shape == (0, 1, 4)
 
 
 @pytest.mark.parametrize("share", [*SHARES, Fraction(4, 7)])

@@ -23,7 +23,7 @@ def test_the_margin_by_hand():
     # 12 against 0: a 1x1 patch takes 2 of the lead (its own vote lost, the rival's won)
     found = vote(score_map(12, 0), PatchThreatModel.parse(1, (3, 4)))
     assert (found.prediction.item(), found.margin.item(), found.certified.item()) == (0, 10, True)
-    assert found.worst_placement.tolist() == [[0, 0, 1, 1]]
+    assert found.worst_placement.tolist() == [[[0, 0, 1, 1]]]
     assert levine_feizi(score_map(12, 0), PatchThreatModel.parse(1, (3, 4))).margin.item() == 10
     assert vote(score_map(12, 0), PatchThreatModel.parse("2x3", (3, 4))).margin.item() == 0
     assert vote(score_map(0, 12), PatchThreatModel.parse("2x3", (3, 4))).margin.item() == -1  # class 0 wins the tie
@@ -52,7 +52,7 @@ def test_an_empty_batch():
     for rule in (vote, levine_feizi):
         found = rule(empty, PatchThreatModel.parse(1, (3, 4)))
         assert len(found) == 0
-        assert found.worst_placement.shape == (0, 4)
+        assert found.worst_placement.shape == (0, 1, 4)
 
 
 def test_a_fixed_point_map_of_the_largest_span():
@@ -68,7 +68,7 @@ def test_the_worst_placement_is_where_most_can_be_taken():
     """Class 1 holds every region but one, the last: elsewhere a patch takes 1 from the lead, there 2."""
     found = vote(score_map(12, 11), PatchThreatModel.parse(1, (3, 4)))
     assert (found.prediction.item(), found.margin.item()) == (0, -1)
-    assert found.worst_placement.tolist() == [[2, 3, 1, 1]]
+    assert found.worst_placement.tolist() == [[[2, 3, 1, 1]]]
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -87,7 +87,7 @@ def test_the_most_dangerous_rival_need_not_be_the_runner_up():
     scores = torch.tensor([[3] * 12, [2] * 12, [3] * 7 + [2] + [0] * 4]).reshape(1, 3, 3, 4)
     found = vote(ScoreMap(scores, 0, 3, GRID), PatchThreatModel.parse(1, (3, 4)))
     assert (found.prediction.item(), found.margin.item()) == (0, (36 - 23) - (3 + 3))  # 8 against the runner-up
-    assert found.worst_placement.tolist() == [[2, 0, 1, 1]]
+    assert found.worst_placement.tolist() == [[[2, 0, 1, 1]]]
 
 
 def test_placements_that_are_not_allowed_cost_nothing():
@@ -100,7 +100,7 @@ def test_placements_that_are_not_allowed_cost_nothing():
     for rule in (vote, levine_feizi):
         found = rule(ScoreMap(scores, 0, 1, grid), PatchThreatModel((5, 5), ((1, 1),), 1, allowed))
         assert found.margin.item() == 25 - 2 * 4
-        assert found.worst_placement.tolist() == [[0, 0, 1, 1]]
+        assert found.worst_placement.tolist() == [[[0, 0, 1, 1]]]
 
 
 def test_counting_regions_by_hand():
