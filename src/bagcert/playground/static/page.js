@@ -23,7 +23,10 @@ async function start() {
     `Model ${about.model} with ${about.class_names.length} classes, ${height} × ${width} pixels, rule ${about.rule}, ` +
     `certified against any ${threatInWords(about.threat)}. It runs in this browser; no picture leaves it.`;
   [state.noise, state.paint] = [noise(width, height), blank(width, height)];
-  if (about.readout) element("show-votes").nextSibling.textContent = " Show the regions that see the patch";
+  if (about.readout) {
+    element("show-votes").nextSibling.textContent = " Show the regions that see the patch";
+    for (const color of document.querySelectorAll(".legend .for, .legend .against")) color.parentElement.hidden = true;
+  }
   certifiedSize();
   listSamples();
   connect();
