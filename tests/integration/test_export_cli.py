@@ -16,6 +16,8 @@ from PIL import Image
 from bagcert import cli
 from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
+from bagcert.training.loop import train
+from tests import tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NODE = shutil.which("node")
@@ -130,6 +132,72 @@ def test_the_javascript_example(exported, photos):
     refused = subprocess.run([*command[:3], "short.rgb"], cwd=folder, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "short.rgb: expected 3 x 64 bytes" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def pooling(tmp_path_factory):
+    """A model that pools regions by attention, trained for a moment."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    return train(tiny.attention_recipe(), tmp_path_factory.mktemp("runs") / "run", tiny.image_set(), device="cpu")
+
+
+def test_attention_pooling_is_exported(pooling, tmp_path):
+    import onnxruntime
+
+    code, out, err = run("export", pooling, "-o", tmp_path / "m.onnx", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert json.loads(found["metadata"]["readout"]) == {"classes": 3, "values": 8, "heads": 2}
+    assert found["check"]["maps"] > 50
+    model, images = load(pooling, device="cpu"), tiny.pixels(np.arange(60) % 3, tint=120)
+    expected = model.certify(images)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    batch = (images.transpose(0, 3, 1, 2) / 255).astype(np.float32)
+    label, certified, margin, scores = session.run(None, {"images": batch})
+    evidence = model.score_map(images).scores.numpy()
+    same = (scores == evidence).all((1, 2, 3))  # other kernels sum in another order, next to a rounding boundary
+    assert same.mean() > 0.9
+    assert label[same].tolist() == expected.prediction[same].tolist()
+    assert certified[same].tolist() == expected.certified[same].tolist()
+    assert margin[same].tolist() == expected.margin[same].tolist()
+    code, out, _ = run("doctor", pooling, "--device", "cpu", "--onnx", tmp_path / "m.onnx", "--json")
+    assert (code, json.loads(out)["consequence"]) == (0, "exact")
+
+
+def test_attention_pooling_in_8_bits(pooling, tmp_path):
+    for number, pixels in enumerate(tiny.pixels(np.arange(12) % 3)):
+        folder = tmp_path / "data" / tiny.COLORS[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    more = ("--int8", "--calibration", tmp_path / "data", "--calibration-images", 12)
+    code, out, err = run("export", pooling, "-o", tmp_path / "m.onnx", *more, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["metadata"]["quantization"] == "int8, static"
+    assert json.loads(out)["locality"] == "exact"
+
+
+def test_attention_pooling_through_onnxruntime(pooling, tmp_path):
+    Image.fromarray(tiny.pixels(np.array([1]), tint=200)[0]).save(tmp_path / "photo.png")
+    verdicts = []
+    for backend in ("torch", "onnxruntime"):
+        code, out, err = run(
+            "certify", tmp_path / "photo.png", "--model", pooling, "--backend", backend, "--device", "cpu", "--json"
+        )
+        assert (code, err) == (0, "")
+        verdicts.append(json.loads(out)["results"][0]["results"][0])
+    assert [(one["prediction"], one["certified"]) for one in verdicts[1:]] == [
+        (verdicts[0]["prediction"], verdicts[0]["certified"])
+    ]
+
+
+@pytest.mark.parametrize(("rule", "reason"), [("vote", "sums over regions"), ("detection", "double-masking can")])
+def test_attention_pooling_with_another_rule_refused(pooling, tmp_path, rule, reason):
+    code, out, err = run("export", pooling, "-o", tmp_path / "m.onnx", "--rule", rule)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert f"the rule {rule} cannot be exported for a model that pools regions by attention" in err
+    assert reason in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

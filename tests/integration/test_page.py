@@ -15,6 +15,7 @@ from bagcert.data.photo import read_image
 from bagcert.defenses.bagcert import load
 from bagcert.playground.server import PageServer
 from bagcert.playground.site import build_site
+from tests import tiny
 from tests.browser import CHROMIUM, Browser, until
 
 pytest.importorskip("onnxruntime")
@@ -290,3 +291,23 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
             process.kill()
             process.wait()
     assert "Traceback" not in (tmp_path / "out").read_text()
+
+
+@in_browser
+def test_a_model_that_pools_regions_has_no_votes(browser):
+    model = tiny.attention_model()
+    browser.errors.clear()
+    with PageServer(build_site(model)) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        browser.open(server.url, (1200, 900))
+        browser.wait(READY)
+        found = browser.value("[...document.querySelectorAll('#attacked .verdict dd')].map((each) => each.textContent)")
+        label = browser.value("document.getElementById('show-votes').parentElement.textContent.trim()")
+        pixels = np.asarray(Image.open(download(browser)).convert("RGB"))
+        server.shutdown()
+        thread.join()
+    answer, certificate, margin = found  # and no row of votes
+    assert (answer, certificate == "yes", int(margin.replace(",", ""))) == certified(model, pixels)
+    assert label == "Show the regions that see the patch"
+    assert not browser.errors

@@ -74,7 +74,7 @@ def build_site(
 
 def described(metadata: dict[str, str]) -> dict[str, Any]:
     """What an exported file says of itself, as the page takes it."""
-    structured = ("threat", "class_names", "image_size", "geometry")
+    structured = ("threat", "class_names", "image_size", "geometry", "readout")
     plain = ("model", "rule", "patch", "weights_sha256", "bagcert_version")
     return {name: metadata[name] for name in plain} | {name: json.loads(metadata[name]) for name in structured}
 

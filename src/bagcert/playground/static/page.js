@@ -23,6 +23,10 @@ async function start() {
     `Model ${about.model} with ${about.class_names.length} classes, ${height} × ${width} pixels, rule ${about.rule}, ` +
     `certified against any ${threatInWords(about.threat)}. It runs in this browser; no picture leaves it.`;
   [state.noise, state.paint] = [noise(width, height), blank(width, height)];
+  if (about.readout) {
+    element("show-votes").nextSibling.textContent = " Show the regions that see the patch";
+    for (const color of document.querySelectorAll(".legend .for, .legend .against")) color.parentElement.hidden = true;
+  }
   certifiedSize();
   listSamples();
   connect();
@@ -260,8 +264,13 @@ function draw() {
   if (!state.shown) return;
   const { image, patch, pixels } = state.shown;
   const { geometry } = state.about;
-  const other = { clean: runnerUp(state.clean), attacked: runnerUp(state.attacked) };
-  const votes = { clean: lead(state.clean, other.clean), attacked: lead(state.attacked, other.attacked) };
+  // Where regions are pooled by attention none has a vote of its own; the reach of the patch is drawn alone.
+  const none = state.clean.map[0] * state.clean.map[1];
+  const [other, votes] = [{}, {}];
+  for (const id of ["clean", "attacked"]) {
+    other[id] = state.about.readout ? null : runnerUp(state[id]);
+    votes[id] = state.about.readout ? new Array(none).fill(0) : lead(state[id], other[id]);
+  }
   const strongest = Math.max(1, ...votes.clean.map(Math.abs), ...votes.attacked.map(Math.abs));
   const reach = {
     rows: touched(geometry.rows, patch.top, patch.top + patch.height),
@@ -281,13 +290,16 @@ function draw() {
 
 function showVerdict(id, decision, other, votes) {
   const names = state.about.class_names;
-  const count = votes.filter((vote) => vote > 0).length;
   const rows = [
     ["Answer", names[decision.label], "answer"],
     ["Certificate", decision.certified ? "yes" : "no", decision.certified ? "yes" : "no"],
     ["Margin", decision.margin.toLocaleString("en"), ""],
-    ["Votes", `${count} of ${votes.length} regions prefer “${names[decision.label]}” to “${names[other]}”`, ""],
   ];
+  if (other !== null) {
+    const count = votes.filter((vote) => vote > 0).length;
+    const text = `${count} of ${votes.length} regions prefer “${names[decision.label]}” to “${names[other]}”`;
+    rows.push(["Votes", text, ""]);
+  }
   const list = element(id).querySelector(".verdict");
   list.replaceChildren(...rows.flatMap(([name, value, style]) => {
     const [term, says] = [document.createElement("dt"), document.createElement("dd")];
