@@ -34,6 +34,11 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("broken_certificates", "disagreements", "records_refused"),
     ),
     "pooling": ("python -m tests.properties.pooling --cases 3000 --json", ("disagreements", "broken_certificates")),
+    "records": (
+        "python -m tests.properties.records --cases 20000 --json",
+        ("wrongly_accepted", "crashed", "over_time_limit", "honest_refused"),
+    ),
+    "model-folders": ("python -m tests.properties.hostile --cases 1000 --dtype bfloat16 --json", ("broken",)),
     "photo-files": (
         "python -m tests.properties.photo_files --cases 3000 --json",
         ("broken_certificates", "misreported"),

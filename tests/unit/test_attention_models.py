@@ -31,8 +31,6 @@ from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.runtimes import get_runner
 from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig, read_config, read_model, weights_sha256, write_model
 from bagcert.proofs.file import RecordFile
-from bagcert.proofs.recompute import recompute
-from bagcert.proofs.record import certificate_record
 from bagcert.rules import RULES
 from bagcert.rules.largest import covered_px, largest_certifiable_px, largest_certified_px
 from bagcert.scores import ScoreMap
@@ -353,19 +351,11 @@ class TestRefused:
         with pytest.raises(UsageError, match=f"{name} {REFUSED}"):
             deploy(tiny.attention_scorer())
 
-    def test_records(self, tmp_path):
-        model, path = tiny.attention_model(), tmp_path / "records.jsonl"
-        with pytest.raises(UsageError, match=f"a certificate record {REFUSED}"):
-            RecordFile(path, model, (), (), {"dtype": "float32"})
+    def test_records_by_a_rule_that_needs_sums(self, tmp_path):
+        path = tmp_path / "records.jsonl"
+        with pytest.raises(UsageError, match=f"the rule vote {REFUSED}: use double-masking or detection"):
+            RecordFile(path, tiny.attention_model(), ("vote",), (), {"dtype": "float32"})
         assert not path.exists()
-        Image.fromarray(IMAGES[0]).save(tmp_path / "photo.png")
-        photo = read_image(tmp_path / "photo.png")
-        score_map = model.score_map(IMAGES[:1])
-        certificate = model.certify_scores(score_map)
-        with pytest.raises(UsageError, match=f"a certificate record {REFUSED}"):
-            certificate_record(model, Preprocessing((8, 8)), photo, score_map, certificate, {})
-        with pytest.raises(UsageError, match=f"a certificate record {REFUSED}"):
-            recompute({"model": {}}, model, tmp_path / "photo.png")
 
 
 class TestDescribed:

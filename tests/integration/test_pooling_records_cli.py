@@ -1,0 +1,223 @@
+"""`bagcert certify --record` and `bagcert verify` with a model that pools regions by attention."""
+
+import base64
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bagcert.nets.saved_model import ModelConfig, write_model
+from bagcert.proofs.lines import from_line, lines, seal, to_line
+from tests import tiny
+from tests.integration.test_verify_cli import run
+
+FACTS = {
+    "name": "pooled",
+    "architecture": "pyramid-rf3s2",
+    "width": 8,
+    "depth": 1,
+    "padded": True,
+    "head": "attention-pooling",
+    "scale": 1.0,
+    "values": 8,
+    "attention_heads": 2,
+    "hidden": 6,
+    "mean": [0.5] * 3,
+    "std": [0.25] * 3,
+    "class_names": list(tiny.COLORS),
+    "image_size": [12, 12],
+    "rule": "double-masking",
+    "patch": "2",
+}
+
+
+def model_folder(folder: Path, seed: int) -> Path:
+    """A model with random weights that favors one color."""
+    torch.manual_seed(seed)
+    config = ModelConfig.model_validate(FACTS)
+    scorer = config.build()
+    with torch.no_grad():
+        scorer.readout.skip.bias[1] = 1.5
+    folder.mkdir()
+    write_model(folder, scorer, config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, three photos and their records by one of the models."""
+    folder = tmp_path_factory.mktemp("pooled")
+    model_folder(folder / "model", 0)
+    model_folder(folder / "other", 1)
+    (folder / "photos").mkdir()
+    for number, pixels in enumerate(tiny.pixels(np.arange(3), (16, 14))):
+        Image.fromarray(pixels).save(folder / "photos" / f"{number}.png")
+    mask = np.zeros((16, 14), dtype=np.uint8)
+    mask[:8] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    assert run(*certify(folder), "--record", folder / "r.jsonl")[::2] == (0, "")
+    return folder
+
+
+def certify(home: Path, model: str = "model") -> tuple[object, ...]:
+    rules = ("--rule", "double-masking", "--rule", "detection", "--patch", "2", "--patch", "1x3")
+    return ("certify", home / "photos", "--model", home / model, "--device", "cpu", *rules)
+
+
+def contents(path: Path) -> list[dict[str, Any]]:
+    return [from_line(line) for line in lines(path)]
+
+
+def write(path: Path, readout: dict[str, Any] | None, records: list[dict[str, Any]]) -> Path:
+    first = [] if readout is None else [to_line(readout)]
+    path.write_bytes(b"".join([*first, *(to_line(seal(record)) for record in records)]))
+    return path
+
+
+def test_the_readout_is_the_first_line_and_every_record_states_its_hash(home: Path) -> None:
+    readout, *records = contents(home / "r.jsonl")
+    assert (readout["readout_version"], readout["values"], readout["heads"], readout["hidden"]) == (1, 8, 2, 6)
+    assert len(records) == 12
+    for record in records:
+        assert (record["record_version"], record["model"]["head"]) == (3, "attention-pooling")
+        assert record["evidence"]["readout_sha256"] == readout["sha256"]
+        assert "scores" not in record
+
+
+def test_records_are_verified_with_and_without_the_model(home: Path) -> None:
+    certified = sum(record["verdict"]["certified"] for record in contents(home / "r.jsonl")[1:])
+    assert certified > 0
+    code, out, err = run("verify", home / "r.jsonl")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"12 of 12 records hold, given the recorded scores and geometry: {certified} certified")
+    code, out, err = run("verify", home / "r.jsonl", "--model", home / "model", "--device", "cpu", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["records"], found["verified"], found["distinct_images"]) == (12, 12, 3)
+    assert [result["line"] for result in found["results"]] == list(range(2, 14))
+    assert found["results"][0]["reason"] == "pixels, geometry and scores are those of the model"
+
+
+def test_records_under_a_mask_are_of_the_same_version(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "masked.jsonl"
+    assert run(*certify(home), "--placements", home / "mask.png", "--record", path)[::2] == (0, "")
+    assert {record["record_version"] for record in contents(path)[1:]} == {3}
+    assert run("verify", path, "--model", home / "model", "--device", "cpu")[0] == 0
+
+
+def test_a_run_cut_anywhere_is_completed_to_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    whole = (home / "r.jsonl").read_bytes()
+    first = whole.index(b"\n") + 1
+    path = tmp_path / "r.jsonl"
+    for cut in (0, 5, first - 1, first, first + 30, len(whole) // 2, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        assert run(*certify(home), "--record", path, "--resume")[0] == 0
+        assert path.read_bytes() == whole
+
+
+def test_a_file_of_another_model_is_refused_and_kept(home: Path, tmp_path: Path) -> None:
+    readout, *records = contents(home / "r.jsonl")
+    path = tmp_path / "r.jsonl"
+    for content, model, words in (
+        ([readout, *records], "other", "line 1 of {} is a readout that is not of this run's model"),
+        (records, "model", "line 1 of {} is no readout; this run's model pools regions by attention"),
+        ([readout, readout, *records], "model", "line 2 of {} is a readout that is not of this run's model"),
+    ):
+        path.write_bytes(b"".join(map(to_line, content)))
+        before = path.read_bytes()
+        code, _, err = run(*certify(home, model), "--record", path, "--resume")
+        assert code == 2
+        assert words.format(path) in err.replace("\n", " ")
+        assert path.read_bytes() == before
+    path.write_bytes(b"".join(map(to_line, [readout, *records])))
+    code, _, err = run(
+        *("certify", home / "photos", "--model", "digits", "--patch", "2", "--device", "cpu"),
+        *("--record", path, "--resume"),
+    )
+    assert code == 2
+    assert "line 1 of" in err
+
+
+def test_rules_that_need_sums_leave_no_file(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    code, _, err = run(*certify(home), "--rule", "vote", "--record", path)
+    assert code == 2
+    assert "the rule vote needs class scores that are sums over regions" in err
+    assert not path.exists()
+
+
+def test_files_of_two_models_may_follow_each_other(home: Path, tmp_path: Path) -> None:
+    assert run(*certify(home, "other"), "--record", tmp_path / "other.jsonl")[0] == 0
+    path = tmp_path / "both.jsonl"
+    path.write_bytes((home / "r.jsonl").read_bytes() + (tmp_path / "other.jsonl").read_bytes())
+    code, out, _ = run("verify", path)
+    assert code == 0
+    assert out.startswith("24 of 24 records hold")
+
+
+def test_hostile_readouts_are_never_valid(home: Path, tmp_path: Path) -> None:
+    readout, *records = contents(home / "r.jsonl")
+    _, *others = contents(home / "r.jsonl")
+    bias = np.frombuffer(zlib.decompress(base64.b64decode(readout["bias"])), "<i4") + 1
+    changed = {**readout, "bias": base64.b64encode(zlib.compress(bias.tobytes())).decode()}
+    lost = [{**record, "evidence": {**record["evidence"], "readout_sha256": "0" * 64}} for record in others]
+    for first, rest, words in (
+        (None, records, "no readout is given before it"),
+        (changed, records, "line 1: the hash of the readout is"),
+        ({**readout, "sha256": "0" * 64}, records, "line 1: the hash of the readout is"),
+        ({**readout, "heads": 3}, records, "line 1: 8 values are no multiple of 3 attention heads"),
+        ({**readout, "hidden": 7}, records, "line 1: packed data must be of 224 bytes"),
+        ({**readout, "readout_version": 2}, records, "line 1: its readout_version is 2; this reads 1"),
+        ({**readout, "note": ""}, records, "line 1: it has the unknown field 'note'"),
+        ({**readout, "sha256": 5}, records, "line 1: its sha256 is not text"),
+        (readout, lost, "the record uses the readout '000"),
+    ):
+        code, out, err = run("verify", write(tmp_path / "hostile.jsonl", first, rest))
+        assert code == 5, err
+        assert out.startswith("0 of 1")
+        assert words in err.replace("\n", " ")
+    path = write(tmp_path / "only.jsonl", readout, [])
+    code, _, err = run("verify", path)
+    assert code == 5
+    assert "only.jsonl holds no records" in err.replace("\n", "")
+
+
+def test_a_forged_verdict_fails_by_its_proof(home: Path, tmp_path: Path) -> None:
+    readout, *records = contents(home / "r.jsonl")
+    for change in ({"margin": records[0]["verdict"]["margin"] + 1}, {"prediction": 2}, {"certified": "yes"}):
+        forged = {**records[0], "verdict": {**records[0]["verdict"], **change}}
+        code, out, err = run("verify", write(tmp_path / "forged.jsonl", readout, [forged, records[1]]))
+        assert code == 4, err
+        assert out.startswith("1 of 2 records hold")
+
+
+def test_only_the_model_shows_false_evidence_or_another_readout(home: Path, tmp_path: Path) -> None:
+    """A record consistent in itself is a premise; against the model it fails."""
+    readout, *records = contents(home / "r.jsonl")
+    model = ("--model", home / "model", "--device", "cpu")
+    path = tmp_path / "other.jsonl"
+    assert run(*certify(home, "other"), "--record", path)[0] == 0
+    assert run("verify", path)[0] == 0
+    code, _, err = run("verify", path, *model)
+    assert code == 4
+    assert "its weights_sha256 is" in err
+    named = [{**record, "model": records[0]["model"]} for record in contents(path)[1:]]
+    code, _, err = run("verify", write(path, contents(path)[0], named), *model)
+    assert code == 4
+    assert "the readout_sha256 of its evidence is" in err
+    # A value may move by 1 without moving a rounded mean.
+    record = next(record for record in records if record["rule"] == "detection")
+    weights = np.frombuffer(zlib.decompress(base64.b64decode(record["evidence"]["weights"])), "u1").copy()
+    products = np.frombuffer(zlib.decompress(base64.b64decode(record["evidence"]["products"])), "<i4").copy()
+    products[0] += weights[0] if products[0] < 0 else -int(weights[0])
+    record["evidence"]["products"] = base64.b64encode(zlib.compress(products.tobytes())).decode()
+    forged = write(path, readout, [record])
+    assert run("verify", forged)[0] == 0
+    code, _, err = run("verify", forged, *model)
+    assert code == 4
+    assert "the products of the evidence differ from the network's here in 1 of" in err
