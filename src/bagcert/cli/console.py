@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 
 from rich.box import HEAVY_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -93,7 +94,7 @@ def print_table(
             it, each whole on a line with a number, and the numbers stand in the table.
     """
     rows = list(rows)
-    if names and _stdout().measure(_table(rows, left, right, title, fold, first_whole)).maximum > _stdout().width:
+    if names and _room(_table(rows, left, right, title, fold, first_whole)).maximum > _stdout().width:
         numbers = itertools.count(1)
         short = []
         for row in rows:
@@ -103,7 +104,12 @@ def print_table(
             short.append((number, *row[1:]))
         rows = short
     table = _table(rows, left, right, title, fold, first_whole)
-    _stdout(_stdout().measure(table).minimum if first_whole else 0).print(table)
+    _stdout(_room(table).minimum if first_whole else 0).print(table)
+
+
+def _room(table: Table) -> Measurement:
+    """How wide a table can be at least and would be at most; a console of a usual width would bound both."""
+    return _stdout(1 << 16).measure(table)
 
 
 def _table(
