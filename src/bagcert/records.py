@@ -1,5 +1,7 @@
 """Records of images and runs, as evaluations write them: plain data, standard library only."""
 
+import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -171,6 +173,20 @@ class RunInfo:
             if not values[name]:
                 del values[name]
         return {"schema_version": values.pop("schema_version"), **values}
+
+    def to_csv(self) -> str:
+        """The rows as a table for spreadsheets: a line per rule and patch, with what was evaluated beside it."""
+        attack = ATTACK_FIGURES if self.attack is not None else ()
+        columns = ["model", "data", "split", "images", "rule", "threat", "pixels", "clean_accuracy"]
+        columns += ["certified_accuracy", "certified_low95", "certified_high95", "certified_share", *attack]
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(columns)
+        for row in self.results:
+            low, high = row.interval95["certified_accuracy"]
+            own = {**asdict(self), **asdict(row), "certified_low95": low, "certified_high95": high}
+            table.writerow([own[column] for column in columns])
+        return text.getvalue()
 
 
 ATTACK_FIGURES = ("attacked_accuracy", "attempts", "certified_attempts", "broken_certificates")

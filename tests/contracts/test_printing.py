@@ -70,6 +70,7 @@ def test_every_way_to_print_leaves_no_control_character(capsys: pytest.CaptureFi
         "print_table": lambda: console.print_table(
             [(HOSTILE, console.styled(HOSTILE, "red"))], (HOSTILE,), (HOSTILE,), HOSTILE, fold=True
         ),
+        "say_notes": lambda: console.say_notes([HOSTILE]),
         "print_facts": lambda: console.print_facts([(HOSTILE, HOSTILE)]),
         "print_json": lambda: console.print_json({HOSTILE: HOSTILE}),
         "print_results": lambda: console.print_results(info),

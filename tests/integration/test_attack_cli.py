@@ -38,6 +38,8 @@ def test_json_out_records_and_images(tmp_path: Path) -> None:
         "seed",
         "attack",
         "results",
+        "notes",
+        "pixels",
     ]
     assert (document["model"], document["data"], document["split"]) == ("digits", "digits", "test")
     assert (document["images"], document["device"], document["dtype"]) == (4, "cpu", "float32")

@@ -20,7 +20,9 @@ from bagcert.io.files import RANDOM_LETTERS, open_regular, read_regular, write_a
 from bagcert.records import wilson_interval
 from bagcert.threat import MAX_MASK_BYTES
 
-RUN = "run.json"
+RUN = "_run.json"
+"""With an underscore, so that readers of a folder of Parquet files leave it out."""
+OLD_RUN = "run.json"
 RUN_VERSION = 1
 MAX_RUN_BYTES = 1 << 24
 KEY = b"bagcert"
@@ -79,6 +81,9 @@ class ResultFolder:
             names = [entry.name for entry in folder.iterdir()]
         except OSError as error:
             raise BagcertError(f"the folder {folder} cannot be used: {error.strerror or error}") from None
+        if OLD_RUN in names and RUN not in names:
+            _rename(folder)
+            names = [RUN if name == OLD_RUN else name for name in names]
         if RUN in names:
             there = read_run(folder)
             for name in (*run, *there):  # what was asked stands before what follows from it
@@ -132,14 +137,28 @@ def read_run(folder: Path) -> dict[str, Any]:
     Raises:
         UnreadableError: there is no run in the folder, or its description is damaged.
     """
+    if not (folder / RUN).exists() and (folder / OLD_RUN).exists():
+        return _read(folder / OLD_RUN)
+    return _read(folder / RUN)
+
+
+def _rename(folder: Path) -> None:
+    """Gives the description of a run of an older version its name of now."""
     try:
-        found = json.loads(read_regular(folder / RUN, MAX_RUN_BYTES))
+        (folder / OLD_RUN).rename(folder / RUN)
     except OSError as error:
-        raise UnreadableError(f"{folder / RUN} cannot be read: {error.strerror or error}") from None
+        raise BagcertError(f"the folder {folder} cannot be used: {error.strerror or error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_regular(path, MAX_RUN_BYTES))
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError):
-        raise UnreadableError(f"{folder / RUN} is damaged; it is not the description of a run") from None
+        raise UnreadableError(f"{path} is damaged; it is not the description of a run") from None
     if not isinstance(found, dict) or found.get("schema_version") != RUN_VERSION or type(found.get("parts")) is not int:
-        raise UnreadableError(f"{folder / RUN} is no description of a run that this version knows")
+        raise UnreadableError(f"{path} is no description of a run that this version knows")
     return found
 
 

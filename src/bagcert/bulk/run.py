@@ -72,7 +72,7 @@ def certify_many(
 
     Args:
         data: a folder, file, glob or URL of images or Parquet files.
-        out: a folder for `run.json` and one Parquet file per part; rows as in `bagcert.bulk.worker.SCHEMA`.
+        out: a folder for `_run.json` and one Parquet file per part; rows as in `bagcert.bulk.worker.SCHEMA`.
         model, device, dtype, portable, backend: as for `load`.
         patches, rules: the model's own when empty; sizes in pixels of each image as stored.
         engine: a name in ENGINES.

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bagcert.cli.console import print_json, print_table, progress, say
-from bagcert.cli.options import DATA_HELP, Device, Json
+from bagcert.cli.console import print_json, print_table, progress, say, say_notes
+from bagcert.cli.options import DATA_HELP, LIMIT_HELP, Device, Json
+from bagcert.records import in_unit
 
 if TYPE_CHECKING:
     from bagcert.evaluation.benchmark import BenchmarkRow
@@ -21,8 +22,8 @@ def benchmark(
     patch: Annotated[
         list[str] | None, typer.Option(metavar="PATCH", help="As in evaluate. Repeat for several. Default: 2 and 5.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N test images, in data-set order.")] = None,
-    train_limit: Annotated[int | None, typer.Option(min=1, help="Train on the first N images only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help=LIMIT_HELP)] = None,
+    train_limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="As --limit, of training images.")] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Of every training. Default: what suits the size of the images.")
     ] = None,
@@ -77,7 +78,8 @@ def _print(rows: "list[BenchmarkRow]") -> None:
     right = ("clean", "certified", "images", "passes", "images/s predict", "certify", "MiB", "training s")
     for patch in dict.fromkeys(row.patch for row in rows):
         some = [row for row in rows if row.patch == patch]
-        say(f"{some[0].data} ({some[0].split}), patch {patch}, {some[0].device}, {some[0].threads} threads")
+        say(f"{some[0].data} ({some[0].split}), patch {in_unit(patch)}, {some[0].device}, {some[0].threads} threads")
+        say_notes(dict.fromkeys(note for row in some for note in row.notes or ()))
         cells = [
             (
                 row.defense,

@@ -8,6 +8,7 @@ import typer
 from bagcert.cli.certify_many import certify_data
 from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, styled, warn
 from bagcert.cli.options import Backend, Device, Dtype, Fit, Json, Patches, Placements, Portable, Rules
+from bagcert.records import in_unit
 
 
 def certify(
@@ -186,15 +187,29 @@ def _print(verdicts: list) -> None:
                     verdict.source if first else "",
                     "x".join(map(str, verdict.size_px)) if first else "",
                     verdict.class_name if first else "",
-                    result.threat,
+                    in_unit(result.threat, "of the photo"),
                     result.rule,
                     styled("yes", "green") if result.certified else styled("no", "red"),
                     str(result.margin),
-                    str(result.worst_placement),
+                    places(result.worst_placement),
                     str(verdict.largest_certifiable_px) if first else "",
                 )
             )
     if rows:
         columns = ("image", "size, px", "class", "patch", "rule", "certified", "margin", "worst placement")
-        print_table(rows, (*columns, "largest, px"), fold=True)
+        print_table(rows, (*columns, "largest, px"), fold=True, names=True)
+        say("sizes and placements (size at top, left) are in pixels of the photo as stored")
         say("largest: side of the largest square for which a defence built for it certifies the same class")
+
+
+def places(worst: list) -> str:
+    """Worst placements as short as they can be said.
+
+    >>> places([[0, 3, 5, 5], [4, 8, 5, 5]])
+    '5x5 at 0,3 and 4,8'
+    """
+    boxes = worst if worst and isinstance(worst[0], list) else [worst]
+    shapes: dict[str, list[str]] = {}
+    for top, left, height, width in boxes:
+        shapes.setdefault(f"{height}x{width}", []).append(f"{top},{left}")
+    return "; ".join(f"{shape} at {' and '.join(corners)}" for shape, corners in shapes.items())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bagcert.cli.console import fail, print_json, print_table, progress, say
+from bagcert.records import in_unit
 
 
 def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) -> None:
@@ -38,7 +39,8 @@ def _print(found: dict[str, Any], out: Path) -> None:
     for row in found["results"]:
         shares = (row["clean_accuracy"], row["certified_accuracy"]) if labelled else ()
         certified = (f"{row['certified']:,}", f"{row['certified_share']:.1%}")
-        rows.append((row["patch"], row["rule"], *certified, *(f"{share:.1%}" for share in shares)))
+        patch = in_unit(row["patch"], "of the photo")
+        rows.append((patch, row["rule"], *certified, *(f"{share:.1%}" for share in shares)))
     say(f"{found['model']} on {found['data']}: {found['images']:,} images, {found['errors']:,} with errors")
     right = ("certified images", "share", *(("clean", "certified accuracy") if labelled else ()))
     print_table(rows, ("patch", "rule"), right)

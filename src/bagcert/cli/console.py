@@ -4,6 +4,7 @@ All that a command prints goes through this module, and no other module of the c
 files and may be hostile: texts stand on one line, without control characters, and nothing in them is markup.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 
 from rich.box import HEAVY_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -78,6 +80,7 @@ def print_table(
     title: str | None = None,
     fold: bool = False,
     first_whole: bool = False,
+    names: bool = False,
 ) -> None:
     """A table on stdout.
 
@@ -87,7 +90,37 @@ def print_table(
         title: above it.
         fold: are cells that are too long broken anywhere, and not cut short?
         first_whole: is the first column never broken? The table is wider than the terminal where it has to be.
+        names: does the first column hold names of files? Where the table does not fit into the width, they stand above
+            it, each whole on a line with a number, and the numbers stand in the table.
     """
+    rows = list(rows)
+    if names and _room(_table(rows, left, right, title, fold, first_whole)).maximum > _stdout().width:
+        numbers = itertools.count(1)
+        short = []
+        for row in rows:
+            number = str(next(numbers)) if str(row[0]) else ""
+            if number:
+                say(f"{number}: {row[0]}")
+            short.append((number, *row[1:]))
+        rows = short
+    table = _table(rows, left, right, title, fold, first_whole)
+    _stdout(_room(table).minimum if first_whole else 0).print(table)
+
+
+def _room(table: Table) -> Measurement:
+    """How wide a table can be at least and would be at most; a console of a usual width would bound both."""
+    return _stdout(1 << 16).measure(table)
+
+
+def _table(
+    rows: Iterable[Sequence[str | Text]],
+    left: Sequence[str],
+    right: Sequence[str],
+    title: str | None,
+    fold: bool,
+    first_whole: bool,
+) -> Table:
+    """What `print_table` prints."""
     table = Table(title=None if title is None else styled(title), title_justify="left", box=HEAVY_HEAD)
     for number, name in enumerate((*left, *right)):
         table.add_column(
@@ -98,7 +131,7 @@ def print_table(
         )
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else styled(cell) for cell in row))
-    _stdout(_stdout().measure(table).minimum if first_whole else 0).print(table)
+    return table
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:

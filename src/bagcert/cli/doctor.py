@@ -26,7 +26,7 @@ def doctor(
         str | None,
         typer.Option(help="Images on which to say what a guard costs: digits, cifar10, or a path as for evaluate."),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, metavar="N", help="How many of them.")] = 1000,
+    images: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many of them.")] = 1000,
     json: Json = False,
 ) -> None:
     """Measure whether scores stand still outside a patch's reach, on this device and in this dtype.
@@ -100,6 +100,7 @@ def _cost(
                     "rule": row.rule,
                     "threat": row.threat,
                     "images": len(found),
+                    **({"notes": list(found.notes)} if found.notes else {}),
                     "certified_accuracy": certified,
                     "certified_accuracy_lost": cost[0]["certified_accuracy"] - certified if cost else 0.0,
                 }
@@ -117,6 +118,8 @@ def _print(report: "LocalityReport", cost: list[dict[str, Any]]) -> None:
     print_table(rows, ("probe", "kind"), ("images", "largest change, z", "largest change, levels"))
     for sentence in sentences(report):
         say(sentence)
+    for note in cost[0].get("notes", ()) if cost else ():
+        say(f"note: the guards are compared on {note}")
     for row in cost:
         say(
             f"  guard against {row['guard']:<15} tolerance {row['tolerance_z']:.3g}  certified "

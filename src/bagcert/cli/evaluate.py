@@ -52,7 +52,10 @@ def evaluate(
     json: Json = False,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="Write the JSON here, and one record per image to FILE.records.jsonl."),
+        typer.Option(
+            metavar="FILE.json",
+            help="Write the JSON here, its rows to FILE.csv, a line per image to FILE.records.jsonl.",
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last whole batch of an interrupted run with this --out.")

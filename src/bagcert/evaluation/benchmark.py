@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,14 @@ class BenchmarkRow:
     device: str
     threads: int
     versions: dict[str, str]
+    notes: list[str] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, the schema version first."""
+        """Ready for JSON, the schema version first; without notes where there are none."""
         values = asdict(self)
+        if not self.notes:
+            del values["notes"]
         return {"schema_version": values.pop("schema_version"), **values}
 
 
@@ -144,8 +147,7 @@ def benchmark(
         out: for `<defense>-<patch>.json`, their records, and the trained networks under `networks`.
         patches: squares, in the notation of `PatchThreatModel.parse`. Networks are trained once, against the largest.
         defenses: names from `DEFENSES`; all of them when empty.
-        limit: the first so many test images only.
-        train_limit: the first so many training images only.
+        limit, train_limit: at most so many test and training images, see `ImageSet.take`.
         epochs, multiply_adds: of each training and of each pass, in place of what suits the size of the images.
         seed: of trainings, and of the choice of images for slow defences.
         on_progress: called with (what is being done, done, in all).
@@ -175,6 +177,7 @@ def benchmark(
                 "data": images.name,
                 "limit": limit,
                 "images": len(chosen),
+                "notes": _notes(source, images, len(chosen)) or None,
                 "epochs": recipe.train.epochs,
                 "seed": seed,
             }
@@ -183,6 +186,7 @@ def benchmark(
                 row, records = _measured(
                     name, patch, threat, folder, networks, images, pixels, chosen, limit, on_progress
                 )
+                row = replace(row, notes=_notes(source, images, len(chosen)) or None)
                 write_together({path: _document(row), path.with_suffix(".records.jsonl"): records})
             rows.append(row)
     return rows
@@ -241,6 +245,14 @@ def cost_of(architecture: str, depth: int, classes: int, channels: int, size: tu
     return multiply_adds(lambda: build(classes, width, depth, True, channels), channels, size)
 
 
+def _notes(source: ImageSet, images: ImageSet, count: int) -> list[str]:
+    """What belongs to a row's figures: that the images tested or trained on are only some."""
+    found = [f"tested on {note}" for note in images.notes] + [f"trained on {note}" for note in source.notes]
+    if count < len(images):
+        found.append(f"tested on {count:,} of these {len(images):,} images, drawn at random")
+    return found
+
+
 def _some(count: int, most: int, seed: int) -> np.ndarray:
     """The numbers of at most so many images, drawn at random, in order."""
     return np.sort(np.random.default_rng(seed).permutation(count)[:most])
@@ -257,6 +269,8 @@ def _kept(path: Path, asked: dict[str, Any]) -> BenchmarkRow | None:
     except (ValidationError, RecursionError):
         raise UnreadableError(f"{path} is not a row of a benchmark; remove it to measure again") from None
     for key, value in asked.items():
+        if key == "notes" and row.notes is None and not (value and any("sample" in note for note in value)):
+            continue  # of an older version, which drew no samples
         if getattr(row, key) != value:
             raise UsageError(
                 f"{path} was measured with {key} {getattr(row, key)}, now {value} is asked for; choose another --out"

@@ -224,7 +224,9 @@ def _remarks(model: BagCert, rows: Sequence[Row]) -> list[str]:
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Writes the JSON, and beside it one line per image in `*.records.jsonl` and pictures of some in `*.gallery.npz`.
+    """Writes the JSON, and beside it `*.csv`, `*.records.jsonl` and `*.gallery.npz`.
+
+    These are its rows as a table, one line per image, and pictures of some images.
 
     Each is written whole or not at all; an older gallery is removed where there is none now.
 
@@ -237,6 +239,7 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
     contents = {path.with_suffix(".records.jsonl"): records.encode()}
     if evaluation.gallery is not None:
         contents[gallery_path(path)] = gallery_bytes(evaluation.gallery)
+    contents[path.with_suffix(".csv")] = evaluation.info.to_csv().encode()
     contents[path] = (json.dumps(evaluation.info.to_dict(), indent=2) + "\n").encode()
     for target, content in contents.items():
         remove_leftovers(target)

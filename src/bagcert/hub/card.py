@@ -172,6 +172,8 @@ def _measured(results: RunInfo | None, repo_id: str, config: ModelConfig) -> str
         *map(_line, results.results),
     ]
     limit = "" if results.limit is None else f" (the first {results.limit:,} only)"
+    if results.notes:
+        limit = f" ({code('; '.join(results.notes))})"
     unreadable = f"; {results.unreadable:,} could not be read" if results.unreadable else ""
     return (
         "\n".join(lines) + "\n\nClean: the share of images answered rightly. Certified: the share answered rightly "

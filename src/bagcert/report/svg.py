@@ -10,7 +10,10 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 72, 12, 12, 42
+"""Left of the frame there is room for numbers of six characters and, beside them, the name of the axis."""
+CHARACTER = 7.5
+"""Width of a character of the page's text, at most, in the units of the picture."""
 SERIES = 8
 """How many series the page's style has colors for."""
 
@@ -57,7 +60,8 @@ def lines(
             body.append(f'<path class="line {color}" d="M{place:.1f} {bottom:.1f}V{end:.1f}"/>')
         for x, y in points:
             cx, cy = at(x, y)
-            title = f"<title>{escape(name)}: {y:.4g}</title>"
+            where = x_names[int(x)] if x_names is not None else f"{x:g}"
+            title = f"<title>{escape(name)}, {escape(where)}: {y:.4g}</title>"
             body.append(f'<circle class="dot {color}" cx="{cx:.1f}" cy="{cy:.1f}" r="4">{title}</circle>')
     return _svg(body, f"{y_label} against {x_label}")
 
@@ -109,7 +113,12 @@ def _frame(top: float, x_ticks: Sequence[tuple[float, str]], x_label: str, y_lab
         y = _y(tick, top)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    free = -math.inf
     for x, name in x_ticks:
+        half = CHARACTER * len(name) / 2
+        if x - half < free:  # it would lie over the one before; points say their names when they are pointed at
+            continue
+        free = x + half + CHARACTER
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{escape(name)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')

@@ -197,7 +197,7 @@ def test_data_that_changed_and_folders_of_other_things_are_refused(tmp_path: Pat
         certify_many(str(tmp_path / "data"), tmp_path / "out", **ASKED)
     with pytest.raises(UsageError, match=r"other files and no run\.json"):
         certify_many(str(tmp_path / "data"), tmp_path / "data", **ASKED)
-    (tmp_path / "out" / "run.json").write_text("{")
+    (tmp_path / "out" / "_run.json").write_text("{")
     with pytest.raises(UnreadableError, match="damaged"):
         certify_many(str(tmp_path / "data"), tmp_path / "out", **ASKED)
 
@@ -298,4 +298,4 @@ def test_a_killed_worker_loses_and_doubles_nothing_and_rows_are_those_of_the_loc
     assert (found["images"], found["missing"], found["certified_now"]) == (60, 0, 60)
     assert [row["number"] for row in _rows(out)] == list(range(60))
     assert _same(out, tmp_path / "local")
-    assert json.loads((out / "run.json").read_text()) == json.loads((tmp_path / "local" / "run.json").read_text())
+    assert json.loads((out / "_run.json").read_text()) == json.loads((tmp_path / "local" / "_run.json").read_text())

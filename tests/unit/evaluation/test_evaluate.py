@@ -264,7 +264,7 @@ def test_data_without_a_readable_image_are_an_error() -> None:
 
 def test_the_files_hold_the_run_and_a_line_per_image(evaluation: module.Evaluation, tmp_path: Path) -> None:
     write_evaluation(evaluation, tmp_path / "new" / "r.json")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["r.json", "r.records.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["r.csv", "r.json", "r.records.jsonl"]
     assert json.loads((tmp_path / "new" / "r.json").read_text()) == evaluation.info.to_dict()
     lines = [json.loads(line) for line in (tmp_path / "new" / "r.records.jsonl").read_text().splitlines()]
     assert len(lines) == 60

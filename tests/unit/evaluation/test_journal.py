@@ -249,4 +249,4 @@ def test_the_log_is_gone_when_the_results_are_there(tmp_path: Path) -> None:
     evaluation = _run(log_path(out), _images())
     assert log_path(out).exists()
     write_evaluation(evaluation, out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.records.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.json", "r.records.jsonl"]
