@@ -86,7 +86,7 @@ def train(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     *,
     validation: ImageSet | None = None,
-    minutes: float | None = None,
+    minutes: int | float | None = None,
     scorer: RegionScorer | None = None,
     on_message: Callable[[str], None] = lambda sentence: None,
 ) -> Path:
