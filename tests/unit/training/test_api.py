@@ -38,9 +38,7 @@ class _Functional(nn.Module):
 def test_train_own_module_on_digits(tmp_path: Path) -> None:
     network = _Functional(10)
     before = network.last.weight.detach().clone()
-    model = bagcert.train(
-        network, "digits", patch=1, epochs=8, out=tmp_path / "run", device="cpu", settings=FAST
-    )
+    model = bagcert.train(network, "digits", patch=1, epochs=8, out=tmp_path / "run", device="cpu", settings=FAST)
     images = load_dataset("digits", "test", 120)
     certificate = model.certify(images.array())
     right = certificate.prediction == torch.from_numpy(images.labels)
