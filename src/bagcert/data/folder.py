@@ -58,12 +58,15 @@ def load_folder(path: Path, split: str = "test") -> ImageSet:
     if not files:
         raise UnreadableError(f"the class folders of {root} ({', '.join(class_names)[:100]}) hold no images")
     shown = names_beside(path, class_names)
-    return ImageSet(str(path), split, np.asarray(labels, dtype=np.int64), shown, _Files(tuple(files)))
+    return ImageSet(
+        str(path), split, np.asarray(labels, dtype=np.int64), shown, _Files(tuple(files), tuple(class_names))
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class _Files:
     files: tuple[Path, ...]
+    folders: tuple[str, ...]
 
     def __call__(self, row: int) -> Photo:
         return read_image(self.files[row])

@@ -25,9 +25,19 @@ FIRST_WEIGHT = 16.0
 LARGEST_LOGIT = math.log(WEIGHT_LIMIT)
 
 
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def, override]
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        return grad
+
+
 def rounded(x: Tensor) -> Tensor:
-    """`round(x)` forward, the identity backward."""
-    return x + (x.round() - x).detach()
+    """`round(x)` forward, the identity backward; one operation where `x + (x.round() - x).detach()` takes three."""
+    return _Rounded.apply(x)  # type: ignore[no-any-return]
 
 
 def finite(z: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def train(
     patch: int | str | tuple[int, int] | None = None,
     out: str | Path | None = None,
     epochs: int | None = None,
-    minutes: float | None = None,
+    minutes: int | float | None = None,
     size: int | tuple[int, int] | None = None,
     validation: Any = None,
     settings: Mapping[str, Any] | None = None,

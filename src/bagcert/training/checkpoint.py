@@ -77,7 +77,7 @@ class RunFolder:
         path = self.folder / CHECKPOINT
         for name in (CHECKPOINT, HELD, METRICS, RECIPE, WEIGHTS, CONFIG):
             remove_leftovers(self.folder / name)
-        check_run_folder(self.folder, resume)
+        check_run_folder(self.folder, self.recipe, resume)
         if not resume:
             write_atomically(self.folder / RECIPE, self.recipe.to_toml().encode())
             write_atomically(self.folder / METRICS, b"")
@@ -212,15 +212,18 @@ class RunFolder:
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-def check_run_folder(folder: Path, resume: bool) -> None:
+def check_run_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     """Says what `RunFolder.open` would say of a folder without a run, before images are read.
 
     Raises:
         UsageError: the folder holds an unfinished run, or none that could be resumed.
     """
-    if resume and not (folder / CHECKPOINT).exists() and not (folder / HELD).exists():
-        raise UsageError(f"{folder} holds no unfinished run to resume")
-    if not resume and (folder / CHECKPOINT).exists():
+    unfinished = (folder / CHECKPOINT).exists()
+    if resume and not unfinished:
+        written = written_recipe(folder) if (folder / HELD).exists() else None
+        if written is None or written.train.epochs == recipe.train.epochs:
+            raise UsageError(f"{folder} holds no unfinished run to resume")
+    if not resume and unfinished:
         raise UsageError(f"{folder} holds an unfinished run; go on with --resume or choose another --out")
 
 

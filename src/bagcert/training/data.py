@@ -84,7 +84,7 @@ def load_sources(
     source = spec if isinstance(spec, ImageSet) else load_dataset(spec, "train", limit)
     if validation is None and isinstance(spec, str):
         validation = _validation_folder(spec)
-    folders = source.class_names
+    folders: tuple[str, ...] = getattr(source.source, "folders", source.class_names)
     if recipe.data.class_names is not None:
         names = read_class_names(Path(recipe.data.class_names), folders)
         source = replace(source, class_names=names)

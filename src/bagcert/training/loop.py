@@ -86,7 +86,7 @@ def train(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     *,
     validation: ImageSet | None = None,
-    minutes: float | None = None,
+    minutes: int | float | None = None,
     scorer: RegionScorer | None = None,
     on_message: Callable[[str], None] = lambda sentence: None,
 ) -> Path:
@@ -120,12 +120,12 @@ def train(
     team = Team()
     with team.together():
         check_notation(recipe.defense.patch)
-        if team.is_main:
-            check_run_folder(out, resume)
         if isinstance(data, str):
             recipe = recipe.changed(data={"name": data})
         if minutes is not None and resume and (written := written_recipe(out)) is not None:
             recipe = recipe.changed(train={"epochs": written.train.epochs})
+        if team.is_main:
+            check_run_folder(out, recipe, resume)
         sources = load_sources(recipe, data, limit, validation)
         on_message(f"reading {len(sources.training) + len(sources.validation):,} images of {sources.name}")
         images = load_training_data(sources, recipe, accelerator.device, team.index, team.size)

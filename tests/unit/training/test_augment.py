@@ -11,6 +11,7 @@ from bagcert.training.augment import (
     crop,
     cutout,
     flip,
+    random_color,
     random_crop,
     random_flip,
     random_positions,
@@ -150,3 +151,27 @@ def test_bad_resized_crops_are_refused() -> None:
 def test_random_positions_draw_every_row_and_column() -> None:
     drawn = random_positions(500, (6, 7), _generator())
     assert {tuple(position) for position in drawn.tolist()} == {(i, j) for i in range(6) for j in range(7)}
+
+
+def test_random_color_follows_its_definition_image_by_image() -> None:
+    images = torch.randint(0, 256, (6, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    found = random_color(images, 0.4, torch.Generator().manual_seed(2))
+    factors = 1 + 0.4 * (2 * torch.rand(3, 6, generator=torch.Generator().manual_seed(2)) - 1)
+    for image, result, (brightness, contrast, saturation) in zip(images, found, factors.T.tolist(), strict=True):
+        pixels = image.double().numpy() * brightness
+        pixels = pixels.mean() + contrast * (pixels - pixels.mean())
+        gray = pixels.mean(0)
+        expected = np.clip(gray + saturation * (pixels - gray), 0, 255)
+        assert np.abs(result.double().numpy() - expected).max() < 0.51
+    assert not torch.equal(found, images)
+
+
+def test_random_color_of_no_strength_draws_nothing() -> None:
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    assert random_color(images, 0.0, generator) is images
+    assert torch.equal(generator.get_state(), state)
+    for strength in (-0.1, 1.0):
+        with pytest.raises(UsageError, match="strength"):
+            random_color(images, strength, generator)

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -220,3 +222,17 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "r.toml")
     with pytest.raises(UnreadableError, match="not a regular file"):
         load_recipe(str(tmp_path / "r.toml"))
+
+
+def test_recipe_keys_reference_is_up_to_date() -> None:
+    script = Path(__file__).parents[3] / "tools" / "recipe_reference.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_recipe_keys_reference_has_a_meaning_for_every_key() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for section, values in load_recipe("digits").model_dump().items():
+        for key in values if isinstance(values, dict) else ():
+            (line,) = re.findall(rf"^\| `{section}\.{key}` \|.*\| ([^|]*) \|$", page, re.MULTILINE)
+            assert line.strip(), f"{section}.{key} has no meaning"
