@@ -94,6 +94,16 @@ class ScoreMap:
         if self.slack is not None:
             raise UsageError("attention pooling needs a network whose locality is exact; this map has slack")
 
+    def __repr__(self) -> str:
+        rows, cols = self.grid.map_size
+        height, width = self.grid.image_size
+        exact = "" if self.slack is None else ", with slack"
+        pooled = "" if self.readout is None else ", pooled by attention"
+        return (
+            f"ScoreMap({len(self)} images of {height}x{width} px, {self.classes} classes, {rows}x{cols} regions, "
+            f"scores in [{self.low}, {self.high}]{exact}{pooled}, {self.scores.device})"
+        )
+
     def __len__(self) -> int:
         """How many images."""
         return len(self.scores)

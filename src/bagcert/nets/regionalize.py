@@ -17,6 +17,7 @@ BY_HAND = (
 )
 _FLATTENS = (torch.flatten, "flatten", torch.squeeze, "squeeze", "view", "reshape", torch.reshape)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_MEANS = (torch.mean, "mean", F.adaptive_avg_pool2d, F.avg_pool2d)
 _MAXIMA = (torch.amax, "amax", torch.max, "max", F.adaptive_max_pool2d, F.max_pool2d)
 
 
@@ -164,8 +165,21 @@ class _End:
             _refuse(f"{name} is not linear; leave it out, the class with the largest score stays the same")
         if isinstance(layer, nn.BatchNorm1d):
             _refuse(f"{name} is not converted; fold it into the linear layer first")
+        if not self._pools_before(node) and self.removed:
+            _refuse(
+                f"{self._name(self.removed[-1])} merges the rows and columns of a map, so that what follows weighs each "
+                "place in its own way"
+            )
         between = "is not linear, and stands between the mean and the scores" if self.linear else "is no mean pooling"
         return _refuse(f"{name} {between}")
+
+    def _pools_before(self, node: Any) -> bool:
+        """Is there a pooling on the way from the image to a node?"""
+        while isinstance(node, fx.Node) and node.op != "placeholder":
+            if isinstance(self._layer(node), nn.AdaptiveAvgPool2d | nn.AvgPool2d) or node.target in _MEANS:
+                return True
+            node = node.args[0] if node.args else None
+        return False
 
     def _whole_window(self, node: fx.Node, layer: nn.Module | None, name: str) -> set[int]:
         if self._shapes is None:

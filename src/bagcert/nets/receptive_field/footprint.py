@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 ROW, COL = 1, 2  # positions in Footprint.dims
 
+_ENDS = ("adaptive_avg_pool2d", "mean", "flatten", "view", "reshape", "linear")
+_CURE = "; where a classifier ends so, bagcert.regionalize(module) makes a region scorer of it"
+
 
 @dataclass(frozen=True, eq=False)
 class Footprint:
@@ -103,7 +106,7 @@ class Call:
 
     def refuse(self, reason: str) -> NoReturn:
         """The operation reaches across the map."""
-        self.run.refuse(self.name, reason)
+        self.run.refuse(self.name, reason + (_CURE if self.name in _ENDS else ""))
 
     def unsupported(self, reason: str) -> NoReturn:
         """The operation may be local, but cannot be derived."""
