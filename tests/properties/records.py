@@ -11,6 +11,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -565,10 +566,8 @@ def check(lines: list[bytes], totals: dict[str, int]) -> None:
         started = time.process_time()
         content, accepted = None, False
         try:
-            try:
+            with suppress(ValueError):  # refused by its form
                 content = from_line(line)
-            except ValueError:
-                pass  # refused by its form
             if content is not None and "readout_version" in content:
                 readout, verdict = content, verify_readout(content)
             elif content is not None:
