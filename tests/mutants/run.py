@@ -38,6 +38,7 @@ FAST_TESTS = [
     "tests/unit/rules/test_largest.py",
     "tests/unit/data/test_photo.py::test_a_tiff_that_pillow_turns_while_loading_keeps_its_stored_pixels",
     "tests/unit/proofs/test_record.py::test_a_name_given_twice_is_done_twice",
+    "tests/unit/proofs/test_pooling_records.py",
     "tests/properties/test_exactness.py::test_agreement_script",
     "tests/properties/test_masks.py::test_no_patch_within_a_mask_breaks_a_certificate",
     "tests/proofs/test_double_masking_exhaustive.py::test_every_binary_map_under_every_attack[2x4-1x2]",

@@ -85,6 +85,29 @@ CLAIM = {
     "checker: windows kept though they lie in another": [("(holders == 1)", "(holders >= 1)")],
 }
 
+MAPS = {
+    "checker: halves rounded up": [("((2 * rest == b) & (quotient % 2 == 1))", "(2 * rest == b)")],
+    "checker: pooled values not clipped": [(".clip(-MOST_POOLED, MOST_POOLED)", "")],
+    "checker: a readout may have any hash": [("need(said == hashed,", "need(said,")],
+    "checker: a record may use any readout": [('stated == readout["sha256"],', "stated,")],
+    "checker: weights may be 0": [("need(e.min() >= 1,", "need(e.min() >= 0,")],
+    "checker: values may be any": [("need(largest <= MOST_VALUE,", "need(largest >= 0,")],
+}
+
+VERIFY = {
+    "checker: no pairs of masks with attention pooling": [
+        ("    if margin >= 0:\n        margin = min(", "    if False:\n        margin = min(")
+    ],
+    "checker: ties cost nothing outside masks": [("(z[:, [y]] - z - (np.arange(z.shape[1]) < y))", "(z[:, [y]] - z)")],
+    "checker: any disagreeing mask decides": [
+        ("set(answers(scores, outside * keep)) == {label}", "set(answers(scores, outside * keep)) >= {label}")
+    ],
+    "checker: a mask that leaves no region agrees": [
+        ("empty = -1.0 if leaves_nothing(outside) else inf", "empty = inf"),
+    ],
+    "checker: a worst placement may be any": [("need(attained == margin, f", "need(attained >= margin, f")],
+}
+
 GRID = {
     "the last region is missing": [("// stride + 1", "// stride")],
     "receptive fields one pixel short": [("pixel < first + receptive_field", "pixel < first + receptive_field - 1")],
@@ -615,6 +638,8 @@ MUTANTS = [
         "aggregation.py": AGGREGATION,
         "rules/attention_masking.py": ATTENTION_MASKING,
         "proofs/claim.py": CLAIM,
+        "proofs/maps.py": MAPS,
+        "proofs/verify.py": VERIFY,
         "grid.py": GRID,
         "scores.py": SCORES,
         "devices.py": FULL_PRECISION,

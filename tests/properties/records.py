@@ -361,6 +361,8 @@ def change_region(case: Honest, random: np.random.Generator) -> None:
         each = products // np.repeat(weights, values // heads, 0)
     except (ValueError, TypeError, LookupError, ArithmeticError, zlib.error):
         return
+    if not (each.size and weights.size):
+        return
     at = random.integers(rows), random.integers(cols)
     if random.random() < 0.5:
         weights[random.integers(heads), *at] = random.integers(1, 256)
@@ -377,6 +379,8 @@ def change_readout(case: Honest, random: np.random.Generator) -> None:
     try:
         name = _some(random, MATRICES)
         numbers = np.frombuffer(_inflated(case.readout[name]), "<i4").copy()
+        if not len(numbers):
+            return
         at = random.integers(len(numbers))
         moved = int(numbers[at]) + _some(random, (1, -1, 40, -40))
         numbers[at] = _some(random, (moved, moved, moved, 2**31 - 1, -(2**31)))

@@ -22,6 +22,7 @@ from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 from tests import oracle
 from tests.properties.pooling import PoolingCase, evidence
+from tests.properties.records import agrees
 from tests.unit.proofs.test_verify import altered, in_seconds
 
 MATRICES = ("first", "first_bias", "second", "skip", "bias")
@@ -53,7 +54,7 @@ def small(rule: str = "double-masking", seed: int = 0) -> tuple[dict[str, Any], 
         2,
     )
     weights, values = random.integers(1, 200, (2, 6, 6)), random.integers(-40, 41, (4, 6, 6))
-    values += 40 * readout.skip[1].numpy()[:, None, None]  # class 1 leads
+    values += readout.skip[1].numpy()[:, None, None] // 2  # class 1 leads
     scores = torch.as_tensor(evidence(weights, values.clip(-511, 511)))[None]
     grid = RegionGrid.from_axis(1, 1, 0, (6, 6))
     score_map = ScoreMap(scores, -PRODUCT_LIMIT, PRODUCT_LIMIT, grid, readout=readout)
@@ -207,6 +208,27 @@ def test_every_altered_integer_that_changes_the_outcome_is_caught(rule: str) -> 
             refused(verify_record(record, forged), "record", "the record uses the readout", "the one before it is")
             refused(verify_readout({**readout, name: packed(moved, "<i4")}), "record", "the hash of the readout is")
     assert min(outcomes.values()) > 3
+
+
+@pytest.mark.parametrize("rule", ["double-masking", "detection"])
+def test_the_worst_placements_must_leave_the_margin(rule: str) -> None:
+    record, readout = small(rule)
+    pair = record["verdict"]["worst_placement"]
+    refusals = 0
+    for top in range(5):
+        for left in range(5):
+            place = [top, left, 2, 2]
+            other = altered(record, "verdict", "worst_placement", value=place if rule == "detection" else [place] * 2)
+            verdict = verify_record(other, readout)
+            assert verdict.ok is agrees(other, readout)
+            if not verdict.ok:
+                refused(verdict, "proof", "the worst placement leaves")
+                refusals += 1
+    assert refusals > 10
+    outside = [[5, 0, 2, 2], *pair[1:]] if rule == "double-masking" else [5, 0, 2, 2]
+    refused(
+        verify_record(altered(record, "verdict", "worst_placement", value=outside), readout), "proof", "not allowed"
+    )
 
 
 # Form
