@@ -276,3 +276,24 @@ def test_names_of_axes_and_numbers_do_not_overlap() -> None:
     spans = [(float(x) - 3.5 * len(name), float(x) + 3.5 * len(name)) for x, name in found]
     assert all(left[1] < right[0] for left, right in pairwise(spans))
     assert all(f"<title>a, {name}: 1</title>" in chart for name in names)
+
+
+def test_runs_on_other_samples_are_not_compared(home: Path, tmp_path: Path) -> None:
+    for name, limit in (("a", 10), ("b", 20)):
+        _evaluated(home, tmp_path / f"{name}.json", "--data", home / "mixed", "--limit", limit)
+    done = run("compare", tmp_path / "a.records.jsonl", tmp_path / "b.records.jsonl")
+    check_mistake(done, 2, "not the same images")
+
+
+def test_a_benchmark_says_that_its_images_are_a_sample(home: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for split, seed in (("train", 3), ("test", 4)):
+        _photos(data / split, dict.fromkeys(tiny.COLORS, 12), sizes=False, seed=seed)
+    asked = ("benchmark", "--data", data, "--defenses", "undefended", "--patch", "2", "--epochs", 1, "--limit", 6)
+    done = run(*asked, "--multiply-adds", 100_000, "--device", "cpu", "--out", tmp_path / "out")
+    assert done.code == 0, done
+    assert "tested on a sample: 6 of 36 images" in done.out
+    row = json.loads((tmp_path / "out" / "undefended-2.json").read_text())
+    assert row["notes"] == ["tested on a sample: 6 of 36 images, drawn in proportion to the classes with seed 0"]
+    lines = (tmp_path / "out" / "undefended-2.records.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["label"] for line in lines) == [0, 0, 1, 1, 2, 2]
