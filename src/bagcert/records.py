@@ -55,15 +55,20 @@ class Record:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """All verdicts on one image of a data set; `source` is its file within the data, or what else it is called."""
+    """All verdicts on one image of a data set; `source` is its file within the data, or what else it is called.
+
+    `largest_px` is the side in pixels of the largest square patch for which a double-masking defense built for it
+    certifies the answer of the first rule and patch, 0 if there is none; None where that was not asked for.
+    """
 
     index: int
     label: int
     results: list[Record]
     source: str = ""
+    largest_px: int | None = None
 
     def to_json(self) -> str:
-        """One line of JSONL, with the source before the results; without it where there is none."""
+        """One line of JSONL, with the source before the results; without what is not known."""
         return json.dumps(named(asdict(self)), separators=(",", ":"))
 
 
@@ -73,8 +78,9 @@ def named(values: dict[str, Any]) -> dict[str, Any]:
     >>> named({"index": 3, "label": 0, "results": [], "source": "cat/3.png"})
     {'index': 3, 'label': 0, 'source': 'cat/3.png', 'results': []}
     """
-    source, results = values.pop("source"), values.pop("results")
-    return {**values, **({"source": source} if source else {}), "results": results}
+    source, results, largest = values.pop("source"), values.pop("results"), values.pop("largest_px", None)
+    known = ({"source": source} if source else {}) | ({} if largest is None else {"largest_px": largest})
+    return {**values, **known, "results": results}
 
 
 def in_unit(threat: str, pixels: str = "") -> str:
@@ -90,6 +96,21 @@ def in_unit(threat: str, pixels: str = "") -> str:
     size, space, where = threat.partition(" ")
     unit = "of the image" if size.endswith("%") else f"px {pixels}".strip()
     return f"{size} {unit}{space}{where}"
+
+
+def spread(records: "Sequence[ImageRecord]", pixels: str = "") -> str:
+    """How the largest certifiable patches of the images are distributed, in a sentence.
+
+    Of images answered wrongly nothing is certified, so their largest patch counts as 0.
+    """
+    sides = sorted(record.largest_px or 0 for record in records if record.results[0].prediction == record.label)
+    sides = [0] * (len(records) - len(sides)) + sides
+    some = sum(side > 0 for side in sides)
+    at = {share: sides[min(len(sides) - 1, len(sides) * share // 100)] for share in (25, 50, 75, 90)}
+    quantiles = ", ".join(f"{share} % {side}" for share, side in at.items())
+    unit = f"px {pixels}".strip()
+    share_above = f"{some / len(sides):.1%} above 0"
+    return f"largest certifiable square, {unit}: quantiles {quantiles}, largest {sides[-1]}; {share_above}"
 
 
 def telling_column(records: Sequence[ImageRecord], deployed: Sequence[str] | None = None) -> int:

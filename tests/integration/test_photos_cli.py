@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +246,54 @@ def test_tables_follow_the_width_and_names_stay_whole(
     info = run("evaluate", home / "model", "--data", home / "mixed", "--device", "cpu").out
     table = [line for line in info.splitlines() if line[:1] in "┏│└┃"]
     assert max(map(len, table)) <= int(columns)
+
+
+def test_the_largest_patches_are_a_distribution(home: Path, tmp_path: Path) -> None:
+    info, records, out = _evaluated(home, tmp_path / "r.json", "--data", home / "nosplit", "--largest")
+    (line,) = [line for line in out.splitlines() if line.startswith("largest certifiable square, px at 8x8")]
+    for record in records:
+        photo = home / "nosplit" / record["source"]
+        alone = json.loads(run("certify", photo, "--model", home / "model", "--json", "--device", "cpu").out)
+        assert record["largest_px"] == alone["results"][0]["largest_certifiable_px"]
+    right = [record["largest_px"] for record in records if record["results"][0]["prediction"] == record["label"]]
+    assert f"largest {max(right, default=0)};" in line
+    assert line.endswith(f"{sum(side > 0 for side in right) / info['images']:.1%} above 0")
+    assert run("report", tmp_path / "r.json", "--out", tmp_path / "r.html").code == 0
+    assert line in (tmp_path / "r.html").read_text()
+
+
+def test_names_of_axes_and_numbers_do_not_overlap() -> None:
+    """In a chart of many images the number ends before the name of the axis begins, and no two names meet."""
+    from bagcert.report import svg
+
+    chart = svg.histogram([0.0, 1.0], {"a": [90_000]}, ["k0"], "margin")
+    ends = [float(x) - 7 * len(text) for x, text in re.findall(r'<text x="([0-9.]+)" [^>]*end">([^<]+)<', chart)]
+    assert min(ends) > 18  # the name is drawn around 12
+    names = [f"2x{i}+{i}x2+area:{i}00" for i in range(12)]
+    chart = svg.lines({"a": [(float(i), 1.0) for i in range(12)]}, "patch", "share", 1.0, names)
+    found = re.findall(r'<text x="([0-9.]+)" y="275" text-anchor="middle">([^<]+)<', chart)
+    assert len(found) > 1
+    spans = [(float(x) - 3.5 * len(name), float(x) + 3.5 * len(name)) for x, name in found]
+    assert all(left[1] < right[0] for left, right in pairwise(spans))
+    assert all(f"<title>a, {name}: 1</title>" in chart for name in names)
+
+
+def test_runs_on_other_samples_are_not_compared(home: Path, tmp_path: Path) -> None:
+    for name, limit in (("a", 10), ("b", 20)):
+        _evaluated(home, tmp_path / f"{name}.json", "--data", home / "mixed", "--limit", limit)
+    done = run("compare", tmp_path / "a.records.jsonl", tmp_path / "b.records.jsonl")
+    check_mistake(done, 2, "not the same images")
+
+
+def test_a_benchmark_says_that_its_images_are_a_sample(home: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for split, seed in (("train", 3), ("test", 4)):
+        _photos(data / split, dict.fromkeys(tiny.COLORS, 12), sizes=False, seed=seed)
+    asked = ("benchmark", "--data", data, "--defenses", "undefended", "--patch", "2", "--epochs", 1, "--limit", 6)
+    done = run(*asked, "--multiply-adds", 100_000, "--device", "cpu", "--out", tmp_path / "out")
+    assert done.code == 0, done
+    assert "tested on a sample: 6 of 36 images" in done.out
+    row = json.loads((tmp_path / "out" / "undefended-2.json").read_text())
+    assert row["notes"] == ["tested on a sample: 6 of 36 images, drawn in proportion to the classes with seed 0"]
+    lines = (tmp_path / "out" / "undefended-2.records.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["label"] for line in lines) == [0, 0, 1, 1, 2, 2]

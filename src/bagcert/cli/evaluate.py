@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bagcert.cli.attack import alarm
-from bagcert.cli.console import check_output, fail, print_json, print_results, progress, warn
+from bagcert.cli.console import check_output, fail, print_json, print_results, progress, say, warn
 from bagcert.cli.options import (
     Backend,
     Data,
@@ -25,7 +25,7 @@ from bagcert.cli.options import (
     Rules,
     Split,
 )
-from bagcert.records import ATTACK_FIGURES
+from bagcert.records import ATTACK_FIGURES, spread
 
 if TYPE_CHECKING:
     from bagcert.attacks.evaluate import Bracket
@@ -69,6 +69,14 @@ def evaluate(
         ),
     ] = False,
     resize: Resize = False,
+    largest: Annotated[
+        bool,
+        typer.Option(
+            "--largest",
+            help="Also find, for each image, the largest square patch that a double-masking defence built for it "
+            "certifies, and say how these sizes are distributed.",
+        ),
+    ] = False,
     fail_under_certified: FailUnder = None,
 ) -> None:
     """Clean and certified accuracy of a model on a data set, for every rule and patch from one forward pass.
@@ -112,6 +120,7 @@ def evaluate(
                 log,
                 resume,
                 out is not None,
+                largest,
             )
     except KeyboardInterrupt:
         if log is None or not log.exists():
@@ -128,6 +137,8 @@ def evaluate(
         print_json(evaluation.info.to_dict())
     else:
         print_results(evaluation.info)
+        if largest:
+            say(spread(evaluation.records, evaluation.info.pixels))
     for error in evaluation.errors:
         warn(error)
     if found is not None:

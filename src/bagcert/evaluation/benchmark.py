@@ -147,7 +147,7 @@ def benchmark(
         out: for `<defense>-<patch>.json`, their records, and the trained networks under `networks`.
         patches: squares, in the notation of `PatchThreatModel.parse`. Networks are trained once, against the largest.
         defenses: names from `DEFENSES`; all of them when empty.
-        limit, train_limit: at most so many test and training images, see `ImageSet.take`.
+        limit, train_limit: at most so many images to test and train on, see `ImageSet.take`.
         epochs, multiply_adds: of each training and of each pass, in place of what suits the size of the images.
         seed: of trainings, and of the choice of images for slow defences.
         on_progress: called with (what is being done, done, in all).
@@ -187,7 +187,8 @@ def benchmark(
                     name, patch, threat, folder, networks, images, pixels, chosen, limit, on_progress
                 )
                 row = replace(row, notes=_notes(source, images, len(chosen)) or None)
-                write_together({path: _document(row), path.with_suffix(".records.jsonl"): records})
+                document = (json.dumps(row.to_dict(), indent=2) + "\n").encode()
+                write_together({path: document, path.with_suffix(".records.jsonl"): records})
             rows.append(row)
     return rows
 
@@ -247,10 +248,8 @@ def cost_of(architecture: str, depth: int, classes: int, channels: int, size: tu
 
 def _notes(source: ImageSet, images: ImageSet, count: int) -> list[str]:
     """What belongs to a row's figures: that the images tested or trained on are only some."""
-    found = [f"tested on {note}" for note in images.notes] + [f"trained on {note}" for note in source.notes]
-    if count < len(images):
-        found.append(f"tested on {count:,} of these {len(images):,} images, drawn at random")
-    return found
+    some = [f"tested on {count:,} of these {len(images):,} images, drawn at random"] if count < len(images) else []
+    return [f"tested on {note}" for note in images.notes] + [f"trained on {note}" for note in source.notes] + some
 
 
 def _some(count: int, most: int, seed: int) -> np.ndarray:
@@ -269,17 +268,12 @@ def _kept(path: Path, asked: dict[str, Any]) -> BenchmarkRow | None:
     except (ValidationError, RecursionError):
         raise UnreadableError(f"{path} is not a row of a benchmark; remove it to measure again") from None
     for key, value in asked.items():
-        if key == "notes" and row.notes is None and not (value and any("sample" in note for note in value)):
-            continue  # of an older version, which drew no samples
-        if getattr(row, key) != value:
+        old = key == "notes" and row.notes is None and "sample" not in str(value)  # an older version drew no samples
+        if getattr(row, key) != value and not old:
             raise UsageError(
                 f"{path} was measured with {key} {getattr(row, key)}, now {value} is asked for; choose another --out"
             )
     return row
-
-
-def _document(row: BenchmarkRow) -> bytes:
-    return (json.dumps(row.to_dict(), indent=2) + "\n").encode()
 
 
 def _trained(

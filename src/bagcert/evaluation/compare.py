@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bagcert.errors import UsageError
+from bagcert.errors import UsageError, shown
 from bagcert.records import SCHEMA_VERSION, ImageRecord, Record
 
 RESAMPLES = 10_000
@@ -93,6 +93,12 @@ def compare(
         if one.label != other.label:
             raise UsageError(
                 f"image {one.index} has the label {one.label} in one run and {other.label} in the other: these are not "
+                "the same images"
+            )
+        names = one.source, other.source  # one may have been read from a folder a level higher
+        if all(names) and not (names[0].endswith(names[1]) or names[1].endswith(names[0])):
+            raise UsageError(
+                f"image {one.index} is {shown(names[0])} in one run and {shown(names[1])} in the other: these are not "
                 "the same images"
             )
     labels = [one.label for one, _ in pairs]

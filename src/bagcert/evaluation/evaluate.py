@@ -29,6 +29,7 @@ from bagcert.evaluation.journal import Batch, EvaluationLog, described, describe
 from bagcert.io.files import remove_leftovers, write_atomically
 from bagcert.records import ImageRecord, Record, Row, RunInfo, wilson_interval
 from bagcert.rules import get_rule
+from bagcert.rules.largest import largest_certifiable_px
 from bagcert.rules.together import certify_together
 from bagcert.threat import PatchThreatModel
 
@@ -83,6 +84,7 @@ def evaluate(
     log: Path | None = None,
     resume: bool = False,
     gallery: bool = False,
+    largest: bool = False,
 ) -> Evaluation:
     """Evaluates every rule against every patch from one forward pass per image.
 
@@ -102,6 +104,7 @@ def evaluate(
         log: a file for the records of each batch as soon as they are known, see `bagcert.evaluation.journal`.
         resume: go on after the last whole batch in `log`; figures and records are those of a run that was never
             interrupted, and so are the seconds, which are kept with each batch.
+        largest: also find the largest certifiable square of each image, see `ImageRecord`.
         gallery: also keep pictures of some images, which are read once more in the end.
 
     Raises:
@@ -138,6 +141,7 @@ def evaluate(
             threads=torch.get_num_threads(),
             backend=model.backend,
             versions=versions(model),
+            **({"largest": True} if largest else {}),
         )
         journal = EvaluationLog(log, run_now, resume)
     with closing(journal) if journal else nullcontext():
@@ -157,12 +161,12 @@ def evaluate(
                 batches = one_ahead(batches)
             for indices, pixels, shapes, sources in batches:
                 load_seconds += time.perf_counter() - clock if run == 0 else 0.0
-                found, laps = _certify(model, tallies, preprocessing, pixels, shapes, placements)
+                found, sides, laps = _certify(model, tallies, preprocessing, pixels, shapes, placements, largest)
                 seconds = [sum(pair) for pair in zip(seconds, laps, strict=True)]
                 if run == 0:
                     lines = [
-                        ImageRecord(i, int(labels[i]), line, source)
-                        for i, line, source in zip(indices, found, sources, strict=True)
+                        ImageRecord(i, int(labels[i]), line, source, side)
+                        for i, line, source, side in zip(indices, found, sources, sides, strict=True)
                     ]
                     others = any(shape != (model.image_size, 1) for shape in shapes)
                     resized |= others
@@ -320,8 +324,11 @@ def _certify(
     pixels: np.ndarray,
     shapes: Sequence[StoredShape],
     placements: str | Path | None,
-) -> tuple[list[list[Record]], list[float]]:
-    """The records of each image of a batch, a verdict per tally; seconds of the forward pass and of each tally.
+    largest: bool,
+) -> tuple[list[list[Record]], list[int | None], list[float]]:
+    """The records of each image of a batch, a verdict per tally; the largest certifiable sides, if asked for; seconds.
+
+    The seconds are those of the forward pass and of each tally.
 
     Photos of all sizes share the forward pass, and those with the same windows share the rule.
     """
@@ -338,7 +345,12 @@ def _certify(
         for (_, chosen, _), certificate in zip(divided, certificates, strict=True):
             for number, record in zip(chosen, Record.each(certificate), strict=True):
                 lines[number].append(record)
-    return lines, laps
+    sides: list[int | None] = [None] * len(shapes)
+    for _, chosen, score_map in divided if largest else ():
+        label = torch.tensor([lines[number][0].prediction for number in chosen], device=score_map.scores.device)
+        for number, side in zip(chosen, largest_certifiable_px(score_map, label).tolist(), strict=True):
+            sides[number] = side
+    return lines, sides, laps
 
 
 def _lap(clock: float, model: BagCert) -> float:

@@ -9,7 +9,7 @@ from string import Template
 import numpy as np
 
 from bagcert.io.files import write_atomically
-from bagcert.records import RunInfo, in_unit
+from bagcert.records import RunInfo, in_unit, spread
 from bagcert.report import svg
 from bagcert.report.pictures import gallery
 from bagcert.report.summary import (
@@ -18,6 +18,7 @@ from bagcert.report.summary import (
     Run,
     Training,
     confusion,
+    largest_patches,
     margins,
     patch_curves,
     patch_title,
@@ -91,9 +92,10 @@ def _curves(runs: Sequence[Run]) -> str:
     patches, curves = patch_curves(runs)
     place = {patch: i for i, patch in enumerate(patches)}
     ordered = {name: sorted(points.items(), key=lambda item: place[item[0]]) for name, points in curves.items()}
+    whose = {run.info.pixels for run in runs if run.info.pixels}
     chart = svg.lines(
         {name: [(float(place[patch]), values[0]) for patch, values in points] for name, points in ordered.items()},
-        patch_title(patches),
+        patch_title(patches) + (f" {whose.pop()}" if len(whose) == 1 and patch_title(patches) != "patch" else ""),
         "certified accuracy, %",
         100.0,
         patches,
@@ -123,6 +125,15 @@ def _run(run: Run) -> str:
         f"<h3>Accuracy per class <small>{what}</small></h3>{_per_class(run)}",
         f"<h3>Confusion <small>{what}, no attack</small></h3>{_confusion(run)}",
     ]
+    if sides := [record.largest_px for record in run.records if record.largest_px is not None]:
+        edges, groups = largest_patches(run)
+        parts.append(
+            "<h3>Largest certifiable patch</h3>"
+            f"{svg.histogram(edges, groups, KIND_STYLES[::2], 'side of a square, px')}"
+            f"{svg.legend(list(groups), KIND_STYLES[::2])}"
+            f'<p class="note">Of {len(sides):,} images: {escape(spread(run.records, info.pixels))}. It is the largest '
+            "square for which a double-masking defence built for it certifies the same answer.</p>"
+        )
     if pictures := gallery(run):
         parts.append(
             f"<h3>Pictures <small>{what}</small></h3>"

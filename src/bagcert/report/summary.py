@@ -205,6 +205,18 @@ def margins(run: Run, column: int, bins: int = 30) -> tuple[list[float], dict[st
     return edges, {kind: np.histogram(group, edges)[0].tolist() for kind, group in values.items()}
 
 
+def largest_patches(run: Run, bins: int = 30) -> tuple[list[float], dict[str, list[int]]]:
+    """Edges of bins of `largest_px`, and how many images answered rightly and wrongly lie in each."""
+    values: dict[str, list[int]] = {"right": [], "wrong": []}
+    for record in run.records or ():
+        if record.largest_px is not None:
+            values["right" if record.results[0].prediction == record.label else "wrong"].append(record.largest_px)
+    most = max(map(max, filter(None, values.values())))
+    width = -(-(most + 1) // bins)
+    edges = [float(i * width) for i in range(most // width + 2)]
+    return edges, {name: np.histogram(group, edges)[0].tolist() for name, group in values.items()}
+
+
 def patch_curves(runs: Sequence[Run]) -> tuple[list[str], dict[str, dict[str, tuple[float, float, float]]]]:
     """The patches, and for each model and rule: patch -> certified accuracy and its interval, in percent.
 

@@ -299,3 +299,14 @@ def test_a_killed_worker_loses_and_doubles_nothing_and_rows_are_those_of_the_loc
     assert [row["number"] for row in _rows(out)] == list(range(60))
     assert _same(out, tmp_path / "local")
     assert json.loads((out / "_run.json").read_text()) == json.loads((tmp_path / "local" / "_run.json").read_text())
+
+
+def test_a_rule_that_refuses_is_an_error_in_every_row(tmp_path: Path) -> None:
+    for i, size in enumerate(((8, 8), (8, 9), (20, 12))):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{i}.png").write_bytes(_encoded(i, size))
+    asked = {**ASKED, "patches": ["9*1"], "rules": ["vote", "double-masking"]}
+    assert certify_many(str(tmp_path / "data"), tmp_path / "out", **asked)["errors"] == 3
+    for row in _rows(tmp_path / "out"):
+        assert "more than 20,000" in row["error"]
+        assert row["results"] is None
