@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.errors import BagcertError, UnreadableError, UsageError, shown
 from bagcert.io.files import open_regular, read_regular, remove_leftovers, write_atomically
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.saved_model import CONFIG, WEIGHTS
@@ -217,7 +217,10 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
 
     Raises:
         UsageError: the folder holds an unfinished run, or none that could be resumed.
+        BagcertError: it is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise BagcertError(f"{folder} cannot be written: it is not a folder")
     unfinished = (folder / CHECKPOINT).exists()
     if resume and not unfinished:
         written = written_recipe(folder) if (folder / HELD).exists() else None
