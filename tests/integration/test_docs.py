@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 
 import bagcert
+from bagcert.data import load_dataset
 from tests.integration.test_cli import run
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-RUN = ("tutorial", "checking", "publishing", "fail_safe", "adding_a_defense")
 OTHERS = ("publishing", "many_devices", "results")  # show options of other programs
+RUN = ("tutorial", "checking", "publishing", "fail_safe", "adding_a_defense", "bring_your_network")
 BUILDERS = ("sphinx", "furo", "myst_parser")
 
 
@@ -71,6 +72,12 @@ def test_every_example_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: py
                 assert done.out.strip(), line
                 ran += 1
     assert ran
+    if page == "bring_your_network":
+        held_out = load_dataset("digits")
+        certificate = bagcert.load("runs/small-fields").certify(held_out.array())
+        right = certificate.prediction.numpy() == held_out.labels
+        assert right.mean() > 0.8
+        assert (right & certificate.certified.numpy()).mean() > 0.15
     if page == "tutorial":
         photos = list((tmp_path / "photos").rglob("*.png"))
         assert len(photos) > 500

@@ -2,7 +2,8 @@
 
 "Differs within one patch" is symmetric. So if the image the camera delivers is certified with a label, attacked or
 not, the scene without the patch has that label too: an attacker can take certificates away, but cannot make a
-certified verdict differ from the verdict on the clean scene. See docs/method.md, "What a certificate means at run time".
+certified verdict differ from the verdict on the clean scene. See docs/method.md, "What a certificate means at run
+time".
 """
 
 from collections.abc import Callable, Sequence

@@ -18,8 +18,8 @@ from bagcert.certificate import Certificate
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo
 from bagcert.data.preprocess import Preprocessing
-from bagcert.defenses.base import ScoreMapDefense
 from bagcert.defenses.bagcert import BagCert
+from bagcert.defenses.base import ScoreMapDefense
 from bagcert.errors import UsageError
 from bagcert.evaluation.evaluate import labels_for
 from bagcert.records import wilson_interval
@@ -30,7 +30,8 @@ ANSWERED, CERTIFIED = 1.0, 2.0
 class Model:
     """A defense as a MAITE model: images to vectors that say what is predicted, and whether it is certified.
 
-    With a rule that detects, an image that is not certified raises the alert and has no prediction: its vector is 0.
+    With a rule that detects, an image that is not certified raises the alert. Clean accuracy counts its prediction, as
+    `bagcert evaluate` does.
 
     Args:
         defense: such as `bagcert.load` returns.
@@ -43,7 +44,6 @@ class Model:
     ) -> None:
         self._defense, self._patch, self._rule = defense, patch, rule
         self._preprocessing = Preprocessing(defense.image_size, fit)
-        self._detects = defense.named_rule(rule or defense.rule).guarantee == "detection"
         self.metadata = {"id": defense.name, "index2label": dict(enumerate(defense.class_names))}
 
     def __call__(self, batch: Sequence[Any], /) -> Sequence[np.ndarray]:
@@ -65,8 +65,7 @@ class Model:
             found = zip(numbers, certificate.prediction.tolist(), certificate.certified.tolist(), strict=True)
             for number, prediction, certified in found:
                 vectors[number] = np.zeros(len(self._defense.class_names), np.float32)
-                if certified or not self._detects:
-                    vectors[number][prediction] = CERTIFIED if certified else ANSWERED
+                vectors[number][prediction] = CERTIFIED if certified else ANSWERED
         return vectors
 
     def _certified(self, images: np.ndarray) -> Certificate:
@@ -144,12 +143,12 @@ class CertifiedAccuracy:
         for prediction, target in zip(predictions, targets, strict=True):
             found, wanted = np.asarray(prediction), np.asarray(target)
             most = float(found.max())
-            if most not in (0.0, ANSWERED, CERTIFIED) or np.count_nonzero(found) != bool(most):
+            if most not in (ANSWERED, CERTIFIED) or np.count_nonzero(found) != 1:
                 raise UsageError(
                     "certified accuracy is counted from the predictions of bagcert.evaluation.maite.Model, which are 0 "
                     "but for a 1 or 2 at the predicted class"
                 )
-            right = most > 0 and int(found.argmax()) == int(wanted.argmax())
+            right = int(found.argmax()) == int(wanted.argmax())
             self._images += 1
             self._right += right
             self._certified += right and most == CERTIFIED

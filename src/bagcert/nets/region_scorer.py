@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ class RegionScorer(nn.Module):
         class_names: Sequence[str],
         image_size: tuple[int, int],
         head: HeadName = "fixed-point",
-        scale: float | Literal["auto"] = 1.0,
+        scale: float | str = 1.0,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
         images: object = None,
@@ -173,8 +173,6 @@ class RegionScorer(nn.Module):
         if self.head != "fixed-point":
             raise UsageError(f"only the fixed-point head has a scale, this network has the {self.head} head")
         batch = self._as_batch(images)
-        if not len(batch):
-            raise UsageError("the scale is taken from the scores of images, and none were given")
         z = self.real_scores(batch)
         if not z.isfinite().all() or not z.any():
             raise UsageError("the scale cannot be taken from these images: their scores are not finite, or all 0")

@@ -167,8 +167,8 @@ class _End:
             _refuse(f"{name} is not converted; fold it into the linear layer first")
         if not self._pools_before(node) and self.removed:
             _refuse(
-                f"{self._name(self.removed[-1])} merges the rows and columns of a map, so that what follows weighs each "
-                "place in its own way"
+                f"{self._name(self.removed[-1])} merges the rows and columns of a map, so that what follows weighs "
+                "each place in its own way"
             )
         between = "is not linear, and stands between the mean and the scores" if self.linear else "is no mean pooling"
         return _refuse(f"{name} {between}")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,7 +152,7 @@ class ModelConfig(BaseModel):
                 raise UsageError(f"images of {self.image_size} px are too small for {self.architecture}") from error
 
 
-def patch_text(patch: str, image_size: tuple[int, int]) -> str:
+def patch_text(patch: str, image_size: Sequence[int]) -> str:
     """A patch in the notation of `PatchThreatModel.parse` and the size of the images that its pixels are of.
 
     >>> patch_text("5", (32, 32)), patch_text("2%", (224, 224))

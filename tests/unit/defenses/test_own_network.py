@@ -1,0 +1,327 @@
+"""Models of one's own networks: saved, loaded, moved, printed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bagcert
+from bagcert.defenses import bagcert as module
+from bagcert.defenses.bagcert import BagCert, load
+from bagcert.errors import UnsoundError, UsageError
+from bagcert.nets.receptive_field.module_state import is_told_by_text
+from bagcert.nets.region_scorer import RegionScorer
+from bagcert.nets.runtimes.onnx_graph import network_key
+from bagcert.nets.saved_model import CONFIG, GRAPH, WEIGHTS, ModelConfig
+from bagcert.threat import PatchThreatModel
+
+SIZE, NAMES = (14, 12), ("cat", "dog", "frog")
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8)
+        self.conv2, self.avgpool, self.fc = nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 3)
+        nn.init.normal_(self.bn1.running_mean)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.flatten(self.avgpool(x + self.conv2(x)), 1))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(16, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def own(images):
+    torch.manual_seed(0)
+    network = bagcert.regionalize(Classifier())
+    scorer = RegionScorer.from_module(network, NAMES, SIZE, scale="auto", images=images, mean=(0.4, 0.5, 0.6))
+    return BagCert(scorer, patch=2)
+
+
+@pytest.fixture(scope="module")
+def folder(own, tmp_path_factory):
+    return own.save(tmp_path_factory.mktemp("saved") / "own", name="mine")
+
+
+def same(first, second):
+    return all(
+        torch.equal(getattr(first, name), getattr(second, name))
+        for name in ("prediction", "certified", "margin", "worst_placement")
+    )
+
+
+class TestSave:
+    def test_a_loaded_folder_is_the_model(self, own, folder, images):
+        loaded = load(folder, device="cpu")
+        assert loaded.name == "mine"
+        assert (loaded.rule, loaded.patch, loaded.class_names) == ("double-masking", "2", NAMES)
+        assert same(loaded.certify(images), own.certify(images))
+        assert np.array_equal(loaded.scorer.grid().rows_seen, own.scorer.grid().rows_seen)
+        assert loaded.locality is not None
+
+    def test_a_loaded_one_is_saved_as_it_is(self, folder, tmp_path):
+        load(folder, device="cpu", checked=False).save(tmp_path / "again")
+        for name in (WEIGHTS, CONFIG):
+            assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+    def test_nothing_of_the_class_is_needed(self, folder, images, monkeypatch):
+        expected = load(folder, device="cpu", checked=False).predict(images)
+        monkeypatch.setattr(Classifier, "forward", None)
+        assert torch.equal(load(folder, device="cpu", checked=False).predict(images), expected)
+        assert b"Classifier" not in (folder / WEIGHTS).read_bytes()
+
+    @pytest.mark.parametrize("patch", [3, (2, 3), "2*2", "area:4", "1+2x3"])
+    def test_the_patch_keeps_its_meaning(self, own, tmp_path, patch):
+        saved = BagCert(own.scorer, rule="vote", patch=patch)
+        loaded = load(saved.save(tmp_path), checked=False)
+        assert loaded.rule == "vote"
+        assert PatchThreatModel.parse(loaded.patch, SIZE) == PatchThreatModel.parse(patch, SIZE)
+
+    def test_allowed_placements_cannot_be_saved(self, own, tmp_path):
+        allowed = np.zeros(SIZE, bool)
+        allowed[:5] = True
+        threat = PatchThreatModel.parse(2, SIZE, allowed)
+        with pytest.raises(UsageError, match="notation"):
+            BagCert(own.scorer, patch=threat).save(tmp_path)
+
+    def test_grey_networks_cannot_be_saved(self, tmp_path):
+        scorer = RegionScorer(nn.Conv2d(1, 3, 3), NAMES, SIZE, mean=(0.0,), std=(1.0,))
+        with pytest.raises(UsageError, match="RGB"):
+            BagCert(scorer).save(tmp_path)
+
+    def test_a_class_name_that_no_file_may_hold(self, own, tmp_path):
+        scorer = RegionScorer(own.scorer.net, ("a\n", "b", "c"), SIZE)
+        with pytest.raises(UsageError, match="control characters"):
+            BagCert(scorer, patch=2).save(tmp_path)
+
+    def test_shipped_models_are_saved_as_they_were(self, tmp_path):
+        digits = load("digits", checked=False)
+        digits.save(tmp_path)
+        assert (tmp_path / WEIGHTS).read_bytes() == (digits.folder / WEIGHTS).read_bytes()
+        config = json.loads((tmp_path / CONFIG).read_text())
+        kept = ModelConfig.model_validate(json.loads((digits.folder / CONFIG).read_text()))
+        assert ModelConfig.model_validate(config) == kept
+
+    def test_changed_weights_are_what_is_saved(self, tmp_path):
+        images = torch.rand(4, 3, 8, 8)
+        digits = load("digits", checked=False)
+        digits.scorer.net[0].weight.data *= 1.5
+        expected = digits.score_map(images).scores
+        assert not torch.equal(expected, load("digits", checked=False).score_map(images).scores)
+        loaded = load(digits.save(tmp_path), checked=False)
+        assert loaded.config.architecture == GRAPH
+        assert torch.equal(loaded.score_map(images).scores, expected)
+
+    def test_another_network_under_the_config_is_what_is_saved(self, tmp_path):
+        """Equal names and shapes do not make an equal network."""
+        config = load("digits", checked=False).config.model_copy(update={"padded": True})
+        other = config.model_copy(update={"padded": False}).build()
+        saved = BagCert(other, config.rule, config.patch, config)
+        loaded = load(saved.save(tmp_path), checked=False)
+        assert loaded.scorer.grid().map_size == other.grid().map_size
+        assert loaded.scorer.grid().map_size != config.build().grid().map_size
+
+    def test_an_untrained_architecture_is_saved_as_usual(self, tmp_path):
+        config = load("digits", checked=False).config
+        torch.manual_seed(0)
+        scorer = config.build()
+        BagCert(scorer, config.rule, 1, config).save(tmp_path, name="fresh")
+        loaded = load(tmp_path, checked=False)
+        assert (loaded.config.architecture, loaded.patch, loaded.name) == (config.architecture, "1", "fresh")
+
+    def test_attention_pooling_is_saved_as_it_was_and_with_changed_weights(self, tmp_path):
+        facts = load("digits", checked=False).config.model_dump()
+        facts |= {"head": "attention-pooling", "values": 4, "attention_heads": 2, "hidden": 3}
+        config = ModelConfig.model_validate(facts)
+        torch.manual_seed(0)
+        BagCert(config.build(), config.rule, config.patch, config).save(tmp_path / "a")
+        loaded = load(tmp_path / "a", checked=False)
+        loaded.scorer.net[0].weight.data *= 1.5
+        images = torch.rand(3, 3, 8, 8)
+        again = load(loaded.save(tmp_path / "b"), checked=False)
+        assert again.config.architecture == GRAPH
+        assert torch.equal(again.score_map(images).class_scores, loaded.score_map(images).class_scores)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_other_backends_take_the_folder(backend, folder, images):
+    loaded = load(folder, device="cpu", backend=backend)
+    assert loaded.backend == backend
+    near = (loaded.scorer.real_scores(images) - load(folder, checked=False).scorer.real_scores(images)).abs().max()
+    assert near < 1e-4
+
+
+class TestMove:
+    def test_to_the_same_device_keeps_everything(self, folder, images):
+        loaded = load(folder, device="cpu")
+        expected = loaded.certify(images)
+        assert loaded.to("cpu") is loaded
+        assert same(loaded.certify(images), expected)
+
+    def test_locality_is_measured_where_the_model_goes(self, folder, monkeypatch):
+        loaded = load(folder, device="cpu", portable=True)
+        asked = []
+        monkeypatch.setattr(BagCert, "check_locality", lambda self, portable=False: asked.append(portable))
+        loaded.to("cpu")
+        assert asked == [True]
+        load(folder, device="cpu", checked=False).to(torch.device("cpu"))
+        assert asked == [True]
+
+    def test_a_device_that_leaks_is_left_again(self, folder, monkeypatch):
+        loaded = load(folder, device="cpu")
+        moves, before = [], loaded.locality
+        monkeypatch.setattr(BagCert, "_move", lambda self, device: moves.append(device.type))
+
+        def refuse(report, portable):
+            raise UnsoundError("it leaks")
+
+        monkeypatch.setattr(module, "resolve_device", lambda name: torch.device("meta"))
+        monkeypatch.setattr(module, "check_counting", lambda device: None)
+        monkeypatch.setattr(module, "require_local", refuse)
+        with pytest.raises(UnsoundError, match="it leaks"):
+            loaded.to("cuda")
+        assert moves == ["meta", "cpu"]
+        assert loaded.locality is before
+
+    def test_backends_of_the_cpu_stay_there(self, folder, monkeypatch):
+        loaded = load(folder, device="cpu", backend="onnxruntime", checked=False)
+        monkeypatch.setattr(module, "resolve_device", lambda name: torch.device("meta"))
+        with pytest.raises(UsageError, match="onnxruntime runs on the CPU"):
+            loaded.to("cuda")
+
+    def test_no_such_device(self, own):
+        with pytest.raises(UsageError, match="a device is"):
+            own.to("tpu9")
+
+
+class TestTexts:
+    def test_models(self, own, folder):
+        assert repr(load(folder, device="cpu", dtype="bfloat16", checked=False)) == (
+            "BagCert('mine', 3 classes, patch 2 px at 14x12, rule double-masking, torch on cpu in bfloat16)"
+        )
+        assert len(repr(own)) < 200
+
+    def test_score_maps(self, own, images):
+        text = repr(own.score_map(images))
+        assert text == "ScoreMap(16 images of 14x12 px, 3 classes, 6x5 regions, scores in [-2047, 2047], cpu)"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtypes_by_name_or_as_torchs_own(folder, dtype):
+    assert load(folder, device="cpu", dtype=dtype, checked=False).scorer.autocast_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, torch.int8, "torch.bfloat16x"])
+def test_other_dtypes_are_refused(folder, dtype):
+    with pytest.raises(UsageError, match="a dtype is one of float32, bfloat16"):
+        load(folder, dtype=dtype)
+
+
+class TestScale:
+    def test_the_largest_score_is_the_largest_integer(self, own, images):
+        scores = own.score_map(images).scores
+        assert scores.abs().max() == 2047
+        assert (scores.abs() == 2047).sum() == 1
+
+    def test_calibrate_changes_the_scale_alone(self, own, images):
+        scorer = RegionScorer(own.scorer.net, NAMES, SIZE)
+        z = scorer.real_scores(images)
+        assert scorer.calibrate((images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)) is scorer
+        assert scorer.scale != 1.0
+        assert torch.equal(scorer.real_scores(images), z)
+
+    @pytest.mark.parametrize(
+        ("changes", "why"),
+        [
+            ({"scale": "auto"}, "needs images"),
+            ({"images": torch.zeros(1, 3, *SIZE)}, "need scale"),
+            ({"scale": "automatic", "images": torch.zeros(1, 3, *SIZE)}, 'a number or "auto"'),
+            ({"scale": "auto", "images": torch.zeros(0, 3, *SIZE)}, "float images must be"),
+            ({"scale": "auto", "images": torch.zeros(1, 3, *SIZE), "head": "binary"}, "only the fixed-point head"),
+        ],
+    )
+    def test_what_gives_no_scale(self, changes, why):
+        with pytest.raises(UsageError, match=why):
+            RegionScorer.from_module(nn.Conv2d(3, 3, 3), NAMES, SIZE, **changes)
+
+    def test_scores_of_zero_give_no_scale(self):
+        net = nn.Conv2d(3, 3, 3)
+        net.requires_grad_(False).weight.zero_()
+        net.bias.zero_()
+        with pytest.raises(UsageError, match="all 0"):
+            RegionScorer(net, NAMES, SIZE).calibrate(torch.rand(2, 3, *SIZE))
+
+
+class Joins(nn.Module):
+    def __init__(self, join):
+        super().__init__()
+        self.a, self.b, self.join = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), join
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.join(x, self.b(x))
+
+
+def test_caches_do_not_take_one_traced_network_for_another():
+    """Their texts and weights are equal; their code is not."""
+    torch.manual_seed(0)
+    first, second = Joins(torch.add), Joins(torch.mul)
+    second.load_state_dict(first.state_dict())
+    first, second = torch.fx.symbolic_trace(first), torch.fx.symbolic_trace(second)
+    assert repr(first) == repr(second)
+    assert network_key(first) is None
+    assert network_key(nn.Sequential(second)) is None
+    assert network_key(nn.Conv2d(3, 4, 1)) is not None
+
+
+def test_what_a_text_does_not_tell():
+    hooked, patched, scripted = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), torch.jit.script(nn.Conv2d(3, 4, 1))
+    hooked.register_forward_hook(lambda part, given, out: out.roll(1, 2))
+    patched.forward = lambda x: x
+    for part in (hooked, patched, scripted, Joins(torch.add)):
+        assert not is_told_by_text(nn.Sequential(part))
+    assert is_told_by_text(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+
+
+class TestCommands:
+    """Every command takes the folder."""
+
+    @pytest.fixture
+    def photos(self, tmp_path):
+        from PIL import Image
+
+        random = np.random.default_rng(0)
+        for name in NAMES[:2]:
+            (tmp_path / "photos" / name).mkdir(parents=True)
+            for number in range(3):
+                pixels = random.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+        return tmp_path / "photos"
+
+    def test_they_take_it(self, folder, photos, tmp_path):
+        from tests.integration.test_cli import run
+
+        model = tmp_path / "model"
+        shutil.copytree(folder, model)
+        out = str(tmp_path / "out.json")
+        for words in (
+            ("certify", str(photos / "cat" / "0.png"), "--model", str(model)),
+            ("evaluate", str(model), "--data", str(photos), "--split", "all", "--out", out),
+            ("doctor", str(model)),
+            ("info", str(model)),
+            ("attack", str(model), "--data", str(photos), "--limit", "2"),
+            ("export", str(model), "--out", str(tmp_path / "model.onnx")),
+            ("report", out, "--out", str(tmp_path / "report.html")),
+        ):
+            done = run(*words)
+            assert done.code == 0, f"{words}: {done.err}"
+            if words[0] == "info":
+                assert "2 px at 14x12" in done.out
