@@ -102,9 +102,11 @@ def test_any_value_at_any_place_of_a_config(data: st.DataObject) -> None:
 @FEW
 @given(data=st.data())
 def test_any_value_at_any_place_of_a_record(data: st.DataObject) -> None:
-    record = json.loads(data.draw(st.sampled_from(TARGETS["records"].seeds())))
-    place = data.draw(st.sampled_from(_places(record)))
-    attempt(TARGETS["records"], json.dumps(_replaced(record, place, data.draw(VALUES))).encode() + b"\n")
+    seed = data.draw(st.sampled_from(TARGETS["records"].seeds()))
+    lines = [json.loads(line) for line in seed.splitlines()]  # a readout comes first
+    place = data.draw(st.sampled_from(_places(lines)[1:]))
+    changed = _replaced(lines, place, data.draw(VALUES))
+    attempt(TARGETS["records"], b"".join(json.dumps(line).encode() + b"\n" for line in changed))
 
 
 @FEW

@@ -357,17 +357,17 @@ def change_region(case: Honest, random: np.random.Generator) -> None:
     try:
         values, heads, rows, cols = said["shape"]
         products = _numbers(said["products"], "<i4", (values, rows, cols))
-        weights = _numbers(said["weights"], "u1", (heads, rows, cols))
+        weights = _numbers(said["weights"], "u1", (heads, rows, cols)).clip(1)
         each = products // np.repeat(weights, values // heads, 0)
     except (ValueError, TypeError, LookupError, ArithmeticError, zlib.error):
         return
     if not (each.size and weights.size):
         return
-    at = random.integers(rows), random.integers(cols)
+    at = random.integers(each.shape[1]), random.integers(each.shape[2])
     if random.random() < 0.5:
-        weights[random.integers(heads), *at] = random.integers(1, 256)
+        weights[random.integers(len(weights)), *at] = random.integers(1, 256)
     else:
-        each[random.integers(values), *at] = _some(random, (random.integers(-511, 512), 511, -511, 512))
+        each[random.integers(len(each)), *at] = _some(random, (random.integers(-511, 512), 511, -511, 512))
     said["weights"] = _pack(weights.astype("u1").tobytes())
     said["products"] = _pack((each * np.repeat(weights, values // heads, 0)).astype("<i4").tobytes())
 
