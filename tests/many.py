@@ -134,9 +134,13 @@ def main(folder: Path) -> None:
         except BagcertError as error:
             told[name] = str(error)
     train(tiny.recipe(), folder / "begun by one", unbalanced(), resume=True, device="cpu")
-    for name, changes in {"again": {}, "parts": {"train__accumulate": 5}}.items():
+    wrong: dict[str, tuple[dict[str, Any], str]] = {
+        "again": ({}, "stopped memory"),
+        "parts": ({"train__accumulate": 5}, "parts"),
+    }
+    for name, (changes, where) in wrong.items():
         try:
-            train(tiny.recipe(**changes), folder / "stopped memory", unbalanced(), device="cpu")
+            train(tiny.recipe(**changes), folder / where, unbalanced(), device="cpu")
         except UsageError as error:
             told[name] = str(error)
     (folder / f"told-{team.index}.json").write_text(json.dumps(told))

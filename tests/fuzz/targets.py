@@ -253,13 +253,13 @@ def _run_parts() -> tuple:
     """What a run folder is opened with: scorer, average, optimizer and schedule, as training makes them."""
     from torch.optim.swa_utils import AveragedModel
 
-    from bagcert.training.loop import _learning_rate, _moving_average, _optimizer
+    from bagcert.training.setup import learning_rate, make_optimizer, moving_average
 
     recipe = tiny.recipe()
     scorer, _ = read_model(_model())
-    optimizer = _optimizer(recipe, scorer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(recipe, 12))
-    average = AveragedModel(scorer, multi_avg_fn=_moving_average(0.9), use_buffers=True)
+    optimizer = make_optimizer(recipe, scorer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(recipe, 12))
+    average = AveragedModel(scorer, multi_avg_fn=moving_average(0.9), use_buffers=True)
     return recipe, scorer, average, optimizer, schedule, 12
 
 

@@ -116,7 +116,8 @@ def test_the_launcher_stops_all_and_one_sentence_says_so(tmp_path: Path) -> None
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=200)[1]
     assert process.returncode != 0
-    assert not (out / "model.safetensors").exists(), "it was stopped before its end"
+    provenance = json.loads((out / "config.json").read_text())["provenance"]
+    assert provenance["steps"] < provenance["steps_planned"], "it was stopped before its end"
     assert errors.count("Error: interrupted at step") == 1
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert f"interrupted at step {state['step']} of {state['steps']}" in errors
