@@ -9,12 +9,11 @@ value is at the predicted class, as metrics of others expect.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from bagcert.certificate import Certificate
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo
 from bagcert.data.preprocess import Preprocessing
@@ -23,6 +22,9 @@ from bagcert.defenses.base import ScoreMapDefense
 from bagcert.errors import UsageError
 from bagcert.evaluation.evaluate import labels_for
 from bagcert.records import wilson_interval
+
+if TYPE_CHECKING:
+    from bagcert.certificate import Certificate
 
 ANSWERED, CERTIFIED = 1.0, 2.0
 
@@ -68,7 +70,7 @@ class Model:
                 vectors[number][prediction] = CERTIFIED if certified else ANSWERED
         return vectors
 
-    def _certified(self, images: np.ndarray) -> Certificate:
+    def _certified(self, images: np.ndarray) -> "Certificate":
         if images.ndim != 4 or images.shape[1] != 3:
             raise UsageError(f"an image of MAITE is [3, height, width] here, got {list(images.shape[1:])}")
         if images.dtype != np.uint8:
