@@ -151,7 +151,7 @@ class TestSave:
         assert torch.equal(again.score_map(images).class_scores, loaded.score_map(images).class_scores)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime"])
 def test_other_backends_take_the_folder(backend, folder, images):
     loaded = load(folder, device="cpu", backend=backend)
     assert loaded.backend == backend
