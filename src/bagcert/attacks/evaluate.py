@@ -13,8 +13,8 @@ from torch import Tensor
 from bagcert.attacks import ATTACKS, attack
 from bagcert.attacks.result import AttackRecord, AttackResult, save_broken, write_png
 from bagcert.attacks.settings import Settings
-from bagcert.attacks.victim import Defense
 from bagcert.data.image_set import ImageSet
+from bagcert.defenses.base import Defense
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.records import SCHEMA_VERSION
 from bagcert.threat import PatchThreatModel

@@ -20,16 +20,16 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
+from bagcert.defenses.base import Detector
+from bagcert.defenses.pixel_defense import PixelDefense
 from bagcert.defenses.pixel_masks import MaskedClassifier, PixelMasks
-from bagcert.defenses.question import read_question
-from bagcert.defenses.undefended import Undefended
 from bagcert.scores import exact_arithmetic
 from bagcert.threat import PatchLike, PatchThreatModel
 
 RULE = "minority-reports"
 
 
-class MinorityReports:
+class MinorityReports(PixelDefense, Detector):
     """A classifier with an alarm that goes off when hiding some part of the image changes its answer.
 
     Args:
@@ -55,7 +55,6 @@ class MinorityReports:
     """
 
     rule = RULE
-    weights_sha256 = ""
     guarantee = "detection"
 
     def __init__(
@@ -70,12 +69,10 @@ class MinorityReports:
         batch_size: int = 256,
         tolerance: float = 1e-4,
     ) -> None:
-        classifier = Undefended(model, class_names, image_size, name)
-        self.class_names, self.image_size, self.name = classifier.class_names, classifier.image_size, name
-        self.patch = patch
+        super().__init__(model, class_names, image_size, patch=patch, name=name)
         self.stride = stride
-        self.masked = MaskedClassifier(classifier, fill, batch_size, tolerance)
-        self.masks(PatchThreatModel.parse(patch, self.image_size))
+        self.masked = MaskedClassifier(self.classifier, fill, batch_size, tolerance)
+        self.masks(self.deployed_threat())
 
     def masks(self, threat: PatchThreatModel) -> PixelMasks:
         """The masks against a threat: every one of its patches lies inside one of them.
@@ -101,10 +98,9 @@ class MinorityReports:
         Raises:
             UsageError: as for `certify`.
         """
-        device = self.masked.classifier.device
-        batch, _ = read_question(images, self.patch, patch, RULE, rule, placements, device)
-        with exact_arithmetic(device):
-            return self.masked.classifier.predict(batch)
+        batch, _ = self.read_question(images, patch, rule, placements)
+        with exact_arithmetic(batch.device):
+            return self.classifier.predict(batch)
 
     def alert(
         self,
@@ -137,13 +133,13 @@ class MinorityReports:
         Raises:
             UsageError: bad images or patch, another rule, too many masks, or logits that do not fit the class names.
         """
-        device = self.masked.classifier.device
-        batch, threat = read_question(images, self.patch, patch, RULE, rule, placements, device)
+        batch, threat = self.read_question(images, patch, rule, placements)
+        device = batch.device
         masks = self.masks(threat).to(device)
         alone = torch.arange(len(masks), device=device).repeat(2, 1)  # a mask with itself
         certified, worst = [], []
         with exact_arithmetic(device):
-            label = self.masked.classifier.predict(batch)
+            label = self.classifier.predict(batch)
             for some, its in zip(batch.split(self.masked.batch_size), label.split(self.masked.batch_size), strict=True):
                 agrees, at, _ = self.masked.agreement(some, masks, its, alone)
                 certified.append(agrees)

@@ -19,9 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
+from bagcert.defenses.pixel_defense import PixelDefense
 from bagcert.defenses.pixel_masks import MaskedClassifier, PixelMasks
-from bagcert.defenses.question import read_question
-from bagcert.defenses.undefended import Undefended
 from bagcert.rules.masks import majority
 from bagcert.scores import exact_arithmetic, lowest_argmax
 from bagcert.threat import PatchLike, PatchThreatModel
@@ -30,7 +29,7 @@ RULE = "patchcleanser"
 _TABLE_ELEMENTS = 2**23  # labels of mask pairs held at once in the second round
 
 
-class PatchCleanser:
+class PatchCleanser(PixelDefense):
     """A classifier whose answer is what remains when any two masks are laid over the image.
 
     Args:
@@ -56,7 +55,6 @@ class PatchCleanser:
     """
 
     rule = RULE
-    weights_sha256 = ""
     guarantee = "recovery"
 
     def __init__(
@@ -71,12 +69,10 @@ class PatchCleanser:
         batch_size: int = 256,
         tolerance: float = 1e-4,
     ) -> None:
-        classifier = Undefended(model, class_names, image_size, name)
-        self.class_names, self.image_size, self.name = classifier.class_names, classifier.image_size, name
-        self.patch = patch
+        super().__init__(model, class_names, image_size, patch=patch, name=name)
         self.masks_per_axis = masks_per_axis
-        self.masked = MaskedClassifier(classifier, fill, batch_size, tolerance)
-        self.masks(PatchThreatModel.parse(patch, self.image_size))
+        self.masked = MaskedClassifier(self.classifier, fill, batch_size, tolerance)
+        self.masks(self.deployed_threat())
 
     def masks(self, threat: PatchThreatModel) -> PixelMasks:
         """The masks against a threat.
@@ -163,9 +159,8 @@ class PatchCleanser:
         rule: str | None,
         placements: np.ndarray | str | Path | None,
     ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel, PixelMasks]:
-        device = self.masked.classifier.device
-        batch, threat = read_question(images, self.patch, patch, RULE, rule, placements, device)
-        return batch, threat, self.masks(threat).to(device)
+        batch, threat = self.read_question(images, patch, rule, placements)
+        return batch, threat, self.masks(threat).to(batch.device)
 
     def _predict(
         self, images: Float[Tensor, "batch 3 height width"], masks: PixelMasks
@@ -177,7 +172,7 @@ class PatchCleanser:
         first = label.masked_fill(masks.whole, -1)
         plain = label[:, 0]
         if bool(masks.whole.all()):
-            plain = lowest_argmax(self.masked.classifier.logits(images))
+            plain = lowest_argmax(self.classifier.logits(images))
         answer = majority(first, len(self.class_names), plain)
         disagrees = (first >= 0) & (first != answer[:, None]) & ~masks.completed
         for some in disagrees.any(1).nonzero()[:, 0].split(max(1, _TABLE_ELEMENTS // len(masks) ** 2)):

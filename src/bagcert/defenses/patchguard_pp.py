@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from bagcert.defenses.base import ScoreMapDefense
+from bagcert.defenses.base import Detector, ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import Rule, get_rule
 from bagcert.rules.confident_detection import alerts, check_confidence, confident_detection
@@ -24,7 +24,7 @@ from bagcert.scores import ScoreMap, require_sum
 from bagcert.threat import PatchLike
 
 
-class PatchGuardPlusPlus(ScoreMapDefense):
+class PatchGuardPlusPlus(ScoreMapDefense, Detector):
     """A region scorer deployed with detection by confident masks.
 
     Args:

@@ -5,13 +5,10 @@ A new defense is one file beside this one and one line in `DEFENSES`; a new trai
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-import numpy as np
-from torch import Tensor
-
-from bagcert.certificate import Certificate
 from bagcert.defenses.bagcert import BagCert
+from bagcert.defenses.base import Defense
 from bagcert.defenses.clipped_bagnet import ClippedBagNet
 from bagcert.defenses.derandomized_smoothing import DerandomizedSmoothing
 from bagcert.defenses.interval_bounds import IntervalBounds
@@ -23,27 +20,6 @@ from bagcert.defenses.undefended import Undefended
 from bagcert.errors import UsageError, nearest
 from bagcert.nets.classifier import MeanScores, in_sequence
 from bagcert.nets.region_scorer import RegionScorer
-from bagcert.threat import PatchThreatModel
-
-
-class Defense(Protocol):
-    """What is deployed: it predicts and certifies, and neither takes a label. A detector also has `alert`."""
-
-    name: str
-    rule: str
-
-    @property
-    def guarantee(self) -> str:
-        """What a certificate says: "recovery", "detection", or "none" where there is none."""
-
-    def predict(self, images: np.ndarray | Tensor, patch: PatchThreatModel) -> Tensor:
-        """What it answers on each image, int64 [batch]."""
-
-    def certify(self, images: np.ndarray | Tensor, patch: PatchThreatModel) -> Certificate:
-        """That answer, and whether it is proved."""
-
-    def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
-        """Passes through its network per image, at most."""
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ def test_mistakes_are_named():
         cleanser(model).predict(masking.images(0, 1), rule="vote")
     with pytest.raises(UsageError, match="does not fit"):
         cleanser(model, "7")
-    with pytest.raises(UsageError, match="own allowed placements"):
+    with pytest.raises(UsageError, match="cannot be combined with a PatchThreatModel"):
         cleanser(model).certify(
             masking.images(0, 1), PatchThreatModel.parse(2, masking.SIZE), placements=np.ones((6, 6), dtype=bool)
         )
