@@ -288,7 +288,7 @@ class TestPlacements:
 
     def test_a_mask_beside_a_threat_model_is_refused(self, model, images, allowed):
         threat = PatchThreatModel.parse(2, SIZE)
-        with pytest.raises(UsageError, match="a threat model has its cannot be combined with a PatchThreatModel"):
+        with pytest.raises(UsageError, match="cannot be combined with a PatchThreatModel"):
             model.certify(images, threat, placements=allowed)
         within = PatchThreatModel.parse(2, SIZE, allowed)
         assert torch.equal(model.certify(images, within).margin, model.certify(images, 2, placements=allowed).margin)

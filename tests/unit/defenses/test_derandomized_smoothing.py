@@ -256,7 +256,7 @@ class TestDeployment:
         assert (there.margin > anywhere.margin).any()
         again = defense.certify_scores(defense.score_map(images), placements=allowed)
         assert torch.equal(again.margin, there.margin)
-        with pytest.raises(UsageError, match="a threat model has its cannot be combined with a PatchThreatModel"):
+        with pytest.raises(UsageError, match="cannot be combined with a PatchThreatModel"):
             defense.certify(images, PatchThreatModel.parse(2, (8, 8)), placements=allowed)
 
 
