@@ -48,6 +48,7 @@ def attack(
     images: np.ndarray,
     labels: np.ndarray | Sequence[int],
     patch: int | str | tuple[int, int] | PatchThreatModel,
+    *,
     rule: str | None = None,
     attacks: Sequence[str] = (),
     seed: int = 0,

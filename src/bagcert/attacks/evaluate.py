@@ -132,6 +132,7 @@ def bracket(
     batches: Iterable[Batch],
     patches: Sequence[str],
     rules: Sequence[str],
+    *,
     attacks: Sequence[str] = (),
     settings: Settings | None = None,
     allowed: np.ndarray | str | Path | None = None,
@@ -175,7 +176,16 @@ def bracket(
             threat = PatchThreatModel.parse(tally.notation, (images.shape[1], images.shape[2]), allowed)
             seed = settings.seed + 1_000_003 * number
             result = attack(
-                defense, images, truth, threat, tally.rule, attacks, seed, settings, tally.library, on_progress=part
+                defense,
+                images,
+                truth,
+                threat,
+                rule=tally.rule,
+                attacks=attacks,
+                seed=seed,
+                settings=settings,
+                library=tally.library,
+                on_progress=part,
             )
             tally.results.append(result)
             done += len(images)

@@ -62,7 +62,7 @@ class Victim:
         self.images = torch.from_numpy(np.array(images))
         guarantee = RULES[rule].guarantee if rule in RULES else defense.guarantee
         self.detects = guarantee == "detection"
-        clean = defense.certify(images, threat, rule)
+        clean = defense.certify(images, threat, rule=rule)
         self.prediction, self.certified = clean.prediction.cpu(), clean.certified.cpu()
         self.worst_placement = nearest_placements(threat, clean.worst_placement.cpu())
         batch = len(images)
@@ -127,11 +127,11 @@ class Victim:
                 f"the {attack} attack left its threat {self.threat} at the placement {placements[row].tolist()}; "
                 "this is a mistake in the attack"
             )
-        answers = self.defense.predict(patched.numpy(), self.threat, self.rule).cpu()
+        answers = self.defense.predict(patched.numpy(), self.threat, rule=self.rule).cpu()
         changed = answers != self.prediction[image]
         if self.detects and bool(changed.any()):
             (rows,) = changed.nonzero(as_tuple=True)
-            unnoticed = self.defense.certify(patched[rows].numpy(), self.threat, self.rule).certified.cpu()
+            unnoticed = self.defense.certify(patched[rows].numpy(), self.threat, rule=self.rule).certified.cpu()
             changed[rows] = unnoticed
         for row in changed.nonzero()[:, 0].tolist():
             i = int(image[row])

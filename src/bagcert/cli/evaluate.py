@@ -85,7 +85,7 @@ def evaluate(
         raise UsageError("--resume goes on with the run of an --out FILE.json, and none was given")
     log = None if out is None else log_path(out)
     with progress("loading"):
-        loaded = load(model, device, dtype, portable, backend=backend)
+        loaded = load(model, device, dtype=dtype, portable=portable, backend=backend)
     images = load_dataset(data, split, limit)
     model_seconds = time.perf_counter() - started
     try:
@@ -93,19 +93,19 @@ def evaluate(
             evaluation = run(
                 loaded,
                 images,
-                patch or (),
-                rule or (),
-                split,
-                limit,
-                batch_size,
-                placements,
-                fit,
-                repeat,
-                model_seconds,
-                report,
-                log,
-                resume,
-                out is not None,
+                patches=patch or (),
+                rules=rule or (),
+                split=split,
+                limit=limit,
+                batch_size=batch_size,
+                placements=placements,
+                fit=fit,
+                repeat=repeat,
+                model_seconds=model_seconds,
+                on_progress=report,
+                log=log,
+                resume=resume,
+                gallery=out is not None,
             )
     except KeyboardInterrupt:
         if log is None or not log.exists():

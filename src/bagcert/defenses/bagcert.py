@@ -48,6 +48,7 @@ class BagCert(ScoreMapDefense):
         self,
         scorer: RegionScorer,
         rule: str = "double-masking",
+        *,
         patch: PatchLike = 5,
         config: ModelConfig | None = None,
         weights_sha256: str = "",
@@ -95,6 +96,7 @@ class BagCert(ScoreMapDefense):
 def load(
     name: str | Path = "default",
     device: str = "auto",
+    *,
     dtype: str = "float32",
     portable: bool = False,
     checked: bool = True,
@@ -145,7 +147,7 @@ def load(
     check_counting(target)
     cache = cache_folder()
     scorer.runner = get_runner(chosen, scorer, DTYPES[dtype], None if cache is None else cache / "onnx")
-    model = BagCert(scorer, config.rule, config.patch, config, weights_sha256(folder))
+    model = BagCert(scorer, config.rule, patch=config.patch, config=config, weights_sha256=weights_sha256(folder))
     return model.check_locality(portable) if checked else model
 
 

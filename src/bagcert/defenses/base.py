@@ -47,6 +47,7 @@ class Defense(ABC):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
@@ -57,6 +58,7 @@ class Defense(ABC):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:
@@ -85,6 +87,7 @@ class Detector(Defense):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         placements: np.ndarray | str | Path | None = None,
     ) -> Bool[Tensor, " batch"]:
         """Which images raise the alert; arguments as for `certify`."""
@@ -129,6 +132,7 @@ class ScoreMapDefense(Defense):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
@@ -140,6 +144,7 @@ class ScoreMapDefense(Defense):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:
@@ -156,7 +161,7 @@ class ScoreMapDefense(Defense):
         Raises:
             UsageError: bad images, patch or rule.
         """
-        certificate = self.certify_scores(self.score_map(images), patch, rule, placements)
+        certificate = self.certify_scores(self.score_map(images), patch, rule=rule, placements=placements)
         if certificate.locality == "exact" and not self.locality_checked:
             return replace(certificate, locality="unchecked")
         return certificate
@@ -170,6 +175,7 @@ class ScoreMapDefense(Defense):
         self,
         score_map: ScoreMap,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:

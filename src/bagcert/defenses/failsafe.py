@@ -60,7 +60,12 @@ class FailSafe:
     """
 
     def __init__(
-        self, model: BagCert, threat: PatchLike | None = None, fallback: Fallback | None = None, rule: str | None = None
+        self,
+        model: BagCert,
+        threat: PatchLike | None = None,
+        *,
+        fallback: Fallback | None = None,
+        rule: str | None = None,
     ) -> None:
         self.model = model
         self.rule = rule or model.rule
@@ -83,7 +88,7 @@ class FailSafe:
             UsageError: bad images, or a fallback that does not answer once per image it was given.
         """
         images = with_batch_axis(images)
-        certificate = self.model.certify(images, self.threat, self.rule)
+        certificate = self.model.certify(images, self.threat, rule=self.rule)
         certified = certificate.certified.cpu()
         labels: list[int | None] = certificate.prediction.tolist()
         doubtful = np.flatnonzero(~certified.numpy())

@@ -67,6 +67,7 @@ class IntervalBounds(PixelDefense):
         model: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
+        *,
         patch: PatchLike = 5,
         name: str = "interval-bounds",
         batch_size: int = 256,
@@ -90,6 +91,7 @@ class IntervalBounds(PixelDefense):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
@@ -105,6 +107,7 @@ class IntervalBounds(PixelDefense):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,

@@ -62,6 +62,7 @@ class MinorityReports(PixelDefense, Detector):
         model: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
+        *,
         patch: PatchLike = 5,
         stride: int = 1,
         name: str = "minority-reports",
@@ -90,6 +91,7 @@ class MinorityReports(PixelDefense, Detector):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
@@ -106,6 +108,7 @@ class MinorityReports(PixelDefense, Detector):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         placements: np.ndarray | str | Path | None = None,
     ) -> Bool[Tensor, " batch"]:
         """Does some masked prediction differ from the plain one? True exactly where `certify` does not certify."""
@@ -115,6 +118,7 @@ class MinorityReports(PixelDefense, Detector):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:

@@ -62,6 +62,7 @@ class PatchCleanser(PixelDefense):
         model: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
+        *,
         patch: PatchLike = 5,
         masks_per_axis: int = 6,
         name: str = "patchcleanser",
@@ -97,6 +98,7 @@ class PatchCleanser(PixelDefense):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
@@ -112,6 +114,7 @@ class PatchCleanser(PixelDefense):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,

@@ -32,7 +32,7 @@ class PixelDefense(Defense):
     def __init__(
         self, model: nn.Module, class_names: Sequence[str], image_size: tuple[int, int], *, patch: PatchLike, name: str
     ) -> None:
-        self.classifier = Undefended(model, class_names, image_size, name)
+        self.classifier = Undefended(model, class_names, image_size, name=name)
         self.class_names, self.image_size = self.classifier.class_names, self.classifier.image_size
         self.patch, self.name = patch, name
 

@@ -103,21 +103,24 @@ class Entry:
 
 DEFENSES: dict[str, Entry] = {
     "undefended": Entry("cutout", lambda at: Undefended(*at.classifier)),
-    "bagcert-vote": Entry("binary", lambda at: BagCert(at.scorer, "vote", at.patch)),
-    "bagcert-double-masking": Entry("double-masking", lambda at: BagCert(at.scorer, "double-masking", at.patch)),
+    "bagcert-vote": Entry("binary", lambda at: BagCert(at.scorer, "vote", patch=at.patch)),
+    "bagcert-double-masking": Entry("double-masking", lambda at: BagCert(at.scorer, "double-masking", patch=at.patch)),
     "clipped-bagnet": Entry("clipped", lambda at: ClippedBagNet(at.scorer, patch=at.patch)),
     "patchguard": Entry("masked-features", lambda at: PatchGuard(at.scorer, patch=at.patch)),
     "patchguard++": Entry("masked-features", lambda at: PatchGuardPlusPlus(at.scorer, patch=at.patch)),
     "column-smoothing": Entry(
-        "columns", lambda at: DerandomizedSmoothing(*at.classifier, "column", at.column_px, patch=at.patch)
+        "columns",
+        lambda at: DerandomizedSmoothing(*at.classifier, ablation="column", size_px=at.column_px, patch=at.patch),
     ),
     "column-smoothing-levine-feizi": Entry(
         "columns",
-        lambda at: DerandomizedSmoothing(*at.classifier, "column", at.column_px, rule="levine-feizi", patch=at.patch),
+        lambda at: DerandomizedSmoothing(
+            *at.classifier, ablation="column", size_px=at.column_px, rule="levine-feizi", patch=at.patch
+        ),
     ),
     "block-smoothing": Entry(
         "blocks",
-        lambda at: DerandomizedSmoothing(*at.classifier, "block", at.block_px, patch=at.patch),
+        lambda at: DerandomizedSmoothing(*at.classifier, ablation="block", size_px=at.block_px, patch=at.patch),
         slow=True,
     ),
     "patchcleanser": Entry("cutout", lambda at: PatchCleanser(*at.classifier, patch=at.patch), slow=True),

@@ -47,6 +47,7 @@ class Undefended(Defense):
         model: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
+        *,
         name: str = "undefended",
     ) -> None:
         if len(class_names) < 2:
@@ -84,6 +85,7 @@ class Undefended(Defense):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
@@ -103,6 +105,7 @@ class Undefended(Defense):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:

@@ -24,7 +24,7 @@ _MONOTONE = ("vote", "levine-feizi")
 
 
 def largest_certified_px(
-    score_map: ScoreMap, rule: str, threat: PatchThreatModel | None = None, certificate: Certificate | None = None
+    score_map: ScoreMap, rule: str, *, threat: PatchThreatModel | None = None, certificate: Certificate | None = None
 ) -> Int[Tensor, " batch"]:
     """The side in pixels of the largest square patch each image is certified against as deployed; 0 if none.
 
