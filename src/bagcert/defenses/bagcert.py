@@ -25,7 +25,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class BagCert(ScoreMapDefense):
-    """A certified defence: predictions with a proof that no patch of the given size changes them.
+    """A certified defense: predictions with a proof that no patch of the given size changes them.
 
     One forward pass gives a score map; the rule reads prediction and certificate from it. Source: Metzen &
     Yatsura, ICLR 2021 ("vote"); Xiang et al., PatchCleanser, USENIX Security 2022 ("double-masking"); docs/method.md.

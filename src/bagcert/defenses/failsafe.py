@@ -42,7 +42,7 @@ class FailSafe:
     """A classifier whose certified verdicts cannot be changed by a patch within `threat`.
 
     Args:
-        model: a loaded defence; its network, rule and patch stay fixed from now on.
+        model: a loaded defense; its network, rule and patch stay fixed from now on.
         threat: the patch to withstand, in the notation of `PatchThreatModel.parse`; the model's own when absent.
         fallback: asked for the labels of the images that are not certified, and given just those; None for
             "no label". Without it they have none.

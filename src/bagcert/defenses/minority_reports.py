@@ -8,7 +8,7 @@ image without alert has the label of the clean scene.
 
 Different from the publication: its grid of masks leaves out positions at the border, so that a patch in a corner is
 hidden by no mask; here the masks hide every placement, corners included. And the alert needs no voting over
-neighbouring masks: one masked prediction that differs, or does not lead beyond rounding, raises it.
+neighboring masks: one masked prediction that differs, or does not lead beyond rounding, raises it.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class MinorityReports(PixelDefense, Detector):
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
         stride: pixels between masks; masks are `stride - 1` px larger than the patch.
         name: for tables.
-        fill: what masked pixels become, one value or one per channel: the mean colour of the data.
+        fill: what masked pixels become, one value or one per channel: the mean color of the data.
         batch_size: masked images per forward pass.
         tolerance: in logits. A masked prediction that leads by less raises the alert, too, since the same masked
             image may be rounded otherwise in another batch.

@@ -3,7 +3,7 @@
 Source: Xiang, Mahloujifar, Mittal, PatchCleanser, USENIX Security 2022; docs/method.md, "Double masking".
 
 Guarantee: recovery. If all pairs of masks leave the same label on an image, no patch of the threat changes what the
-defence answers on it: the mask that hides the patch gives the clean label with any second mask.
+defense answers on it: the mask that hides the patch gives the clean label with any second mask.
 
 Different from the publication: masks go in a fixed order and ties to the lowest class; the certificate never sees the
 true label; a pair of masks that leaves no pixel agrees with nothing, nor does, in the certificate, a label whose lead
@@ -40,7 +40,7 @@ class PatchCleanser(PixelDefense):
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
         masks_per_axis: k; k^2 masks for one shape. Fewer and larger masks cost fewer passes and certify less.
         name: for tables.
-        fill: what masked pixels become, one value or one per channel: the mean colour of the data.
+        fill: what masked pixels become, one value or one per channel: the mean color of the data.
         batch_size: masked images per forward pass.
         tolerance: in logits. In the certificate a label that leads its runner-up by less agrees with nothing, since
             the same masked image may be rounded otherwise in another batch.
