@@ -80,7 +80,7 @@ def judge(row: dict, arguments: argparse.Namespace) -> dict:
         train(recipe, Path(folder), source)
         model, facts = load(folder), describe(folder)
         rules = ["double-masking", "vote"] if recipe.model.head == "binary" else ["double-masking"]
-        info = evaluate(model, held_out, [patch], rules).info
+        info = evaluate(model, held_out, patches=[patch], rules=rules).info
         seconds = model.config.provenance["training_seconds"]
     judged = {
         **row,

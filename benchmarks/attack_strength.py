@@ -117,7 +117,7 @@ def main() -> None:
     training_seconds = train(net, known.array(), known.labels, options)
     test = load_dataset(options.data, "test", options.limit)
     pixels = test.array()
-    defense = Undefended(net, test.class_names, (pixels.shape[1], pixels.shape[2]), "ordinary CNN")
+    defense = Undefended(net, test.class_names, (pixels.shape[1], pixels.shape[2]), name="ordinary CNN")
     settings = Settings(options.steps, options.restarts, options.placements, options.seed)
     started = time.perf_counter()
     numbers = list(range(len(test)))
@@ -131,8 +131,8 @@ def main() -> None:
         batches,
         [options.patch],
         [defense.rule],
-        ["gradient"],
-        settings,
+        attacks=["gradient"],
+        settings=settings,
         on_progress=lambda done, broken: print(f"{done:.0f} of {len(test)} images, {broken} broken", flush=True),
     )
     (row,) = found.rows

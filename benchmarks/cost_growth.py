@@ -119,13 +119,13 @@ def measure(point: Point) -> dict[str, Any]:
     labels = np.arange(point.images) % point.classes
     images = ImageSet("random", "test", labels, tuple(names), ArraySource(pixels, "random"))
     scorer.scale = scale_of(validation_scores(scorer, pixels[:16]))
-    model = BagCert(scorer, RULE, point.patches[0])
-    evaluate(model, images.take(8), point.patches)  # warms up
+    model = BagCert(scorer, RULE, patch=point.patches[0])
+    evaluate(model, images.take(8), patches=point.patches)  # warms up
     before = peak_memory_mib()
     # As many images at a time as the package's own networks take, but no more scores than fit 64 MiB.
     regions = int(np.prod(scorer.grid().map_size))
     batch_size = max(1, min(250, 2**24 // (regions * point.classes)))
-    found = evaluate(model, images, point.patches, batch_size=batch_size, repeat=point.repeat)
+    found = evaluate(model, images, patches=point.patches, batch_size=batch_size, repeat=point.repeat)
     rule = sum(row.seconds for row in found.info.results)
     return {
         "seconds": found.info.seconds["forward"] + rule,

@@ -49,13 +49,15 @@ def main() -> None:
     calibration = Calibration(as_batch(known.array())[:, :channels], labels_for(model, known).astype(np.int64))
     found = load_dataset(arguments.data, "test", arguments.limit)
     images, labels = as_batch(found.array())[:, :channels].numpy(), labels_for(model, found)
-    own = model.certify(found.array(), arguments.patch, arguments.rule)
+    own = model.certify(found.array(), arguments.patch, rule=arguments.rule)
     truth = [column.numpy() for column in (own.prediction, own.certified, own.margin)]
     threads, answers, rows = torch.get_num_threads(), {}, []
     with tempfile.TemporaryDirectory() as folder:
         for precision, ranges in (("float32", None), ("int8", calibration)):
             file = Path(folder) / f"{precision}.onnx"
-            exported = export_model(model, file, arguments.patch, arguments.rule, calibration=ranges, on_step=print)
+            exported = export_model(
+                model, file, patch=arguments.patch, rule=arguments.rule, calibration=ranges, on_step=print
+            )
             session = onnx_session(file.read_bytes(), threads)
             in_onnxruntime(session, images[: arguments.batch_size])
             start, parts = time.perf_counter(), []

@@ -165,7 +165,7 @@ def ways(name: str, model: BagCert, batch: Tensor, quick: bool) -> dict[tuple[st
     for dtype, autocast in DTYPES.items():
         for scorer, words in ((trained, "as trained"), (folded, "batch norm folded")):
             found[words, dtype] = contiguous(scorer, batch, autocast)
-        deployed = model.scorer if autocast is None else load(name, str(device), dtype, checked=False).scorer
+        deployed = model.scorer if autocast is None else load(name, str(device), dtype=dtype, checked=False).scorer
         found["batch norm folded, channels last", dtype] = lambda scorer=deployed: scorer.forward_batch(batch)
         if not quick:
             compiled = copy.deepcopy(deployed)
@@ -174,7 +174,7 @@ def ways(name: str, model: BagCert, batch: Tensor, quick: bool) -> dict[tuple[st
         for backend in installed_backends() if device.type == "cpu" else ():
             if backend != "torch":
                 with suppress(UsageError):  # a backend without this dtype
-                    other = load(name, "cpu", dtype, checked=False, backend=backend).scorer
+                    other = load(name, "cpu", dtype=dtype, checked=False, backend=backend).scorer
                     found[backend, dtype] = lambda scorer=other: scorer.forward_batch(batch)
     return found
 
@@ -224,7 +224,7 @@ def stages(model: BagCert, images: ImageSet, patch: str, batch_size: int) -> dic
         "head": lambda: [model.scorer.to_scores(each, size) for each in z],
         "rule": lambda: [rule.certify(each, threat) for each in maps],
         "records": lambda: [Record.each(each) for each in certificates],
-        "evaluate": lambda: evaluate(model, images, [patch], batch_size=batch_size),
+        "evaluate": lambda: evaluate(model, images, patches=[patch], batch_size=batch_size),
     }
 
 
@@ -238,7 +238,7 @@ def certified(
     for backend in installed_backends() if device.type == "cpu" else ["torch"]:
         for dtype in DTYPES:
             with suppress(UsageError, UnsoundError):  # a backend without this dtype, or not local in it
-                model = load(name, str(device), dtype, backend=backend)
+                model = load(name, str(device), dtype=dtype, backend=backend)
                 rule = get_rule(model.rule)
                 found[backend, dtype] = lambda model=model, rule=rule: [
                     rule.certify(model.score_map(batch), threat) for batch in batches

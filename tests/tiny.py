@@ -32,7 +32,7 @@ def color_model(rule: str = "vote", patch: str = "2", size: tuple[int, int] = (8
     """Scores every pixel by its channels: a region scorer whose every answer can be worked out by hand."""
     layer = nn.Conv2d(3, 3, 1, bias=False)
     layer.weight.data = torch.eye(3)[:, :, None, None].clone()
-    return BagCert(RegionScorer(nn.Sequential(layer), names, size, scale=2047.0), rule, patch)
+    return BagCert(RegionScorer(nn.Sequential(layer), names, size, scale=2047.0), rule, patch=patch)
 
 
 def attention_scorer(size: tuple[int, int] = (8, 8), names=COLORS) -> RegionScorer:
@@ -53,7 +53,7 @@ def attention_model(
     rule: str = "double-masking", patch: str = "2", size: tuple[int, int] = (8, 8), names=COLORS
 ) -> BagCert:
     """`attention_scorer`, deployed."""
-    return BagCert(attention_scorer(size, names), rule, patch)
+    return BagCert(attention_scorer(size, names), rule, patch=patch)
 
 
 def attention_recipe(**changes: object) -> Recipe:

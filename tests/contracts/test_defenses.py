@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from bagcert.defenses.base import Defense, Detector
 from bagcert.defenses.table import DEFENSES, TRAININGS, Setting, get_entry
 from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import RegionScorer
@@ -102,6 +103,12 @@ class TestEveryDefense:
             if defense.guarantee == "detection":
                 changed &= ~defense.alert(patched, THREAT)
             assert not changed.any()
+
+    def test_interface_is_that_of_all_defenses(self, name):
+        defense = deployed(name)
+        assert isinstance(defense, Defense)
+        if name != "attention-pooling":
+            assert isinstance(defense, Detector) == (defense.guarantee == "detection")
 
     def test_costs_are_said(self, name):
         defense = deployed(name)

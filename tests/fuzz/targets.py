@@ -278,7 +278,7 @@ def load_checkpoint(content: bytes) -> None:
 def _logs() -> list[bytes]:
     path = _folder() / "seed.partial"
     path.unlink(missing_ok=True)
-    evaluate(tiny.color_model(), tiny.image_set(9), ["1", "2"], ["vote"], batch_size=4, log=path)
+    evaluate(tiny.color_model(), tiny.image_set(9), patches=["1", "2"], rules=["vote"], batch_size=4, log=path)
     return [path.read_bytes()]
 
 

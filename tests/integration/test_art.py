@@ -73,8 +73,8 @@ def check_that_certificates_hold(model, images: np.ndarray, patched: np.ndarray,
     differs = (patched != images).any(3)
     differs[:, top : top + 2, left : left + 2] = False
     assert not differs.any(), "the attack left its patch"
-    clean = model.certify(images, 2, rule)
-    changed = model.predict(patched, 2, rule) != clean.prediction
+    clean = model.certify(images, 2, rule=rule)
+    changed = model.predict(patched, 2, rule=rule) != clean.prediction
     assert not (changed & clean.certified).any()
     return changed, clean.certified
 
@@ -90,7 +90,7 @@ def test_masked_pgd_breaks_no_certificate(model, images: np.ndarray) -> None:
         attack = ProjectedGradientDescent(
             classifier, eps=1.0, eps_step=0.15, max_iter=15, batch_size=COUNT, verbose=False
         )
-        labels = model.predict(images, 2, "vote").numpy()
+        labels = model.predict(images, 2, rule="vote").numpy()
         patched = as_pixels(attack.generate(as_floats(images), labels, mask=np.repeat(mask, COUNT, 0)))
         assert (patched != images).any()
         for rule in ("vote", "double-masking"):
@@ -102,7 +102,7 @@ def test_masked_pgd_breaks_no_certificate(model, images: np.ndarray) -> None:
 
 
 def test_square_attack_breaks_no_certificate(model, images: np.ndarray) -> None:
-    certified = model.certify(images, 2, "double-masking").certified
+    certified = model.certify(images, 2, rule="double-masking").certified
     assert certified.any()
     for i in range(4):
         place = PLACES[i % len(PLACES)]

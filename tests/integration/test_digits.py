@@ -30,7 +30,7 @@ def test_demo_trains_and_certifies_above_its_floor():
 
 def test_shipped_digits_model_holds_what_its_results_say():
     model = load("digits")
-    run = evaluate(model, "digits", ["1", "2"])
+    run = evaluate(model, "digits", patches=["1", "2"])
     for row, floor in zip(run.info.results, (0.70, 0.55), strict=True):
         assert row.clean_accuracy >= 0.95
         assert row.certified_accuracy >= floor
@@ -42,8 +42,8 @@ def test_double_masking_certifies_whatever_the_vote_certifies_on_real_binary_map
     model.scorer.head = "binary"  # the same network, its scores cut to [z > 0]
     score_map = model.score_map(load_dataset("digits", "test").array())
     for patch in ("1", "2", "1x3"):
-        vote = model.certify_scores(score_map, patch, "vote")
-        masking = model.certify_scores(score_map, patch, "double-masking")
+        vote = model.certify_scores(score_map, patch, rule="vote")
+        masking = model.certify_scores(score_map, patch, rule="double-masking")
         assert vote.certified.any()
         assert masking.certified[vote.certified].all()
         assert (masking.prediction == vote.prediction)[vote.certified].all()
@@ -56,7 +56,7 @@ def test_no_patch_pasted_anywhere_changes_a_certified_answer(rule):
     if rule == "vote":
         model.scorer.head = "binary"
     images = load_dataset("digits", "test").array()
-    certificate = model.certify(images, 2, rule)
+    certificate = model.certify(images, 2, rule=rule)
     chosen = certificate.certified.nonzero()[:12, 0].tolist()
     assert chosen
     random = np.random.default_rng(0)
@@ -67,4 +67,4 @@ def test_no_patch_pasted_anywhere_changes_a_certified_answer(rule):
         for number, (top, left) in enumerate(placements):
             for kind, content in enumerate(contents):
                 attacked[number * len(contents) + kind, top : top + 2, left : left + 2] = content
-        assert (model.predict(attacked, 2, rule) == certificate.prediction[image]).all()
+        assert (model.predict(attacked, 2, rule=rule) == certificate.prediction[image]).all()

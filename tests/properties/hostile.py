@@ -135,7 +135,7 @@ def count(cases: int, seed: int = 0, dtype: str = "float32", backend: str = "tor
             for _ in range(cases):
                 write_folder(folder, random)
                 try:
-                    model = load(folder, "cpu", dtype, backend=backend)
+                    model = load(folder, "cpu", dtype=dtype, backend=backend)
                 except (UnreadableError, UnsoundError, UsageError) as error:
                     totals["unsound" if isinstance(error, UnsoundError) else "unreadable"] += 1
                     continue

@@ -131,10 +131,10 @@ def networks(case: MaskCase, seed: int) -> list:
     for layer in (plain[1], plain[3], ablated[1]):
         nn.init.zeros_(layer.bias)
     return [
-        PatchCleanser(plain, NAMES, size, case.notation, masks_per_axis=3),
-        MinorityReports(plain, NAMES, size, case.notation),
-        IntervalBounds(plain, NAMES, size, case.notation),
-        DerandomizedSmoothing(ablated, NAMES, size, "block", 2, patch=case.notation, votes="argmax"),
+        PatchCleanser(plain, NAMES, size, patch=case.notation, masks_per_axis=3),
+        MinorityReports(plain, NAMES, size, patch=case.notation),
+        IntervalBounds(plain, NAMES, size, patch=case.notation),
+        DerandomizedSmoothing(ablated, NAMES, size, ablation="block", size_px=2, patch=case.notation, votes="argmax"),
         tiny.color_model("double-masking", case.notation, size),
     ]
 

@@ -160,13 +160,15 @@ class TestImages:
 
     def test_evaluation_and_its_gallery(self, folder):
         model = load(folder, "cpu")
-        found = evaluate(model, tiny.image_set(20), ["1", "2"], ["double-masking", "detection"], gallery=True)
+        found = evaluate(
+            model, tiny.image_set(20), patches=["1", "2"], rules=["double-masking", "detection"], gallery=True
+        )
         assert len(found.info.results) == 4
         assert {row.rule for row in found.info.results} == {"double-masking", "detection"}
         assert found.gallery is not None
         assert len(found.gallery.pictures) == 20
         with pytest.raises(UsageError, match="the rule levine-feizi needs"):
-            evaluate(model, tiny.image_set(4), ["1"], ["levine-feizi"])
+            evaluate(model, tiny.image_set(4), patches=["1"], rules=["levine-feizi"])
 
     def test_fail_safe(self, folder):
         verdicts = FailSafe(load(folder, "cpu"), "1")(IMAGES)
@@ -255,7 +257,7 @@ class TestLargest:
         for rule in ("double-masking", "detection"):
             certified = RULES[rule].certify(score_map, threat).certified
             assert torch.equal(
-                largest_certified_px(score_map, rule, threat), certified * covered_px(score_map.grid, threat)
+                largest_certified_px(score_map, rule, threat=threat), certified * covered_px(score_map.grid, threat)
             )
         with pytest.raises(UsageError, match="the rule vote needs"):
             largest_certified_px(score_map, "vote")
@@ -273,7 +275,7 @@ class TestGallery:
 
     def test_the_runner_up_is_that_of_the_readout(self):
         model = tiny.attention_model()
-        records = evaluate(model, tiny.image_set(6), ["2"]).records
+        records = evaluate(model, tiny.image_set(6), patches=["2"]).records
         gallery = make_gallery(model, tiny.image_set(6), records)
         score_map = model.score_map(tiny.image_set(6).array())
         for picture in gallery.pictures:

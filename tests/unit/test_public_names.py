@@ -1,5 +1,6 @@
 """What users import: every public name exists, shows up in `dir`, and loads only when it is asked for."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from bagcert.io.lazy import lazy_names
 
 PACKAGES = ("bagcert", "bagcert.defenses")
+FUNCTIONS = ("attack", "evaluate", "export_model", "load")
 NAMES = [(package, name) for package in PACKAGES for name in import_module(package).__all__]
 
 
@@ -30,6 +32,21 @@ def test_public_name_is_in_the_reference(package: str, name: str) -> None:
     assert home in modules
     if package == "bagcert":
         assert f"`{name}`" in page
+
+
+OPTIONS = [name for name in NAMES if name[1] in FUNCTIONS or (name[0] == "bagcert.defenses" and name[1] != "DEFENSES")]
+
+
+@pytest.mark.parametrize(("package", "name"), OPTIONS)
+def test_options_after_the_second_argument_are_keyword_only(package: str, name: str) -> None:
+    """Whoever reads a call knows what its third optional argument is. Required arguments may be given by place."""
+    thing = getattr(import_module(package), name)
+    methods = [getattr(thing, method, None) for method in ("__init__", "predict", "certify", "certify_scores", "alert")]
+    for function in filter(inspect.isfunction, [thing] if inspect.isfunction(thing) else methods):
+        parameters = [each for each in inspect.signature(function).parameters.values() if each.name != "self"]
+        places = [each for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        late = [each.name for each in places[2:] if each.default is not inspect.Parameter.empty]
+        assert not late, f"{function.__qualname__} takes {late} by place"
 
 
 def test_names_that_users_expect_are_there() -> None:

@@ -48,7 +48,7 @@ def swamped_model(swamp, strength, head, dtype=None, rule="vote"):
     net = nn.Sequential(first, nn.ReLU(), gate, middle, second)
     scorer = RegionScorer(net, NAMES, SIZE, head, SCALE)
     scorer.autocast_dtype = dtype
-    return BagCert(scorer, rule, PATCH)
+    return BagCert(scorer, rule, patch=PATCH)
 
 
 def clean_images():

@@ -16,7 +16,8 @@ from bagcert.attacks.result import AttackRecord, AttackResult
 from bagcert.attacks.score_map import score_map
 from bagcert.attacks.settings import Attack, Progress, Settings
 from bagcert.attacks.transfer import transfer
-from bagcert.attacks.victim import Defense, Victim, check_images
+from bagcert.attacks.victim import Victim, check_images
+from bagcert.defenses.base import Defense
 from bagcert.errors import UsageError, nearest
 from bagcert.threat import PatchThreatModel
 
@@ -47,6 +48,7 @@ def attack(
     images: np.ndarray,
     labels: np.ndarray | Sequence[int],
     patch: int | str | tuple[int, int] | PatchThreatModel,
+    *,
     rule: str | None = None,
     attacks: Sequence[str] = (),
     seed: int = 0,
@@ -57,7 +59,7 @@ def attack(
     """Attacks a deployed defence on a batch of images with patches.
 
     Args:
-        defense: a `BagCert`, an `Undefended`, or anything with their `predict` and `certify` (random attack only).
+        defense: any `Defense`; attacks with gradients know `BagCert` and `Undefended` only.
         images: uint8 [batch, height, width, channels], of the size the network is meant for.
         labels: true labels [batch], for the accuracies alone; attacks aim at another answer than the clean one.
         patch: the attacker, in the notation of `PatchThreatModel.parse`. For masking rules also what the masks are

@@ -13,8 +13,8 @@ from torch import Tensor
 from bagcert.attacks import ATTACKS, attack
 from bagcert.attacks.result import AttackRecord, AttackResult, save_broken, write_png
 from bagcert.attacks.settings import Settings
-from bagcert.attacks.victim import Defense
 from bagcert.data.image_set import ImageSet
+from bagcert.defenses.base import Defense
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.records import SCHEMA_VERSION, named
 from bagcert.threat import PatchThreatModel
@@ -137,6 +137,7 @@ def bracket(
     batches: Iterable[Batch],
     patches: Sequence[str],
     rules: Sequence[str],
+    *,
     attacks: Sequence[str] = (),
     settings: Settings | None = None,
     allowed: np.ndarray | str | Path | None = None,
@@ -180,7 +181,16 @@ def bracket(
             threat = PatchThreatModel.parse(tally.notation, (images.shape[1], images.shape[2]), allowed)
             seed = settings.seed + 1_000_003 * number
             result = attack(
-                defense, images, truth, threat, tally.rule, attacks, seed, settings, tally.library, on_progress=part
+                defense,
+                images,
+                truth,
+                threat,
+                rule=tally.rule,
+                attacks=attacks,
+                seed=seed,
+                settings=settings,
+                library=tally.library,
+                on_progress=part,
             )
             tally.results.append(result)
             done += len(images)

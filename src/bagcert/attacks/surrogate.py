@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bagcert.attacks.patches import paste, random_placements
-from bagcert.attacks.victim import Defense, Victim
+from bagcert.attacks.victim import Victim
 from bagcert.defenses.bagcert import BagCert
+from bagcert.defenses.base import Defense
 from bagcert.defenses.undefended import Undefended
 from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid

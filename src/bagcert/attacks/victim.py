@@ -1,6 +1,4 @@
-"""The victim: a deployed defence on a batch of images. Success is decided here, at the front door, and nowhere else."""
-
-from typing import Protocol, runtime_checkable
+"""A deployed defense under attack. Success is judged only by the defense's public `predict` on uint8 images."""
 
 import numpy as np
 import torch
@@ -8,31 +6,13 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from bagcert.attacks.patches import nearest_placements, paste, stays_inside
-from bagcert.certificate import Certificate
+from bagcert.defenses.base import Defense
 from bagcert.errors import BagcertError, UsageError
 from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
 
 LIBRARY = 64  # contents kept for transfer
 AT_ONCE = 256  # patched images per call of the defence
-
-
-@runtime_checkable
-class Defense(Protocol):
-    """What can be attacked: predictions and certificates of uint8 images, never with a label."""
-
-    name: str
-    rule: str
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One per class index."""
-
-    def predict(self, images: np.ndarray | Tensor, patch: PatchThreatModel, rule: str) -> Tensor:
-        """What the deployed rule answers on each image."""
-
-    def certify(self, images: np.ndarray | Tensor, patch: PatchThreatModel, rule: str) -> Certificate:
-        """Prediction and proof for each image."""
 
 
 def check_images(images: object) -> None:
@@ -80,9 +60,9 @@ class Victim:
         check_images(images)
         self.defense, self.threat, self.rule = defense, threat, rule
         self.images = torch.from_numpy(np.array(images))
-        guarantee = RULES[rule].guarantee if rule in RULES else getattr(defense, "guarantee", "recovery")
+        guarantee = RULES[rule].guarantee if rule in RULES else defense.guarantee
         self.detects = guarantee == "detection"
-        clean = defense.certify(images, threat, rule)
+        clean = defense.certify(images, threat, rule=rule)
         self.prediction, self.certified = clean.prediction.cpu(), clean.certified.cpu()
         self.worst_placement = nearest_placements(threat, clean.worst_placement.cpu())
         batch = len(images)
@@ -147,11 +127,11 @@ class Victim:
                 f"the {attack} attack left its threat {self.threat} at the placement {placements[row].tolist()}; "
                 "this is a mistake in the attack"
             )
-        answers = self.defense.predict(patched.numpy(), self.threat, self.rule).cpu()
+        answers = self.defense.predict(patched.numpy(), self.threat, rule=self.rule).cpu()
         changed = answers != self.prediction[image]
         if self.detects and bool(changed.any()):
             (rows,) = changed.nonzero(as_tuple=True)
-            unnoticed = self.defense.certify(patched[rows].numpy(), self.threat, self.rule).certified.cpu()
+            unnoticed = self.defense.certify(patched[rows].numpy(), self.threat, rule=self.rule).certified.cpu()
             changed[rows] = unnoticed
         for row in changed.nonzero()[:, 0].tolist():
             i = int(image[row])

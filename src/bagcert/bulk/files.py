@@ -134,7 +134,7 @@ def certify_photo(
                 # The side a vote certifies is over all placements; masks are built for the allowed ones.
                 asked = replace(threat, allowed=None) if rule in VOTES else threat
                 largest = (
-                    int(largest_certified_px(score_map, rule, asked, certificate)[0]),
+                    int(largest_certified_px(score_map, rule, threat=asked, certificate=certificate)[0]),
                     int(largest_certifiable_px(score_map, certificate.prediction)[0]),
                 )
             results += Record.each(certificate)

@@ -106,7 +106,7 @@ class Worker:
     def __init__(self, question: Question, model: BagCert | None = None) -> None:
         self.question = question
         self.model = model or load(
-            question.model, question.device, question.dtype, question.portable, backend=question.backend
+            question.model, question.device, dtype=question.dtype, portable=question.portable, backend=question.backend
         )
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         if self.model.weights_sha256 != question.weights_sha256:

@@ -78,7 +78,7 @@ def attack(
     for name in rule or ():
         get_rule(name)
     with progress("loading"):
-        loaded = load(model, device, dtype)
+        loaded = load(model, device, dtype=dtype)
     images = select_images(loaded.config, data, split, limit, Preprocessing(loaded.image_size) if resize else None)
     labels = labels_for(loaded, images)
     rules = sorted(dict.fromkeys(rule or (loaded.rule,)), key=lambda name: name != loaded.rule)
@@ -93,12 +93,12 @@ def attack(
             upright_batches(images, labels, loaded.image_size, batch_size, sources=sources),
             patches,
             rules,
-            attack or (),
-            settings,
-            placements,
-            save,
-            about,
-            lambda done, broken: report(int(done), total, f"{broken} broken"),
+            attacks=attack or (),
+            settings=settings,
+            allowed=placements,
+            save=save,
+            about=about,
+            on_progress=lambda done, broken: report(int(done), total, f"{broken} broken"),
         )
     info = AttackInfo(
         model=loaded.name,

@@ -127,7 +127,7 @@ def certify(
             raise UsageError(f"--explain draws one photo, but {len(files)} were given")
         check_output(explain, ".png")
     with progress("loading"):
-        loaded = load(model, device, dtype, portable, backend=backend)
+        loaded = load(model, device, dtype=dtype, portable=portable, backend=backend)
     verdicts: list[FileVerdict] = []
     errors: list[FileError] = []
     with ExitStack() as stack, progress("certifying") as report:

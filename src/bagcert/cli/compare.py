@@ -39,7 +39,7 @@ def compare(
     if len(rules) > 2:
         raise UsageError(f"--rule is given once for both runs, or twice; got {len(rules)}")
     pair = (rules[0], rules[-1]) if rules else (None, None)
-    found = run(read_image_records(first), read_image_records(second), pair, patch)
+    found = run(read_image_records(first), read_image_records(second), rules=pair, threat=patch)
     if json:
         print_json(found.to_dict())
     else:

@@ -46,7 +46,7 @@ def demo(
         results = Path(scratch) / "results" / "demo.json"
         with progress("certifying") as show:
             evaluation = evaluate(
-                load(folder, "cpu"), "digits", PATCHES, on_progress=show, log=log_path(results), gallery=True
+                load(folder, "cpu"), "digits", patches=PATCHES, on_progress=show, log=log_path(results), gallery=True
             )
         write_evaluation(evaluation, results)
         if page is not None:

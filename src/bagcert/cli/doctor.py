@@ -39,7 +39,7 @@ def doctor(
     from bagcert.locality.cache import keep
     from bagcert.records import SCHEMA_VERSION
 
-    loaded = load(model, device, dtype, checked=False)
+    loaded = load(model, device, dtype=dtype, checked=False)
     batch = None if data is None else _first_images(loaded, data)
     with progress("measuring"):
         report = measure_onnx(onnx, loaded, patch, batch) if onnx is not None else measure(loaded, patch, images=batch)
@@ -91,7 +91,7 @@ def _cost(
             if guard == "leak and drift" and report.across_configurations == "refused":
                 continue
             loaded.scorer.tolerance = tolerance
-            row = evaluate(loaded, found, [patch] if patch else [], on_progress=show).info.results[0]
+            row = evaluate(loaded, found, patches=[patch] if patch else [], on_progress=show).info.results[0]
             certified = row.certified_accuracy
             cost.append(
                 {

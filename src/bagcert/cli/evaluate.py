@@ -99,7 +99,7 @@ def evaluate(
         raise UsageError("--resume goes on with the run of an --out FILE.json, and none was given")
     log = None if out is None else log_path(out)
     with progress("loading"):
-        loaded = load(model, device, dtype, portable, backend=backend)
+        loaded = load(model, device, dtype=dtype, portable=portable, backend=backend)
     images = select_images(loaded.config, data, split, limit, Preprocessing(loaded.image_size, fit) if resize else None)
     model_seconds = time.perf_counter() - started
     try:
@@ -107,20 +107,20 @@ def evaluate(
             evaluation = run(
                 loaded,
                 images,
-                patch or (),
-                rule or (),
-                split,
-                limit,
-                batch_size,
-                placements,
-                fit,
-                repeat,
-                model_seconds,
-                report,
-                log,
-                resume,
-                out is not None,
-                largest,
+                patches=patch or (),
+                rules=rule or (),
+                split=split,
+                limit=limit,
+                batch_size=batch_size,
+                placements=placements,
+                fit=fit,
+                repeat=repeat,
+                model_seconds=model_seconds,
+                on_progress=report,
+                log=log,
+                resume=resume,
+                gallery=out is not None,
+                largest=largest,
             )
     except KeyboardInterrupt:
         if log is None or not log.exists():

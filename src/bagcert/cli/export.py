@@ -69,12 +69,12 @@ def export(
         found = export_model(
             loaded,
             out,
-            patch,
-            rule,
-            placements,
-            images,
-            samples,
-            lambda step: report(min(next(done), STEPS), STEPS, step),
+            patch=patch,
+            rule=rule,
+            placements=placements,
+            images=images,
+            calibration=samples,
+            on_step=lambda step: report(min(next(done), STEPS), STEPS, step),
         )
     if json:
         print_json({"schema_version": SCHEMA_VERSION, **found.to_dict()})

@@ -110,7 +110,7 @@ def _recomputing(name: str, images: Path | None, device: str) -> "Callable[[dict
     from bagcert.proofs.recompute import image_path, recompute
     from bagcert.proofs.verify import Verdict
 
-    loaded = cache(lambda dtype: load(name, device, dtype))
+    loaded = cache(lambda dtype: load(name, device, dtype=dtype))
     loaded("float32")  # a model that is not there is told first
 
     def check(record: dict[str, Any]) -> Verdict:

@@ -39,7 +39,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class BagCert(ScoreMapDefense):
-    """A certified defence: predictions with a proof that no patch of the given size changes them.
+    """A certified defense: predictions with a proof that no patch of the given size changes them.
 
     One forward pass gives a score map; the rule reads prediction and certificate from it. Source: Metzen &
     Yatsura, ICLR 2021 ("vote"); Xiang et al., PatchCleanser, USENIX Security 2022 ("double-masking"); docs/method.md.
@@ -63,6 +63,7 @@ class BagCert(ScoreMapDefense):
         self,
         scorer: RegionScorer,
         rule: str = "double-masking",
+        *,
         patch: PatchLike = 5,
         config: ModelConfig | None = None,
         weights_sha256: str = "",
@@ -229,6 +230,7 @@ def _same_layers(first: RegionScorer, second: RegionScorer) -> bool:
 def load(
     name: str | Path = "default",
     device: str = "auto",
+    *,
     dtype: str | torch.dtype = "float32",
     portable: bool = False,
     checked: bool = True,
@@ -278,7 +280,14 @@ def load(
     check_counting(target)
     cache = cache_folder()
     scorer.runner = get_runner(chosen, scorer, DTYPES[dtype], None if cache is None else cache / "onnx")
-    model = BagCert(scorer, config.rule, config.patch, config, weights_sha256(folder), folder)
+    model = BagCert(
+        scorer,
+        config.rule,
+        patch=config.patch,
+        config=config,
+        weights_sha256=weights_sha256(folder),
+        folder=folder,
+    )
     return model.check_locality(portable) if checked else model
 
 

@@ -40,7 +40,7 @@ class ClippedBagNet(ScoreMapDefense):
     """
 
     def __init__(
-        self, scorer: RegionScorer, rule: str = "vote", patch: PatchLike = 5, name: str = "clipped-bagnet"
+        self, scorer: RegionScorer, rule: str = "vote", *, patch: PatchLike = 5, name: str = "clipped-bagnet"
     ) -> None:
         require_sum(scorer.readout, "Clipped BagNet")
         get_rule(rule)

@@ -108,6 +108,7 @@ class DerandomizedSmoothing(ScoreMapDefense):
         model: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
+        *,
         ablation: str = "column",
         size_px: int = 4,
         stride: int = 1,

@@ -43,7 +43,7 @@ class FailSafe:
     """A classifier whose certified verdicts cannot be changed by a patch within `threat`.
 
     Args:
-        model: a loaded defence; its network, rule and patch stay fixed from now on.
+        model: a loaded defense; its network, rule and patch stay fixed from now on.
         threat: the patch to withstand, in the notation of `PatchThreatModel.parse`; the model's own when absent.
         fallback: asked for the labels of the images that are not certified, and given just those; None for
             "no label". Without it they have none.
@@ -61,7 +61,12 @@ class FailSafe:
     """
 
     def __init__(
-        self, model: BagCert, threat: PatchLike | None = None, fallback: Fallback | None = None, rule: str | None = None
+        self,
+        model: BagCert,
+        threat: PatchLike | None = None,
+        *,
+        fallback: Fallback | None = None,
+        rule: str | None = None,
     ) -> None:
         self.model = model
         self.rule = rule or model.rule
@@ -84,7 +89,7 @@ class FailSafe:
             UsageError: bad images, or a fallback that does not answer once per image it was given.
         """
         images = with_batch_axis(images)
-        certificate = self.model.certify(images, self.threat, self.rule)
+        certificate = self.model.certify(images, self.threat, rule=self.rule)
         certified = certificate.certified.cpu()
         labels: list[int | None] = certificate.prediction.tolist()
         doubtful = np.flatnonzero(~certified.numpy())

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
 from bagcert.defenses.interval_layers import Box, flat_layers, last_layer, margin_bounds, through
+from bagcert.defenses.pixel_defense import PixelDefense
 from bagcert.defenses.pixel_masks import covered, unions
-from bagcert.defenses.question import read_question
-from bagcert.defenses.undefended import Undefended
 from bagcert.errors import UsageError
 from bagcert.scores import exact_arithmetic, lowest_argmax
 from bagcert.threat import PatchLike, PatchThreatModel
@@ -35,7 +34,7 @@ UNITS_PER_LOGIT = 1000
 _LIMIT = 2**53  # of margins: beyond, float64 holds no single units
 
 
-class IntervalBounds:
+class IntervalBounds(PixelDefense):
     """A small network that certifies itself: intervals of its activations for each placement of the patch.
 
     The network is copied in float64, so that a prediction is rounded by far less than what the bound allows for;
@@ -61,7 +60,6 @@ class IntervalBounds:
     """
 
     rule = RULE
-    weights_sha256 = ""
     guarantee = "recovery"
 
     def __init__(
@@ -69,6 +67,7 @@ class IntervalBounds:
         model: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
+        *,
         patch: PatchLike = 5,
         name: str = "interval-bounds",
         batch_size: int = 256,
@@ -79,13 +78,10 @@ class IntervalBounds:
         weight = next(model.parameters(), None)
         home = "cpu" if weight is None or weight.device.type == "mps" else weight.device  # mps has no float64
         exact = deepcopy(model).to(home, torch.float64)
-        classifier = Undefended(exact, class_names, image_size, name)
-        self.classifier = classifier
-        self.class_names, self.image_size, self.name = classifier.class_names, classifier.image_size, name
+        super().__init__(exact, class_names, image_size, patch=patch, name=name)
         self.layers = flat_layers(exact)
-        self.patch = patch
         self.batch_size = batch_size
-        boxes_of(PatchThreatModel.parse(patch, self.image_size))
+        boxes_of(self.deployed_threat())
 
     def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
         """One for the answer; for the certificate one more per placement, each of about three plain passes."""
@@ -95,6 +91,7 @@ class IntervalBounds:
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
@@ -110,6 +107,7 @@ class IntervalBounds:
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -155,7 +153,7 @@ class IntervalBounds:
         placements: np.ndarray | str | Path | None,
     ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel]:
         flat_layers(self.classifier.model)  # hooks may have come since
-        batch, threat = read_question(images, self.patch, patch, RULE, rule, placements, self.classifier.device)
+        batch, threat = self.read_question(images, patch, rule, placements)
         return batch.double(), threat
 
     def _labels(self, batch: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, " batch"]:

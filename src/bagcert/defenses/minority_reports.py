@@ -8,7 +8,7 @@ image without alert has the label of the clean scene.
 
 Different from the publication: its grid of masks leaves out positions at the border, so that a patch in a corner is
 hidden by no mask; here the masks hide every placement, corners included. And the alert needs no voting over
-neighbouring masks: one masked prediction that differs, or does not lead beyond rounding, raises it.
+neighboring masks: one masked prediction that differs, or does not lead beyond rounding, raises it.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
+from bagcert.defenses.base import Detector
+from bagcert.defenses.pixel_defense import PixelDefense
 from bagcert.defenses.pixel_masks import MaskedClassifier, PixelMasks
-from bagcert.defenses.question import read_question
-from bagcert.defenses.undefended import Undefended
 from bagcert.scores import exact_arithmetic
 from bagcert.threat import PatchLike, PatchThreatModel
 
 RULE = "minority-reports"
 
 
-class MinorityReports:
+class MinorityReports(PixelDefense, Detector):
     """A classifier with an alarm that goes off when hiding some part of the image changes its answer.
 
     Args:
@@ -40,7 +40,7 @@ class MinorityReports:
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
         stride: pixels between masks; masks are `stride - 1` px larger than the patch.
         name: for tables.
-        fill: what masked pixels become, one value or one per channel: the mean colour of the data.
+        fill: what masked pixels become, one value or one per channel: the mean color of the data.
         batch_size: masked images per forward pass.
         tolerance: in logits. A masked prediction that leads by less raises the alert, too, since the same masked
             image may be rounded otherwise in another batch.
@@ -55,7 +55,6 @@ class MinorityReports:
     """
 
     rule = RULE
-    weights_sha256 = ""
     guarantee = "detection"
 
     def __init__(
@@ -63,6 +62,7 @@ class MinorityReports:
         model: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
+        *,
         patch: PatchLike = 5,
         stride: int = 1,
         name: str = "minority-reports",
@@ -70,12 +70,10 @@ class MinorityReports:
         batch_size: int = 256,
         tolerance: float = 1e-4,
     ) -> None:
-        classifier = Undefended(model, class_names, image_size, name)
-        self.class_names, self.image_size, self.name = classifier.class_names, classifier.image_size, name
-        self.patch = patch
+        super().__init__(model, class_names, image_size, patch=patch, name=name)
         self.stride = stride
-        self.masked = MaskedClassifier(classifier, fill, batch_size, tolerance)
-        self.masks(PatchThreatModel.parse(patch, self.image_size))
+        self.masked = MaskedClassifier(self.classifier, fill, batch_size, tolerance)
+        self.masks(self.deployed_threat())
 
     def masks(self, threat: PatchThreatModel) -> PixelMasks:
         """The masks against a threat: every one of its patches lies inside one of them.
@@ -93,6 +91,7 @@ class MinorityReports:
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
@@ -101,15 +100,15 @@ class MinorityReports:
         Raises:
             UsageError: as for `certify`.
         """
-        device = self.masked.classifier.device
-        batch, _ = read_question(images, self.patch, patch, RULE, rule, placements, device)
-        with exact_arithmetic(device):
-            return self.masked.classifier.predict(batch)
+        batch, _ = self.read_question(images, patch, rule, placements)
+        with exact_arithmetic(batch.device):
+            return self.classifier.predict(batch)
 
     def alert(
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         placements: np.ndarray | str | Path | None = None,
     ) -> Bool[Tensor, " batch"]:
         """Does some masked prediction differ from the plain one? True exactly where `certify` does not certify."""
@@ -119,6 +118,7 @@ class MinorityReports:
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:
@@ -137,13 +137,13 @@ class MinorityReports:
         Raises:
             UsageError: bad images or patch, another rule, too many masks, or logits that do not fit the class names.
         """
-        device = self.masked.classifier.device
-        batch, threat = read_question(images, self.patch, patch, RULE, rule, placements, device)
+        batch, threat = self.read_question(images, patch, rule, placements)
+        device = batch.device
         masks = self.masks(threat).to(device)
         alone = torch.arange(len(masks), device=device).repeat(2, 1)  # a mask with itself
         certified, worst = [], []
         with exact_arithmetic(device):
-            label = self.masked.classifier.predict(batch)
+            label = self.classifier.predict(batch)
             for some, its in zip(batch.split(self.masked.batch_size), label.split(self.masked.batch_size), strict=True):
                 agrees, at, _ = self.masked.agreement(some, masks, its, alone)
                 certified.append(agrees)

@@ -3,7 +3,7 @@
 Source: Xiang, Mahloujifar, Mittal, PatchCleanser, USENIX Security 2022; docs/method.md, "Double masking".
 
 Guarantee: recovery. If all pairs of masks leave the same label on an image, no patch of the threat changes what the
-defence answers on it: the mask that hides the patch gives the clean label with any second mask.
+defense answers on it: the mask that hides the patch gives the clean label with any second mask.
 
 Different from the publication: masks go in a fixed order and ties to the lowest class; the certificate never sees the
 true label; a pair of masks that leaves no pixel agrees with nothing, nor does, in the certificate, a label whose lead
@@ -19,9 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
+from bagcert.defenses.pixel_defense import PixelDefense
 from bagcert.defenses.pixel_masks import MaskedClassifier, PixelMasks
-from bagcert.defenses.question import read_question
-from bagcert.defenses.undefended import Undefended
 from bagcert.rules.masks import majority
 from bagcert.scores import exact_arithmetic, lowest_argmax
 from bagcert.threat import PatchLike, PatchThreatModel
@@ -30,7 +29,7 @@ RULE = "patchcleanser"
 _TABLE_ELEMENTS = 2**23  # labels of mask pairs held at once in the second round
 
 
-class PatchCleanser:
+class PatchCleanser(PixelDefense):
     """A classifier whose answer is what remains when any two masks are laid over the image.
 
     Args:
@@ -41,7 +40,7 @@ class PatchCleanser:
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
         masks_per_axis: k; k^2 masks for one shape. Fewer and larger masks cost fewer passes and certify less.
         name: for tables.
-        fill: what masked pixels become, one value or one per channel: the mean colour of the data.
+        fill: what masked pixels become, one value or one per channel: the mean color of the data.
         batch_size: masked images per forward pass.
         tolerance: in logits. In the certificate a label that leads its runner-up by less agrees with nothing, since
             the same masked image may be rounded otherwise in another batch.
@@ -56,7 +55,6 @@ class PatchCleanser:
     """
 
     rule = RULE
-    weights_sha256 = ""
     guarantee = "recovery"
 
     def __init__(
@@ -64,6 +62,7 @@ class PatchCleanser:
         model: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
+        *,
         patch: PatchLike = 5,
         masks_per_axis: int = 6,
         name: str = "patchcleanser",
@@ -71,12 +70,10 @@ class PatchCleanser:
         batch_size: int = 256,
         tolerance: float = 1e-4,
     ) -> None:
-        classifier = Undefended(model, class_names, image_size, name)
-        self.class_names, self.image_size, self.name = classifier.class_names, classifier.image_size, name
-        self.patch = patch
+        super().__init__(model, class_names, image_size, patch=patch, name=name)
         self.masks_per_axis = masks_per_axis
-        self.masked = MaskedClassifier(classifier, fill, batch_size, tolerance)
-        self.masks(PatchThreatModel.parse(patch, self.image_size))
+        self.masked = MaskedClassifier(self.classifier, fill, batch_size, tolerance)
+        self.masks(self.deployed_threat())
 
     def masks(self, threat: PatchThreatModel) -> PixelMasks:
         """The masks against a threat.
@@ -101,6 +98,7 @@ class PatchCleanser:
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
@@ -116,6 +114,7 @@ class PatchCleanser:
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -163,9 +162,8 @@ class PatchCleanser:
         rule: str | None,
         placements: np.ndarray | str | Path | None,
     ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel, PixelMasks]:
-        device = self.masked.classifier.device
-        batch, threat = read_question(images, self.patch, patch, RULE, rule, placements, device)
-        return batch, threat, self.masks(threat).to(device)
+        batch, threat = self.read_question(images, patch, rule, placements)
+        return batch, threat, self.masks(threat).to(batch.device)
 
     def _predict(
         self, images: Float[Tensor, "batch 3 height width"], masks: PixelMasks
@@ -177,7 +175,7 @@ class PatchCleanser:
         first = label.masked_fill(masks.whole, -1)
         plain = label[:, 0]
         if bool(masks.whole.all()):
-            plain = lowest_argmax(self.masked.classifier.logits(images))
+            plain = lowest_argmax(self.classifier.logits(images))
         answer = majority(first, len(self.class_names), plain)
         disagrees = (first >= 0) & (first != answer[:, None]) & ~masks.completed
         for some in disagrees.any(1).nonzero()[:, 0].split(max(1, _TABLE_ELEMENTS // len(masks) ** 2)):

@@ -42,6 +42,7 @@ class PatchGuard(ScoreMapDefense):
         self,
         scorer: RegionScorer,
         threshold: Fraction | int | str = Fraction(0),
+        *,
         patch: PatchLike = 5,
         name: str = "patchguard",
     ) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from bagcert.defenses.base import ScoreMapDefense
+from bagcert.defenses.base import Detector, ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import Rule, get_rule
 from bagcert.rules.confident_detection import alerts, check_confidence, confident_detection
@@ -24,7 +24,7 @@ from bagcert.scores import ScoreMap, require_sum
 from bagcert.threat import PatchLike
 
 
-class PatchGuardPlusPlus(ScoreMapDefense):
+class PatchGuardPlusPlus(ScoreMapDefense, Detector):
     """A region scorer deployed with detection by confident masks.
 
     Args:
@@ -41,7 +41,7 @@ class PatchGuardPlusPlus(ScoreMapDefense):
     rule = "detection"
 
     def __init__(
-        self, scorer: RegionScorer, confidence: float = 0.0, patch: PatchLike = 5, name: str = "patchguard++"
+        self, scorer: RegionScorer, confidence: float = 0.0, *, patch: PatchLike = 5, name: str = "patchguard++"
     ) -> None:
         require_sum(scorer.readout, "PatchGuard++")
         self.confidence = float(confidence)
@@ -64,6 +64,7 @@ class PatchGuardPlusPlus(ScoreMapDefense):
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None = None,
+        *,
         placements: np.ndarray | str | Path | None = None,
     ) -> Bool[Tensor, " batch"]:
         """Which images raise the alert: some confident mask says another class than `predict`.
@@ -72,7 +73,9 @@ class PatchGuardPlusPlus(ScoreMapDefense):
             UsageError: bad images or patch.
         """
         score_map = self.score_map(images)
-        return alerts(score_map, self.threat(score_map, patch, placements), self.confidence, self.scale)
+        return alerts(
+            score_map, self.threat(score_map, patch, placements), confidence=self.confidence, scale=self.scale
+        )
 
     def named_rule(self, name: str) -> Rule:
         """Rules as in `bagcert.rules`, detection with this defense's tau."""

@@ -5,13 +5,10 @@ A new defense is one file beside this one and one line in `DEFENSES`; a new trai
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-import numpy as np
-from torch import Tensor
-
-from bagcert.certificate import Certificate
 from bagcert.defenses.bagcert import BagCert
+from bagcert.defenses.base import Defense
 from bagcert.defenses.clipped_bagnet import ClippedBagNet
 from bagcert.defenses.derandomized_smoothing import DerandomizedSmoothing
 from bagcert.defenses.interval_bounds import IntervalBounds
@@ -23,27 +20,6 @@ from bagcert.defenses.undefended import Undefended
 from bagcert.errors import UsageError, nearest
 from bagcert.nets.classifier import MeanScores, in_sequence
 from bagcert.nets.region_scorer import RegionScorer
-from bagcert.threat import PatchThreatModel
-
-
-class Defense(Protocol):
-    """What is deployed: it predicts and certifies, and neither takes a label. A detector also has `alert`."""
-
-    name: str
-    rule: str
-
-    @property
-    def guarantee(self) -> str:
-        """What a certificate says: "recovery", "detection", or "none" where there is none."""
-
-    def predict(self, images: np.ndarray | Tensor, patch: PatchThreatModel) -> Tensor:
-        """What it answers on each image, int64 [batch]."""
-
-    def certify(self, images: np.ndarray | Tensor, patch: PatchThreatModel) -> Certificate:
-        """That answer, and whether it is proved."""
-
-    def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
-        """Passes through its network per image, at most."""
 
 
 @dataclass(frozen=True)
@@ -127,21 +103,24 @@ class Entry:
 
 DEFENSES: dict[str, Entry] = {
     "undefended": Entry("cutout", lambda at: Undefended(*at.classifier)),
-    "bagcert-vote": Entry("binary", lambda at: BagCert(at.scorer, "vote", at.patch)),
-    "bagcert-double-masking": Entry("double-masking", lambda at: BagCert(at.scorer, "double-masking", at.patch)),
+    "bagcert-vote": Entry("binary", lambda at: BagCert(at.scorer, "vote", patch=at.patch)),
+    "bagcert-double-masking": Entry("double-masking", lambda at: BagCert(at.scorer, "double-masking", patch=at.patch)),
     "clipped-bagnet": Entry("clipped", lambda at: ClippedBagNet(at.scorer, patch=at.patch)),
     "patchguard": Entry("masked-features", lambda at: PatchGuard(at.scorer, patch=at.patch)),
     "patchguard++": Entry("masked-features", lambda at: PatchGuardPlusPlus(at.scorer, patch=at.patch)),
     "column-smoothing": Entry(
-        "columns", lambda at: DerandomizedSmoothing(*at.classifier, "column", at.column_px, patch=at.patch)
+        "columns",
+        lambda at: DerandomizedSmoothing(*at.classifier, ablation="column", size_px=at.column_px, patch=at.patch),
     ),
     "column-smoothing-levine-feizi": Entry(
         "columns",
-        lambda at: DerandomizedSmoothing(*at.classifier, "column", at.column_px, rule="levine-feizi", patch=at.patch),
+        lambda at: DerandomizedSmoothing(
+            *at.classifier, ablation="column", size_px=at.column_px, rule="levine-feizi", patch=at.patch
+        ),
     ),
     "block-smoothing": Entry(
         "blocks",
-        lambda at: DerandomizedSmoothing(*at.classifier, "block", at.block_px, patch=at.patch),
+        lambda at: DerandomizedSmoothing(*at.classifier, ablation="block", size_px=at.block_px, patch=at.patch),
         slow=True,
     ),
     "patchcleanser": Entry("cutout", lambda at: PatchCleanser(*at.classifier, patch=at.patch), slow=True),

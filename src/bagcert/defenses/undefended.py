@@ -1,6 +1,7 @@
-"""Any ordinary classifier as a defence that defends nothing: what attacks are measured on."""
+"""Any ordinary classifier as a defense that defends nothing: what attacks are measured on."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,16 +10,17 @@ from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
 from bagcert.data.photo import as_batch
+from bagcert.defenses.base import Defense
 from bagcert.errors import UsageError
 from bagcert.scores import lowest_argmax
-from bagcert.threat import PatchThreatModel
+from bagcert.threat import PatchLike, PatchThreatModel
 
 RULE = "none"
 _AT_ONCE = 256
 
 
-class Undefended:
-    """A plain classifier behind the interface of a defence: it predicts, and certifies nothing.
+class Undefended(Defense):
+    """A plain classifier behind the interface of a defense: it predicts, and certifies nothing.
 
     Args:
         model: images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; normalization is its own layer.
@@ -38,13 +40,14 @@ class Undefended:
 
     rule = RULE
     guarantee = "none"
-    weights_sha256 = ""
+    patch: PatchLike = 1
 
     def __init__(
         self,
         model: nn.Module,
         class_names: Sequence[str],
         image_size: tuple[int, int],
+        *,
         name: str = "undefended",
     ) -> None:
         if len(class_names) < 2:
@@ -81,9 +84,10 @@ class Undefended:
     def predict(
         self,
         images: np.ndarray | Tensor,
-        patch: object = None,
+        patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
-        placements: object = None,
+        placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
         """The class with the largest logit, the lowest index among equals; whatever the patch.
 
@@ -100,9 +104,10 @@ class Undefended:
     def certify(
         self,
         images: np.ndarray | Tensor,
-        patch: "int | str | tuple[int, int] | PatchThreatModel" = 1,
+        patch: PatchLike | None = None,
+        *,
         rule: str | None = None,
-        placements: np.ndarray | str | None = None,
+        placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:
         """The prediction with no proof at all: nothing is certified, the margin is -1 throughout.
 
@@ -114,7 +119,7 @@ class Undefended:
         batch = as_batch(images)
         prediction = self.predict(batch, rule=rule)
         height, width = batch.shape[2:]
-        threat = PatchThreatModel.parse(patch, (height, width), placements)
+        threat = PatchThreatModel.parse(self.patch if patch is None else patch, (height, width), placements)
         shape = threat.maximal_shapes[0]
         top, left = threat.corners(shape)[0]
         first = torch.tensor([int(top), int(left), *shape], device=prediction.device)

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
+from bagcert.defenses.base import Detector
 from bagcert.defenses.table import DEFENSES, TRAININGS, Setting, get_entry
 from bagcert.devices import keep_freed_memory
 from bagcert.errors import UnreadableError, UsageError
@@ -324,8 +325,8 @@ def _measured(
             seconds["certify"] += time.perf_counter() - clock
             good = certificate.prediction.cpu() == labels
             proved = good & certificate.certified.cpu()
-            if defense.guarantee == "detection":
-                good &= ~defense.alert(batch, threat).cpu()  # type: ignore[attr-defined]
+            if isinstance(defense, Detector):
+                good &= ~defense.alert(batch, threat).cpu()
             right, certified = right + int(good.sum()), certified + int(proved.sum())
             records += [
                 ImageRecord(int(number), int(label), [record])

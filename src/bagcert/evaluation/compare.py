@@ -68,6 +68,7 @@ class Comparison:
 def compare(
     first: Sequence[ImageRecord],
     second: Sequence[ImageRecord],
+    *,
     rules: tuple[str | None, str | None] = (None, None),
     threat: str | None = None,
     seed: int = 0,

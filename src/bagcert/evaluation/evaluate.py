@@ -71,6 +71,7 @@ class _Tally:
 def evaluate(
     model: BagCert,
     data: str | ImageSet,
+    *,
     patches: Sequence[str] = (),
     rules: Sequence[str] = (),
     split: str = "test",

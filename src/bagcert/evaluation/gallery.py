@@ -144,7 +144,7 @@ def picture(
         row_edges=edges(upright.rows_seen),
         col_edges=edges(upright.cols_seen),
         worst_placements=[list(box) for box in dict.fromkeys(turned(box, stored_size, orientation) for box in worst)],
-        largest_certified_px=int(largest_certified_px(stored, verdict.rule, asked)[0]),
+        largest_certified_px=int(largest_certified_px(stored, verdict.rule, threat=asked)[0]),
         largest_certifiable_px=int(largest_certifiable_px(stored, label)[0]),
     )
 

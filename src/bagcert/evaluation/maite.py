@@ -74,12 +74,12 @@ class Model:
         if images.ndim != 4 or images.shape[1] != 3:
             raise UsageError(f"an image of MAITE is [3, height, width] here, got {list(images.shape[1:])}")
         if images.dtype != np.uint8:
-            return self._defense.certify(torch.from_numpy(images).float(), self._patch, self._rule)
+            return self._defense.certify(torch.from_numpy(images).float(), self._patch, rule=self._rule)
         photos = images.transpose(0, 2, 3, 1)
         pixels = np.stack([self._preprocessing.apply(Photo(np.ascontiguousarray(photo))) for photo in photos])
         geometry = self._preprocessing.geometry((photos.shape[1], photos.shape[2]))
         return self._defense.certify_scores(
-            geometry.score_map(self._defense.score_map(pixels)), self._patch, self._rule
+            geometry.score_map(self._defense.score_map(pixels)), self._patch, rule=self._rule
         )
 
 

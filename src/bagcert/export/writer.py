@@ -71,6 +71,7 @@ class Exported:
 def export_model(
     model: BagCert,
     out: Path,
+    *,
     patch: PatchLike | None = None,
     rule: str | None = None,
     placements: "np.ndarray | str | Path | None" = None,

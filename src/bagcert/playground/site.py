@@ -55,7 +55,7 @@ def build_site(
     samples = sample_pictures(model, data)
     with tempfile.TemporaryDirectory(prefix="bagcert-page-") as folder:
         file = Path(folder) / "model.onnx"
-        found = export_model(model, file, patch, rule, on_step=on_step)
+        found = export_model(model, file, patch=patch, rule=rule, on_step=on_step)
         exported = file.read_bytes()
     about = {
         **described(found.metadata),

@@ -29,7 +29,7 @@ ROUNDING = 2.0**-30
 
 
 def confident_detection(
-    score_map: ScoreMap, threat: PatchThreatModel, confidence: float = 0.0, scale: float = 1.0
+    score_map: ScoreMap, threat: PatchThreatModel, *, confidence: float = 0.0, scale: float = 1.0
 ) -> Certificate:
     """Certifies that an attack changes the plain prediction only with an alert of `alerts`.
 
@@ -56,7 +56,7 @@ def confident_detection(
 
 
 def alerts(
-    score_map: ScoreMap, threat: PatchThreatModel, confidence: float = 0.0, scale: float = 1.0
+    score_map: ScoreMap, threat: PatchThreatModel, *, confidence: float = 0.0, scale: float = 1.0
 ) -> Bool[Tensor, " batch"]:
     """Does some mask say another class than the plain prediction, with a confidence of at least tau?
 

@@ -53,7 +53,7 @@ def double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate
 
 
 def double_masking_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Int[Tensor, " batch"]:
-    """What the double-masking defence built for a threat answers on each image.
+    """What the double-masking defense built for a threat answers on each image.
 
     If the labels y(m) of all single masks agree, that label. Otherwise, with k the majority of the y(m) (the
     lowest among equals): y(m) of the first mask m with y(m) != k whose pairs (m, m') all say y(m); else k. A mask

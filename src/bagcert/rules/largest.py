@@ -24,7 +24,7 @@ _MONOTONE = ("vote", "levine-feizi")
 
 
 def largest_certified_px(
-    score_map: ScoreMap, rule: str, threat: PatchThreatModel | None = None, certificate: Certificate | None = None
+    score_map: ScoreMap, rule: str, *, threat: PatchThreatModel | None = None, certificate: Certificate | None = None
 ) -> Int[Tensor, " batch"]:
     """The side in pixels of the largest square patch each image is certified against as deployed; 0 if none.
 
@@ -97,7 +97,7 @@ def largest_certifiable_px(score_map: ScoreMap, label: Int[Tensor, " batch"]) ->
 
     Args:
         score_map: the scores of a batch.
-        label: what the deployed defence answers, int64 [batch].
+        label: what the deployed defense answers, int64 [batch].
     """
     device = score_map.scores.device
     result = torch.zeros(len(score_map), dtype=torch.int64, device=device)

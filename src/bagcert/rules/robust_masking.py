@@ -28,7 +28,7 @@ _NO_THRESHOLD = Fraction(0)
 _MOST = torch.iinfo(torch.int64).max
 
 
-def robust_masking(score_map: ScoreMap, threat: PatchThreatModel, threshold: object = _NO_THRESHOLD) -> Certificate:
+def robust_masking(score_map: ScoreMap, threat: PatchThreatModel, *, threshold: object = _NO_THRESHOLD) -> Certificate:
     """Certifies the robust-masking prediction against a patch in every window it can reach.
 
     With e_c = max(s_c, 0) and y the deployed prediction: margin = min over windows w and c != y of
@@ -58,7 +58,7 @@ def robust_masking(score_map: ScoreMap, threat: PatchThreatModel, threshold: obj
 
 
 def robust_masking_prediction(
-    score_map: ScoreMap, threat: PatchThreatModel, threshold: object = _NO_THRESHOLD
+    score_map: ScoreMap, threat: PatchThreatModel, *, threshold: object = _NO_THRESHOLD
 ) -> Int[Tensor, " batch"]:
     """The class with most evidence, each without its largest window if that holds more than T of it; `robust_masking`.
 

@@ -112,7 +112,7 @@ def _train_network(
     recipe = recipe.changed(model=sizes)
     with tempfile.TemporaryDirectory(prefix="bagcert-train-") as scratch:
         run(recipe, out or Path(scratch), data if isinstance(data, str) else images, scorer=scorer, **options)
-    model = BagCert(scorer, recipe.defense.rule, recipe.defense.patch)
+    model = BagCert(scorer, recipe.defense.rule, patch=recipe.defense.patch)
     return model.check_locality()
 
 

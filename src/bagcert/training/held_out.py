@@ -28,9 +28,14 @@ def validate(
     """Clean and certified accuracy of what would ship, by the recipe's rule on held-out images."""
     pixels = pixels[: recipe.train.validate_images]
     if recipe.augment.ablation != "none":
-        kept = recipe.augment.ablation, recipe.augment.ablation_size
-        smoothing = DerandomizedSmoothing(MeanScores(scorer), scorer.class_names, threat.image_size, *kept)
-        certificates = [smoothing.certify(pixels, threat, recipe.defense.rule)]
+        smoothing = DerandomizedSmoothing(
+            MeanScores(scorer),
+            scorer.class_names,
+            threat.image_size,
+            ablation=recipe.augment.ablation,
+            size_px=recipe.augment.ablation_size,
+        )
+        certificates = [smoothing.certify(pixels, threat, rule=recipe.defense.rule)]
     else:
         if scorer.head == "fixed-point":
             scorer.scale = scale_of(validation_scores(scorer, pixels))

@@ -37,7 +37,7 @@ def binary_model() -> BagCert:
     layer = nn.Conv2d(3, 3, 1)
     layer.weight.data = (4 * torch.eye(3) - 2)[:, :, None, None].clone()
     layer.bias.data.fill_(-0.05)
-    return BagCert(RegionScorer(nn.Sequential(layer), tiny.COLORS, (8, 8), "binary"), "vote", "3")
+    return BagCert(RegionScorer(nn.Sequential(layer), tiny.COLORS, (8, 8), "binary"), "vote", patch="3")
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
@@ -64,7 +64,7 @@ def test_nothing_certified_breaks(name, rule):
     model = tiny.color_model(rule)
     library = [torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)]
     images = tiny.pixels(LABELS, tint=200)
-    result = attack(model, images, LABELS, 2, rule, [name], settings=QUICK, library=library)
+    result = attack(model, images, LABELS, 2, rule=rule, attacks=[name], settings=QUICK, library=library)
     assert result.alarms == []
     assert result.certified_accuracy <= result.attacked_accuracy <= result.clean_accuracy
     assert all(record.attempts > 0 for record in result.records)
@@ -85,7 +85,9 @@ def test_the_gradient_attack_is_stronger_than_random_contents():
     images = load_dataset("digits", limit=16)
     settings = Settings(steps=20, restarts=1, placements=6)
     broken = {
-        name: attack(digits(), images.array(), images.labels, 2, "vote", [name], settings=settings).broken.sum()
+        name: attack(
+            digits(), images.array(), images.labels, 2, rule="vote", attacks=[name], settings=settings
+        ).broken.sum()
         for name in ("random", "gradient")
     }
     assert broken["gradient"] > broken["random"]
@@ -94,7 +96,9 @@ def test_the_gradient_attack_is_stronger_than_random_contents():
 @pytest.mark.parametrize("rule", ["vote", "double-masking"])
 def test_heads_without_slope_are_broken_all_the_same(rule):
     for name in ("gradient", "score-map"):
-        result = attack(binary_model(), tiny.pixels(LABELS, tint=40), LABELS, "4", rule, [name], settings=QUICK)
+        result = attack(
+            binary_model(), tiny.pixels(LABELS, tint=40), LABELS, "4", rule=rule, attacks=[name], settings=QUICK
+        )
         assert result.broken.sum() >= 3
         assert result.alarms == []
 
@@ -106,7 +110,7 @@ def test_every_threat_is_attacked_within_its_placements(patch, rule):
     allowed[3:, 2:] = True
     threat = PatchThreatModel.parse(patch, (8, 8), allowed)
     images = tiny.pixels(LABELS, tint=8)
-    result = attack(tiny.color_model(rule), images, LABELS, threat, rule, settings=QUICK)
+    result = attack(tiny.color_model(rule), images, LABELS, threat, rule=rule, settings=QUICK)
     assert result.broken.any()
     assert result.alarms == []
     for i, pixels in result.patched.items():
@@ -126,7 +130,9 @@ def test_every_placement_can_be_asked_for():
 def test_a_seed_fixes_the_result():
     def run(seed):
         names = ["gradient", "transfer"]
-        result = attack(tiny.color_model(), tiny.pixels(LABELS), LABELS, 4, None, names, seed, QUICK)
+        result = attack(
+            tiny.color_model(), tiny.pixels(LABELS), LABELS, 4, rule=None, attacks=names, seed=seed, settings=QUICK
+        )
         return result.records, {i: pixels.tobytes() for i, pixels in result.patched.items()}
 
     assert run(3) == run(3)
@@ -147,8 +153,8 @@ def test_transfer_uses_what_was_found_elsewhere():
 def test_detection_is_not_broken_by_an_alert():
     model = tiny.color_model("detection")
     images = tiny.pixels(LABELS, tint=60)
-    loud = attack(model, images, LABELS, 4, "vote", settings=QUICK)
-    silent = attack(model, images, LABELS, 4, "detection", settings=QUICK)
+    loud = attack(model, images, LABELS, 4, rule="vote", settings=QUICK)
+    silent = attack(model, images, LABELS, 4, rule="detection", settings=QUICK)
     assert loud.broken.sum() > silent.broken.sum()
     for i, pixels in silent.patched.items():
         found = model.certify(pixels[None], 4)

@@ -44,7 +44,7 @@ def network(size=(12, 10)):
 def victim_of(rule="double-masking", patch="2", images=6):
     scorer = network()
     pixels = np.random.default_rng(0).integers(0, 256, (images, 12, 10, 3), dtype=np.uint8)
-    model = BagCert(scorer, rule, patch)
+    model = BagCert(scorer, rule, patch=patch)
     return Victim(model, pixels, PatchThreatModel.parse(patch, (12, 10)), rule)
 
 
@@ -77,7 +77,7 @@ def test_maps_and_answers_are_those_of_the_front_door(patch):
     expected = victim.defense.score_map(patched.numpy())
     moved = (found.long() != expected.scores).float().mean()
     assert moved < 0.01  # a crop sums in another order
-    answers = victim.defense.predict(patched.numpy(), victim.threat, victim.rule)
+    answers = victim.defense.predict(patched.numpy(), victim.threat, rule=victim.rule)
     maps = expected.scores.float()
     assert torch.equal(surrogate.changed(image, maps), answers != victim.prediction)
     assert not surrogate.changed(image, surrogate.clean).any()
@@ -159,7 +159,7 @@ def test_attacks_break_what_is_not_certified_and_nothing_else(rule, names):
     images = np.random.default_rng(5).integers(0, 256, (16, 12, 10, 3), dtype=np.uint8)
     labels = np.arange(16) % 4
     settings = Settings(steps=15, placements=6)
-    found = attack(BagCert(scorer, rule, "2"), images, labels, "2", attacks=names, settings=settings)
+    found = attack(BagCert(scorer, rule, patch="2"), images, labels, "2", attacks=names, settings=settings)
     certified = np.array([record.certified for record in found.records])
     broken = np.array([record.broken for record in found.records])
     assert certified.any()

@@ -17,8 +17,8 @@ from tests.unit.defenses import masking
 def test_the_random_attack_runs_on_masking_defenses(patch):
     model, images = masking.example(0, 4)
     pixels = (images * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    for build in (PatchCleanser, MinorityReports):
-        defense = build(model, masking.NAMES, masking.SIZE, patch, 3)
+    for build, options in ((PatchCleanser, {"masks_per_axis": 3}), (MinorityReports, {"stride": 3})):
+        defense = build(model, masking.NAMES, masking.SIZE, patch=patch, **options)
         labels = defense.predict(pixels).numpy()
         found = attack(defense, pixels, labels, patch, attacks=["random"], settings=Settings(placements=3))
         assert found.certified_accuracy <= found.attacked_accuracy <= found.clean_accuracy
@@ -30,10 +30,12 @@ def test_a_wrong_answer_with_an_alert_breaks_nothing():
     model, images = masking.example(0, 6)
     pixels = (images * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     threat = PatchThreatModel.parse(2, masking.SIZE)
-    defense = MinorityReports(model, masking.NAMES, masking.SIZE, 2)
+    defense = MinorityReports(model, masking.NAMES, masking.SIZE, patch=2)
     victim = Victim(defense, pixels, threat, defense.rule)
     assert victim.detects
-    assert not Victim(PatchCleanser(model, masking.NAMES, masking.SIZE, 2), pixels, threat, "patchcleanser").detects
+    assert not Victim(
+        PatchCleanser(model, masking.NAMES, masking.SIZE, patch=2), pixels, threat, "patchcleanser"
+    ).detects
     wrong = 0
     for color in (0, 255):
         for place in every_placement(threat):

@@ -23,7 +23,7 @@ def victim_of(architecture="resnet-rf5", head="fixed-point", padded=True, patch=
     images = tiny.pixels(torch.arange(4).numpy() % 3, size)
     with torch.no_grad():  # so that half of the binary scores are 1
         net[-1].bias -= scorer.real_scores(images).mean((0, 2, 3))
-    model = BagCert(scorer, rule, patch)
+    model = BagCert(scorer, rule, patch=patch)
     return Victim(model, images, PatchThreatModel.parse(patch, size), rule)
 
 

@@ -170,13 +170,13 @@ class TestDeployment:
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("patch", [None, 1, 3, "2x3"])
     def test_predictions_are_those_of_the_certificate(self, model, images, rule, patch):
-        certificate = model.certify(images, patch, rule)
-        assert torch.equal(model.predict(images, patch, rule), certificate.prediction)
+        certificate = model.certify(images, patch, rule=rule)
+        assert torch.equal(model.predict(images, patch, rule=rule), certificate.prediction)
         assert certificate.rule == rule
         assert certificate.certified.tolist() == (certificate.margin >= 0).tolist()
 
     def test_the_deployed_rule_and_patch_are_the_default(self, model, images):
-        default, spelled_out = model.certify(images), model.certify(images, "2x2", "double-masking")
+        default, spelled_out = model.certify(images), model.certify(images, "2x2", rule="double-masking")
         assert default.rule == "double-masking"
         assert default.threat == PatchThreatModel.parse(2, SIZE)
         assert torch.equal(default.margin, spelled_out.margin)
@@ -205,7 +205,7 @@ class TestDeployment:
         assert sizes <= set(shapes)
 
     def test_two_patches_are_harder_than_one(self, model, images):
-        one, two = model.certify(images, "1", "vote"), model.certify(images, "2*1", "vote")
+        one, two = model.certify(images, "1", rule="vote"), model.certify(images, "2*1", rule="vote")
         assert (two.margin <= one.margin).all()
         assert two.threat.patches == 2
 
@@ -259,13 +259,16 @@ class TestPlacements:
 
     @pytest.mark.parametrize("rule", RULES)
     def test_the_worst_placement_is_an_allowed_one(self, model, images, allowed, rule):
-        certificate = model.certify(images, 2, rule, placements=allowed)
+        certificate = model.certify(images, 2, rule=rule, placements=allowed)
         for top, left, height, width in certificate.worst_placement.reshape(-1, 4).tolist():
             assert allowed[top : top + height, left : left + width].all()
-        assert torch.equal(model.predict(images, 2, rule, placements=allowed), certificate.prediction)
+        assert torch.equal(model.predict(images, 2, rule=rule, placements=allowed), certificate.prediction)
 
     def test_fewer_placements_are_easier(self, model, images, allowed):
-        everywhere, somewhere = model.certify(images, 2, "vote"), model.certify(images, 2, "vote", placements=allowed)
+        everywhere, somewhere = (
+            model.certify(images, 2, rule="vote"),
+            model.certify(images, 2, rule="vote", placements=allowed),
+        )
         assert (somewhere.margin >= everywhere.margin).all()
         assert (somewhere.margin > everywhere.margin).any()
 
@@ -288,7 +291,7 @@ class TestPlacements:
 
     def test_a_mask_beside_a_threat_model_is_refused(self, model, images, allowed):
         threat = PatchThreatModel.parse(2, SIZE)
-        with pytest.raises(UsageError, match="a threat model has its own allowed placements"):
+        with pytest.raises(UsageError, match="cannot be combined with a PatchThreatModel"):
             model.certify(images, threat, placements=allowed)
         within = PatchThreatModel.parse(2, SIZE, allowed)
         assert torch.equal(model.certify(images, within).margin, model.certify(images, 2, placements=allowed).margin)
@@ -297,7 +300,7 @@ class TestPlacements:
 def test_a_network_of_the_users_own_is_deployed_in_two_lines(images):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1))
-    own = BagCert(RegionScorer.from_module(net, ["no", "yes"], SIZE, "binary"), "vote", "2")
+    own = BagCert(RegionScorer.from_module(net, ["no", "yes"], SIZE, "binary"), "vote", patch="2")
     certificate = own.certify(images)
     assert own.name == "Sequential"
     assert own.config is None

@@ -89,7 +89,7 @@ class TestScoreMap:
 class TestDeployment:
     @pytest.mark.parametrize("rule", RULES)
     def test_predictions_are_those_of_the_certificate(self, rule):
-        defense = ClippedBagNet(pixel_scorer((6, 6)), rule, 1)
+        defense = ClippedBagNet(pixel_scorer((6, 6)), rule, patch=1)
         images = tiny.pixels(np.arange(9) % 3, (6, 6), 120)
         found = defense.certify(images)
         assert torch.equal(defense.predict(images), found.prediction)

@@ -82,7 +82,7 @@ class TestAblation:
     @pytest.mark.parametrize("ablation", ABLATIONS)
     @pytest.mark.parametrize("stride", [1, 2, 4])
     def test_the_grid_is_what_positions_keep(self, ablation, stride):
-        defense = DerandomizedSmoothing(mixed_model(), NAMES, SIZE, ablation, 3, stride)
+        defense = DerandomizedSmoothing(mixed_model(), NAMES, SIZE, ablation=ablation, size_px=3, stride=stride)
         grid = defense.grid
         seen = (grid.rows_seen[:, None, :, None] & grid.cols_seen[None, :, None, :]).reshape(-1, *SIZE)
         assert len(seen) == len(defense.positions) == defense.forward_passes()
@@ -97,7 +97,9 @@ class TestVotes:
     @pytest.mark.parametrize(("ablation", "stride"), [("column", 1), ("row", 2), ("block", 3), ("block", 1)])
     def test_they_are_those_of_one_ablated_image_at_a_time(self, images, ablation, stride, votes):
         model = mixed_model()
-        defense = DerandomizedSmoothing(model, NAMES, SIZE, ablation, 4, stride, votes, 0.34, at_once=16)
+        defense = DerandomizedSmoothing(
+            model, NAMES, SIZE, ablation=ablation, size_px=4, stride=stride, votes=votes, threshold=0.34, at_once=16
+        )
         found = defense.score_map(images)
         counted = 0
         for image, scores in zip(images, found.scores.flatten(2).numpy(), strict=True):
@@ -256,7 +258,7 @@ class TestDeployment:
         assert (there.margin > anywhere.margin).any()
         again = defense.certify_scores(defense.score_map(images), placements=allowed)
         assert torch.equal(again.margin, there.margin)
-        with pytest.raises(UsageError, match="a threat model has its own allowed placements"):
+        with pytest.raises(UsageError, match="cannot be combined with a PatchThreatModel"):
             defense.certify(images, PatchThreatModel.parse(2, (8, 8)), placements=allowed)
 
 

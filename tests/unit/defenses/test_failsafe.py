@@ -35,7 +35,7 @@ def _attacked(image: np.ndarray, side: int, contents: list[np.ndarray]) -> np.nd
 def test_no_color_makes_a_certified_verdict_differ_from_the_clean_one(rule: str, seed: int, tint: int) -> None:
     images = tiny.pixels(np.array([seed % 3]), (6, 7), tint, seed)
     fail_safe = FailSafe(tiny.color_model(rule, "2", (6, 7)), rule=rule)
-    clean = fail_safe.model.predict(images, "2", rule)[0].item()
+    clean = fail_safe.model.predict(images, "2", rule=rule)[0].item()
     pure = [np.uint8([255 * (channel == c) for c in range(3)]) for channel in range(3)]
     for verdict in fail_safe(_attacked(images[0], 2, [*pure, np.uint8([0, 0, 0]), np.uint8([255, 255, 255])])):
         assert verdict.label == clean if verdict.certified else verdict.label is None
@@ -93,7 +93,7 @@ def test_the_fallback_is_asked_about_the_doubtful_images_only(as_tensor: bool) -
         return [9 if i % 2 else None for i in range(len(asked))]
 
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 if as_tensor else images
-    verdicts = FailSafe(model, "2", fallback)(batch)
+    verdicts = FailSafe(model, "2", fallback=fallback)(batch)
     assert len(given) == 1
     np.testing.assert_array_equal(np.asarray(given[0]), np.asarray(batch)[doubtful])
     answers = [verdict.label for verdict in verdicts if not verdict.certified]
@@ -107,7 +107,7 @@ def test_the_fallback_is_given_one_image_whole(kind: str) -> None:
     image = pixels if kind == "bytes" else pixels.transpose(2, 0, 1).astype(np.float32) / 255
     image = torch.from_numpy(image) if kind == "tensor" else image
     given: list = []
-    fail_safe = FailSafe(bagcert.load("digits"), "2", lambda images: given.append(images) or [7] * len(images))
+    fail_safe = FailSafe(bagcert.load("digits"), "2", fallback=lambda images: given.append(images) or [7] * len(images))
     (verdict,) = fail_safe(image)
     assert (verdict.certified, verdict.label) == (False, 7)
     assert verdict == fail_safe(image[None])[0]
@@ -122,7 +122,7 @@ def test_without_doubt_the_fallback_is_not_asked() -> None:
     def fallback(asked):
         raise AssertionError("asked")
 
-    assert FailSafe(tiny.color_model("vote", "1"), "1", fallback)(white)[0].label == 0
+    assert FailSafe(tiny.color_model("vote", "1"), "1", fallback=fallback)(white)[0].label == 0
 
 
 def test_detection_is_refused() -> None:
@@ -136,7 +136,7 @@ def test_detection_is_refused() -> None:
 def test_a_fallback_must_answer_with_labels(answers: list, message: str) -> None:
     grey = np.full((1, 8, 8, 3), 100, np.uint8)
     with pytest.raises(UsageError, match=message):
-        FailSafe(tiny.color_model("vote", "2"), "2", lambda images: answers)(grey)
+        FailSafe(tiny.color_model("vote", "2"), "2", fallback=lambda images: answers)(grey)
 
 
 @pytest.mark.parametrize("threat", ["0", "9", "huge", "2x"])

@@ -17,7 +17,7 @@ from tests.unit.defenses import masking
 
 
 def bounds(model, patch="1", **options):
-    return IntervalBounds(model, masking.NAMES, masking.SIZE, patch, **options)
+    return IntervalBounds(model, masking.NAMES, masking.SIZE, patch=patch, **options)
 
 
 def linear_by_loops(low, high, weight, bias):
@@ -198,7 +198,7 @@ def test_batches_and_progress_change_nothing():
 def test_pass_counts():
     threat = PatchThreatModel.parse(5, (32, 32))
     model = nn.Sequential(nn.AvgPool2d(32), nn.Flatten())
-    defense = IntervalBounds(model, masking.NAMES, (32, 32), 5)
+    defense = IntervalBounds(model, masking.NAMES, (32, 32), patch=5)
     assert defense.forward_passes(threat, certify=True) == 1 + 784
     assert defense.forward_passes(threat, certify=False) == 1
 

@@ -22,7 +22,9 @@ class Corner(nn.Module):
 
 
 def reporter(model, patch="2", stride=1, tolerance=0.0, **options):
-    return MinorityReports(model, masking.NAMES, masking.SIZE, patch, stride, tolerance=tolerance, **options)
+    return MinorityReports(
+        model, masking.NAMES, masking.SIZE, patch=patch, stride=stride, tolerance=tolerance, **options
+    )
 
 
 def masks_every(stride, shape, corners=True, size=masking.SIZE):
@@ -113,7 +115,7 @@ def test_a_grid_without_corners_certifies_falsely_and_ours_does_not():
         assert not any(mask[5, 5] for mask in without)
         assert reference(Corner(), clean[0], without) == (0, True)
         assert reference(Corner(), attacked[0], without) == (1, True)  # wrong, and no alert: a false certificate
-        defense = MinorityReports(Corner(), ("dark", "white"), size, 2, stride)
+        defense = MinorityReports(Corner(), ("dark", "white"), size, patch=2, stride=stride)
         assert defense.certify(clean).certified.item()
         assert defense.predict(attacked).item() == 1
         assert defense.alert(attacked).item()
@@ -122,7 +124,7 @@ def test_a_grid_without_corners_certifies_falsely_and_ours_does_not():
 def test_every_placement_is_under_a_mask_that_the_defense_uses():
     for patch, stride in product(("1", "2", "3x1", "2x5"), (1, 2, 3, 4, 7)):
         threat = PatchThreatModel.parse(patch, (6, 7))
-        defense = MinorityReports(Corner(), ("dark", "white"), (6, 7), patch, stride)
+        defense = MinorityReports(Corner(), ("dark", "white"), (6, 7), patch=patch, stride=stride)
         rectangles = defense.masks(threat).rectangles[:, 0].tolist()
         for top, left, h, w in masking.placements((6, 7), threat.shapes):
             assert any(
@@ -154,7 +156,7 @@ def test_masks_are_tried_only_up_to_the_first_that_disagrees():
     white = np.ones((1, 3, 6, 6), dtype=np.float32)
     for turned, masks in ((False, 25), (True, 1)):  # only the last mask hides the last pixel, only the first the first
         asked.clear()
-        defense = MinorityReports(Counting(turned), ("dark", "white"), (6, 6), 2, 1, batch_size=1)
+        defense = MinorityReports(Counting(turned), ("dark", "white"), (6, 6), patch=2, stride=1, batch_size=1)
         assert defense.alert(white).item()
         assert sum(asked) == 1 + masks
 
@@ -166,7 +168,7 @@ def test_a_lead_within_rounding_raises_the_alert():
 
     grey = np.full((1, 3, 6, 6), 0.5, dtype=np.float32)
     for tolerance, alert in ((0.0, False), (1e-4, True)):
-        defense = MinorityReports(Near(), ("a", "b"), (6, 6), 2, tolerance=tolerance)
+        defense = MinorityReports(Near(), ("a", "b"), (6, 6), patch=2, tolerance=tolerance)
         assert defense.alert(grey).item() is alert
 
 

@@ -35,7 +35,9 @@ class Pixels(nn.Module):
 
 
 def cleanser(model, patch="2", masks=3, tolerance=0.0, **options):
-    return PatchCleanser(model, masking.NAMES, masking.SIZE, patch, masks, tolerance=tolerance, **options)
+    return PatchCleanser(
+        model, masking.NAMES, masking.SIZE, patch=patch, masks_per_axis=masks, tolerance=tolerance, **options
+    )
 
 
 def reference_masks(patch, k):
@@ -97,13 +99,13 @@ def test_a_later_disagreer_decides_where_an_earlier_one_fails():
     maps = np.zeros((3, 3, 1, 6))
     maps[0, 0, 0], maps[1, 0, 0], maps[2, 0, 0] = [1, 1, 0, 0, 0, 0], [0, 0, 1.1, 1.1, 0, 0], [0, 0, 0, 0, 1.2, 1.2]
     image = np.ones((1, 3, 1, 6), dtype=np.float32)
-    defense = PatchCleanser(Pixels(*maps), masking.NAMES, (1, 6), 1, 3, fill=0.0, tolerance=0.0)
+    defense = PatchCleanser(Pixels(*maps), masking.NAMES, (1, 6), patch=1, masks_per_axis=3, fill=0.0, tolerance=0.0)
     # first round: 2, 2, 1. The majority is 2; mask three says 1, but 0 with mask two.
     assert defense.predict(image).tolist() == [2]
     # Raise class 1 a little everywhere but under mask three: its pairs all say 1 now.
     maps[1, 1, 0, :4] = 3
     maps[2, 1, 0, 4:] = 9
-    defense = PatchCleanser(Pixels(*maps), masking.NAMES, (1, 6), 1, 3, fill=0.0, tolerance=0.0)
+    defense = PatchCleanser(Pixels(*maps), masking.NAMES, (1, 6), patch=1, masks_per_axis=3, fill=0.0, tolerance=0.0)
     assert defense.predict(image).tolist() == [1]
     assert not defense.certify(image).certified.item()
 
@@ -112,7 +114,9 @@ def test_majority_ties_go_to_the_lowest_class():
     # two masks: hiding the left half shows class 2, hiding the right half class 1; each fails with the other
     maps = np.zeros((3, 3, 1, 6))
     maps[2, 0, 0, 3:], maps[1, 0, 0, :3] = 1, 1
-    defense = PatchCleanser(Pixels(*maps), masking.NAMES, (1, 6), "1x1", 2, fill=0.0, tolerance=0.0)
+    defense = PatchCleanser(
+        Pixels(*maps), masking.NAMES, (1, 6), patch="1x1", masks_per_axis=2, fill=0.0, tolerance=0.0
+    )
     assert len(defense.masks(PatchThreatModel.parse(1, (1, 6)))) == 2
     assert defense.predict(np.ones((1, 3, 1, 6), dtype=np.float32)).tolist() == [1]
 
@@ -212,7 +216,7 @@ def test_masks_take_the_fill_and_the_threat_its_size():
             seen.append(x)
             return x.mean((2, 3))
 
-    defense = PatchCleanser(Looking(), masking.NAMES, masking.SIZE, 2, 2, fill=(0.1, 0.2, 0.3))
+    defense = PatchCleanser(Looking(), masking.NAMES, masking.SIZE, patch=2, masks_per_axis=2, fill=(0.1, 0.2, 0.3))
     defense.predict(np.ones((1, 3, 6, 6), dtype=np.float32))
     first = torch.cat(seen)[0]
     assert first[:, :4, :4].flatten(1).unique(dim=1).flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
@@ -226,9 +230,9 @@ def test_mistakes_are_named():
         cleanser(model).predict(masking.images(0, 1), rule="vote")
     with pytest.raises(UsageError, match="does not fit"):
         cleanser(model, "7")
-    with pytest.raises(UsageError, match="own allowed placements"):
+    with pytest.raises(UsageError, match="cannot be combined with a PatchThreatModel"):
         cleanser(model).certify(
             masking.images(0, 1), PatchThreatModel.parse(2, masking.SIZE), placements=np.ones((6, 6), dtype=bool)
         )
     with pytest.raises(UsageError, match=r"\[batch, 2\] logits"):
-        PatchCleanser(model, ("a", "b"), masking.SIZE, 2).predict(masking.images(0, 1))
+        PatchCleanser(model, ("a", "b"), masking.SIZE, patch=2).predict(masking.images(0, 1))

@@ -48,7 +48,7 @@ def masks(side: int) -> list[np.ndarray]:
 class TestPatchGuard:
     @pytest.mark.parametrize("threshold", [0, "1/10", Fraction(1, 3)])
     def test_it_is_robust_masking_of_the_scorers_map(self, threshold):
-        defense = PatchGuard(scorer(), threshold, 2)
+        defense = PatchGuard(scorer(), threshold, patch=2)
         found = defense.certify(images())
         assert torch.equal(defense.predict(images()), found.prediction)
         for index, scores in enumerate(defense.score_map(images()).scores.numpy()):
@@ -60,7 +60,7 @@ class TestPatchGuard:
 
     @pytest.mark.parametrize("threshold", [0, "1/10", "1/5"])
     def test_no_patch_breaks_a_certificate(self, threshold):
-        defense = PatchGuard(scorer(), threshold, 2)
+        defense = PatchGuard(scorer(), threshold, patch=2)
         clean = defense.certify(images(tint=75))
         broken = torch.tensor(
             [
@@ -73,11 +73,11 @@ class TestPatchGuard:
         assert not (clean.certified & broken).any()
 
     def test_other_rules_and_patches_are_for_the_asking(self):
-        defense = PatchGuard(scorer(), "1/10", 2)
+        defense = PatchGuard(scorer(), "1/10", patch=2)
         for name in RULES:
-            found = defense.certify(images(), "1x3", name)
+            found = defense.certify(images(), "1x3", rule=name)
             assert found.rule.split(":")[0] == name
-            assert torch.equal(defense.predict(images(), "1x3", name), found.prediction)
+            assert torch.equal(defense.predict(images(), "1x3", rule=name), found.prediction)
         with pytest.raises(UsageError, match="there is no rule"):
             defense.predict(images(), rule="guess")
 
@@ -92,7 +92,7 @@ class TestPatchGuardPlusPlus:
         defense = PatchGuardPlusPlus(scorer(), patch=2)
         found, plain = (
             defense.certify(images(tint=40)),
-            tiny.color_model(size=SIZE).certify(images(tint=40), 2, "detection"),
+            tiny.color_model(size=SIZE).certify(images(tint=40), 2, rule="detection"),
         )
         assert torch.equal(found.prediction, plain.prediction)
         assert torch.equal(found.certified, plain.certified)
@@ -106,7 +106,7 @@ class TestPatchGuardPlusPlus:
     def test_a_higher_threshold_alerts_less_and_certifies_less(self):
         found, alerts = [], []
         for confidence in (0.0, 0.335, 0.35, 0.37):
-            defense = PatchGuardPlusPlus(scorer(), confidence, 2)
+            defense = PatchGuardPlusPlus(scorer(), confidence, patch=2)
             found.append(defense.certify(images(30, 40)).certified)
             alerts.append(defense.alert(images(30, 40)))
         assert not any(bool((a & c).any()) for a, c in zip(alerts, found, strict=True))
@@ -118,7 +118,7 @@ class TestPatchGuardPlusPlus:
 
     @pytest.mark.parametrize("confidence", [0.0, 0.345])
     def test_a_patch_that_changes_a_certified_answer_raises_the_alert(self, confidence):
-        defense = PatchGuardPlusPlus(scorer(), confidence, 2)
+        defense = PatchGuardPlusPlus(scorer(), confidence, patch=2)
         batch = images(9, 50)
         clean = defense.certify(batch)
         caught = 0
@@ -134,7 +134,7 @@ class TestPatchGuardPlusPlus:
         """Confidence is of real scores, whatever integers they were rounded to."""
         fine, coarse = scorer(), scorer()
         coarse.scale = fine.scale / 4
-        alerts = [PatchGuardPlusPlus(one, 0.34, 2).alert(images(30, 40)) for one in (fine, coarse)]
+        alerts = [PatchGuardPlusPlus(one, 0.34, patch=2).alert(images(30, 40)) for one in (fine, coarse)]
         assert (alerts[0] == alerts[1]).float().mean() > 0.9
 
     @pytest.mark.parametrize("confidence", [-0.1, 1.0])

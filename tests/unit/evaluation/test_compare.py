@@ -105,10 +105,10 @@ def test_which_row_is_meant():
         compare(both, both)
     with pytest.raises(UsageError, match="the first run has the rules vote, double-masking"):
         compare(both, both, threat="5")
-    found = compare(both, both, ("vote", "double-masking"), "5")
+    found = compare(both, both, rules=("vote", "double-masking"), threat="5")
     assert [(test.first, test.second) for test in found.tests] == [(1, 1), (0, 1)]
     with pytest.raises(UsageError, match="the second run has no rule detection against 5"):
-        compare(both, both, ("vote", "detection"), "5")
+        compare(both, both, rules=("vote", "detection"), threat="5")
     with pytest.raises(UsageError, match="no patch 7; it has 5, 2"):
         compare(both, both, threat="7")
 

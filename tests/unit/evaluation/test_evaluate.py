@@ -40,7 +40,7 @@ def images() -> ImageSet:
 
 @pytest.fixture(scope="module")
 def evaluation(images: ImageSet) -> module.Evaluation:
-    return evaluate(tiny.color_model(), images, PATCHES, RULES, batch_size=17)
+    return evaluate(tiny.color_model(), images, patches=PATCHES, rules=RULES, batch_size=17)
 
 
 def test_the_figures_follow_from_the_records(evaluation: module.Evaluation, images: ImageSet) -> None:
@@ -72,7 +72,9 @@ def test_predictions_are_those_of_the_images_in_their_order(evaluation: module.E
 
 
 def test_batches_change_nothing(evaluation: module.Evaluation, images: ImageSet) -> None:
-    assert evaluate(tiny.color_model(), images, PATCHES, RULES, batch_size=60).records == evaluation.records
+    assert (
+        evaluate(tiny.color_model(), images, patches=PATCHES, rules=RULES, batch_size=60).records == evaluation.records
+    )
 
 
 def test_the_run_is_described(evaluation: module.Evaluation) -> None:
@@ -91,7 +93,7 @@ def test_the_models_own_rule_and_patch_are_the_defaults(images: ImageSet) -> Non
 
 @pytest.mark.parametrize(("limit", "count"), [(1, 1), (7, 7), (60, 60), (1000, 60)])
 def test_limit_takes_the_first_images(limit: int, count: int, evaluation: module.Evaluation, images: ImageSet) -> None:
-    found = evaluate(tiny.color_model(), images, PATCHES, RULES, limit=limit)
+    found = evaluate(tiny.color_model(), images, patches=PATCHES, rules=RULES, limit=limit)
     assert found.records == evaluation.records[:count]
     assert (found.info.images, found.info.limit) == (count, limit)
 
@@ -101,7 +103,7 @@ def test_limit_takes_the_first_images(limit: int, count: int, evaluation: module
     [("2", [2, 2]), ("2x5", [2, 5]), ("4%", [2, 2]), ("2+1x4", None), ("2*1", None), ("area:3", None), ("1+2", [2, 2])],
 )
 def test_only_a_single_patch_has_a_size(notation: str, patch: list[int] | None, images: ImageSet) -> None:
-    (row,) = evaluate(tiny.color_model(), images, [notation], limit=3).info.results
+    (row,) = evaluate(tiny.color_model(), images, patches=[notation], limit=3).info.results
     assert (row.patch, row.threat) == (patch, notation)
 
 
@@ -111,7 +113,11 @@ def test_photos_of_all_sizes_and_orientations_keep_their_order() -> None:
     sizes = [(8, 8), (8, 12), (12, 8), (31, 17)]
     photos = [_plain(label, sizes[random.integers(4)], int(random.integers(1, 9))) for label in labels]
     found = evaluate(
-        tiny.color_model(), _photos(photos, labels), ["2", "10%"], ["vote", "double-masking"], batch_size=3
+        tiny.color_model(),
+        _photos(photos, labels),
+        patches=["2", "10%"],
+        rules=["vote", "double-masking"],
+        batch_size=3,
     )
     assert [row.patch for row in found.info.results] == [[2, 2], [2, 2], None, None]
     assert [row.clean_accuracy for row in found.info.results] == [1, 1, 1, 1]
@@ -127,7 +133,7 @@ def test_photos_of_all_sizes_and_orientations_keep_their_order() -> None:
 def test_a_patch_must_fit_into_every_photo() -> None:
     photos = _photos([_plain(0, (12, 12)), _plain(1, (8, 8))], [0, 1])
     with pytest.raises(UsageError, match="9x9 px does not fit into an image of 8x8 px"):
-        evaluate(tiny.color_model(), photos, ["9"])
+        evaluate(tiny.color_model(), photos, patches=["9"])
 
 
 def test_center_crop_leaves_the_sides_out() -> None:
@@ -147,8 +153,8 @@ def test_a_mask_restricts_the_placements(images: ImageSet, tmp_path: Path) -> No
     mask = np.zeros((8, 8), dtype=np.uint8)
     mask[:, 5:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    anywhere = evaluate(tiny.color_model(), images, ["2"])
-    right = evaluate(tiny.color_model(), images, ["2"], placements=tmp_path / "mask.png")
+    anywhere = evaluate(tiny.color_model(), images, patches=["2"])
+    right = evaluate(tiny.color_model(), images, patches=["2"], placements=tmp_path / "mask.png")
     (row,) = right.info.results
     assert (row.patch, row.threat) == (None, "2 within the allowed placements")
     assert row.certified_accuracy >= anywhere.info.results[0].certified_accuracy
@@ -167,8 +173,8 @@ def test_repeats_give_medians_and_the_same_records(
     found = evaluate(
         tiny.color_model(),
         images,
-        ["1"],
-        ["vote"],
+        patches=["1"],
+        rules=["vote"],
         repeat=3,
         on_progress=lambda done, total: calls.append((done, total)),
     )
@@ -244,7 +250,12 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(
         return images.source(row)
 
     found = evaluate(
-        tiny.color_model(), replace(images, source=source), PATCHES, RULES, batch_size=batch_size, repeat=2
+        tiny.color_model(),
+        replace(images, source=source),
+        patches=PATCHES,
+        rules=RULES,
+        batch_size=batch_size,
+        repeat=2,
     )
     assert found.records == [record for record in evaluation.records if record.index not in bad]
     assert found.errors == [f"image {row} is cut short" for row in bad]

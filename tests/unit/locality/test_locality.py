@@ -65,7 +65,7 @@ def leaking_model(strength, rule="vote"):
     """A deployed model that claims the geometry of its convolution and leaks besides."""
     scorer = scorer_of(Leak(strength))
     scorer._grids[SIZE] = derive_grid(scorer.net.body, SIZE)
-    return BagCert(scorer, rule, "2")
+    return BagCert(scorer, rule, patch="2")
 
 
 GLOBAL = {

@@ -41,8 +41,8 @@ def test_it_equals_the_definitions_and_holds_under_attack(confidence):
     seen = {"certified": 0, "alert": 0, "neither": 0, "caught": 0}
     for number in range(40):
         case = build(choose)
-        found = confident_detection(case.score_map, case.threat, confidence, SCALE)
-        raised = alerts(case.score_map, case.threat, confidence, SCALE)
+        found = confident_detection(case.score_map, case.threat, confidence=confidence, scale=SCALE)
+        raised = alerts(case.score_map, case.threat, confidence=confidence, scale=SCALE)
         assert torch.equal(found.prediction, case.score_map.predict())
         assert torch.equal(found.certified, found.margin >= 0)
         for image, scores in enumerate(case.scores):
@@ -54,7 +54,7 @@ def test_it_equals_the_definitions_and_holds_under_attack(confidence):
             if certified and number % 2:
                 maps = case.with_scores(attacked(case, image, limit=64, most=600))
                 changed = maps.predict() != found.prediction[image]
-                assert bool(alerts(maps, case.threat, confidence, SCALE)[changed].all())
+                assert bool(alerts(maps, case.threat, confidence=confidence, scale=SCALE)[changed].all())
                 seen["caught"] += int(changed.sum())
     assert seen["certified"] > 3
     assert seen["alert"] > 3
@@ -80,13 +80,13 @@ def test_at_the_threshold_itself_an_alert_is_raised_and_nothing_is_certified():
     threat = PatchThreatModel((1, 4), ((1, 1),))
     own = ScoreMap(torch.tensor([[[[3, 3, 3, 3]], [[0, 0, 0, 0]]]]), 0, 9, grid)
     sure = 1 / (1 + math.exp(-3 / SCALE))
-    assert confident_detection(own, threat, sure - 2 * ROUNDING, SCALE).margin.item() == 9
-    assert confident_detection(own, threat, sure, SCALE).margin.item() == -1
+    assert confident_detection(own, threat, confidence=sure - 2 * ROUNDING, scale=SCALE).margin.item() == 9
+    assert confident_detection(own, threat, confidence=sure, scale=SCALE).margin.item() == -1
     other = ScoreMap(torch.tensor([[[[9, 0, 0, 0]], [[2, 2, 2, 2]]]]), 0, 9, grid)
     sure = 1 / (1 + math.exp(-2 / SCALE))  # without the first region
-    assert alerts(other, threat, sure, SCALE).item()
-    assert alerts(other, threat, sure + ROUNDING / 2, SCALE).item()
-    assert not alerts(other, threat, sure + 2 * ROUNDING, SCALE).item()
+    assert alerts(other, threat, confidence=sure, scale=SCALE).item()
+    assert alerts(other, threat, confidence=sure + ROUNDING / 2, scale=SCALE).item()
+    assert not alerts(other, threat, confidence=sure + 2 * ROUNDING, scale=SCALE).item()
 
 
 def test_slack_counts_for_the_attacker():
@@ -95,9 +95,9 @@ def test_slack_counts_for_the_attacker():
     scores = torch.tensor([[[[3, 3, 3, 3]], [[0, 0, 0, 0]]]])
     sure = 1 / (1 + math.exp(-1 / SCALE))  # 2 against 1
     loose = ScoreMap(scores, 0, 9, grid, torch.ones_like(scores))
-    found = confident_detection(loose, threat, sure - 1e-6, SCALE)
+    found = confident_detection(loose, threat, confidence=sure - 1e-6, scale=SCALE)
     assert (found.margin.item(), found.locality) == (3, "measured")
-    assert not confident_detection(loose, threat, sure + 1e-6, SCALE).certified.item()
+    assert not confident_detection(loose, threat, confidence=sure + 1e-6, scale=SCALE).certified.item()
 
 
 @pytest.mark.parametrize(
@@ -109,4 +109,4 @@ def test_values_out_of_range_are_refused(confidence, scale):
     threat = PatchThreatModel((1, 4), ((1, 1),))
     for function in (confident_detection, alerts):
         with pytest.raises(UsageError, match="must be"):
-            function(scores, threat, confidence, scale)
+            function(scores, threat, confidence=confidence, scale=scale)

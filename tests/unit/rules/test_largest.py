@@ -55,11 +55,13 @@ def test_a_masking_defense_is_worth_what_its_masks_cover():
     found = RULES["double-masking"].certify(score_map, threat)
     covered = covered_px(grid, threat)
     assert covered == 3  # 2 px and 3 px reach the same regions of stride 2
-    assert torch.equal(largest_certified_px(score_map, "double-masking", threat), found.certified * covered)
-    assert torch.equal(largest_certified_px(score_map, "detection", threat, found), found.certified * covered)
+    assert torch.equal(largest_certified_px(score_map, "double-masking", threat=threat), found.certified * covered)
+    assert torch.equal(
+        largest_certified_px(score_map, "detection", threat=threat, certificate=found), found.certified * covered
+    )
     one_region = torch.zeros_like(score_map.scores)
     one_region[:, 1, 2, 2] = 1  # a mask over it leaves class 0
-    assert not largest_certified_px(ScoreMap(one_region, 0, 1, grid), "double-masking", threat).any()
+    assert not largest_certified_px(ScoreMap(one_region, 0, 1, grid), "double-masking", threat=threat).any()
     assert covered_px(grid, PatchThreatModel.parse("2+1x9", grid.image_size)) == 3
     assert covered_px(grid, PatchThreatModel.parse("1x9", grid.image_size)) == 1
 
@@ -87,14 +89,14 @@ def test_allowed_placements():
     assert covered_px(grid, threat) == 2
     assert covered_px(grid, PatchThreatModel((6, 6), ((3, 3),), 1, allowed)) == 3  # no larger one has room
     with pytest.raises(UsageError, match="placements"):
-        largest_certified_px(example(grid), "vote", threat)
+        largest_certified_px(example(grid), "vote", threat=threat)
 
 
 def test_two_patches():
     grid = RegionGrid.from_axis(1, 1, 0, (6, 6))
     score_map = example(grid)
     two = PatchThreatModel.parse("2*1", (6, 6))
-    found = largest_certified_px(score_map, "vote", two)
+    found = largest_certified_px(score_map, "vote", threat=two)
     assert bool((found <= largest_certified_px(score_map, "vote")).all())
     expected = torch.zeros_like(found)
     for side in range(1, 7):
@@ -113,7 +115,7 @@ def test_a_larger_square_may_be_certified_against_two_patches_where_a_smaller_on
     score_map = ScoreMap(scores, 0, 1, grid)
     threats = [PatchThreatModel.parse(f"2*{side}", (5, 5)) for side in (3, 5)]
     assert [bool(RULES["vote"].certify(score_map, threat).certified[0]) for threat in threats] == [False, True]
-    assert largest_certified_px(score_map, "vote", threats[0]).tolist() == [5, 0]
+    assert largest_certified_px(score_map, "vote", threat=threats[0]).tolist() == [5, 0]
 
 
 def test_what_is_missing_is_named():

@@ -58,12 +58,12 @@ class TestByHand:
         scores = row([3, 3, 4, 0], [2, 2, 2, 2])
         for share, masked in ((Fraction(2, 5), False), (Fraction(399_999, 10**6), True)):
             expected = 1 if masked else 0  # 6 against 8, or 10 against 8
-            assert robust_masking_prediction(scores, one_px(scores), share).item() == expected
+            assert robust_masking_prediction(scores, one_px(scores), threshold=share).item() == expected
 
     def test_a_third_is_a_third(self):
         """In floats 1 / (1 - 1/3) * 4 is below or above 6 by rounding; the bound is 6 exactly."""
         scores = row([4, 4, 4, 1], [0, 0, 0, 4])
-        found = robust_masking(scores, one_px(scores), Fraction(1, 3))
+        found = robust_masking(scores, one_px(scores), threshold=Fraction(1, 3))
         # at the first window: 9 - 4 = 5 are left of class 0, class 1 may keep 4 / (2/3) = 6
         assert (found.prediction.item(), found.margin.item()) == (0, 5 - 6)
         assert found.rule == "robust-masking:1/3"
@@ -91,8 +91,8 @@ def test_it_equals_the_definitions(share):
     certified = 0
     for _ in range(25):
         case = build(choose)
-        found = robust_masking(case.score_map, case.threat, share)
-        assert torch.equal(found.prediction, robust_masking_prediction(case.score_map, case.threat, share))
+        found = robust_masking(case.score_map, case.threat, threshold=share)
+        assert torch.equal(found.prediction, robust_masking_prediction(case.score_map, case.threat, threshold=share))
         for image, scores in enumerate(case.scores):
             expected = oracle.robust_masking(scores, case.masks, share)
             assert (int(found.prediction[image]), int(found.margin[image])) == expected
@@ -117,7 +117,7 @@ def test_no_content_of_any_patch_changes_a_certified_map(classes, regions, field
     grid = line(regions, field)
     threat = PatchThreatModel(grid.image_size, ((1, 1),))
     maps = every_map(classes, regions, most)
-    found = robust_masking(ScoreMap(maps, 0, most, grid), threat, share)
+    found = robust_masking(ScoreMap(maps, 0, most, grid), threat, threshold=share)
     weight = ((most + 1) ** torch.arange(classes * regions - 1, -1, -1)).reshape(classes, regions)
     number = torch.arange(len(maps))
     broken = torch.zeros(len(maps), dtype=torch.bool)
@@ -144,11 +144,11 @@ def test_a_bound_that_forgets_the_threshold_is_false():
         for i in range(8)
     )
     assert undivided > 0  # the defective certificate
-    found = robust_masking(scores, threat, share)
+    found = robust_masking(scores, threat, threshold=share)
     assert (found.prediction.item(), found.certified.item()) == (0, False)
     attacked = scores.scores.clone()
     attacked[0, :, 0, 7] = torch.tensor([0, 4], dtype=torch.int16)
-    assert robust_masking_prediction(ScoreMap(attacked, -9, 9, scores.grid), threat, share).item() == 1
+    assert robust_masking_prediction(ScoreMap(attacked, -9, 9, scores.grid), threat, threshold=share).item() == 1
     assert robust_masking(scores, threat).certified.item()  # T = 0 masks whatever the patch adds
 
 
@@ -169,7 +169,7 @@ class TestThreshold:
     def test_scores_beyond_counting_are_refused(self):
         scores = ScoreMap(torch.zeros(1, 2, 1, 4, dtype=torch.int64), 0, 2**48, line(4))
         with pytest.raises(UsageError, match="too large for the masking threshold 1/999983"):
-            robust_masking(scores, one_px(scores), "1/999983")
+            robust_masking(scores, one_px(scores), threshold="1/999983")
 
 
 def test_large_scores_are_counted_exactly():

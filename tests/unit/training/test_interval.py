@@ -34,7 +34,7 @@ def test_the_sequence_is_the_same_classifier():
 
 def test_worst_logits_over_all_placements_are_the_margins_of_certificates():
     network, images = scorer(), torch.rand(6, 3, *SIZE)
-    certificate = IntervalBounds(in_sequence(network), NAMES, SIZE, "2").certify(images)
+    certificate = IntervalBounds(in_sequence(network), NAMES, SIZE, patch="2").certify(images)
     bounded = loss(network)
     worst = []
     for box in bounded.boxes:
@@ -70,7 +70,7 @@ def test_training_on_it_raises_the_bounds():
     bounded, optimizer = loss(network), torch.optim.Adam(network.parameters(), 1e-2)
 
     def certified() -> int:
-        certificate = IntervalBounds(in_sequence(network), NAMES, SIZE, "2").certify(images)
+        certificate = IntervalBounds(in_sequence(network), NAMES, SIZE, patch="2").certify(images)
         return int((certificate.certified & (certificate.prediction == labels)).sum())
 
     before = certified()

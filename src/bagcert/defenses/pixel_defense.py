@@ -1,0 +1,71 @@
+"""What defenses around an ordinary classifier have in common: construction, and reading what they are asked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bagcert.data.photo import as_batch
+from bagcert.defenses.base import Defense, deployed_or
+from bagcert.defenses.undefended import Undefended
+from bagcert.errors import UsageError
+from bagcert.threat import PatchLike, PatchThreatModel
+
+
+class PixelDefense(Defense):
+    """A defense around any classifier of images. It has one rule, its own, which need not be named.
+
+    Args:
+        model: images [batch, 3, height, width] in [0, 1] to logits [batch, classes].
+        class_names: one per logit.
+        image_size: (height_px, width_px) it is meant for.
+        patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
+        name: for tables.
+
+    Raises:
+        UsageError: fewer than two classes.
+    """
+
+    def __init__(
+        self, model: nn.Module, class_names: Sequence[str], image_size: tuple[int, int], *, patch: PatchLike, name: str
+    ) -> None:
+        self.classifier = Undefended(model, class_names, image_size, name=name)
+        self.class_names, self.image_size = self.classifier.class_names, self.classifier.image_size
+        self.patch, self.name = patch, name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.classifier.device
+
+    def deployed_threat(self) -> PatchThreatModel:
+        """The deployed patch on images of the size that the defense is meant for.
+
+        Raises:
+            UsageError: it does not fit.
+        """
+        return PatchThreatModel.parse(self.patch, self.image_size)
+
+    def read_question(
+        self,
+        images: np.ndarray | Tensor,
+        patch: PatchLike | None,
+        rule: str | None,
+        placements: np.ndarray | str | Path | None,
+    ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel]:
+        """The images as the network takes them, on its device, and the threat model for their size.
+
+        Args:
+            images, patch, rule, placements: as for `certify`.
+
+        Raises:
+            UsageError: bad images or patch, or another rule.
+        """
+        if rule not in (None, self.rule):
+            raise UsageError(f"this defense has no rule {rule!r}; leave it out, or give {self.rule!r}")
+        chosen = deployed_or(patch, self.patch, placements)
+        batch = as_batch(images).to(self.device)
+        return batch, PatchThreatModel.parse(chosen, (batch.shape[2], batch.shape[3]), placements)
