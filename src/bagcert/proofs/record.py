@@ -9,12 +9,11 @@ import hashlib
 import zlib
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from bagcert.aggregation import AttentionPooling
 from bagcert.certificate import Certificate
 from bagcert.data.photo import Photo
 from bagcert.data.preprocess import Preprocessing
@@ -25,6 +24,9 @@ from bagcert.proofs.lines import READOUT_VERSION, seal
 from bagcert.records import Record
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
+
+if TYPE_CHECKING:
+    from bagcert.aggregation import AttentionPooling
 
 
 def certificate_record(
@@ -137,7 +139,7 @@ def scores_fields(score_map: ScoreMap) -> dict[str, Any]:
     }
 
 
-def evidence_fields(score_map: ScoreMap, readout: AttentionPooling) -> dict[str, Any]:
+def evidence_fields(score_map: ScoreMap, readout: "AttentionPooling") -> dict[str, Any]:
     """Products as deflated little-endian int32 and weights as deflated bytes, with the hash of their readout."""
     products, weights = score_map.scores[0].split([readout.values, readout.heads])
     return {
@@ -149,7 +151,7 @@ def evidence_fields(score_map: ScoreMap, readout: AttentionPooling) -> dict[str,
 
 
 @lru_cache(maxsize=4)
-def readout_fields(readout: AttentionPooling) -> dict[str, Any]:
+def readout_fields(readout: "AttentionPooling") -> dict[str, Any]:
     """A readout: its sizes, its matrices as deflated little-endian int32, and the hash of all these integers."""
     parts = {name: getattr(readout, name) for name in ("first", "first_bias", "second", "skip", "bias")}
     sizes = {
