@@ -22,6 +22,7 @@ from bagcert.training import loop as training
 from bagcert.training import setup, step
 from bagcert.training.augment import cutout
 from bagcert.training.batches import epoch_order
+from bagcert.training.data import load_sources, load_training_data
 from bagcert.training.loop import train
 from bagcert.training.losses import cross_entropy_loss
 from bagcert.training.objective import hardest_cutout
@@ -441,3 +442,41 @@ def test_the_learning_rate_peaks_after_the_warm_up_and_ends_at_zero(warmup: floa
     assert all(a >= b for a, b in pairwise(rates[peak:]))
     assert 0 <= rates[199] < 0.01
     assert rates[200] == pytest.approx(0, abs=1e-12)
+
+
+def test_resume_of_a_run_older_than_a_recipe_key(whole: Path, tmp_path: Path) -> None:
+    folder = _stopped(tmp_path, 6)
+    written = (folder / "recipe.toml").read_text()
+    older = "".join(line for line in written.splitlines(keepends=True) if not line.startswith("color = "))
+    assert older != written
+    (folder / "recipe.toml").write_text(older)
+    train(tiny.recipe(), folder, tiny.image_set(), resume=True, device="cpu")
+    assert _weights(folder) == _weights(whole)
+
+
+def test_resume_of_an_extension_that_died_in_its_first_step(tmp_path: Path) -> None:
+    held = {"optimizer__schedule": "hold", "optimizer__warmup_steps": 2, "train__checkpoint_every": 100}
+    train(tiny.recipe(train__epochs=2, **held), tmp_path, tiny.image_set(), device="cpu")
+
+    def die(at: training.Progress) -> None:
+        raise RuntimeError("the process died")
+
+    longer = tiny.recipe(train__epochs=4, **held)
+    with pytest.raises(RuntimeError, match="died"):
+        train(longer, tmp_path, tiny.image_set(), resume=True, device="cpu", on_progress=die)
+    train(longer, tmp_path, tiny.image_set(), resume=True, device="cpu")
+    whole = train(longer, tmp_path / "whole", tiny.image_set(), device="cpu")
+    assert _weights(tmp_path) == _weights(whole)
+
+
+def test_validation_of_sorted_images_has_every_class_in_proportion(tmp_path: Path) -> None:
+    """Class folders are sorted by class: a limit on validation images must not leave classes out."""
+    images = tiny.image_set(90)
+    ordered = images.subset(np.argsort(images.labels, kind="stable"))
+    recipe = tiny.recipe(data__validation=0.5, train__validate_images=9)
+    found = load_training_data(load_sources(recipe, ordered, None), recipe, torch.device("cpu"))
+    assert len(found.held_out_labels) == 45
+    assert set(found.held_out_labels[:9].tolist()) == {0, 1, 2}
+    for pixels, label in zip(found.held_out, found.held_out_labels, strict=True):
+        rows = [i for i, each in enumerate(ordered.array()) if np.array_equal(each, pixels)]
+        assert ordered.labels[rows[0]] == label
