@@ -21,9 +21,12 @@ from bagcert.defenses.bagcert import BagCert, load
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
 from bagcert.proofs.record import pixels_sha256
 from bagcert.records import Record
-from bagcert.rules.together import certify_together
+from bagcert.rules.together import certify_together, joined
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
+
+MOST_SCORES = 1 << 24
+"""Scores that are kept for one call of the rules."""
 
 RESULT = pa.struct(
     [
@@ -145,10 +148,8 @@ class Worker:
                 rows[i]["pixels_sha256"] = found.pixels_sha256
             else:
                 rows[i]["error"] = str(found)
-        numbers = list(good)
-        for start in range(0, len(numbers), self.question.batch_size):
-            some = numbers[start : start + self.question.batch_size]
-            for i, said in zip(some, self._batch([good[i] for i in some]), strict=True):
+        for some, scores in self._scored(good):
+            for i, said in zip(some, self._said([good[i] for i in some], scores), strict=True):
                 rows[i] |= said
         return pa.Table.from_pylist(rows, SCHEMA)
 
@@ -158,18 +159,27 @@ class Worker:
         pixels = self._preprocessing.apply(found)
         return _Input(found.stored_size, found.orientation, pixels_sha256(found.pixels), pixels)
 
-    def _batch(self, inputs: Sequence[_Input]) -> list[dict[str, Any]]:
-        """What each image's row holds of the verdict.
+    def _scored(self, good: dict[int, _Input]) -> Iterator[tuple[list[int], ScoreMap]]:
+        """Score maps of all images, in as few pieces as memory allows: rules are faster on many images at once."""
+        numbers, size = list(good), self.question.batch_size
+        some: list[int] = []
+        maps: list[ScoreMap] = []
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            pixels = np.stack([good[i].pixels for i in batch])
+            filled = np.concatenate([pixels, np.repeat(pixels[:1], size - len(pixels), axis=0)])
+            maps.append(self.model.score_map(filled)[: len(batch)])
+            some += batch
+            if sum(each.scores.numel() for each in maps) >= MOST_SCORES or start + size >= len(numbers):
+                yield some, joined(maps)
+                some, maps = [], []
 
-        Photos of all sizes share the forward pass, and those with the same windows share the rule.
-        """
-        pixels = np.stack([found.pixels for found in inputs])
-        missing = self.question.batch_size - len(pixels)
-        scores = self.model.score_map(np.concatenate([pixels, np.repeat(pixels[:1], missing, axis=0)]))
+    def _said(self, inputs: Sequence[_Input], scores: ScoreMap) -> list[dict[str, Any]]:
+        """What each image's row holds of the verdict. Photos with the same windows share the rule."""
         said: list[dict[str, Any]] = [{"results": []} for _ in inputs]
         shapes = [(found.size_px, found.orientation) for found in inputs]
         fitting: list[tuple[list[int], ScoreMap, list[PatchThreatModel]]] = []
-        for (size, _), chosen, score_map in self._preprocessing.score_maps(scores[: len(inputs)], shapes):
+        for (size, _), chosen, score_map in self._preprocessing.score_maps(scores, shapes):
             try:
                 fitting.append((chosen, score_map, self._threats(size)))
             except UsageError as error:  # a patch that does not fit into images of this size

@@ -38,7 +38,7 @@ def certify_together(
     found: dict[int, Certificate] = {}
     for members in groups.values():
         first = members[0]
-        certificate = certify(_joined([score_maps[number] for number in members]), threats[first])
+        certificate = certify(joined([score_maps[number] for number in members]), threats[first])
         blocks = score_maps[first].grid.windows(threats[first])
         start = 0
         for number in members:
@@ -59,8 +59,8 @@ def _key(score_map: ScoreMap, threat: PatchThreatModel) -> tuple:
     return (score_map.grid.map_size, threat.patches, kind, *windows)
 
 
-def _joined(score_maps: Sequence[ScoreMap]) -> ScoreMap:
-    """One batch on the grid of the first."""
+def joined(score_maps: Sequence[ScoreMap]) -> ScoreMap:
+    """Maps of one network as one batch, on the grid of the first."""
     first = score_maps[0]
     if len(score_maps) == 1:
         return first
