@@ -48,7 +48,7 @@ def test_a_request_to_end_leaves_whole_batches_and_a_sentence(tmp_path: Path) ->
     process = _start(out, "--resume")
     assert process.communicate(timeout=200)[1] == ""
     assert process.returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.gallery.npz", "r.json", "r.records.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.gallery.npz", "r.json", "r.records.jsonl"]
     assert json.loads(out.read_text())["images"] == len((tmp_path / "r.records.jsonl").read_text().splitlines()) == 200
 
 

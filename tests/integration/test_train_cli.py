@@ -169,6 +169,6 @@ def test_train_refuses_one_class_and_nothing(images: Path) -> None:
     (images / "train" / "red").rename("only")
     Path("one").mkdir()
     Path("only").rename("one/only")
-    check_mistake(run("train", "one", "--device", "cpu"), 2, "at least two classes", "'only'")
+    check_mistake(run("train", "one", "--device", "cpu"), 5, "one class", "'only'", "at least two")
     check_mistake(run("train"), 2, "needs a recipe, or a folder of images")
     check_mistake(run("train", "nowhere"), 2, "no recipe, file or folder 'nowhere'")

@@ -19,7 +19,7 @@ MOST_CHARACTERS = 200  # of one name
 
 CITATION = """\
 @software{bagcert,
-  title  = {bagcert: certified defence against adversarial patches},
+  title  = {bagcert: certified defense against adversarial patches},
   author = {{bagcert contributors}},
   version = {0.2.0}
 }
@@ -44,7 +44,7 @@ LIMITS = """\
 - A patch larger than the one certified against, or more patches at once.
 - Whether the answer is right: a certificate says that a patch cannot change it. "Certified" in the table counts only
   images whose answer is right as well.
-- Another defence: other weights, another rule, or masks built for another patch.
+- Another defense: other weights, another rule, or masks built for another patch.
 - Availability: an attacker can take a certificate away, so plan for images without one."""
 
 
@@ -107,7 +107,7 @@ def model_card(config: ModelConfig, weights_sha256: str, results: RunInfo | None
         "---\nlibrary_name: bagcert\npipeline_tag: image-classification\ntags:\n- adversarial-patch\n"
         "- certified-robustness\n- image-classification\n---",
         f"# {code(config.name)}",
-        "An image classifier with a certified defence against adversarial patches: for each image it answers, and "
+        "An image classifier with a certified defense against adversarial patches: for each image it answers, and "
         f"proves, or does not, that no patch can change the answer. {len(config.class_names):,} classes, images of "
         f"{height}x{width} px (others are resized), architecture {code(config.architecture)}, rule "
         f"{code(config.rule)}.{_readout(config)}",

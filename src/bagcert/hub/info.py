@@ -1,5 +1,6 @@
 """What a model is: geometry, size, cost, provenance, and what was measured of it."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def describe(name: str) -> dict[str, Any]:
         "classes": len(scorer.class_names),
         "class_names": list(scorer.class_names),
         "parameters": sum(parameter.numel() for parameter in scorer.parameters()),
-        "multiply_adds": multiply_adds(config.build, scorer.channels, scorer.image_size),
+        "multiply_adds": multiply_adds(lambda: deepcopy(scorer).to("meta"), scorer.channels, scorer.image_size),
         "head": config.head,
         **config.readout,
         "rule": config.rule,

@@ -50,7 +50,7 @@ class Pace:
     def epochs(self, seconds: float) -> int:
         """The most whole epochs that fit, at least one.
 
-        >>> Pace(0.1, 100, 2.0, 1).epochs(60), Pace(0.1, 100, 2.0, 1).epochs(1)
+        >>> Pace(0.125, 80, 2.0, 1).epochs(60.0), Pace(0.125, 80, 2.0, 1).epochs(1.0)
         (5, 1)
         """
         return min(1_000_000, max(1, int(seconds / max(self.epoch_seconds, 1e-9))))

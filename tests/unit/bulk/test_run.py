@@ -195,7 +195,7 @@ def test_data_that_changed_and_folders_of_other_things_are_refused(tmp_path: Pat
     os.utime(tmp_path / "data" / "a.png", (1, 1))
     with pytest.raises(UsageError, match="data has the hash"):
         certify_many(str(tmp_path / "data"), tmp_path / "out", **ASKED)
-    with pytest.raises(UsageError, match=r"other files and no run\.json"):
+    with pytest.raises(UsageError, match=r"other files and no _run\.json"):
         certify_many(str(tmp_path / "data"), tmp_path / "data", **ASKED)
     (tmp_path / "out" / "_run.json").write_text("{")
     with pytest.raises(UnreadableError, match="damaged"):

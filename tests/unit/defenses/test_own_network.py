@@ -124,7 +124,7 @@ class TestSave:
         """Equal names and shapes do not make an equal network."""
         config = load("digits", checked=False).config.model_copy(update={"padded": True})
         other = config.model_copy(update={"padded": False}).build()
-        saved = BagCert(other, config.rule, config.patch, config)
+        saved = BagCert(other, config.rule, patch=config.patch, config=config)
         loaded = load(saved.save(tmp_path), checked=False)
         assert loaded.scorer.grid().map_size == other.grid().map_size
         assert loaded.scorer.grid().map_size != config.build().grid().map_size
@@ -133,7 +133,7 @@ class TestSave:
         config = load("digits", checked=False).config
         torch.manual_seed(0)
         scorer = config.build()
-        BagCert(scorer, config.rule, 1, config).save(tmp_path, name="fresh")
+        BagCert(scorer, config.rule, patch=1, config=config).save(tmp_path, name="fresh")
         loaded = load(tmp_path, checked=False)
         assert (loaded.config.architecture, loaded.patch, loaded.name) == (config.architecture, "1", "fresh")
 
@@ -142,7 +142,7 @@ class TestSave:
         facts |= {"head": "attention-pooling", "values": 4, "attention_heads": 2, "hidden": 3}
         config = ModelConfig.model_validate(facts)
         torch.manual_seed(0)
-        BagCert(config.build(), config.rule, config.patch, config).save(tmp_path / "a")
+        BagCert(config.build(), config.rule, patch=config.patch, config=config).save(tmp_path / "a")
         loaded = load(tmp_path / "a", checked=False)
         loaded.scorer.net[0].weight.data *= 1.5
         images = torch.rand(3, 3, 8, 8)
