@@ -34,7 +34,7 @@ from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap, check_counting, require_sum
 from bagcert.threat import PatchLike, PatchThreatModel
 
-ALIASES = {"default": "cifar10-cpu"}
+ALIASES = {"default": "cifar10"}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -316,7 +316,7 @@ def list_models() -> list[str]:
     """The names that `load` takes without a network: the shipped models and their aliases.
 
     >>> list_models()
-    ['default', 'cifar10-cpu', 'digits']
+    ['default', 'cifar10', 'cifar10-cpu', 'digits']
     """
     return [*ALIASES, *shipped_models()]
 
