@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bagcert.data.photo import as_batch
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.export.graph import with_metadata
@@ -161,7 +160,7 @@ def _require_placement(threat: PatchThreatModel, placement: tuple[int, int, int,
 def _one_image(model: BagCert, image: object) -> Float[Tensor, "1 channels height width"]:
     if not isinstance(image, np.ndarray | Tensor) or image.ndim != 3:
         raise UsageError("a property is about one image, an array of three dimensions")
-    pixels = as_batch(image[None])[:, : model.scorer.channels].cpu()
+    pixels = model.scorer.as_batch(image[None]).cpu()
     if tuple(pixels.shape[2:]) != model.image_size:
         expected, found = ("x".join(map(str, size)) for size in (model.image_size, pixels.shape[2:]))
         raise UsageError(f"a property is about an image of the model's size, {expected} px, got {found}")

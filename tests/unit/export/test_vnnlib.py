@@ -142,7 +142,7 @@ def test_every_pixel_outside_the_patch_is_fixed(tmp_path):
     ("change", "message"),
     [
         ({"rule": "detection"}, "the rule detection has no VNN-LIB property"),
-        ({"rule": "votes"}, "did you mean 'vote'"),
+        ({"rule": "votes"}, "did you mean vote"),
         ({"placement": (3, 0, 2, 2)}, "within the image"),
         ({"placement": (0, 0, 3, 3)}, "of a patch of 2 px"),
         ({"placement": (0, 0, 0, 2)}, "of a patch of 2 px"),
