@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.export.graph import with_metadata
-from bagcert.export.module import CertifiedModule
-from bagcert.export.rules import EXACT
+from bagcert.exporting.graph import with_metadata
+from bagcert.exporting.module import CertifiedModule
+from bagcert.exporting.rules import EXACT
 from bagcert.io.files import write_together
 from bagcert.io.optional import require_installed
 from bagcert.nets.runtimes import inference_copy
