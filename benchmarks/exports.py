@@ -24,7 +24,7 @@ from bagcert.data import load_dataset
 from bagcert.data.photo import as_batch
 from bagcert.defenses.bagcert import load
 from bagcert.evaluation.evaluate import labels_for, versions
-from bagcert.export.writer import Calibration, export_model
+from bagcert.exporting.writer import Calibration, export
 from bagcert.io.files import write_atomically
 from bagcert.nets.runtimes.onnx_graph import INPUT
 from bagcert.nets.runtimes.onnxruntime import onnx_session
@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for precision, ranges in (("float32", None), ("int8", calibration)):
             file = Path(folder) / f"{precision}.onnx"
-            exported = export_model(
+            exported = export(
                 model, file, patch=arguments.patch, rule=arguments.rule, calibration=ranges, on_step=print
             )
             session = onnx_session(file.read_bytes(), threads)

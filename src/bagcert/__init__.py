@@ -16,7 +16,7 @@ __all__ = [
     "ScoreMap",
     "attack",
     "evaluate",
-    "export_model",
+    "export",
     "list_defenses",
     "list_models",
     "load",
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from bagcert.defenses.failsafe import FailSafe
     from bagcert.defenses.table import list_defenses
     from bagcert.evaluation.evaluate import evaluate
-    from bagcert.export.writer import export_model
+    from bagcert.exporting.writer import export
     from bagcert.grid import RegionGrid
     from bagcert.nets.region_scorer import RegionScorer
     from bagcert.nets.regionalize import regionalize
@@ -55,7 +55,7 @@ __getattr__, __dir__ = lazy_names(
         "ScoreMap": "bagcert.scores",
         "attack": "bagcert.attacks",
         "evaluate": "bagcert.evaluation.evaluate",
-        "export_model": "bagcert.export.writer",
+        "export": "bagcert.exporting.writer",
         "list_defenses": "bagcert.defenses.table",
         "list_models": "bagcert.defenses.bagcert",
         "load": "bagcert.defenses.bagcert",

@@ -94,6 +94,11 @@ class AttentionPooling:
         """Channels of the map: values, then heads."""
         return self.values + self.heads
 
+    @property
+    def score_unit(self) -> int:
+        """The integer that stands for a class score of 1."""
+        return HIDDEN_UNIT
+
     def pooled(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch values"]:
         """`q`: weighted means of the values over the kept regions, rounded; 0 where nothing is kept."""
         total = sums[..., : self.values].unflatten(-1, (self.heads, -1))
@@ -119,24 +124,6 @@ class AttentionPooling:
             first = [part.to(dtype) / HIDDEN_UNIT for part in (self.first.T, self.first_bias)]
             kept[dtype] = (*first, *(part.to(dtype) for part in (self.second.T, self.skip.T, self.bias)))
         return kept[dtype]
-
-
-def check_readout(values: int | None, attention_heads: int | None, hidden: int | None, ablated: bool) -> None:
-    """Says whether a readout of these sizes can stand behind a network.
-
-    Args:
-        ablated: the network takes ablated images, as derandomized smoothing makes them.
-
-    Raises:
-        ValueError: it cannot; for the validators of recipes and configs.
-    """
-    if not values or not attention_heads or not hidden or values % attention_heads:
-        raise ValueError(
-            "attention pooling needs values (a multiple of attention_heads), attention_heads and hidden, "
-            f"got {values}, {attention_heads} and {hidden}"
-        )
-    if ablated:
-        raise ValueError("attention pooling is for whole images; a network of ablated images has another head")
 
 
 def pooling_dtype(regions: int) -> torch.dtype:

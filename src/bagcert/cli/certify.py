@@ -157,9 +157,12 @@ def certify(
         warn(f"{record} held {already}; they are not certified again, nor listed here")
     if explain is not None and verdicts:
         from bagcert.data.photo import read_image
-        from bagcert.report.explain import write_explanation
+        from bagcert.evaluation.gallery import photo_picture
+        from bagcert.report.explain import MOST_SIDE, write_explanation
 
-        write_explanation(loaded, read_image(files[0]), verdicts[0].results[0], explain, fit, placements)
+        verdict = verdicts[0].results[0]
+        picture = photo_picture(loaded, read_image(files[0]), verdict, fit, placements, MOST_SIDE)
+        write_explanation(picture, loaded.class_names, verdict, str(files[0]), explain)
     if json:
         print_json(
             {

@@ -10,7 +10,7 @@ from bagcert.cli.options import ExportedRule, Fit, Json, Model, OnePatch, Placem
 
 if TYPE_CHECKING:
     from bagcert.defenses.bagcert import BagCert
-    from bagcert.export.writer import Calibration, Exported
+    from bagcert.exporting.writer import Calibration, Exported
 
 STEPS = 6  # at most, for the progress bar
 CHECK_IMAGES = 48
@@ -49,7 +49,7 @@ def export(
     """
     from bagcert.defenses.bagcert import load
     from bagcert.errors import UsageError
-    from bagcert.export.writer import export_model
+    from bagcert.exporting.writer import export as run
     from bagcert.records import SCHEMA_VERSION
 
     check_output(out, ".onnx")
@@ -66,7 +66,7 @@ def export(
         samples = None if calibration is None else _images(loaded, calibration, split, calibration_images, fit)
     with progress("exporting") as report:
         done = iter(range(STEPS * 2))
-        found = export_model(
+        found = run(
             loaded,
             out,
             patch=patch,
@@ -91,7 +91,7 @@ def _images(model: "BagCert", data: str, split: str, count: int, fit: str) -> "C
     from bagcert.data.preprocess import Preprocessing
     from bagcert.errors import UnreadableError
     from bagcert.evaluation.evaluate import labels_for
-    from bagcert.export.writer import Calibration
+    from bagcert.exporting.writer import Calibration
 
     found = load_dataset(data, split, count)
     labels, preprocessing = labels_for(model, found), Preprocessing(model.image_size, fit)

@@ -59,7 +59,7 @@ class ClippedBagNet(ScoreMapDefense):
         Raises:
             UsageError: bad images, or too small for the network.
         """
-        batch = self.scorer._as_batch(images)
+        batch = self.scorer.as_batch(images)
         grid = self.scorer.grid((batch.shape[2], batch.shape[3]))  # says what an image that is too small lacks
         z, tolerance = self.scorer.forward_batch(batch), self.scorer.tolerance
         slack = slack_of(z, tolerance, clipped, LEVELS) if tolerance > 0 else None

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bagcert.aggregation import HIDDEN_UNIT
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo, turn
 from bagcert.data.preprocess import Preprocessing
@@ -149,6 +148,28 @@ def picture(
     )
 
 
+def photo_picture(
+    model: BagCert,
+    photo: Photo,
+    verdict: Record,
+    fit: str = "squash",
+    placements: str | Path | None = None,
+    most: int = MOST_SIDE_PX,
+) -> Picture:
+    """The picture of one photo, by one further forward pass.
+
+    Args:
+        model, fit, placements: as the photo was certified.
+        photo: as stored; it is drawn upright.
+        verdict: of one rule and patch on it.
+        most: the longest side of the picture in pixels.
+    """
+    preprocessing = Preprocessing(model.image_size, fit)
+    net_map = model.score_map(preprocessing.apply(photo)[None])
+    small = thumbnail(photo.upright(), most)
+    return picture(net_map, preprocessing, small, photo.stored_size, photo.orientation, 0, verdict, placements)
+
+
 def votes(net_map: ScoreMap, prediction: int, rival: int) -> np.ndarray:
     """What is drawn of each region: its scores of two classes, int16 [2, rows, cols], clipped.
 
@@ -158,7 +179,7 @@ def votes(net_map: ScoreMap, prediction: int, rival: int) -> np.ndarray:
     """
     found = net_map[:1].region_scores[0, [prediction, rival]].cpu().numpy()
     if net_map.readout is not None:
-        found = found // HIDDEN_UNIT
+        found = found // net_map.readout.score_unit
     return np.clip(found, -(2**15), 2**15 - 1).astype(np.int16)
 
 

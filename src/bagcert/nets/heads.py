@@ -172,6 +172,24 @@ def make_head(
     return AttentionHead(readout, frozen)
 
 
+def check_readout(values: int | None, attention_heads: int | None, hidden: int | None, ablated: bool) -> None:
+    """Says whether a readout of these sizes can stand behind a network.
+
+    Args:
+        ablated: the network takes ablated images, as derandomized smoothing makes them.
+
+    Raises:
+        ValueError: it cannot; for the validators of recipes and configs.
+    """
+    if not values or not attention_heads or not hidden or values % attention_heads:
+        raise ValueError(
+            "attention pooling needs values (a multiple of attention_heads), attention_heads and hidden, "
+            f"got {values}, {attention_heads} and {hidden}"
+        )
+    if ablated:
+        raise ValueError("attention pooling is for whole images; a network of ablated images has another head")
+
+
 def scale_of(z: Iterable[Tensor]) -> float:
     """The fixed-point scale that makes the largest of some scores the largest integer."""
     return FIXED_POINT_LIMIT / max(1e-6, *(part.abs().max().item() for part in z))

@@ -172,7 +172,7 @@ class RegionScorer(nn.Module):
         """
         if self.head != "fixed-point":
             raise UsageError(f"only the fixed-point head has a scale, this network has the {self.head} head")
-        batch = self._as_batch(images)
+        batch = self.as_batch(images)
         z = self.real_scores(batch)
         if not z.isfinite().all() or not z.any():
             raise UsageError("the scale cannot be taken from these images: their scores are not finite, or all 0")
@@ -245,7 +245,7 @@ class RegionScorer(nn.Module):
 
     def real_scores(self, images: object) -> Float[Tensor, "batch classes rows cols"]:
         """`z` in float32, in eval mode, without gradients, in the dtype the scorer was loaded for."""
-        return self.forward_batch(self._as_batch(images))
+        return self.forward_batch(self.as_batch(images))
 
     def forward_batch(self, batch: Float[Tensor, "batch channels height width"]) -> Tensor:
         """`real_scores` of a batch that is what it should be, or, for probes of locality, deliberately is not."""
@@ -268,7 +268,7 @@ class RegionScorer(nn.Module):
         Raises:
             UsageError: another layout, dtype or range, or images too small for the network.
         """
-        batch = self._as_batch(images)
+        batch = self.as_batch(images)
         size = (batch.shape[2], batch.shape[3])
         self.grid(size)  # says in a sentence what an image that is too small lacks
         return self.to_scores(self.real_scores(batch), size)
@@ -324,7 +324,7 @@ class RegionScorer(nn.Module):
                         module._modules[following] = nn.Identity()
         return self
 
-    def _as_batch(self, images: object) -> Float[Tensor, "batch channels height width"]:
+    def as_batch(self, images: object) -> Float[Tensor, "batch channels height width"]:
         """Float images in [0, 1] with the network's channels; grey ones are checked as RGB of three equal channels."""
         batch = with_batch_axis(images)
         if self.channels == 6:

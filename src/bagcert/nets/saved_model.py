@@ -12,13 +12,12 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from bagcert.aggregation import check_readout
 from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, shown
 from bagcert.io.files import read_regular, write_together
 from bagcert.nets import get_architecture
 from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.graph_network import GraphNetwork, NetworkGraph, as_graph, graph_text
-from bagcert.nets.heads import HeadName
+from bagcert.nets.heads import HeadName, check_readout
 from bagcert.nets.region_scorer import RegionScorer, not_finite
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

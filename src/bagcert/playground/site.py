@@ -10,7 +10,7 @@ from typing import Any
 
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import BagcertError
-from bagcert.export.writer import export_model
+from bagcert.exporting.writer import export
 from bagcert.playground.samples import sample_pictures
 from bagcert.playground.server import Resource
 
@@ -55,7 +55,7 @@ def build_site(
     samples = sample_pictures(model, data)
     with tempfile.TemporaryDirectory(prefix="bagcert-page-") as folder:
         file = Path(folder) / "model.onnx"
-        found = export_model(model, file, patch=patch, rule=rule, on_step=on_step)
+        found = export(model, file, patch=patch, rule=rule, on_step=on_step)
         exported = file.read_bytes()
     about = {
         **described(found.metadata),

@@ -1,5 +1,6 @@
 """One photo explained: its region map, where a patch comes closest to changing the answer, and by how much it fails."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,6 @@ from bagcert.records import in_unit
 from bagcert.report.drawing import drawn, figure
 
 if TYPE_CHECKING:
-    from bagcert.data.photo import Photo
-    from bagcert.defenses.bagcert import BagCert
     from bagcert.evaluation.gallery_file import Picture
     from bagcert.records import Record
 
@@ -21,37 +20,27 @@ MOST_SIDE = 1024
 
 
 def write_explanation(
-    model: "BagCert",
-    photo: "Photo",
-    verdict: "Record",
-    path: Path,
-    fit: str = "squash",
-    placements: str | Path | None = None,
+    picture: "Picture", class_names: Sequence[str], verdict: "Record", source: str, path: Path
 ) -> None:
-    """Draws the photo and its region map side by side, and writes them as PNG.
+    """Draws a photo and its region map side by side, and writes them as PNG.
 
     Args:
-        model, fit, placements: as the photo was certified.
-        photo: as stored; it is drawn upright.
-        verdict: of one rule and patch on it.
+        picture: from `bagcert.evaluation.gallery.photo_picture`.
+        class_names: those of the model.
+        verdict: the one that the picture shows.
+        source: where the photo came from; its name is in the title.
+        path: of the PNG file.
 
     Raises:
         UsageError: matplotlib is not installed.
         BagcertError: the file cannot be written.
     """
-    from bagcert.data.preprocess import Preprocessing
-    from bagcert.evaluation.gallery import picture, thumbnail
-
     drawing = figure(9.0, 4.6)
-    preprocessing = Preprocessing(model.image_size, fit)
-    net_map = model.score_map(preprocessing.apply(photo)[None])
-    small = thumbnail(photo.upright(), MOST_SIDE)
-    found = picture(net_map, preprocessing, small, photo.stored_size, photo.orientation, 0, verdict, placements)
-    _draw(drawing, found, model.class_names, verdict, photo.source)
+    _draw(drawing, picture, class_names, verdict, source)
     write_atomically(path, drawn(drawing, "png"))
 
 
-def _draw(drawing: Any, found: "Picture", names: tuple[str, ...], verdict: "Record", source: str) -> None:
+def _draw(drawing: Any, found: "Picture", names: Sequence[str], verdict: "Record", source: str) -> None:
     from matplotlib.patches import Rectangle
 
     height, width = found.size_px

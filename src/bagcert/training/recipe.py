@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from bagcert.aggregation import check_readout
 from bagcert.errors import UnreadableError, UsageError, cleaned, nearest, shown
 from bagcert.io.files import read_regular
+from bagcert.nets.heads import check_readout
 
 MAX_RECIPE_BYTES = 1 << 16
 """A recipe has about one kilobyte; TOML nests as deep as a file is long."""

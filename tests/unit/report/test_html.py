@@ -10,10 +10,10 @@ import pytest
 
 from bagcert.data.photo import Photo
 from bagcert.errors import UsageError
-from bagcert.evaluation.gallery import make_gallery
+from bagcert.evaluation.gallery import make_gallery, photo_picture
 from bagcert.evaluation.gallery_file import gallery_bytes
 from bagcert.records import ImageRecord, Record
-from bagcert.report.explain import sentence, write_explanation
+from bagcert.report.explain import MOST_SIDE, sentence, write_explanation
 from bagcert.report.html import render
 from bagcert.report.plots import write_plots
 from bagcert.report.summary import read_inputs
@@ -115,7 +115,8 @@ def test_an_explanation_is_a_picture_with_the_margin_in_words(tmp_path: Path) ->
     pytest.importorskip("matplotlib")
     model, photo = tiny.color_model(), Photo(tiny.pixels(np.array([0]), (20, 30))[0], 6, "a$b$.png")
     (verdict,) = Record.each(model.certify_scores(certificate_map(model, photo)))
-    write_explanation(model, photo, verdict, tmp_path / "out.png")
+    picture = photo_picture(model, photo, verdict, most=MOST_SIDE)
+    write_explanation(picture, model.class_names, verdict, photo.source, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert f"{abs(verdict.margin):,} units" in sentence(verdict)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bagcert.aggregation import VALUE_LIMIT, WEIGHT_LIMIT
 from bagcert.errors import UnsoundError
-from bagcert.export.image_range import out_of_range, require_refused
-from bagcert.export.module import CertifiedModule
+from bagcert.exporting.image_range import out_of_range, require_refused
+from bagcert.exporting.module import CertifiedModule
 from bagcert.nets.attention_pooling import FIRST_WEIGHT, UNITS, AttentionReadout
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule

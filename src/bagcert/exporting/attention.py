@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bagcert.aggregation import POOLED_LIMIT, VALUE_LIMIT, WEIGHT_LIMIT, AttentionPooling, pooling_dtype
 from bagcert.errors import UsageError
-from bagcert.export.rules import EXACT, MOST_MIB, Answer, RuleModule, TwoRounds, lowest_largest, masks
+from bagcert.exporting.rules import EXACT, MOST_MIB, Answer, RuleModule, TwoRounds, lowest_largest, masks
 from bagcert.grid import RegionGrid
 from bagcert.nets.attention_pooling import FIRST_WEIGHT, UNITS, AttentionReadout, finite, weight_steps
 from bagcert.rules import get_rule

@@ -5,9 +5,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.export.attention import EvidenceMap, attention_rule
-from bagcert.export.image_range import ImageRange
-from bagcert.export.rules import EXACT, RuleModule, rule_module
+from bagcert.exporting.attention import EvidenceMap, attention_rule
+from bagcert.exporting.image_range import ImageRange
+from bagcert.exporting.rules import EXACT, RuleModule, rule_module
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.runtimes import inference_copy
 from bagcert.rules import get_rule

@@ -10,12 +10,12 @@ import torch
 
 from bagcert.aggregation import POOLED_LIMIT, AttentionPooling
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.export import writer
-from bagcert.export.attention import AttentionMaskingModule, EvidenceMap, attention_rule, known_quotients
-from bagcert.export.check import check_rule, made_up
-from bagcert.export.module import CertifiedModule
-from bagcert.export.rules import EXACT
-from bagcert.export.writer import export_model
+from bagcert.exporting import writer
+from bagcert.exporting.attention import AttentionMaskingModule, EvidenceMap, attention_rule, known_quotients
+from bagcert.exporting.check import check_rule, made_up
+from bagcert.exporting.module import CertifiedModule
+from bagcert.exporting.rules import EXACT
+from bagcert.exporting.writer import export
 from bagcert.grid import RegionGrid
 from bagcert.nets.attention_pooling import FIRST_WEIGHT, weight_steps
 from bagcert.rules import RULES
@@ -237,7 +237,7 @@ def files(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "to_onnx", lambda *given, kept=graphs: kept.append(real(*given)) or kept[-1])
             path = folder / f"{name}.onnx"
-            found[name] = (model, path, export_model(model, path), graphs[-1])
+            found[name] = (model, path, export(model, path), graphs[-1])
     return found
 
 
@@ -343,7 +343,7 @@ def test_a_graph_that_differs_leaves_no_file(files, monkeypatch, tmp_path, kind,
             weights.raw_data = (np.frombuffer(weights.raw_data, np.float32) * np.float32(0.5)).tobytes()
         monkeypatch.setattr(writer, "to_onnx", lambda *given, broken=broken: broken)
         with pytest.raises(UnsoundError):
-            export_model(model, tmp_path / "m.onnx")
+            export(model, tmp_path / "m.onnx")
         assert list(tmp_path.iterdir()) == []
 
 

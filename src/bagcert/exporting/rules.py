@@ -1,9 +1,9 @@
 """The rules as tensor operations that any runtime has: sums, products, comparisons, maxima.
 
 They say what `bagcert.rules` say, in float32 on whole numbers below 2^24, so that every sum is exact in any order.
-`bagcert.export.attention` has those for attention pooling. The windows are constants. Nothing is sorted and no index of
-a maximum is asked for, so ties fall as the package's one tie rule wants them on every runtime: the lowest class index
-wins.
+`bagcert.exporting.attention` has those for attention pooling. The windows are constants. Nothing is sorted and no index
+of a maximum is asked for, so ties fall as the package's one tie rule wants them on every runtime: the lowest class
+index wins.
 """
 
 from itertools import combinations_with_replacement

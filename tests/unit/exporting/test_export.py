@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.export import writer
-from bagcert.export.check import check_rule, made_up
-from bagcert.export.image_range import WRONG, out_of_range
-from bagcert.export.module import CertifiedModule
-from bagcert.export.rules import EXACT, lowest_largest, rule_module
-from bagcert.export.writer import export_model
+from bagcert.exporting import writer
+from bagcert.exporting.check import check_rule, made_up
+from bagcert.exporting.image_range import WRONG, out_of_range
+from bagcert.exporting.module import CertifiedModule
+from bagcert.exporting.rules import EXACT, lowest_largest, rule_module
+from bagcert.exporting.writer import export
 from bagcert.grid import RegionGrid
 from bagcert.locality import Probe
 from bagcert.rules import RULES
@@ -195,7 +195,7 @@ def files(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "to_onnx", lambda *given, r=rule: graphs.setdefault(r, real(*given)))
             path = folder / f"{rule}.onnx"
-            found[rule] = export_model(tiny.color_model(size=SIDE), path, patch=THREATS[rule], rule=rule)
+            found[rule] = export(tiny.color_model(size=SIDE), path, patch=THREATS[rule], rule=rule)
     return folder, graphs, found
 
 
@@ -263,11 +263,11 @@ def test_a_graph_without_the_check_of_its_images_leaves_no_file(files, monkeypat
     node.op_type = "Less"  # true of no image, so that the check refuses all
     monkeypatch.setattr(writer, "to_onnx", lambda *given: graph)
     with pytest.raises(UnsoundError, match="is not the package's"):
-        export_model(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
+        export(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
     monkeypatch.setattr(writer, "to_onnx", lambda *given: files[1]["vote"])
-    monkeypatch.setattr("bagcert.export.check.out_of_range", lambda images: images)  # as if they were fine to the file
+    monkeypatch.setattr("bagcert.exporting.check.out_of_range", lambda images: images)  # as if the file took them
     with pytest.raises(UnsoundError, match="certifies an image with the value nan"):
-        export_model(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
+        export(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -328,7 +328,7 @@ def test_a_graph_that_differs_leaves_no_file(files, monkeypatch, tmp_path, rule,
     nodes[-1].op_type = wrong
     monkeypatch.setattr(writer, "to_onnx", lambda *given: graph)
     with pytest.raises(UnsoundError):
-        export_model(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS[rule], rule=rule)
+        export(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS[rule], rule=rule)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -337,7 +337,7 @@ def test_other_scores_than_torchs_leave_no_file(files, monkeypatch, tmp_path):
     model = tiny.color_model(size=SIDE)
     model.scorer.net[0].weight.data *= 0.9
     with pytest.raises(UnsoundError, match="other scores than torch"):
-        export_model(model, tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
+        export(model, tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -353,7 +353,7 @@ def test_a_leak_that_a_guard_makes_good_is_in_the_graph(files, monkeypatch, tmp_
     monkeypatch.setattr(writer, "to_onnx", once)
     monkeypatch.setattr(writer, "measure_onnx", lambda *given: replace(measured(*given), probes=(leak,)))
     path = tmp_path / "m.onnx"
-    found = export_model(tiny.color_model(size=SIDE), path, patch="1", rule="vote")
+    found = export(tiny.color_model(size=SIDE), path, patch="1", rule="vote")
     assert (found.locality, found.leak_z, found.metadata["locality"]) == ("guarded", 2e-5, "measured")
     assert float(found.metadata["tolerance_z"]) == pytest.approx(8e-5)
     assert found.check.maps > 50
@@ -372,7 +372,7 @@ def test_a_leak_too_large_leaves_no_file(files, monkeypatch, tmp_path):
     monkeypatch.setattr(writer, "to_onnx", lambda *given: files[1]["vote"])
     monkeypatch.setattr(writer, "measure_onnx", lambda *given: replace(measured(*given), probes=(leak,)))
     with pytest.raises(UnsoundError, match="not local: scores outside"):
-        export_model(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
+        export(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -380,4 +380,4 @@ def test_only_float32_on_the_cpu(tmp_path):
     model = tiny.color_model()
     model.scorer.autocast_dtype = torch.bfloat16
     with pytest.raises(UsageError, match="from the CPU in float32"):
-        export_model(model, tmp_path / "m.onnx")
+        export(model, tmp_path / "m.onnx")

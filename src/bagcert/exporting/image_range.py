@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bagcert.errors import UnsoundError
-from bagcert.export.rules import EXACT
+from bagcert.exporting.rules import EXACT
 
 IN_RANGE = "images_in_range"
 ROUNDING = 1e-6  # what another program's division by 255 or resize may add to 1 or take from 0

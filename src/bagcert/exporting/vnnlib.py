@@ -21,12 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bagcert.data.photo import as_batch
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.export.graph import with_metadata
-from bagcert.export.module import CertifiedModule
-from bagcert.export.rules import EXACT
+from bagcert.exporting.graph import with_metadata
+from bagcert.exporting.module import CertifiedModule
+from bagcert.exporting.rules import EXACT
 from bagcert.io.files import write_together
 from bagcert.io.optional import require_installed
 from bagcert.nets.runtimes import inference_copy
@@ -161,7 +160,7 @@ def _require_placement(threat: PatchThreatModel, placement: tuple[int, int, int,
 def _one_image(model: BagCert, image: object) -> Float[Tensor, "1 channels height width"]:
     if not isinstance(image, np.ndarray | Tensor) or image.ndim != 3:
         raise UsageError("a property is about one image, an array of three dimensions")
-    pixels = as_batch(image[None])[:, : model.scorer.channels].cpu()
+    pixels = model.scorer.as_batch(image[None]).cpu()
     if tuple(pixels.shape[2:]) != model.image_size:
         expected, found = ("x".join(map(str, size)) for size in (model.image_size, pixels.shape[2:]))
         raise UsageError(f"a property is about an image of the model's size, {expected} px, got {found}")

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from bagcert.errors import UsageError, shown
-from bagcert.export.graph import rule_nodes
+from bagcert.exporting.graph import rule_nodes
 from bagcert.nets.runtimes.onnx_graph import INPUT
 
 BATCH = 32

@@ -6,8 +6,8 @@ from typing import Any
 
 from bagcert import __version__
 from bagcert.defenses.bagcert import BagCert
-from bagcert.export.image_range import IN_RANGE
-from bagcert.export.module import CertifiedModule
+from bagcert.exporting.image_range import IN_RANGE
+from bagcert.exporting.module import CertifiedModule
 from bagcert.nets.runtimes.onnx_graph import REAL_SCORES
 from bagcert.proofs.record import geometry_fields, threat_fields
 from bagcert.threat import PatchThreatModel

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.export.check import Check, Run, check_images, check_rule
-from bagcert.export.graph import INSIDE, behind_network, metadata, with_metadata, with_outputs
-from bagcert.export.int8 import quantized
-from bagcert.export.module import OUTPUTS, CertifiedModule
+from bagcert.exporting.check import Check, Run, check_images, check_rule
+from bagcert.exporting.graph import INSIDE, behind_network, metadata, with_metadata, with_outputs
+from bagcert.exporting.int8 import quantized
+from bagcert.exporting.module import OUTPUTS, CertifiedModule
 from bagcert.io.files import write_atomically
 from bagcert.io.optional import require_installed
 from bagcert.locality import measure_onnx
@@ -68,9 +68,9 @@ class Exported:
         return asdict(self)
 
 
-def export_model(
+def export(
     model: BagCert,
-    out: Path,
+    out: str | Path,
     *,
     patch: PatchLike | None = None,
     rule: str | None = None,
@@ -102,7 +102,7 @@ def export_model(
         BagcertError: a file cannot be written.
     """
     require_installed(["onnxruntime", *LIBRARIES], "onnx", "exporting")
-    scorer = model.scorer
+    out, scorer = Path(out), model.scorer
     if scorer.device.type != "cpu" or scorer.autocast_dtype is not None:
         raise UsageError("a model is exported from the CPU in float32; load it so")
     if reason := dynamic_quantization(scorer):

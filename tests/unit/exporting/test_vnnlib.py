@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bagcert.errors import UnsoundError, UsageError
-from bagcert.export import vnnlib
-from bagcert.export.vnnlib import property_lines, write_property
+from bagcert.exporting import vnnlib
+from bagcert.exporting.vnnlib import property_lines, write_property
 from bagcert.threat import PatchThreatModel
 from tests import tiny
 
