@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional
 
 from bagcert.attacks import Settings
-from bagcert.attacks.evaluate import bracket
+from bagcert.attacks.evaluate import attack_dataset
 from bagcert.data import load_dataset
 from bagcert.defenses.undefended import Undefended
-from bagcert.devices import keep_freed_memory, resolve_device
+from bagcert.devices import resolve_device, tune_malloc
 from bagcert.evaluation.evaluate import versions
 from bagcert.io.files import write_atomically
 from bagcert.nets.region_scorer import Normalize
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/attacks/undefended.json"))
     options = parser.parse_args()
-    keep_freed_memory()
+    tune_malloc()
     torch.manual_seed(options.seed)
     known = load_dataset(options.data, "train", options.train_limit)
     net = ordinary_cnn(len(known.class_names), options.width)
@@ -126,7 +126,7 @@ def main() -> None:
         for start in range(0, len(test), options.attack_batch)
         for rows in (slice(start, start + options.attack_batch),)
     ]
-    found = bracket(
+    found = attack_dataset(
         defense,
         batches,
         [options.patch],

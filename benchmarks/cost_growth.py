@@ -98,7 +98,7 @@ def measure(point: Point) -> dict[str, Any]:
 
     from bagcert.data.image_set import ArraySource, ImageSet
     from bagcert.defenses.bagcert import BagCert
-    from bagcert.devices import keep_freed_memory, peak_memory_mib
+    from bagcert.devices import peak_memory_mib, tune_malloc
     from bagcert.evaluation.evaluate import evaluate
     from bagcert.nets import get_architecture
     from bagcert.nets.region_scorer import RegionScorer
@@ -107,7 +107,7 @@ def measure(point: Point) -> dict[str, Any]:
 
     torch.set_num_threads(point.threads)
     torch.manual_seed(0)
-    keep_freed_memory()
+    tune_malloc()
     recipe = load_recipe(RECIPE).model
     shape = get_architecture(recipe.architecture)
     net = shape.build(point.classes, recipe.width or shape.width, recipe.depth or shape.depth, recipe.padded)

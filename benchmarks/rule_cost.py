@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from bagcert.devices import keep_freed_memory
+from bagcert.devices import tune_malloc
 from bagcert.evaluation.evaluate import versions
 from bagcert.grid import RegionGrid
 from bagcert.io.files import write_atomically
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--recipe", choices=RECIPES, help="only the rows of this recipe")
     arguments = parser.parse_args()
-    keep_freed_memory()
+    tune_malloc()
     load_before = os.getloadavg()[0]
     chosen = [case for case in cases() if arguments.recipe in (None, case.recipe)]
     rows = [row for case in chosen for row in measure(case, arguments.repeat)]

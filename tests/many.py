@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bagcert.errors import BagcertError, UnreadableError, UsageError
-from bagcert.training.distributed import Team, leave
+from bagcert.training.distributed import ProcessGroup, leave
 from bagcert.training.loop import Progress, train
 from bagcert.training.synchronized import SynchronizedBatchNorm2d, synchronize_batch_norm
 from tests import tiny
@@ -97,19 +97,19 @@ def check_batch_norm(index: int, size: int) -> None:
     torch.testing.assert_close(shared.eval()(images), whole.eval()(images), rtol=0, atol=2e-5)
 
 
-def check_team(team: Team) -> None:
+def check_group(group: ProcessGroup) -> None:
     """What one process knows, or fails at, all do."""
-    assert [team.any(False), team.any(team.index == 1)] == [False, True]
-    assert (team.sum(team.index + 1.0), team.mean(team.index)) == (3.0, 0.5)
-    assert team.from_main(lambda: f"made by {team.index}") == "made by 0"
+    assert [group.any(False), group.any(group.index == 1)] == [False, True]
+    assert (group.sum(group.index + 1.0), group.mean(group.index)) == (3.0, 0.5)
+    assert group.from_main(lambda: f"made by {group.index}") == "made by 0"
     for failing in (0, 1):
         with pytest.raises(UnreadableError, match=f"^broken on {failing}$"):
-            fail_on(team, failing)
+            fail_on(group, failing)
 
 
-def fail_on(team: Team, failing: int) -> None:
-    with team.together():
-        if team.index == failing:
+def fail_on(group: ProcessGroup, failing: int) -> None:
+    with group.together():
+        if group.index == failing:
             raise UnreadableError(f"broken on {failing}")
 
 
@@ -117,10 +117,10 @@ def main(folder: Path) -> None:
     """All of it; each process leaves what it was told in `told-INDEX.json`."""
     for name, changes in WHOLE.items():
         train(tiny.recipe(**changes), folder / name, unbalanced(), device="cpu")
-    team = Team()
-    assert team.size == 2
-    check_batch_norm(team.index, team.size)
-    check_team(team)
+    group = ProcessGroup()
+    assert group.size == 2
+    check_batch_norm(group.index, group.size)
+    check_group(group)
     told = {}
     for name, changes in STOPPED.items():
         try:
@@ -143,7 +143,7 @@ def main(folder: Path) -> None:
             train(tiny.recipe(**changes), folder / where, unbalanced(), device="cpu")
         except UsageError as error:
             told[name] = str(error)
-    (folder / f"told-{team.index}.json").write_text(json.dumps(told))
+    (folder / f"told-{group.index}.json").write_text(json.dumps(told))
     leave()
 
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from bagcert.io.deprecated import find_moved_modules
 from bagcert.io.lazy import lazy_names
 
 __version__ = "0.2.0"
@@ -64,3 +65,5 @@ __getattr__, __dir__ = lazy_names(
         "train": "bagcert.training.api",
     },
 )
+
+find_moved_modules()

@@ -57,7 +57,7 @@ def dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype or torch.float32).removeprefix("torch.")
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Tells glibc to reuse freed memory instead of handing it back to the system.
 
     Large activations are otherwise mapped and cleared anew at every layer, which costs up to 40 % of a

@@ -8,8 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bagcert.io.deprecated import NAMES
+from bagcert.io.lazy import lazy_names
+
 if TYPE_CHECKING:
     from bagcert.certificate import Certificate
+else:
+    __getattr__, _ = lazy_names(__name__, {}, deprecated=NAMES[__name__])
 
 SCHEMA_VERSION = 1
 
@@ -113,7 +118,7 @@ def spread(records: "Sequence[ImageRecord]", pixels: str = "") -> str:
     return f"largest certifiable square, {unit}: quantiles {quantiles}, largest {sides[-1]}; {share_above}"
 
 
-def telling_column(records: Sequence[ImageRecord], deployed: Sequence[str] | None = None) -> int:
+def headline_column(records: Sequence[ImageRecord], deployed: Sequence[str] | None = None) -> int:
     """The verdict to show where only one is: that of the model's own rule and patch, if it is there.
 
     Otherwise the first that certifies some image, or else the first.

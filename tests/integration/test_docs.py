@@ -88,18 +88,6 @@ def test_every_example_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: py
         assert (certificate.prediction == right[0]).any()
 
 
-def test_the_command_reference_is_up_to_date() -> None:
-    script = ROOT / "tools" / "command_reference.py"
-    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_tables_of_the_page_on_scaling_are_up_to_date() -> None:
-    script = ROOT / "tools" / "scaling_tables.py"
-    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_the_command_reference_holds_every_command_and_option() -> None:
     import typer.main
 

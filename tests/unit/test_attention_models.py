@@ -22,7 +22,7 @@ from bagcert.defenses.patchguard_pp import PatchGuardPlusPlus
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
 from bagcert.evaluation.evaluate import evaluate
 from bagcert.evaluation.gallery import make_gallery, votes
-from bagcert.evaluation.journal import described
+from bagcert.evaluation.journal import run_identity
 from bagcert.hub.card import model_card
 from bagcert.hub.info import describe
 from bagcert.locality import measure, require_local
@@ -373,9 +373,9 @@ class TestDescribed:
 
     def test_other_readout_is_another_evaluation(self):
         model, other = tiny.attention_model(), tiny.attention_model()
-        assert described(model, tiny.image_set(3), None) == described(other, tiny.image_set(3), None)
+        assert run_identity(model, tiny.image_set(3), None) == run_identity(other, tiny.image_set(3), None)
         other.scorer.readout.second.weight.data[0, 0] += 0.5
-        assert described(model, tiny.image_set(3), None) != described(other, tiny.image_set(3), None)
+        assert run_identity(model, tiny.image_set(3), None) != run_identity(other, tiny.image_set(3), None)
 
 
 def test_onnxruntime_gives_the_same_verdicts(folder):

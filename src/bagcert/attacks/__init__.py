@@ -14,7 +14,7 @@ from bagcert.attacks.gradient import gradient
 from bagcert.attacks.random_content import random_content
 from bagcert.attacks.result import AttackRecord, AttackResult
 from bagcert.attacks.score_map import score_map
-from bagcert.attacks.settings import Attack, Progress, Settings
+from bagcert.attacks.settings import Attack, OnProgress, Settings
 from bagcert.attacks.transfer import transfer
 from bagcert.attacks.victim import Victim, check_images
 from bagcert.defenses.base import Defense
@@ -54,7 +54,7 @@ def attack(
     seed: int = 0,
     settings: Settings | None = None,
     library: list[Tensor] | None = None,
-    on_progress: Progress = lambda share: None,
+    on_progress: OnProgress = lambda share: None,
 ) -> AttackResult:
     """Attacks a deployed defence on a batch of images with patches.
 

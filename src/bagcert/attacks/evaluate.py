@@ -132,7 +132,7 @@ class _Tally:
         )
 
 
-def bracket(
+def attack_dataset(
     defense: Defense,
     batches: Iterable[Batch],
     patches: Sequence[str],
@@ -213,7 +213,7 @@ def bracket(
     return Bracket([tally.row() for tally in tallies], records, folder)
 
 
-def described(attacks: Sequence[str], settings: Settings, batch_size: int) -> dict[str, Any]:
+def attack_choices(attacks: Sequence[str], settings: Settings, batch_size: int) -> dict[str, Any]:
     """How a data set was attacked, for the JSON of a run."""
     return {
         "attacks": list(attacks or ATTACKS),
@@ -232,7 +232,7 @@ def upright_batches(
     numbers: Sequence[int] | None = None,
     sources: dict[int, str] | None = None,
 ) -> Iterator[Batch]:
-    """Images of a data set for `bracket`, with their labels; all must have the network's `size`.
+    """Images of a data set for `attack_dataset`, with their labels; all must have the network's `size`.
 
     Args:
         numbers: of the images; all of them when absent.

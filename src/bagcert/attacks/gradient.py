@@ -15,7 +15,7 @@ from torch import Tensor
 from bagcert.attacks.candidates import Candidates, candidates
 from bagcert.attacks.objectives import UNTARGETED, Kind, kinds_for, objective
 from bagcert.attacks.patches import canvas_size
-from bagcert.attacks.settings import Progress, Settings
+from bagcert.attacks.settings import OnProgress, Settings
 from bagcert.attacks.surrogate import Surrogate, surrogate_of, whole_pixels
 from bagcert.attacks.victim import Victim
 
@@ -26,7 +26,7 @@ _FIRST_STEP, _LAST_STEP = 40.0, 1.0  # in levels of 0 to 255
 _DECAY, _SQUARE_DECAY = 0.8, 0.9
 
 
-def gradient(victim: Victim, settings: Settings, generator: torch.Generator, progress: Progress) -> None:
+def gradient(victim: Victim, settings: Settings, generator: torch.Generator, progress: OnProgress) -> None:
     """Attacks every open image at its candidates, restart by restart, until it is broken.
 
     Restarts differ in the initial content, in the class to raise and, for double masking, in which of its two rounds

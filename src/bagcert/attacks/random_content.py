@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bagcert.attacks.patches import canvas_size, cut, random_placements
-from bagcert.attacks.settings import Progress, Settings
+from bagcert.attacks.settings import OnProgress, Settings
 from bagcert.attacks.victim import Victim
 
 EACH = 4  # patched images per placement of the settings
@@ -12,7 +12,7 @@ _COLORS = 8  # corners of the colour cube, black and white among them
 _KINDS = _COLORS + 5
 
 
-def random_content(victim: Victim, settings: Settings, generator: torch.Generator, progress: Progress) -> None:
+def random_content(victim: Victim, settings: Settings, generator: torch.Generator, progress: OnProgress) -> None:
     """Tries random and extreme contents, each at a placement drawn at random, and once at the worst ones."""
     tries = EACH * (settings.placements or 64)
     size = canvas_size(victim.threat)

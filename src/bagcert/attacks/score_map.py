@@ -12,7 +12,7 @@ from bagcert.attacks.candidates import Candidates, candidates
 from bagcert.attacks.objectives import UNTARGETED, Kind, kinds_for, objective
 from bagcert.attacks.patches import canvas_size, cut, random_placements
 from bagcert.attacks.random_content import draw_contents
-from bagcert.attacks.settings import Progress, Settings
+from bagcert.attacks.settings import OnProgress, Settings
 from bagcert.attacks.surrogate import Surrogate, surrogate_of
 from bagcert.attacks.victim import Victim
 
@@ -22,7 +22,7 @@ _PIECES = 64  # pieces of images looked at for each image
 _CELLS = 3  # along each side of the patch at most
 
 
-def score_map(victim: Victim, settings: Settings, generator: torch.Generator, progress: Progress) -> None:
+def score_map(victim: Victim, settings: Settings, generator: torch.Generator, progress: OnProgress) -> None:
     """Attacks every open image at a quarter of the candidates, for each kind of objective."""
     surrogate = surrogate_of(victim)
     count = None if settings.placements is None else max(1, settings.placements // 4)

@@ -39,6 +39,6 @@ class Settings:
             raise UsageError(f"the attack's seed must be at least 0, got {self.seed}")
 
 
-Progress = Callable[[float], None]
-Attack = Callable[[Victim, Settings, torch.Generator, Progress], None]
+OnProgress = Callable[[float], None]
+Attack = Callable[[Victim, Settings, torch.Generator, OnProgress], None]
 """Attacks all open images of a victim by `Victim.submit`; reports the share done."""

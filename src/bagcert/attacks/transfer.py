@@ -3,11 +3,11 @@
 import torch
 
 from bagcert.attacks.patches import random_placements
-from bagcert.attacks.settings import Progress, Settings
+from bagcert.attacks.settings import OnProgress, Settings
 from bagcert.attacks.victim import Victim
 
 
-def transfer(victim: Victim, settings: Settings, generator: torch.Generator, progress: Progress) -> None:
+def transfer(victim: Victim, settings: Settings, generator: torch.Generator, progress: OnProgress) -> None:
     """Tries every content of the library on every open image, at its worst placement and at a random one.
 
     The library holds what the other attacks found on this batch and on those before it, so this attack comes last.

@@ -13,10 +13,8 @@ from bagcert.proofs.file import RecordFile
 from bagcert.proofs.record import certificate_record
 from bagcert.records import Record
 from bagcert.rules import get_rule
-from bagcert.rules.largest import largest_certifiable_px, largest_certified_px
+from bagcert.rules.largest import VOTING_RULES, largest_certifiable_px, largest_certified_px
 from bagcert.threat import PatchThreatModel, check_notation
-
-VOTES = ("vote", "levine-feizi")
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def certify_photo(
             certificate = get_rule(rule).certify(score_map, threat)
             if not results:
                 # The side a vote certifies is over all placements; masks are built for the allowed ones.
-                asked = replace(threat, allowed=None) if rule in VOTES else threat
+                asked = replace(threat, allowed=None) if rule in VOTING_RULES else threat
                 largest = (
                     int(largest_certified_px(score_map, rule, threat=asked, certificate=certificate)[0]),
                     int(largest_certifiable_px(score_map, certificate.prediction)[0]),

@@ -26,7 +26,7 @@ from bagcert.data.shards import reading
 from bagcert.data.storage import Stored, list_files, opened, read_photo, state_of
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 
-Found = Photo | UnreadableError
+PhotoOrError = Photo | UnreadableError
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class PartReader:
         self._kept: tuple[Stored, int, list[bytes | None], list[int | None]] | None = None
         self._sizes: tuple[Stored, list[int]] | None = None
 
-    def read(self, part: Part, prepare: Callable[[Found], object]) -> tuple[list, list[int | None]]:
+    def read(self, part: Part, prepare: Callable[[PhotoOrError], object]) -> tuple[list, list[int | None]]:
         """What `prepare` makes of each image or its error, in threads, and the labels, None where there is none.
 
         Raises:
@@ -150,7 +150,7 @@ class PartReader:
         """
         if part.shard is None:
 
-            def load(index: int) -> Found:
+            def load(index: int) -> PhotoOrError:
                 return _or_error(lambda: read_photo(part.files[index]))
 
             labels: list[int | None] = [None] * len(part)
@@ -164,13 +164,13 @@ class PartReader:
                 if state_of(part.shard.path) != part.shard.state:
                     raise BagcertError(f"{part.shard.path} was changed while it was in use") from None
 
-                def load(index: int) -> Found:
+                def load(index: int) -> PhotoOrError:
                     return lost
 
                 labels = [None] * len(part)
             else:
 
-                def load(index: int) -> Found:
+                def load(index: int) -> PhotoOrError:
                     content = encoded[index]
                     if content is None:
                         return UnreadableError(f"{sources[index]} has no image bytes")
@@ -195,7 +195,7 @@ class PartReader:
         return images, labels
 
 
-def _or_error(read: Callable[[], Photo]) -> Found:
+def _or_error(read: Callable[[], Photo]) -> PhotoOrError:
     try:
         return read()
     except UnreadableError as error:

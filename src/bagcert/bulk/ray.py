@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from bagcert.bulk.parts import Part
-from bagcert.bulk.worker import Question, Worker
+from bagcert.bulk.worker import CertifyJob, Worker
 from bagcert.errors import BagcertError, UnreadableError, UnsoundError, UsageError, shown
 from bagcert.io.optional import require
 
@@ -31,8 +31,8 @@ _ERRORS = {kind.__name__: kind for kind in (BagcertError, UnreadableError, Unsou
 class _Actor:
     """A `Worker` for Ray Data, which hands over columns; errors come back as rows, for Ray would print them."""
 
-    def __init__(self, question: Question) -> None:
-        self._question = question
+    def __init__(self, job: CertifyJob) -> None:
+        self._job = job
         self._worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -41,7 +41,7 @@ class _Actor:
             rows, error, kind = b"", "", ""
             try:
                 if self._worker is None:
-                    self._worker = Worker(self._question)
+                    self._worker = Worker(self._job)
                 sink = pa.BufferOutputStream()
                 (table,) = self._worker.certify([pickle.loads(part)])  # of our own making, further below
                 with pa.ipc.new_stream(sink, table.schema) as stream:
@@ -55,7 +55,7 @@ class _Actor:
 
 
 def run_parts(
-    question: Question, parts: Sequence[Part], workers: int | None
+    job: CertifyJob, parts: Sequence[Part], workers: int | None
 ) -> Generator[tuple[int, pa.Table], None, None]:
     """(index, rows) of each part, as they come.
 
@@ -70,7 +70,7 @@ def run_parts(
     require("ray.data", "ray", "--engine ray")
     started = _start(ray, workers)
     try:
-        yield from _stream(ray, question, parts, workers)
+        yield from _stream(ray, job, parts, workers)
     finally:
         if started:
             ray.shutdown()
@@ -96,11 +96,11 @@ def _start(ray: Any, workers: int | None) -> bool:
     return True
 
 
-def _stream(ray: Any, question: Question, parts: Sequence[Part], workers: int | None) -> Iterator[tuple[int, pa.Table]]:
+def _stream(ray: Any, job: CertifyJob, parts: Sequence[Part], workers: int | None) -> Iterator[tuple[int, pa.Table]]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     resources = ray.cluster_resources()
-    on_gpu = question.device.startswith("cuda") or (question.device == "auto" and resources.get("GPU", 0) >= 1)
+    on_gpu = job.device.startswith("cuda") or (job.device == "auto" and resources.get("GPU", 0) >= 1)
     room = int(resources.get("GPU" if on_gpu else "CPU", 0))
     count = min(workers or room, len(parts))
     if not 1 <= count <= room:
@@ -111,7 +111,7 @@ def _stream(ray: Any, question: Question, parts: Sequence[Part], workers: int | 
         warnings.simplefilter("ignore", DeprecationWarning)  # of the last two, which have no successor yet
         found = source.map_batches(
             _Actor,
-            fn_constructor_args=(question,),
+            fn_constructor_args=(job,),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=count),
             num_cpus=1,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bagcert.bulk.parts import Part, Work
-from bagcert.bulk.worker import Question
+from bagcert.bulk.worker import CertifyJob
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.io.files import RANDOM_LETTERS, open_regular, read_regular, write_atomically
@@ -28,30 +28,30 @@ MAX_RUN_BYTES = 1 << 24
 KEY = b"bagcert"
 
 
-def described(model: BagCert, question: Question, work: Work, **choices: Any) -> dict[str, Any]:
+def run_identity(model: BagCert, job: CertifyJob, work: Work, **choices: Any) -> dict[str, Any]:
     """All that the rows of a run depend on: model, data and mask by their hashes, choices as they are.
 
     Raises:
         UnreadableError: the mask of allowed placements cannot be read.
     """
     try:
-        mask = question.placements and hashlib.sha256(read_regular(question.placements, MAX_MASK_BYTES)).hexdigest()
+        mask = job.placements and hashlib.sha256(read_regular(job.placements, MAX_MASK_BYTES)).hexdigest()
     except OSError as error:
-        raise UnreadableError(f"the mask {question.placements} cannot be read: {error.strerror or error}") from None
+        raise UnreadableError(f"the mask {job.placements} cannot be read: {error.strerror or error}") from None
     return {
         "schema_version": RUN_VERSION,
         "model": model.name,
-        "weights_sha256": question.weights_sha256,
+        "weights_sha256": job.weights_sha256,
         "class_names": list(model.class_names),
-        "patches": list(question.patches),
-        "rules": list(question.rules),
+        "patches": list(job.patches),
+        "rules": list(job.rules),
         "placements_sha256": mask,
-        "fit": question.fit,
-        "dtype": question.dtype,
-        "portable": question.portable,
-        "backend": question.backend,
-        "device": question.device,
-        "batch_size": question.batch_size,
+        "fit": job.fit,
+        "dtype": job.dtype,
+        "portable": job.portable,
+        "backend": job.backend,
+        "device": job.device,
+        "batch_size": job.batch_size,
         **choices,
         "images": len(work),
         "parts": len(work.parts),
@@ -65,7 +65,7 @@ class ResultFolder:
 
     Args:
         folder: new, empty, or that of the same run.
-        run: as from `described`.
+        run: as from `run_identity`.
 
     Raises:
         UsageError: it holds another run, or something else.

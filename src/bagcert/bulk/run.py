@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from bagcert.bulk.parts import Part, list_work
-from bagcert.bulk.results import ResultFolder, described, summarize
-from bagcert.bulk.worker import Question, Worker
+from bagcert.bulk.results import ResultFolder, run_identity, summarize
+from bagcert.bulk.worker import CertifyJob, Worker
 from bagcert.data.storage import absolute
 from bagcert.defenses.bagcert import dtype_name, load
 from bagcert.errors import UsageError
@@ -21,32 +21,32 @@ from bagcert.threat import check_notation
 if TYPE_CHECKING:
     import torch
 
-Found = Generator[tuple[int, pa.Table], None, None]
+PartTables = Generator[tuple[int, pa.Table], None, None]
 
 PART_SIZE = 1000
 """Images per part: what a kill costs at most, and some seconds of work for one core."""
 BATCH_SIZE = 100
 
 
-def run_here(question: Question, parts: Sequence[Part], workers: int | None) -> Found:
+def run_here(job: CertifyJob, parts: Sequence[Part], workers: int | None) -> PartTables:
     """(index, rows) of each part, one after the other, with all threads of this process."""
     if workers not in (None, 1):
         raise UsageError(f"the local engine is one worker, got {workers}; --engine ray takes more")
-    yield from enumerate(Worker(question).certify(parts))
+    yield from enumerate(Worker(job).certify(parts))
 
 
-def run_on_ray(question: Question, parts: Sequence[Part], workers: int | None) -> Found:
+def run_on_ray(job: CertifyJob, parts: Sequence[Part], workers: int | None) -> PartTables:
     """(index, rows) of each part, as they come, from actors of Ray Data."""
     from bagcert.bulk.ray import run_parts
 
-    return run_parts(question, parts, workers)
+    return run_parts(job, parts, workers)
 
 
-ENGINES: dict[str, Callable[[Question, Sequence[Part], int | None], Found]] = {
+ENGINES: dict[str, Callable[[CertifyJob, Sequence[Part], int | None], PartTables]] = {
     "local": run_here,
     "ray": run_on_ray,
 }
-"""Where parts are certified: (question, parts, number of workers) -> (index, rows), each part once, in any order."""
+"""Where parts are certified: (job, parts, number of workers) -> (index, rows), each part once, in any order."""
 
 
 def certify_many(
@@ -102,7 +102,7 @@ def certify_many(
         check_notation(patch)
     data, model = absolute(data), absolute(model) if os.path.isdir(model) else model
     loaded = load(model, "cpu", checked=False)
-    question = Question(
+    job = CertifyJob(
         model,
         loaded.weights_sha256,
         tuple(patches) or (str(loaded.patch),),
@@ -116,14 +116,14 @@ def certify_many(
         backend,
     )
     work = list_work(data, part_size, limit)
-    results = ResultFolder(out, described(loaded, question, work, data=data, limit=limit, part_size=part_size))
+    results = ResultFolder(out, run_identity(loaded, job, work, data=data, limit=limit, part_size=part_size))
     missing = [part for part in work.parts if not results.holds(part)]
     done = len(work) - sum(map(len, missing))
     on_progress(done, len(work))
     started = time.perf_counter()
     now = 0
     if missing:
-        with closing(ENGINES[engine](question, missing, workers)) as found:
+        with closing(ENGINES[engine](job, missing, workers)) as found:
             for index, table in found:
                 results.write(missing[index], table)
                 now += len(table)

@@ -9,21 +9,23 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from bagcert.bulk.parts import Found, Part, PartReader
-from bagcert.data.prefetch import one_ahead
+from bagcert.bulk.parts import Part, PartReader, PhotoOrError
+from bagcert.data.prefetch import prefetch
 from bagcert.data.preprocess import Preprocessing
 from bagcert.defenses.bagcert import BagCert, load
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
 from bagcert.proofs.record import pixels_sha256
 from bagcert.records import Record
 from bagcert.rules.together import certify_together, joined
-from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
+
+if TYPE_CHECKING:
+    from bagcert.scores import ScoreMap
 
 MOST_SCORES = 1 << 24
 """Scores that are kept for one call of the rules."""
@@ -60,7 +62,7 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Question:
+class CertifyJob:
     """What is asked of every image; all a worker needs beside its parts.
 
     Attributes:
@@ -99,25 +101,23 @@ class Worker:
     """Holds one loaded model and certifies parts with it.
 
     Args:
-        question: what is asked.
+        job: what is asked.
         model: the one that it names, where it is loaded already.
 
     Raises:
         UnsoundError: the model that is found under that name here has other weights.
     """
 
-    def __init__(self, question: Question, model: BagCert | None = None) -> None:
-        self.question = question
-        self.model = model or load(
-            question.model, question.device, dtype=question.dtype, portable=question.portable, backend=question.backend
-        )
+    def __init__(self, job: CertifyJob, model: BagCert | None = None) -> None:
+        self.job = job
+        self.model = model or load(job.model, job.device, dtype=job.dtype, portable=job.portable, backend=job.backend)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
-        if self.model.weights_sha256 != question.weights_sha256:
+        if self.model.weights_sha256 != job.weights_sha256:
             raise UnsoundError(
-                f"on {self.name} the model {question.model} has the weights {self.model.weights_sha256[:16]}, "
-                f"where the run began {question.weights_sha256[:16]}"
+                f"on {self.name} the model {job.model} has the weights {self.model.weights_sha256[:16]}, "
+                f"where the run began {job.weights_sha256[:16]}"
             )
-        self._preprocessing = Preprocessing(self.model.image_size, question.fit)
+        self._preprocessing = Preprocessing(self.model.image_size, job.fit)
         self._reader = PartReader()
 
     def certify(self, parts: Sequence[Part]) -> Iterator[pa.Table]:
@@ -130,7 +130,7 @@ class Worker:
         """
         read = (self._reader.read(part, self._prepare) for part in parts)
         if any(part.remote for part in parts) or self.model.scorer.device.type != "cpu":
-            read = one_ahead(read)
+            read = prefetch(read)
         for part, (inputs, labels) in zip(parts, read, strict=True):
             yield self._rows(part, inputs, labels)
 
@@ -153,15 +153,15 @@ class Worker:
                 rows[i] |= said
         return pa.Table.from_pylist(rows, SCHEMA)
 
-    def _prepare(self, found: Found) -> "_Input | UnreadableError":
+    def _prepare(self, found: PhotoOrError) -> "_Input | UnreadableError":
         if isinstance(found, UnreadableError):
             return found
         pixels = self._preprocessing.apply(found)
         return _Input(found.stored_size, found.orientation, pixels_sha256(found.pixels), pixels)
 
-    def _scored(self, good: dict[int, _Input]) -> Iterator[tuple[list[int], ScoreMap]]:
+    def _scored(self, good: dict[int, _Input]) -> "Iterator[tuple[list[int], ScoreMap]]":
         """Score maps of all images, in as few pieces as memory allows: rules are faster on many images at once."""
-        numbers, size = list(good), self.question.batch_size
+        numbers, size = list(good), self.job.batch_size
         some: list[int] = []
         maps: list[ScoreMap] = []
         for start in range(0, len(numbers), size):
@@ -174,7 +174,7 @@ class Worker:
                 yield some, joined(maps)
                 some, maps = [], []
 
-    def _said(self, inputs: Sequence[_Input], scores: ScoreMap) -> list[dict[str, Any]]:
+    def _said(self, inputs: Sequence[_Input], scores: "ScoreMap") -> list[dict[str, Any]]:
         """What each image's row holds of the verdict. Photos with the same windows share the rule."""
         said: list[dict[str, Any]] = [{"results": []} for _ in inputs]
         shapes = [(found.size_px, found.orientation) for found in inputs]
@@ -203,11 +203,11 @@ class Worker:
         return said
 
     def _certify(
-        self, some: Sequence[tuple[list[int], ScoreMap, list[PatchThreatModel]]], said: Sequence[dict[str, Any]]
+        self, some: "Sequence[tuple[list[int], ScoreMap, list[PatchThreatModel]]]", said: Sequence[dict[str, Any]]
     ) -> None:
         """Adds the results of each rule against each patch: (positions in `said`, their score map, threats)."""
-        for rule in self.question.rules:
-            for column, patch in enumerate(self.question.patches):
+        for rule in self.job.rules:
+            for column, patch in enumerate(self.job.patches):
                 maps, threats = [score_map for _, score_map, _ in some], [threats[column] for _, _, threats in some]
                 certificates = certify_together(rule, maps, threats)
                 for (chosen, _, _), certificate in zip(some, certificates, strict=True):
@@ -216,7 +216,7 @@ class Worker:
 
     def _threats(self, size: tuple[int, int]) -> list[PatchThreatModel]:
         """One for each patch, for images of this size."""
-        return [PatchThreatModel.parse(patch, size, self.question.placements) for patch in self.question.patches]
+        return [PatchThreatModel.parse(patch, size, self.job.placements) for patch in self.job.patches]
 
 
 def _result(record: Record, patch: str) -> dict[str, Any]:

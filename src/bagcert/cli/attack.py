@@ -59,7 +59,7 @@ def attack(
     import torch
 
     from bagcert.attacks import get_attack
-    from bagcert.attacks.evaluate import AttackInfo, bracket, described, upright_batches
+    from bagcert.attacks.evaluate import AttackInfo, attack_choices, attack_dataset, upright_batches
     from bagcert.attacks.settings import Settings
     from bagcert.data.preprocess import Preprocessing
     from bagcert.defenses.bagcert import load
@@ -88,7 +88,7 @@ def attack(
     about = {"model": loaded.name, "weights_sha256": loaded.weights_sha256, "data": images.name, "split": images.split}
     sources: dict[int, str] = {}
     with progress("attacking") as report:
-        found = bracket(
+        found = attack_dataset(
             loaded,
             upright_batches(images, labels, loaded.image_size, batch_size, sources=sources),
             patches,
@@ -116,7 +116,7 @@ def attack(
             "total": round(time.perf_counter() - started, 3),
         },
         seed=seed,
-        attack=described(attack or (), settings, batch_size),
+        attack=attack_choices(attack or (), settings, batch_size),
         results=found.rows,
         notes=list(images.notes),
         pixels=f"at {loaded.image_size[0]}x{loaded.image_size[1]}",

@@ -167,7 +167,7 @@ def _attacked(
     import time
     from dataclasses import replace
 
-    from bagcert.attacks.evaluate import bracket, described, upright_batches
+    from bagcert.attacks.evaluate import attack_choices, attack_dataset, upright_batches
     from bagcert.attacks.settings import Settings
     from bagcert.evaluation.evaluate import labels_for
 
@@ -175,7 +175,7 @@ def _attacked(
     numbers, total = [record.index for record in evaluation.records], info.images * len(info.results)
     clock = time.perf_counter()
     with progress("attacking") as report:
-        found = bracket(
+        found = attack_dataset(
             model,
             upright_batches(images, labels_for(model, images), model.image_size, batch_size, numbers),
             patches or (str(model.patch),),
@@ -191,5 +191,5 @@ def _attacked(
         replace(row, **{name: getattr(figures, name) for name in ATTACK_FIGURES})
         for row, figures in zip(info.results, found.rows, strict=True)
     ]
-    about = {**described((), settings, batch_size), "seed": settings.seed}
+    about = {**attack_choices((), settings, batch_size), "seed": settings.seed}
     return replace(evaluation, info=replace(info, results=rows, attack=about)), found

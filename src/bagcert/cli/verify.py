@@ -13,7 +13,7 @@ from bagcert.cli.options import Device, Json
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bagcert.proofs.verify import Verdict
+    from bagcert.proofs.verify import VerifyResult
 
 MOST_CHARACTERS = 500
 EXIT_CODES = {"proof": 4, "record": 5, "image": 5, "limit": 1}  # the first that occurs counts
@@ -37,7 +37,7 @@ def verify(
     """
     from bagcert.errors import UnreadableError, UsageError
     from bagcert.proofs.lines import from_line, lines
-    from bagcert.proofs.verify import Verdict, verify_readout, verify_record
+    from bagcert.proofs.verify import VerifyResult, verify_readout, verify_record
     from bagcert.records import SCHEMA_VERSION
 
     if images is not None and model is None:
@@ -63,7 +63,7 @@ def verify(
                     if verdict.ok and again is not None:
                         verdict = again(record)
             except ValueError as error:
-                verdict = Verdict(False, str(error), "record")
+                verdict = VerifyResult(False, str(error), "record")
             results.append(_result(number, record, verdict))
             if verdict.ok and record is not None:
                 images_seen.add(dumps([record["image"][name] for name in ("size_px", "pixels_sha256")]))
@@ -102,21 +102,21 @@ def verify(
         fail(f"{len(bad)} of {len(results)} records are not verified; {_sentence(bad[0])}", code)
 
 
-def _recomputing(name: str, images: Path | None, device: str) -> "Callable[[dict[str, Any]], Verdict]":
+def _recomputing(name: str, images: Path | None, device: str) -> "Callable[[dict[str, Any]], VerifyResult]":
     """Checks a record against the model, loaded once for each dtype that records have."""
     from functools import cache
 
     from bagcert.defenses.bagcert import DTYPES, load
     from bagcert.proofs.recompute import image_path, recompute
-    from bagcert.proofs.verify import Verdict
+    from bagcert.proofs.verify import VerifyResult
 
     loaded = cache(lambda dtype: load(name, device, dtype=dtype))
     loaded("float32")  # a model that is not there is told first
 
-    def check(record: dict[str, Any]) -> Verdict:
+    def check(record: dict[str, Any]) -> VerifyResult:
         dtype = record["environment"]["dtype"]
         if dtype not in DTYPES:
-            return Verdict(False, f"its dtype is {dtype!r}, known are {' and '.join(DTYPES)}", "record")
+            return VerifyResult(False, f"its dtype is {dtype!r}, known are {' and '.join(DTYPES)}", "record")
         return recompute(record, loaded(dtype), image_path(record, images))
 
     return check
@@ -132,7 +132,7 @@ def _of(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _result(number: int, record: dict[str, Any] | None, verdict: "Verdict") -> dict[str, Any]:
+def _result(number: int, record: dict[str, Any] | None, verdict: "VerifyResult") -> dict[str, Any]:
     found: dict[str, Any] = {"line": number}
     if record is None:
         found |= dict.fromkeys(("source", "rule", "threat", "prediction", "certified", "margin", "locality"))

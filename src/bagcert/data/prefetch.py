@@ -7,7 +7,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def one_ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
+def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
     """The same items in the same order, each begun in another thread when the one before it is handed out.
 
     What the iterator raises is raised here, where its item would have been. At most one item is held that nobody

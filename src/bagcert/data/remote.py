@@ -35,7 +35,7 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def answering(address: str) -> Iterator[None]:
+def translate_store_errors(address: str) -> Iterator[None]:
     """Says in a sentence why a store refuses; each has errors of its own.
 
     Raises:
@@ -54,7 +54,7 @@ def answering(address: str) -> Iterator[None]:
         raise BagcertError(f"{address} cannot be reached: {shown(error) or type(error).__name__}") from None
 
 
-def mark_of(details: Mapping[str, Any]) -> str:
+def etag(details: Mapping[str, Any]) -> str:
     """What a store marks a version of a file with, and where it marks none, when it was changed; or nothing."""
     names = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "mtime")
     return str(next((details[name] for name in names if details.get(name)), "")).strip('"')

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bagcert.data.remote import answering, file_system, mark_of
+from bagcert.data.remote import etag, file_system, translate_store_errors
 from bagcert.errors import BagcertError, UnreadableError, UsageError, shown
 from bagcert.io.files import open_regular
 
@@ -50,7 +50,7 @@ def find_addresses(spec: str, split: str) -> tuple[list[Shard], str]:
         BagcertError: it cannot be reached.
     """
     system, path = file_system(spec)
-    with answering(spec):
+    with translate_store_errors(spec):
         whole = not glob.has_magic(path) and system.isdir(path)
         found = sorted(system.glob(f"{path.rstrip('/')}/*" if whole else path))
         files = [system.unstrip_protocol(each) for each in found]
@@ -72,7 +72,7 @@ def open_shard(path: Shard) -> Any:
     if isinstance(path, Path):
         return open_regular(path)
     system, name = file_system(path)
-    with answering(path):
+    with translate_store_errors(path):
         return system.open(name, "rb")
 
 
@@ -82,7 +82,7 @@ def state_of(file: Any) -> tuple[int, int | str]:
         found = os.fstat(file.fileno())
         return found.st_size, found.st_mtime_ns
     details = getattr(file, "details", None)
-    return int(file.size), mark_of(details) if isinstance(details, dict) else ""
+    return int(file.size), etag(details) if isinstance(details, dict) else ""
 
 
 @contextmanager

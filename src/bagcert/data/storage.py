@@ -14,7 +14,7 @@ from typing import Any
 
 from bagcert.data.folder import EXTENSIONS, images_below
 from bagcert.data.photo import MAX_IMAGE_BYTES, Photo, read_image
-from bagcert.data.remote import answering, file_system, is_address, mark_of
+from bagcert.data.remote import etag, file_system, is_address, translate_store_errors
 from bagcert.errors import CONTROL, UnreadableError
 from bagcert.io.files import open_regular
 
@@ -74,7 +74,7 @@ def read_photo(path: str) -> Photo:
     if not is_address(path):
         return read_image(path)
     files, name = file_system(path)
-    with answering(path), files.open(name, "rb") as file:
+    with translate_store_errors(path), files.open(name, "rb") as file:
         if file.size > MAX_IMAGE_BYTES:
             raise UnreadableError(
                 f"{path} has {file.size:,} bytes and is refused; an image has at most {MAX_IMAGE_BYTES:,}"
@@ -112,7 +112,7 @@ def state_of(path: str) -> str:
         except OSError as error:
             raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
     files, name = file_system(path)
-    with answering(path):
+    with translate_store_errors(path):
         files.invalidate_cache()  # a listing kept from before would hide a change
         return _state_there(files.info(name))
 
@@ -137,7 +137,7 @@ def _listed_here(data: str) -> list[Stored]:
 
 def _listed_remote(url: str) -> list[Stored]:
     files, root = file_system(url)
-    with answering(url):
+    with translate_store_errors(url):
         single = not glob.has_magic(root) and root.lower().endswith((*EXTENSIONS, PARQUET)) and files.isfile(root)
         if single:
             found: dict[str, Any] = {root: files.info(root)}
@@ -159,4 +159,4 @@ def _state_here(path: str) -> str:
 
 
 def _state_there(info: dict[str, Any]) -> str:
-    return f"{info.get('size')} {mark_of(info)}"
+    return f"{info.get('size')} {etag(info)}"

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bagcert.defenses.base import ScoreMapDefense
-from bagcert.devices import keep_freed_memory, resolve_device
+from bagcert.devices import resolve_device, tune_malloc
 from bagcert.errors import UnreadableError, UsageError, nearest
 from bagcert.locality import LocalityReport, cached_report, require_local
 from bagcert.locality.cache import cache_folder
@@ -264,7 +264,7 @@ def load(
     chosen = fastest_backend(device, dtype) if backend == "auto" else backend
     target = resolve_device("cpu" if device == "auto" and chosen != "torch" else device)
     if target.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     folder = model_folder(name)
     scorer, config = read_model(folder)
     try:

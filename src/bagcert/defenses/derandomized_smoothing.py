@@ -28,7 +28,7 @@ from bagcert.scores import ScoreMap, lowest_argmax
 from bagcert.threat import PatchLike, PatchThreatModel
 
 ABLATIONS = ("column", "row", "block")
-VOTES = ("threshold", "argmax")
+VOTE_KINDS = ("threshold", "argmax")
 
 
 def ablate(
@@ -123,8 +123,8 @@ class DerandomizedSmoothing(ScoreMapDefense):
     ) -> None:
         if len(class_names) < 2:
             raise UsageError(f"a classifier needs at least two class names, got {len(class_names)}")
-        if votes not in VOTES:
-            raise UsageError(f"votes are {' or '.join(VOTES)}, got {votes!r}")
+        if votes not in VOTE_KINDS:
+            raise UsageError(f"votes are {' or '.join(VOTE_KINDS)}, got {votes!r}")
         if not 0 < threshold <= 1:
             raise UsageError(f"the threshold of a vote must be above 0 and at most 1, got {threshold}")
         if at_once < 1:

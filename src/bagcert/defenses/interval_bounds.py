@@ -153,7 +153,7 @@ class IntervalBounds(PixelDefense):
         placements: np.ndarray | str | Path | None,
     ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel]:
         flat_layers(self.classifier.model)  # hooks may have come since
-        batch, threat = self.read_question(images, patch, rule, placements)
+        batch, threat = self.check_inputs(images, patch, rule, placements)
         return batch.double(), threat
 
     def _labels(self, batch: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, " batch"]:

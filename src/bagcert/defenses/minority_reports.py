@@ -100,7 +100,7 @@ class MinorityReports(PixelDefense, Detector):
         Raises:
             UsageError: as for `certify`.
         """
-        batch, _ = self.read_question(images, patch, rule, placements)
+        batch, _ = self.check_inputs(images, patch, rule, placements)
         with exact_arithmetic(batch.device):
             return self.classifier.predict(batch)
 
@@ -137,7 +137,7 @@ class MinorityReports(PixelDefense, Detector):
         Raises:
             UsageError: bad images or patch, another rule, too many masks, or logits that do not fit the class names.
         """
-        batch, threat = self.read_question(images, patch, rule, placements)
+        batch, threat = self.check_inputs(images, patch, rule, placements)
         device = batch.device
         masks = self.masks(threat).to(device)
         alone = torch.arange(len(masks), device=device).repeat(2, 1)  # a mask with itself

@@ -162,7 +162,7 @@ class PatchCleanser(PixelDefense):
         rule: str | None,
         placements: np.ndarray | str | Path | None,
     ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel, PixelMasks]:
-        batch, threat = self.read_question(images, patch, rule, placements)
+        batch, threat = self.check_inputs(images, patch, rule, placements)
         return batch, threat, self.masks(threat).to(batch.device)
 
     def _predict(

@@ -49,7 +49,7 @@ class PixelDefense(Defense):
         """
         return PatchThreatModel.parse(self.patch, self.image_size)
 
-    def read_question(
+    def check_inputs(
         self,
         images: np.ndarray | Tensor,
         patch: PatchLike | None,

@@ -23,7 +23,7 @@ from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.base import Detector
 from bagcert.defenses.table import DEFENSES, TRAININGS, Setting, get_entry
-from bagcert.devices import keep_freed_memory
+from bagcert.devices import tune_malloc
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation.evaluate import versions
 from bagcert.io.files import read_regular, write_together
@@ -159,7 +159,7 @@ def benchmark(
     entries = {name: get_entry(name) for name in defenses or DEFENSES}
     if not patches:
         raise UsageError("a benchmark needs at least one patch")
-    keep_freed_memory()
+    tune_malloc()
     source, images = load_dataset(data, "train", train_limit), load_dataset(data, "test", limit)
     pixels = images.array()
     size = (pixels.shape[1], pixels.shape[2])

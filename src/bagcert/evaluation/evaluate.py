@@ -18,18 +18,18 @@ import torch
 from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo
-from bagcert.data.prefetch import one_ahead
+from bagcert.data.prefetch import prefetch
 from bagcert.data.preprocess import Preprocessing, StoredShape
 from bagcert.defenses.bagcert import BagCert
 from bagcert.devices import device_name, dtype_name, peak_memory_mib
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.evaluation.gallery import VOTES, make_gallery
+from bagcert.evaluation.gallery import make_gallery
 from bagcert.evaluation.gallery_file import Gallery, gallery_bytes, gallery_path
-from bagcert.evaluation.journal import Batch, EvaluationLog, described, described_mask, log_path
+from bagcert.evaluation.journal import Batch, EvaluationLog, described_mask, log_path, run_identity
 from bagcert.io.files import remove_leftovers, write_atomically
 from bagcert.records import ImageRecord, Record, Row, RunInfo, wilson_interval
 from bagcert.rules import get_rule
-from bagcert.rules.largest import largest_certifiable_px
+from bagcert.rules.largest import VOTING_RULES, largest_certifiable_px
 from bagcert.rules.together import certify_together
 from bagcert.threat import PatchThreatModel
 
@@ -52,7 +52,7 @@ class Evaluation:
 
 
 @dataclass
-class _Tally:
+class _Setting:
     """One rule against one patch; the threat is parsed once for each size of the images at hand."""
 
     rule: str
@@ -120,16 +120,16 @@ def evaluate(
     preprocessing = Preprocessing(model.image_size, fit)
     load_seconds = model_seconds + time.perf_counter() - started
     patches, rules = patches or (str(model.patch),), rules or (model.rule,)
-    tallies = [_Tally(rule, patch) for patch in patches for rule in rules]
-    for tally in tallies:
-        get_rule(tally.rule)
+    settings = [_Setting(rule, patch) for patch in patches for rule in rules]
+    for setting in settings:
+        get_rule(setting.rule)
     records: list[ImageRecord] = []
     errors: dict[int, str] = {}
     resized = False
     passes: list[list[float]] = []
     journal = None
     if log is not None:
-        run_now = described(
+        run_now = run_identity(
             model,
             images,
             placements,
@@ -148,7 +148,7 @@ def evaluate(
     with closing(journal) if journal else nullcontext():
         for run in range(repeat):
             lost: dict[int, str] = {}
-            seconds, done = [0.0] * (1 + len(tallies)), 0
+            seconds, done = [0.0] * (1 + len(settings)), 0
             if run == 0 and journal:
                 for batch in journal.batches:
                     records += batch.records
@@ -159,10 +159,10 @@ def evaluate(
             clock = time.perf_counter()
             batches = _batches(images, preprocessing, batch_size, lost, done)
             if model.scorer.device.type != "cpu":  # a processor that computes has no time to read beside it
-                batches = one_ahead(batches)
+                batches = prefetch(batches)
             for indices, pixels, shapes, sources in batches:
                 load_seconds += time.perf_counter() - clock if run == 0 else 0.0
-                found, sides, laps = _certify(model, tallies, preprocessing, pixels, shapes, placements, largest)
+                found, sides, laps = _certify(model, settings, preprocessing, pixels, shapes, placements, largest)
                 seconds = [sum(pair) for pair in zip(seconds, laps, strict=True)]
                 if run == 0:
                     lines = [
@@ -185,7 +185,7 @@ def evaluate(
     if not records:
         raise UnreadableError(f"no image of {images.name} can be read; the first: {errors[0]}")
     forward, *each = (statistics.median(column) for column in zip(*passes, strict=True))
-    rows = [_row(tally, records, column, each[column]) for column, tally in enumerate(tallies)]
+    rows = [_row(setting, records, column, each[column]) for column, setting in enumerate(settings)]
     info = RunInfo(
         model=model.name,
         weights_sha256=model.weights_sha256,
@@ -219,7 +219,7 @@ def evaluate(
 
 def _remarks(model: BagCert, rows: Sequence[Row]) -> list[str]:
     """Why a rule certifies nothing, where that follows from the head of the model."""
-    votes = dict.fromkeys(row.rule for row in rows if row.rule in VOTES and row.certified_share == 0)
+    votes = dict.fromkeys(row.rule for row in rows if row.rule in VOTING_RULES and row.certified_share == 0)
     if not votes or model.scorer.head != "fixed-point":
         return []
     return [
@@ -320,29 +320,29 @@ def _batches(
 
 def _certify(
     model: BagCert,
-    tallies: Sequence[_Tally],
+    settings: Sequence[_Setting],
     preprocessing: Preprocessing,
     pixels: np.ndarray,
     shapes: Sequence[StoredShape],
     placements: str | Path | None,
     largest: bool,
 ) -> tuple[list[list[Record]], list[int | None], list[float]]:
-    """The records of each image of a batch, a verdict per tally; the largest certifiable sides, if asked for; seconds.
+    """Records of each image of a batch, a verdict per setting; the largest certifiable sides, if asked for; seconds.
 
-    The seconds are those of the forward pass and of each tally.
+    The seconds are those of the forward pass and of each setting.
 
     Photos of all sizes share the forward pass, and those with the same windows share the rule.
     """
     clock = time.perf_counter()
     scores = model.score_map(pixels)
     divided = preprocessing.score_maps(scores, shapes)
-    laps = [_lap(clock, model)]
+    laps = [_elapsed(clock, model)]
     lines: list[list[Record]] = [[] for _ in shapes]
-    for tally in tallies:
-        threats = [tally.threat(size, placements) for (size, _), _, _ in divided]
+    for setting in settings:
+        threats = [setting.threat(size, placements) for (size, _), _, _ in divided]
         clock = time.perf_counter()
-        certificates = certify_together(tally.rule, [score_map for _, _, score_map in divided], threats)
-        laps.append(_lap(clock, model))
+        certificates = certify_together(setting.rule, [score_map for _, _, score_map in divided], threats)
+        laps.append(_elapsed(clock, model))
         for (_, chosen, _), certificate in zip(divided, certificates, strict=True):
             for number, record in zip(chosen, Record.each(certificate), strict=True):
                 lines[number].append(record)
@@ -354,14 +354,14 @@ def _certify(
     return lines, sides, laps
 
 
-def _lap(clock: float, model: BagCert) -> float:
+def _elapsed(clock: float, model: BagCert) -> float:
     if model.scorer.device.type == "cuda":
         torch.cuda.synchronize(model.scorer.device)
     return time.perf_counter() - clock
 
 
-def _row(tally: _Tally, records: Sequence[ImageRecord], column: int, seconds: float) -> Row:
-    """The figures of one tally, from the records alone."""
+def _row(setting: _Setting, records: Sequence[ImageRecord], column: int, seconds: float) -> Row:
+    """The figures of one setting, from the records alone."""
     results = [record.results[column] for record in records]
     # One patch size means the same in every image; a percentage does not where images differ in size.
     sizes = {tuple(result.patch) if result.patch else None for result in results}
@@ -371,7 +371,7 @@ def _row(tally: _Tally, records: Sequence[ImageRecord], column: int, seconds: fl
     clean = sum(right)
     proved = sum(good and result.certified for good, result in zip(right, results, strict=True))
     return Row(
-        rule=tally.rule,
+        rule=setting.rule,
         patch=list(single) if single else None,
         threat=results[0].threat,
         clean_accuracy=clean / count,

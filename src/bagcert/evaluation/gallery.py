@@ -19,12 +19,10 @@ from bagcert.data.preprocess import Preprocessing
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation.gallery_file import MOST_PICTURES, MOST_REGIONS, MOST_SIDE_PX, Gallery, Picture
-from bagcert.records import ImageRecord, Record, telling_column
-from bagcert.rules.largest import largest_certifiable_px, largest_certified_px
+from bagcert.records import ImageRecord, Record, headline_column
+from bagcert.rules.largest import VOTING_RULES, largest_certifiable_px, largest_certified_px
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-
-VOTES = ("vote", "levine-feizi")
 
 
 def chosen(
@@ -39,7 +37,7 @@ def chosen(
     []
     """
     kinds: list[list[int]] = [[], [], []]
-    column = telling_column(records, deployed)
+    column = headline_column(records, deployed)
     for position, record in enumerate(records):
         first = record.results[column]
         right = first.prediction == record.label
@@ -69,7 +67,7 @@ def make_gallery(
         model, images, placements, fit: as they were evaluated.
         records: of the evaluation.
         most: how many pictures, at most 32.
-        deployed: the model's own [rule, patch], see `telling_column`.
+        deployed: the model's own [rule, patch], see `headline_column`.
 
     Raises:
         UnreadableError: an image that was readable no longer is.
@@ -86,7 +84,7 @@ def make_gallery(
     ready: list[Any] = list(found)
     if not ready:
         return Gallery(model.class_names, [])
-    column = telling_column(records, deployed)
+    column = headline_column(records, deployed)
     maps = model.score_map(np.stack([item[0] for item in ready]))
     return Gallery(
         model.class_names,
@@ -129,7 +127,7 @@ def picture(
         verdict.threat.removesuffix(" within the allowed placements"), stored_size, placements
     )
     # The side a vote certifies is over all placements; masks are built for the allowed ones.
-    asked = replace(threat, allowed=None) if verdict.rule in VOTES else threat
+    asked = replace(threat, allowed=None) if verdict.rule in VOTING_RULES else threat
     label = net_map.class_scores.new_tensor([verdict.prediction])
     worst = np.asarray(verdict.worst_placement).reshape(-1, 4).tolist()
     rival = runner_up(net_map, verdict.prediction)

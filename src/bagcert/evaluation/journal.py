@@ -53,7 +53,7 @@ def log_path(path: Path) -> Path:
     return path.with_suffix(".records.jsonl.partial")
 
 
-def described(model: BagCert, images: ImageSet, placements: str | Path | None, **choices: Any) -> dict[str, Any]:
+def run_identity(model: BagCert, images: ImageSet, placements: str | Path | None, **choices: Any) -> dict[str, Any]:
     """All that the records of an evaluation depend on: model, data and mask by their hashes, choices as they are.
 
     Raises:

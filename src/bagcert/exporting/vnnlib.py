@@ -32,11 +32,11 @@ from bagcert.nets.runtimes import inference_copy
 from bagcert.nets.runtimes.onnx_graph import INPUT, LIBRARIES, to_onnx
 from bagcert.nets.runtimes.onnxruntime import onnx_session
 from bagcert.rules import get_rule
+from bagcert.rules.largest import VOTING_RULES
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchLike, PatchThreatModel
 
 OUTPUT = "class_scores"
-SUMS = ("vote", "levine-feizi")
 FILLS = 32
 
 
@@ -100,9 +100,9 @@ def write_property(
     """
     require_installed(["onnxruntime", *LIBRARIES], "onnx", "writing a VNN-LIB property")
     rule = rule or model.rule
-    if rule not in (*SUMS, "double-masking"):
+    if rule not in (*VOTING_RULES, "double-masking"):
         get_rule(rule)
-        raise UsageError(f"the rule {rule} has no VNN-LIB property; {', '.join(SUMS)} and double-masking have")
+        raise UsageError(f"the rule {rule} has no VNN-LIB property; {', '.join(VOTING_RULES)} and double-masking have")
     if model.scorer.device.type != "cpu" or model.scorer.autocast_dtype is not None or model.scorer.runner is not None:
         raise UsageError("a property is written on the CPU, by torch in float32; load the model so")
     if out.suffix != ".onnx":
@@ -112,7 +112,7 @@ def write_property(
         raise UsageError(f"a property is about one patch, and {threat} stands for {threat.patches}")
     _require_placement(threat, placement)
     pixels = _one_image(model, image)
-    net = (ClassSums if rule in SUMS else Answers)(model, threat)
+    net = (ClassSums if rule in VOTING_RULES else Answers)(model, threat)
     graph = to_onnx(net, (pixels.shape[1], *model.image_size), [OUTPUT], batch=1)
     about = {"model": model.name, "weights_sha256": model.weights_sha256, "rule": rule, "patch": str(threat)}
     content = with_metadata(graph, about).SerializeToString()

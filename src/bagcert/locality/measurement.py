@@ -13,7 +13,7 @@ from bagcert.errors import BagcertError, UnsoundError, UsageError
 from bagcert.grid import RegionGrid
 from bagcert.locality.activation_bound import activation_bound
 from bagcert.locality.probes import Change, Prober, clean_images, places_for, saturated_images, thread_counts
-from bagcert.locality.report import Footprint, LocalityReport, Probe
+from bagcert.locality.report import FootprintMatch, LocalityReport, Probe
 from bagcert.locality.target import Backend, precision, torch_backend
 from bagcert.nets.receptive_field.probe import probe_grid
 from bagcert.nets.region_scorer import RegionScorer
@@ -79,7 +79,7 @@ def measure(
         return LocalityReport(
             footprint="unmeasured", probes=(), largest_score=0.0, refusal=refusal or str(error), **facts
         )
-    footprint: Footprint = "unmeasured"
+    footprint: FootprintMatch = "unmeasured"
     if thorough and not refusal:
         with precision(scorer):
             footprint = compare_footprint(scorer, backend.grid)
@@ -173,7 +173,7 @@ def require_local(report: LocalityReport, portable: bool = False) -> None:
         )
 
 
-def compare_footprint(scorer: RegionScorer, declared: RegionGrid) -> Footprint:
+def compare_footprint(scorer: RegionScorer, declared: RegionGrid) -> FootprintMatch:
     """What NaN in each row and column of pixels reaches, against what is declared."""
     try:
         measured = probe_grid(scorer, declared.image_size, scorer.channels)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 Consequence = Literal["exact", "guarded", "refused"]
 Kind = Literal["leak", "NaN", "drift"]
-Footprint = Literal["equal", "inside", "larger", "unmeasured"]
+FootprintMatch = Literal["equal", "inside", "larger", "unmeasured"]
 
 # Rounding that mixes neighbours (Winograd in float32) leaks about 1e-6 of the largest score, quantization over the
 # whole map 1e-3 and more.
@@ -71,7 +71,7 @@ class LocalityReport:
     threads: int
     image_size: tuple[int, int]
     patches: tuple[tuple[int, int], ...]
-    footprint: Footprint
+    footprint: FootprintMatch
     probes: tuple[Probe, ...]
     largest_score: float
     refusal: str

@@ -58,7 +58,7 @@ def build_site(
         found = export(model, file, patch=patch, rule=rule, on_step=on_step)
         exported = file.read_bytes()
     about = {
-        **described(found.metadata),
+        **page_facts(found.metadata),
         "channels": model.scorer.channels,
         "samples": [{"name": sample.name, "file": f"samples/{i}.png"} for i, sample in enumerate(samples)],
     }
@@ -72,7 +72,7 @@ def build_site(
     }
 
 
-def described(metadata: dict[str, str]) -> dict[str, Any]:
+def page_facts(metadata: dict[str, str]) -> dict[str, Any]:
     """What an exported file says of itself, as the page takes it."""
     structured = ("threat", "class_names", "image_size", "geometry", "readout")
     plain = ("model", "rule", "patch", "weights_sha256", "bagcert_version")

@@ -12,7 +12,7 @@ from bagcert.data.preprocess import FITS, Preprocessing
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnreadableError
 from bagcert.proofs.record import geometry_fields, image_fields, map_fields, model_fields, pixels_sha256
-from bagcert.proofs.verify import Verdict
+from bagcert.proofs.verify import VerifyResult
 
 PACKED = {
     "data": ("scores", "<i2"),
@@ -29,7 +29,7 @@ def image_path(record: dict[str, Any], images: Path | None = None) -> Path:
     return source if images is None else images / source.name
 
 
-def recompute(record: dict[str, Any], model: BagCert, path: Path) -> Verdict:
+def recompute(record: dict[str, Any], model: BagCert, path: Path) -> VerifyResult:
     """Whether a record that `verify_record` found to hold is what the model says of this image.
 
     The image must have the recorded pixels, and the model the recorded weights, head and readout. Its geometry for such
@@ -46,14 +46,14 @@ def recompute(record: dict[str, Any], model: BagCert, path: Path) -> Verdict:
     try:
         photo = read_image(path)
     except UnreadableError as error:
-        return Verdict(False, f"its image cannot be compared: {error}", "image")
+        return VerifyResult(False, f"its image cannot be compared: {error}", "image")
     for name, there, here in _pairs(record["image"], image_fields(photo)):
         if there != here:
             return _refused(f"the {name} of its image is {there}, that of {path} is {here}")
     return _computed(record, model, photo)
 
 
-def _computed(record: dict[str, Any], model: BagCert, photo: Photo) -> Verdict:
+def _computed(record: dict[str, Any], model: BagCert, photo: Photo) -> VerifyResult:
     said = record["network"]
     if said["fit"] not in FITS:
         return _refused(f"its fit is {said['fit']!r}, known are {' and '.join(FITS)}")
@@ -75,10 +75,10 @@ def _computed(record: dict[str, Any], model: BagCert, photo: Photo) -> Verdict:
     label = record["verdict"]["prediction"]
     if record["verdict"]["class_name"] != model.class_names[label]:
         return _refused(f"class {label} is {model.class_names[label]!r}, not {record['verdict']['class_name']!r}")
-    return Verdict(True, "pixels, geometry and scores are those of the model")
+    return VerifyResult(True, "pixels, geometry and scores are those of the model")
 
 
-def _map(record: dict[str, Any], name: str, found: dict[str, Any]) -> Verdict | None:
+def _map(record: dict[str, Any], name: str, found: dict[str, Any]) -> VerifyResult | None:
     """Refuses a map, `scores` or `evidence`, that is not the one found here."""
     if name not in record:
         return _refused(f"the record has no {name}, which this model gives")
@@ -115,5 +115,5 @@ def _where(environment: dict[str, Any]) -> str:
     return f"{environment['device']}, {environment['dtype']}, torch {version}, {environment['threads']} threads"
 
 
-def _refused(reason: str) -> Verdict:
-    return Verdict(False, reason, "proof")
+def _refused(reason: str) -> VerifyResult:
+    return VerifyResult(False, reason, "proof")

@@ -29,7 +29,7 @@ MOST_WORK = 2**38
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerifyResult:
     """Whether a record holds and why; if not, what failed: the "record", its "proof", or a "limit" of the checker."""
 
     ok: bool
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
     attained: float
 
 
-def verify_record(record: dict[str, Any], readout: dict[str, Any] | None = None) -> Verdict:
+def verify_record(record: dict[str, Any], readout: dict[str, Any] | None = None) -> VerifyResult:
     """Rederives prediction, margin and certificate from the map and the geometry that a record states.
 
     Args:
@@ -55,21 +55,21 @@ def verify_record(record: dict[str, Any], readout: dict[str, Any] | None = None)
     return _checked("record", lambda: _verify_record(record, readout))
 
 
-def verify_readout(readout: dict[str, Any]) -> Verdict:
+def verify_readout(readout: dict[str, Any]) -> VerifyResult:
     """Checks the form of a readout and the hash of its integers."""
-    return _checked("readout", lambda: Verdict(True, f"a readout of {read_readout(readout).classes} classes"))
+    return _checked("readout", lambda: VerifyResult(True, f"a readout of {read_readout(readout).classes} classes"))
 
 
-def _checked(what: str, check: Callable[[], Verdict]) -> Verdict:
+def _checked(what: str, check: Callable[[], VerifyResult]) -> VerifyResult:
     try:
         return check()
     except FaultError as error:
-        return Verdict(False, error.reason, error.fault)
+        return VerifyResult(False, error.reason, error.fault)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, zlib.error) as error:
-        return Verdict(False, f"the {what} is malformed ({type(error).__name__}: {str(error)[:200]!r})", "record")
+        return VerifyResult(False, f"the {what} is malformed ({type(error).__name__}: {str(error)[:200]!r})", "record")
 
 
-def _verify_record(record: dict[str, Any], readout: dict[str, Any] | None) -> Verdict:
+def _verify_record(record: dict[str, Any], readout: dict[str, Any] | None) -> VerifyResult:
     version, masked = record["record_version"], record["threat"]["allowed"] is not None
     need(version in (1, 2, 3) and type(version) is int, f"the record version is {version}, this checks 1, 2 and 3")
     need(masked or version != 2, "a record of version 2 must restrict placements")
@@ -86,7 +86,7 @@ def _verify_record(record: dict[str, Any], readout: dict[str, Any] | None) -> Ve
         need(type(said) is type(found) and said == found, f"the {name} is {found}, not {said}", "proof")
     attained = int(answer.attained)
     need(attained == margin, f"the worst placement leaves {attained}, the margin is {margin}", "proof")
-    return Verdict(True, f"{'' if margin >= 0 else 'not '}certified, with margin {margin}, as recorded")
+    return VerifyResult(True, f"{'' if margin >= 0 else 'not '}certified, with margin {margin}, as recorded")
 
 
 # The rules of sums

@@ -56,7 +56,7 @@ def _headline(runs: Sequence[Run]) -> str:
     sentences = []
     for run in runs:
         info = run.info
-        best = info.results[run.telling]
+        best = info.results[run.headline]
         low, high = (100 * bound for bound in best.interval95["certified_accuracy"])
         promise = "never changes the answer" if best.rule != "detection" else "never changes it without an alert"
         sentences.append(
@@ -114,9 +114,9 @@ def _run(run: Run) -> str:
     if run.records is None:
         missing = "Per-class figures, margins and pictures need the records that bagcert evaluate --out writes beside."
         return "<section>" + "".join(parts) + f'<p class="note">{missing}</p></section>'
-    shown = info.results[run.telling]
+    shown = info.results[run.headline]
     what = f"{escape(shown.rule)}, {escape(attacker(shown.threat, info.pixels))}"
-    edges, groups = margins(run, run.telling)
+    edges, groups = margins(run, run.headline)
     histogram = svg.histogram(edges, groups, KIND_STYLES, "margin")
     parts += [
         f"<h3>Margins <small>{what}</small></h3>{histogram}{svg.legend(KINDS, KIND_STYLES)}"
@@ -187,7 +187,7 @@ def _tabular(head: Sequence[str], body: Sequence[str], texts: int) -> str:
 
 
 def _per_class(run: Run) -> str:
-    rows = per_class(run, run.telling)
+    rows = per_class(run, run.headline)
     body = []
     for row in rows[:MOST_CLASSES_LISTED]:
         clean, proved = row["clean"] / row["images"], row["certified"] / row["images"]
@@ -206,7 +206,7 @@ def _per_class(run: Run) -> str:
 
 def _confusion(run: Run) -> str:
     """A matrix, or the most frequent confusions where there are too many classes for one."""
-    classes, counts = confusion(run, run.telling)
+    classes, counts = confusion(run, run.headline)
     if len(classes) > MOST_CLASSES_IN_MATRIX:
         wrong = [(int(counts[i, j]), i, j) for i, j in zip(*np.nonzero(counts), strict=True) if i != j]
         body = [

@@ -19,7 +19,7 @@ def gallery(run: Run) -> str:
     records = {record.index: record for record in run.records or ()}
     parts = []
     for kind in KINDS:
-        some = [picture for picture in run.gallery.pictures if kind_of(records[picture.index], run.telling) == kind]
+        some = [picture for picture in run.gallery.pictures if kind_of(records[picture.index], run.headline) == kind]
         if some:
             cards = "".join(_card(run, picture, records[picture.index]) for picture in some)
             parts.append(f'<h4>{escape(kind.capitalize())}</h4><div class="cards">{cards}</div>')
@@ -27,7 +27,7 @@ def gallery(run: Run) -> str:
 
 
 def _card(run: Run, picture: Picture, record: ImageRecord) -> str:
-    first = record.results[run.telling]
+    first = record.results[run.headline]
     answer, rival = run.class_name(picture.prediction), run.class_name(picture.runner_up)
     truth = "" if first.prediction == record.label else f" (is {escape(run.class_name(record.label))})"
     missing = f"margin {first.margin:,}" if first.certified else f"{-first.margin:,} short of a certificate"

@@ -61,7 +61,7 @@ def _against_patch(runs: list[Run]) -> Any:
 
 
 def _margins(run: Run) -> Any:
-    edges, groups = margins(run, run.telling)
+    edges, groups = margins(run, run.headline)
     drawing = figure(5.0, 3.2)
     axes = drawing.subplots()
     base = [0] * (len(edges) - 1)
@@ -69,7 +69,7 @@ def _margins(run: Run) -> Any:
         axes.bar(edges[:-1], groups[kind], edges[1] - edges[0], base, align="edge", color=color, label=kind)
         base = [below + count for below, count in zip(base, groups[kind], strict=True)]
     axes.axvline(0, color="black", linestyle="--", linewidth=1)
-    row = run.info.results[run.telling]
+    row = run.info.results[run.headline]
     axes.set(xlabel=_plain(f"margin ({row.rule}, patch of {in_unit(row.threat, run.info.pixels)})"), ylabel="images")
     axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return drawing

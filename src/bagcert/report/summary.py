@@ -49,8 +49,8 @@ class Run:
     gallery: Gallery | None = None
 
     @property
-    def telling(self) -> int:
-        """The row to show where only one is, as `telling_column`: the model's own, or the first that certifies."""
+    def headline(self) -> int:
+        """The row to show where only one is, as `headline_column`: the model's own, or the first that certifies."""
         rows = self.info.results
         asked = [[row.rule, row.threat] for row in rows]
         if self.info.deployed in asked:

@@ -20,7 +20,8 @@ from bagcert.rules.masks import Windows
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 
-_MONOTONE = ("vote", "levine-feizi")
+VOTING_RULES = ("vote", "levine-feizi")
+"""Rules without masks: their prediction does not depend on the patch."""
 
 
 def largest_certified_px(
@@ -45,7 +46,7 @@ def largest_certified_px(
             a smaller patch may fit where a larger one does not.
     """
     chosen = get_rule(rule)
-    if rule not in _MONOTONE:
+    if rule not in VOTING_RULES:
         if threat is None:
             raise UsageError(f"the masks of {rule} are built for a patch; name the threat")
         certificate = certificate or chosen.certify(score_map, threat)

@@ -47,7 +47,7 @@ class Share:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class BatchPart:
     """One process's images of one part of a batch.
 
     Attributes:
@@ -73,7 +73,7 @@ class Batches(Protocol):
     share: Share
     epoch_steps: int
 
-    def since(self, step: int) -> Generator[list[Part], None, None]:
+    def since(self, step: int) -> Generator[list[BatchPart], None, None]:
         """This process's parts of the batch of `step` (from 0), of the next one, and so on without end."""
 
 
@@ -95,7 +95,7 @@ class MemoryBatches:
         self.images, self.labels, self.share, self.seed = images, labels, share, seed
         self.epoch_steps = len(images) // share.batch
 
-    def since(self, step: int) -> Generator[list[Part], None, None]:
+    def since(self, step: int) -> Generator[list[BatchPart], None, None]:
         """This process's parts of the batch of `step` (from 0), of the next one, and so on without end."""
         device = self.images.device
         rows = [torch.from_numpy(part) for part in self.share.rows()]
@@ -106,7 +106,7 @@ class MemoryBatches:
                 batch = order[position * self.share.batch : (position + 1) * self.share.batch]
                 chosen = [batch[part].to(device) for part in rows]
                 yield [
-                    Part(self.images[index], self.labels[index], part.to(device))
+                    BatchPart(self.images[index], self.labels[index], part.to(device))
                     for index, part in zip(chosen, rows, strict=True)
                 ]
             step = (epoch + 1) * self.epoch_steps

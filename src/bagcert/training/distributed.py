@@ -12,7 +12,7 @@ from bagcert.errors import BagcertError
 Value = TypeVar("Value")
 
 
-class Team:
+class ProcessGroup:
     """What the processes of a run decide together. With one process all of it costs nothing.
 
     Made after the process group. It talks over gloo, whatever the devices do, so that a question waits for processes

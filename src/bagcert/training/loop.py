@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
 
 from bagcert.data.image_set import ImageSet
-from bagcert.devices import keep_freed_memory, resolve_device
+from bagcert.devices import resolve_device, tune_malloc
 from bagcert.errors import BagcertError, UsageError
 from bagcert.io.files import write_atomically
 from bagcert.nets.region_scorer import RegionScorer, not_finite
@@ -29,7 +29,7 @@ from bagcert.nets.saved_model import ModelConfig, normalization, write_model
 from bagcert.threat import PatchThreatModel, check_notation
 from bagcert.training.checkpoint import RunFolder, check_run_folder, written_recipe
 from bagcert.training.data import Sources, TrainingData, load_sources, load_training_data
-from bagcert.training.distributed import Team
+from bagcert.training.distributed import ProcessGroup
 from bagcert.training.feasible import require_certifiable
 from bagcert.training.held_out import scale_of, validate, validation_scores
 from bagcert.training.launcher import processes_here
@@ -117,18 +117,18 @@ def train(
     called = time.monotonic()
     accelerator = _accelerator(device)
     torch.manual_seed(recipe.train.seed)
-    team = Team()
-    with team.together():
+    group = ProcessGroup()
+    with group.together():
         check_notation(recipe.defense.patch)
         if isinstance(data, str):
             recipe = recipe.changed(data={"name": data})
         if minutes is not None and resume and (written := written_recipe(out)) is not None:
             recipe = recipe.changed(train={"epochs": written.train.epochs})
-        if team.is_main:
+        if group.is_main:
             check_run_folder(out, recipe, resume)
         sources = load_sources(recipe, data, limit, validation)
         on_message(f"reading {len(sources.training) + len(sources.validation):,} images of {sources.name}")
-        images = load_training_data(sources, recipe, accelerator.device, team.index, team.size)
+        images = load_training_data(sources, recipe, accelerator.device, group.index, group.size)
         config = model_config(recipe, images.training, images.sample) if scorer is None else None
         network = _given(scorer, sources, images) if config is None else config.build()
         if init is not None:
@@ -142,11 +142,11 @@ def train(
     class_weights = class_weights.to(accelerator.device)
 
     network.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a torch stub gap
-    if team.size > 1:
+    if group.size > 1:
         synchronize_batch_norm(network)
     if minutes is not None and not resume:
-        pace = measure_pace(recipe, network, threat, images, accelerator, team, class_weights)
-        epochs = pace.epochs(60 * minutes - team.mean(time.monotonic() - called))
+        pace = measure_pace(recipe, network, threat, images, accelerator, group, class_weights)
+        epochs = pace.epochs(60 * minutes - group.mean(time.monotonic() - called))
         recipe = recipe.changed(train={"epochs": epochs})
         on_message(
             f"an epoch takes {pace.epoch_seconds:.3g} s ({pace.step_seconds:.3g} s a step): training for {epochs} "
@@ -158,12 +158,12 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(recipe, steps))
     average = AveragedModel(network, multi_avg_fn=moving_average(recipe.train.ema), use_buffers=True)
     run = RunFolder(out, recipe, network, average, optimizer, schedule, steps, decay_start(recipe, steps))
-    with team.together():
-        if team.is_main:
+    with group.together():
+        if group.is_main:
             run.open(resume)
-    if team.size > 1:  # also where a folder is not shared, and where machines do not round alike
-        run.take(team.from_main(run.content))
-    stepper = Stepper(recipe, network, losses, optimizer, accelerator, team, class_weights, images.batches.share)
+    if group.size > 1:  # also where a folder is not shared, and where machines do not round alike
+        run.take(group.from_main(run.content))
+    stepper = Stepper(recipe, network, losses, optimizer, accelerator, group, class_weights, images.batches.share)
     on_message(
         f"training on {len(images.training):,} images of {len(images.training.class_names)} classes, "
         f"{len(sources.validation):,} held out ({sources.held_out_by}); {epochs} "
@@ -179,22 +179,22 @@ def train(
 
     started, seconds_before = time.monotonic(), run.seconds
     running, counted = torch.zeros((), device=accelerator.device), 0
-    with _interruptions(team.size > 1) as interrupted, closing(images.batches.since(run.step)) as batches:
+    with _interruptions(group.size > 1) as interrupted, closing(images.batches.since(run.step)) as batches:
         while run.step < steps:
-            with team.together():
+            with group.together():
                 parts = next(batches)
             running = running + stepper.step(parts, run.step, run.step / steps)
             schedule.step()
             average.update_parameters(network)
             run.step, counted = run.step + 1, counted + 1
 
-            stop = team.any(interrupted())
+            stop = group.any(interrupted())
             epoch, position = divmod(run.step - 1, epoch_steps)
             epoch_ends = position == epoch_steps - 1
             saves = stop or epoch_ends or run.step == run.decay_start or run.step % recipe.train.checkpoint_every == 0
             progress = Progress(run.step, steps, epoch + 1, epochs, epoch_ends=epoch_ends)
             if saves or run.step % CHECK_LOSS_EVERY == 0:
-                progress.loss = team.mean(running.item() / counted)
+                progress.loss = group.mean(running.item() / counted)
                 running, counted = torch.zeros_like(running), 0
                 if not math.isfinite(progress.loss) or (saves and not_finite(network.state_dict())):
                     raise BagcertError(
@@ -203,8 +203,8 @@ def train(
                     )
             run.seconds = progress.seconds = seconds_before + time.monotonic() - started
             validates = epoch_ends and ((epoch + 1) % recipe.train.validate_every == 0 or run.step == steps)
-            with team.together() if saves else nullcontext():
-                if validates and team.is_main:
+            with group.together() if saves else nullcontext():
+                if validates and group.is_main:
                     progress.validation = validate(
                         run.shipping, images.held_out, images.held_out_labels, recipe, threat
                     )
@@ -215,17 +215,17 @@ def train(
                         **progress.validation,
                     )
                     save_model()
-                if saves and team.is_main:
+                if saves and group.is_main:
                     run.save()
                     if stop and not validates:
                         save_model()
-            if team.is_main:
+            if group.is_main:
                 on_progress(progress)
             if stop:
                 raise BagcertError(f"interrupted at step {run.step} of {steps}; --resume goes on from {out}")
 
-    with team.together():
-        if team.is_main:
+    with group.together():
+        if group.is_main:
             save_model()
             run.close()
     if scorer is not None:
@@ -277,7 +277,7 @@ def _accelerator(device: str) -> Accelerator:
     # Accelerate fixes its mixed precision for the whole process; a process may train twice.
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no")
     if accelerator.device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     return accelerator
 
 

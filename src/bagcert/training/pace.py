@@ -16,7 +16,7 @@ from torch import Tensor
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.threat import PatchThreatModel
 from bagcert.training.data import TrainingData
-from bagcert.training.distributed import Team
+from bagcert.training.distributed import ProcessGroup
 from bagcert.training.held_out import validate
 from bagcert.training.recipe import Recipe
 from bagcert.training.setup import make_optimizer
@@ -62,19 +62,19 @@ def measure_pace(
     threat: PatchThreatModel,
     images: TrainingData,
     accelerator: Accelerator,
-    team: Team,
+    group: ProcessGroup,
     class_weights: Tensor,
 ) -> Pace:
     """The time of a step: the mean over 3 seconds (3 to 50 steps) after 2 steps; and that of one validation."""
     trial = deepcopy(scorer)
     losses = Losses(recipe, trial, threat, accelerator.device)
     share = images.batches.share
-    stepper = Stepper(recipe, trial, losses, make_optimizer(recipe, trial), accelerator, team, class_weights, share)
+    stepper = Stepper(recipe, trial, losses, make_optimizer(recipe, trial), accelerator, group, class_weights, share)
     # Networks with dropout draw from the global generator, which the run must find as it was.
     with torch.random.fork_rng(), closing(images.batches.since(0)) as batches:
         measured, started = -WARM_UP_STEPS, time.monotonic()
         while True:
-            with team.together():
+            with group.together():
                 parts = next(batches)
             stepper.step(parts, measured + WARM_UP_STEPS, 0.0).item()
             measured += 1
@@ -82,13 +82,13 @@ def measure_pace(
                 started = time.monotonic()
             elapsed = time.monotonic() - started
             enough = measured >= FEWEST_STEPS and elapsed >= MEASURED_SECONDS
-            if measured > 0 and team.any(enough or measured >= MOST_STEPS):
+            if measured > 0 and group.any(enough or measured >= MOST_STEPS):
                 break
-    step_seconds = team.mean(elapsed) / measured
+    step_seconds = group.mean(elapsed) / measured
 
     def validation() -> float:
         start = time.monotonic()
         validate(trial, images.held_out, images.held_out_labels, recipe, threat)
         return time.monotonic() - start
 
-    return Pace(step_seconds, images.batches.epoch_steps, team.from_main(validation), recipe.train.validate_every)
+    return Pace(step_seconds, images.batches.epoch_steps, group.from_main(validation), recipe.train.validate_every)

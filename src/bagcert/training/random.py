@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class BatchDraws:
+class ShardedGenerator:
     """A source of random numbers for some images of a batch.
 
     Every number is drawn for the whole batch, and those of the images at hand are kept. So an image gets the same
@@ -25,14 +25,14 @@ class BatchDraws:
     rows: Int64[Tensor, " images"]
 
 
-Source = torch.Generator | BatchDraws
+Source = torch.Generator | ShardedGenerator
 
 
 def draw(high: int, images: int, source: Source, *shape: int) -> Tensor:
     """Integers from 0 to `high - 1`, [images, *shape], on the device of the source.
 
     >>> whole = draw(9, 4, torch.Generator().manual_seed(0), 2)
-    >>> share = BatchDraws(torch.Generator().manual_seed(0), 4, torch.tensor([3, 1]))
+    >>> share = ShardedGenerator(torch.Generator().manual_seed(0), 4, torch.tensor([3, 1]))
     >>> torch.equal(draw(9, 2, share, 2), whole[[3, 1]])
     True
     """

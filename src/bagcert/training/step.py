@@ -9,11 +9,11 @@ from torch import Tensor
 
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.threat import PatchThreatModel
-from bagcert.training.batches import Part, Share
-from bagcert.training.distributed import Team
+from bagcert.training.batches import BatchPart, Share
+from bagcert.training.distributed import ProcessGroup
 from bagcert.training.interval import BoundedLoss
 from bagcert.training.objective import Objective, make_objective, network_input
-from bagcert.training.random import BatchDraws
+from bagcert.training.random import ShardedGenerator
 from bagcert.training.recipe import Recipe
 
 
@@ -39,7 +39,7 @@ class Stepper:
         scorer: the network, on the device.
         losses: of this network.
         optimizer: of its parameters.
-        accelerator, team: of this process.
+        accelerator, group: of this process.
         class_weights: float32 [classes], on the device.
         share: which images of a batch are this process's.
     """
@@ -51,19 +51,19 @@ class Stepper:
         losses: Losses,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
-        team: Team,
+        group: ProcessGroup,
         class_weights: Tensor,
         share: Share,
     ) -> None:
         self.recipe, self.scorer, self.losses = recipe, scorer, losses
-        self.accelerator, self.team, self.class_weights, self.share = accelerator, team, class_weights, share
+        self.accelerator, self.group, self.class_weights, self.share = accelerator, group, class_weights, share
         self.model, self.optimizer = accelerator.prepare(scorer, optimizer)
         self.forward = torch.compile(self.model) if recipe.train.compile else self.model
         self.autocast = torch.autocast(
             accelerator.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"
         )
 
-    def step(self, parts: list[Part], step: int, done: float) -> Tensor:
+    def step(self, parts: list[BatchPart], step: int, done: float) -> Tensor:
         """Changes the weights, and gives this process's loss before that.
 
         Args:
@@ -79,7 +79,7 @@ class Stepper:
             # The processes meet where the gradients of the last part are made.
             with nullcontext() if part is parts[-1] else self.accelerator.no_sync(self.model):
                 # Gradients are averaged over the processes; this process's share counts as often as there are.
-                loss = (self._losses(part, step, done) * weight).sum() / whole_weight * self.team.size
+                loss = (self._losses(part, step, done) * weight).sum() / whole_weight * self.group.size
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         if self.recipe.optimizer.gradient_clip is not None:
@@ -87,7 +87,7 @@ class Stepper:
         self.optimizer.step()
         return total
 
-    def _losses(self, part: Part, step: int, done: float) -> Tensor:
+    def _losses(self, part: BatchPart, step: int, done: float) -> Tensor:
         """One loss per image."""
         recipe, losses = self.recipe, self.losses
         generator = _draws(self.accelerator.device, recipe.train.seed, step, self.share, part)
@@ -102,7 +102,7 @@ class Stepper:
         return loss
 
 
-def _draws(device: torch.device, seed: int, step: int, share: Share, part: Part) -> BatchDraws:
+def _draws(device: torch.device, seed: int, step: int, share: Share, part: BatchPart) -> ShardedGenerator:
     """The random numbers of a step, and of them those for the images of one part."""
     mixed = int(np.random.SeedSequence((seed, step, 0)).generate_state(1, np.uint64)[0] >> 1)
-    return BatchDraws(torch.Generator(device).manual_seed(mixed), share.batch, part.rows)
+    return ShardedGenerator(torch.Generator(device).manual_seed(mixed), share.batch, part.rows)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from bagcert.data.image_set import ImageSet, as_stored
 from bagcert.data.photo import Photo
 from bagcert.errors import BagcertError, UsageError
-from bagcert.training.batches import Part, Share
+from bagcert.training.batches import BatchPart, Share
 
 Prepare = Callable[[Photo], np.ndarray]
 Task = Int64[np.ndarray, "2 images"]
@@ -79,7 +79,7 @@ class StreamedBatches:
         self.epoch_steps = len(images) // share.batch
         self._blocks = images.blocks()
 
-    def since(self, step: int) -> Generator[list[Part], None, None]:
+    def since(self, step: int) -> Generator[list[BatchPart], None, None]:
         """This process's parts of the batch of `step` (from 0), of the next one, and so on without end.
 
         Raises:
@@ -130,12 +130,12 @@ class StreamedBatches:
                     yield np.stack([places, order[start + places]])
             step = (epoch + 1) * self.epoch_steps
 
-    def _parts(self, places: Tensor, labels: Tensor, pixels: Tensor) -> list[Part]:
+    def _parts(self, places: Tensor, labels: Tensor, pixels: Tensor) -> list[BatchPart]:
         parts = []
         for part in np.array_split(np.arange(self.share.batch), self.share.parts):
             chosen = (places >= int(part[0])) & (places <= int(part[-1]))
             images = pixels[chosen].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            parts.append(Part(images.contiguous(), labels[chosen].to(self.device), places[chosen].to(self.device)))
+            parts.append(BatchPart(images.contiguous(), labels[chosen].to(self.device), places[chosen].to(self.device)))
         return parts
 
 

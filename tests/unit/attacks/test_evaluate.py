@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from bagcert.attacks import Settings
-from bagcert.attacks.evaluate import bracket
+from bagcert.attacks.evaluate import attack_dataset
 from bagcert.errors import UnreadableError
 from bagcert.rules import RULES, Rule, vote
 from tests import tiny
@@ -38,7 +38,7 @@ def unsound(monkeypatch):
 def test_rows_are_those_of_the_records():
     seen = []
     images = tiny.pixels(LABELS, tint=150)
-    found = bracket(
+    found = attack_dataset(
         tiny.color_model(),
         batches(images),
         ["1", "3"],
@@ -75,7 +75,7 @@ def test_rows_are_those_of_the_records():
 
 def test_successful_images_are_saved(tmp_path):
     images = tiny.pixels(LABELS, tint=60)
-    found = bracket(tiny.color_model(), batches(images), ["4"], ["vote"], settings=QUICK, save=tmp_path)
+    found = attack_dataset(tiny.color_model(), batches(images), ["4"], ["vote"], settings=QUICK, save=tmp_path)
     broken = [record.index for record in found.records if record.results[0].broken]
     assert broken
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{index:06d}-vote-4.png" for index in broken]
@@ -91,7 +91,7 @@ def test_a_broken_certificate_is_an_alarm(unsound, tmp_path, monkeypatch, named)
     (tmp_path / "bagcert-broken-1").mkdir()
     images = tiny.pixels(LABELS, tint=60)
     save = tmp_path / "saved" if named else None
-    found = bracket(
+    found = attack_dataset(
         tiny.color_model(), batches(images), ["4"], ["vote"], settings=QUICK, save=save, about={"model": "tiny"}
     )
     (row,) = found.rows
@@ -116,4 +116,4 @@ def test_a_broken_certificate_is_an_alarm(unsound, tmp_path, monkeypatch, named)
 
 def test_no_image_is_an_error():
     with pytest.raises(UnreadableError, match="no image to attack"):
-        bracket(tiny.color_model(), [], ["2"], ["vote"])
+        attack_dataset(tiny.color_model(), [], ["2"], ["vote"])

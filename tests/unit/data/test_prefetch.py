@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bagcert.data.prefetch import one_ahead
+from bagcert.data.prefetch import prefetch
 
 
 def counted(stop: int, begun: list[int], fail_at: int | None = None) -> Iterator[int]:
@@ -17,8 +17,8 @@ def counted(stop: int, begun: list[int], fail_at: int | None = None) -> Iterator
 
 
 def test_the_same_items_in_the_same_order() -> None:
-    assert list(one_ahead(iter(range(20)))) == list(range(20))
-    assert list(one_ahead(iter([]))) == []
+    assert list(prefetch(iter(range(20)))) == list(range(20))
+    assert list(prefetch(iter([]))) == []
 
 
 def test_the_next_item_is_made_in_another_thread_while_this_one_is_in_use() -> None:
@@ -31,7 +31,7 @@ def test_the_next_item_is_made_in_another_thread_while_this_one_is_in_use() -> N
         made.set()
         yield 1
 
-    found = one_ahead(items())
+    found = prefetch(items())
     assert next(found) == 0
     assert made.wait(30), "nobody has asked for item 1, and it is there"
     assert list(found) == [1]
@@ -40,7 +40,7 @@ def test_the_next_item_is_made_in_another_thread_while_this_one_is_in_use() -> N
 
 def test_no_more_than_one_is_held() -> None:
     begun: list[int] = []
-    found = one_ahead(counted(10, begun))
+    found = prefetch(counted(10, begun))
     assert next(found) == 0
     found.close()
     assert begun in ([0], [0, 1])
@@ -48,7 +48,7 @@ def test_no_more_than_one_is_held() -> None:
 
 def test_an_error_comes_in_place_of_its_item() -> None:
     begun: list[int] = []
-    found = one_ahead(counted(10, begun, fail_at=2))
+    found = prefetch(counted(10, begun, fail_at=2))
     assert [next(found), next(found)] == [0, 1]
     with pytest.raises(ValueError, match="item 2"):
         next(found)

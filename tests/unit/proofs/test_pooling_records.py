@@ -15,7 +15,7 @@ from bagcert.aggregation import PRODUCT_LIMIT, AttentionPooling
 from bagcert.grid import RegionGrid
 from bagcert.proofs.maps import read_readout, rounded_quotient
 from bagcert.proofs.record import geometry_fields, map_fields, readout_fields, threat_fields
-from bagcert.proofs.verify import Verdict, verify_readout, verify_record
+from bagcert.proofs.verify import VerifyResult, verify_readout, verify_record
 from bagcert.records import Record
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap
@@ -106,7 +106,7 @@ def expected(record: dict[str, Any], readout: dict[str, Any], masks: list[np.nda
     return label, margin
 
 
-def refused(verdict: Verdict, fault: str, *words: str) -> None:
+def refused(verdict: VerifyResult, fault: str, *words: str) -> None:
     assert (verdict.ok, verdict.fault) == (False, fault), verdict
     for word in words:
         assert word in verdict.reason
@@ -338,7 +338,7 @@ def test_more_than_it_goes_through_is_a_limit_at_once() -> None:
         "weights": packed(np.ones(2 * side * side), "u1"),
     }
 
-    def verdict() -> Verdict:
+    def verdict() -> VerifyResult:
         return in_seconds(verify_record, record, readout, most=1.5)
 
     refused(verdict(), "limit", "3,969 masks are too many to go through in pairs")

@@ -19,7 +19,7 @@ from bagcert.certificate import Certificate
 from bagcert.grid import RegionGrid
 from bagcert.proofs.lines import seal
 from bagcert.proofs.record import geometry_fields, scores_fields, threat_fields
-from bagcert.proofs.verify import Verdict, verify_record
+from bagcert.proofs.verify import VerifyResult, verify_record
 from bagcert.records import Record
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap
@@ -181,7 +181,7 @@ def test_what_it_cannot_go_through_is_not_verified() -> None:
     refused(with_scores(record, np.zeros((3, 40, 40))), "limit", "masks are too many")
 
 
-def in_seconds(check: Callable[..., Verdict], *content: dict[str, Any], most: float) -> Verdict:
+def in_seconds(check: Callable[..., VerifyResult], *content: dict[str, Any], most: float) -> VerifyResult:
     started = time.process_time()
     verdict = check(*content)
     assert time.process_time() - started < most, verdict
@@ -460,7 +460,7 @@ def test_every_field_it_reads_may_be_missing_or_anything() -> None:
     for path in paths:
         for value in (None, [], {}, "x", -1, 1e300, [[]], {"a": 1}, [None] * 4, "\ud800", 10**400):
             verdict = verify_record(altered(record, *path, value=value))
-            assert isinstance(verdict, Verdict)
+            assert isinstance(verdict, VerifyResult)
             assert verdict.ok is (value is None and path in (("threat", "allowed"), ("scores", "slack"))), (path, value)
         missing = altered(record, *path, value=None)
         place = missing if len(path) == 1 else missing[path[0]]

@@ -14,7 +14,7 @@ import torch
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo
 from bagcert.errors import BagcertError, UnreadableError, UsageError
-from bagcert.training.batches import Part, Share
+from bagcert.training.batches import BatchPart, Share
 from bagcert.training.stream import StreamedBatches, stream_order
 
 COUNT, BLOCK = 103, 7
@@ -44,7 +44,7 @@ def batches(share: Share, workers: int = 0, source: Callable[[int], Photo] = Sou
     return StreamedBatches(images(source), None, (4, 5), share, 3, 30, workers, torch.device("cpu"))
 
 
-def taken(found: StreamedBatches, steps: int, first: int = 0) -> list[list[Part]]:
+def taken(found: StreamedBatches, steps: int, first: int = 0) -> list[list[BatchPart]]:
     return list(islice(found.since(first), steps))
 
 
