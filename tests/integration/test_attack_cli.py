@@ -148,7 +148,7 @@ def test_evaluate_with_an_attack_that_breaks_a_certificate(
         (("--attack", "gradint"), ("no attack 'gradint'", "did you mean gradient?")),
         (("--attacked-placements", "few"), ("--attacked-placements", "at least 1, or all", "'few'")),
         (("--attacked-placements", "0"), ("--attacked-placements", "'0'")),
-        (("--rule", "votes"), ("no rule 'votes'",)),
+        (("--rule", "votes"), ("unknown rule 'votes'",)),
         (("--patch", "9"), ("9x9 px does not fit into an image of 8x8 px",)),
         (("--out", "figures.txt"), ("must be a .json file", "figures.txt")),
         (("--records", "records.json"), ("must be a .jsonl file", "records.json")),

@@ -1,6 +1,7 @@
-"""Rules: integer score maps in, predictions and certificates out. Pure: no network, no files, no labels.
+"""Certification rules: pure functions from integer score maps to predictions and certificates.
 
-A new rule is one module with a function `(ScoreMap, PatchThreatModel) -> Certificate` and one line in `RULES`.
+Rules use no network, files or labels. To add a rule, write a module with a function
+`(ScoreMap, PatchThreatModel) -> Certificate` and add one line to `RULES`.
 """
 
 from collections.abc import Callable
@@ -18,15 +19,17 @@ from bagcert.threat import PatchThreatModel
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to turn a score map into an answer with a proof.
+    """A certification rule: how predictions and certificates are computed from a score map.
 
     Attributes:
-        name: as in recipes and on the command line.
-        certify: the certificate of every image of a score map, its deployed prediction included.
-        predict: the deployed prediction alone, int64 [batch]; the same as that of `certify`.
-        guarantee: "recovery" (no attack changes the answer) or "detection" (none does without an alert).
-        summary: one line.
-        pools: whether it takes any aggregation of the kept regions; otherwise class scores must be sums over regions.
+        name: name of the rule in recipes and on the command line.
+        certify: computes a `Certificate` for every image of a score map, including the deployed prediction.
+        predict: computes the deployed prediction only, int64 [batch]; equal to the prediction of `certify`.
+        guarantee: "recovery" (no attack changes the prediction of a certified image) or "detection" (no attack
+            changes it without raising an alert).
+        summary: one-line description.
+        pools: whether the rule accepts any aggregation of the kept regions. If False, class scores must be sums over
+            regions.
     """
 
     name: str
@@ -38,7 +41,7 @@ class Rule:
 
 
 def sum_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Tensor:
-    """The class with the largest sum over all regions, whatever the threat.
+    """Return the class with the largest sum over all regions; `threat` is ignored.
 
     Raises:
         UsageError: class scores are not sums over regions.
@@ -48,7 +51,7 @@ def sum_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Tensor:
 
 
 def plain_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Tensor:
-    """The class with the largest sum over all regions, whatever the threat."""
+    """Return the class with the largest score over all regions; `threat` is ignored."""
     return score_map.predict()
 
 
@@ -91,12 +94,12 @@ RULES: dict[str, Rule] = {
 
 
 def get_rule(name: str) -> Rule:
-    """The rule of that name.
+    """Look up a rule by name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: unknown name.
     """
     if name in RULES:
         return RULES[name]
     likely = name.lower().replace("_", "-")
-    raise UsageError(f"there is no rule {name!r}{nearest(likely, RULES, cutoff=0.4)}")
+    raise UsageError(f"unknown rule {name!r}{nearest(likely, RULES, cutoff=0.4)}")

@@ -1,8 +1,9 @@
-"""Double masking and detection for attention pooling: the same definitions, with a readout for every kept set.
+"""Double masking and detection for attention pooling.
 
-The proof of double masking holds for any function of the kept regions, so nothing but the labels changes. Labels of one
-mask cost a readout per mask. The certificate needs a readout per pair of masks, but only for images on which all
-labels of one mask agree: each mask is also a pair with itself.
+The definitions are the same as for sums of scores. The proof of double masking holds for any function of the kept
+regions, so only the computation of the labels changes. One-mask labels cost one readout per mask. The certificate needs
+one readout per pair of masks, but only for images on which all one-mask labels agree, because each mask also forms a
+pair with itself.
 """
 
 from collections.abc import Iterator
@@ -23,18 +24,18 @@ from bagcert.threat import PatchThreatModel
 
 MOST_PAIRS = 10_000_000
 NO_LABEL = 2.0**24
-"""A lead above that of any row."""
+"""Stands for the lead of a row without a label; larger than every real lead."""
 ROWS_AT_ONCE = 1664
-"""Readouts in one product: their pooled values stay in the cache of a processor core."""
+"""Number of readouts per matrix product. At this size their pooled values fit into the cache of a CPU core."""
 
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """What the attacked patches may hide: all windows, or for K patches all unions of K windows.
+    """Masks for one threat: all windows, or for K patches all unions of K windows.
 
     Attributes:
-        masks: boolean [masks, regions].
-        placements: [masks, K, 4], a placement in pixels for each of the windows of a mask.
+        masks: boolean [masks, regions], True for the masked regions.
+        placements: int64 [masks, K, 4], one placement `[top, left, height, width]` in pixels per window of a mask.
     """
 
     masks: Bool[Tensor, "masks regions"]
@@ -42,10 +43,10 @@ class Masks:
 
     @classmethod
     def of(cls, score_map: ScoreMap, threat: PatchThreatModel) -> "Masks":
-        """The masks of a threat on the grid of a map.
+        """Compute the masks of a threat on the grid of a score map.
 
         Raises:
-            UsageError: several patches lead to more masks or pairs of masks than can be enumerated.
+            UsageError: for several patches, the number of masks or of pairs of masks exceeds the limit.
         """
         if threat.patches > 1:
             unions = Unions.of(score_map, threat)
@@ -63,21 +64,21 @@ class Masks:
 
     @cached_property
     def whole(self) -> Bool[Tensor, " masks"]:
-        """Masks that leave no region."""
+        """Which masks cover all regions."""
         return self.masks.all(1)
 
     @cached_property
     def completed(self) -> Bool[Tensor, " masks"]:
-        """Masks which, together with some mask, leave no region."""
+        """Which masks cover all regions together with some other mask."""
         return completed(self.masks, torch.ones_like(self.whole))
 
     @cached_property
     def blocks(self) -> list["_Block"]:
-        """All pairs of masks, each mask with itself included, in blocks of at most ROWS_AT_ONCE pairs."""
+        """All pairs of masks, including each mask with itself, in blocks of at most ROWS_AT_ONCE pairs."""
         return [_Block.of(self.masks, *pairs) for pairs in _pairs(len(self), self.masks.device)]
 
     def at_once(self, count: int) -> Iterator[slice]:
-        """Slices of `count` items with a row for every mask each, so that products have ROWS_AT_ONCE rows at most."""
+        """Split `count` items into slices such that one row per item and mask gives at most ROWS_AT_ONCE rows."""
         step = max(1, ROWS_AT_ONCE // len(self))
         for start in range(0, count, step):
             yield slice(start, min(start + step, count))
@@ -85,16 +86,17 @@ class Masks:
     def without(
         self, evidence: Float[Tensor, "*batch channels regions"], masks: Tensor
     ) -> Float[Tensor, "*batch masks channels"]:
-        """Sums over all regions but those of each mask."""
+        """Sum the evidence over the regions outside each mask."""
         return (~masks).to(evidence.dtype) @ evidence.mT
 
     def pair_sums(
         self, evidence: Float[Tensor, "channels regions"], single: Float[Tensor, "masks channels"]
     ) -> Iterator[tuple["_Block", Float[Tensor, "pairs channels"]]]:
-        """Sums over all regions but those of two masks, a block at a time.
+        """Sum the evidence over the regions outside each pair of masks, one block at a time.
 
         Args:
-            single: `without` of every mask.
+            evidence: evidence of one image.
+            single: the result of `without` for every mask.
         """
         # total - W(m) - W(m') + O(m, m') = single(m) + single(m') - total + O(m, m')
         less = single - evidence.sum(1)
@@ -107,12 +109,12 @@ class Masks:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Some pairs of masks; those that share regions come first.
+    """A block of pairs of masks; pairs whose masks overlap come first.
 
     Attributes:
-        first, second: the masks of each pair.
-        shared: boolean [sets, regions], the distinct sets of shared regions.
-        number: which of them each pair shares, for the pairs that share any.
+        first, second: indices of the two masks of each pair.
+        shared: boolean [sets, regions], the distinct intersections of two masks.
+        number: index into `shared` for each overlapping pair.
     """
 
     first: Int[Tensor, " pairs"]
@@ -122,7 +124,7 @@ class _Block:
 
     @classmethod
     def of(cls, masks: Bool[Tensor, "masks regions"], first: Tensor, second: Tensor) -> "_Block":
-        """The block of these pairs."""
+        """Build the block of the given pairs."""
         both = masks[first] & masks[second]
         overlapping = both.any(1)
         order = torch.cat([overlapping.nonzero()[:, 0], (~overlapping).nonzero()[:, 0]])
@@ -131,8 +133,8 @@ class _Block:
 
 
 def _pairs(count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pairs (i, j) with i <= j < count in lexicographic order, at most ROWS_AT_ONCE at a time."""
-    ends = torch.arange(count, 0, -1, device=device).cumsum(0)  # how many pairs have a first mask of at most i
+    """Yield all pairs (i, j) with i <= j < count in lexicographic order, at most ROWS_AT_ONCE at a time."""
+    ends = torch.arange(count, 0, -1, device=device).cumsum(0)  # number of pairs whose first mask is at most i
     for start in range(0, count * (count + 1) // 2, ROWS_AT_ONCE):
         rank = torch.arange(start, min(start + ROWS_AT_ONCE, count * (count + 1) // 2), device=device)
         first = torch.searchsorted(ends, rank, right=True)
@@ -140,11 +142,11 @@ def _pairs(count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def attention_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
-    """`double_masking` for a map with a readout.
+    """Certify the double-masking prediction of a map with a readout; see `double_masking`.
 
-    margin = min over mask pairs and c != y of z_y - z_c - 1[c < y], in units of the readout; -1 at most where some pair
-    leaves no region. It is exact where the image is certified. Where it is not, it is the smallest found: over all
-    single masks, and over all pairs if every single mask gives y.
+    margin = min over mask pairs and c != y of z_y - z_c - 1[c < y], in units of the readout; at most -1 if some pair
+    covers all regions. The margin of a certified image is exact. For other images it is the minimum over all single
+    masks, or over all pairs if every single mask gives y.
     """
     readout, masks = _parts(score_map, threat)
     batch, device = len(score_map), score_map.scores.device
@@ -176,7 +178,7 @@ def attention_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> C
 
 
 def attention_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Int[Tensor, " batch"]:
-    """`double_masking_prediction` for a map with a readout."""
+    """Compute the double-masking prediction of a map with a readout; see `double_masking_prediction`."""
     readout, masks = _parts(score_map, threat)
     prediction = torch.empty(len(score_map), dtype=torch.int64, device=score_map.scores.device)
     with exact_arithmetic(prediction.device):
@@ -188,7 +190,10 @@ def attention_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Int[T
 
 
 def attention_detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
-    """`detection` for a map with a readout: margin = min over masks and c != y of z_y - z_c - 1[c < y]."""
+    """Certify the plain prediction of a map with a readout by detection; see `detection`.
+
+    margin = min over masks and c != y of z_y - z_c - 1[c < y]; at most -1 if some mask covers all regions.
+    """
     readout, masks = _parts(score_map, threat)
     batch, device = len(score_map), score_map.scores.device
     margin = torch.empty(batch, dtype=torch.int64, device=device)
@@ -213,9 +218,10 @@ def _lead(
     label: Int[Tensor, " batch"],
     sums: Float[Tensor, "batch rows channels"],
 ) -> Float[Tensor, "batch rows"]:
-    """For each row by how much `label` leads its best rival, less the tie penalty: >= 0 iff the row's label is `label`.
+    """Lead of `label` over the best other class in each row, minus the tie penalty.
 
-    Rows in which nothing is kept have no label; callers count them apart.
+    The result is >= 0 if and only if the label of the row is `label`. Rows without kept regions have no label and get
+    `NO_LABEL`; callers handle them separately.
     """
     own = label[:, None, None].expand(-1, scores.shape[1], 1)
     lead = scores.gather(2, own) - scores - tie_penalty(label, scores.shape[2])[:, None]
@@ -228,20 +234,20 @@ def _predictions(
     evidence: Float[Tensor, "batch channels regions"],
     scores: Float[Tensor, "batch masks classes"],
 ) -> Int[Tensor, " batch"]:
-    """The double-masking prediction of each image from its scores under every single mask."""
+    """Compute the double-masking predictions from the scores under every single mask."""
     first = lowest_argmax(scores.mT).masked_fill(masks.whole, -1)
     plain = lowest_argmax(readout.scores(evidence.sum(2)))
     answer = majority(first, readout.classes, plain)
-    # A mask whose pairs include one without a label cannot pass.
+    # A mask cannot pass if one of its pairs covers all regions and so has no label.
     doubtful = (first >= 0) & (first != answer[:, None]) & ~masks.completed
     open_ = torch.ones(len(answer), dtype=torch.bool, device=answer.device)
-    images, tried = doubtful.nonzero(as_tuple=True)  # in the order of the images, then in that of the masks
+    images, tried = doubtful.nonzero(as_tuple=True)  # sorted by image, then by mask
     for some in masks.at_once(len(images)):
         image, mask = images[some], tried[some]
         image, mask = image[open_[image]], mask[open_[image]]
         sums = masks.without(evidence[image] * ~masks.masks[mask][:, None], masks.masks)
         passed = (lowest_argmax(readout.scores(sums).mT) == first[image, mask][:, None]).all(1)
-        for k in passed.nonzero()[:, 0].tolist():  # the first that passes decides
+        for k in passed.nonzero()[:, 0].tolist():  # the first passing mask decides
             if open_[image[k]]:
                 answer[image[k]], open_[image[k]] = first[image[k], mask[k]], False
     return answer

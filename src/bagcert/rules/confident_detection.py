@@ -1,10 +1,10 @@
-"""Detection by one mask that has to be sure: an alert where a masked prediction differs and is confident.
+"""Detection with a confidence threshold: alert if a masked prediction differs from the plain one and is confident.
 
-Confidence is a softmax of real numbers, and it is compared with a threshold twice: on the clean image, where every mask
-must reach it, and on the attacked one, where the mask over the patch must still reach it. That mask sees the same
-integer sums both times. They are turned into float64 on the CPU, which is off by far less than `ROUNDING`, and each
-comparison gives that much away: a certificate needs tau + ROUNDING, an alert is raised from tau - ROUNDING on. So no
-device, batch or library can make the two disagree.
+The confidence is a softmax of real numbers. It is compared with the threshold tau twice: on the clean image, where
+every mask must reach it, and on the attacked image, where the mask over the patch must still reach it. The integer sums
+under that mask are the same both times. The softmax is computed from them in float64 on the CPU, with an error far
+below `ROUNDING`, and both comparisons leave that much room: a certificate requires tau + ROUNDING, and an alert is
+raised from tau - ROUNDING on. The two comparisons therefore agree on every device, batch and library version.
 
 Source: Xiang & Mittal, PatchGuard++, 2021; docs/method.md, "Detection", is tau = 0.
 """
@@ -31,24 +31,24 @@ ROUNDING = 2.0**-30
 def confident_detection(
     score_map: ScoreMap, threat: PatchThreatModel, *, confidence: float = 0.0, scale: float = 1.0
 ) -> Certificate:
-    """Certifies that an attack changes the plain prediction only with an alert of `alerts`.
+    """Certify that no attack changes the plain prediction without raising an alert (see `alerts`).
 
-    An image is certified if every masked prediction is the plain one, with a confidence of at least tau: the softmax,
-    at that class, of the mean real scores (integers over `scale`) of the regions that the mask leaves. The margin is
-    that of `detection`, at most -1 where a mask is not confident.
+    An image is certified if every masked prediction equals the plain prediction with a confidence of at least tau. The
+    confidence is the softmax, at that class, of the mean real scores (integers divided by `scale`) of the regions
+    outside the mask. The margin is that of `detection`, but at most -1 if a mask is not confident.
 
-    Guarantee: sound for detection. The mask over the patch says the clean label with the same confidence as before, so
-    another prediction raises the alert. tau = 0 is `detection`; then, and only then, no alert means certified.
-    K patches: the masks are all unions of K windows.
+    Guarantee: sound for detection. The mask over the patch gives the clean label with the same confidence as before, so
+    any other prediction raises the alert. With tau = 0 the rule equals `detection`; only then does the absence of an
+    alert imply a certificate. For K patches the masks are all unions of K windows.
 
     Args:
-        score_map: the scores of a batch.
-        threat: whose windows are the masks.
-        confidence: tau, at least 0 and below 1.
-        scale: integers per unit of the real scores.
+        score_map: scores of a batch.
+        threat: threat model whose windows are the masks.
+        confidence: threshold tau in [0, 1).
+        scale: integer units per unit of the real scores.
 
     Raises:
-        UsageError: tau or scale out of range; several patches lead to more mask unions than can be enumerated.
+        UsageError: `confidence` or `scale` is out of range, or several patches have too many mask unions.
     """
     require_sum(score_map, "confident-detection")
     check_confidence(confidence, scale)
@@ -58,29 +58,29 @@ def confident_detection(
 def alerts(
     score_map: ScoreMap, threat: PatchThreatModel, *, confidence: float = 0.0, scale: float = 1.0
 ) -> Bool[Tensor, " batch"]:
-    """Does some mask say another class than the plain prediction, with a confidence of at least tau?
+    """Which images raise an alert: some masked prediction differs from the plain one with a confidence of at least tau.
 
-    A mask that leaves no region raises the alert always.
+    A mask that covers all regions always raises the alert.
 
     Raises:
-        UsageError: as `confident_detection`.
+        UsageError: as for `confident_detection`.
     """
     require_sum(score_map, "confident-detection")
     check_confidence(confidence, scale)
     prediction = score_map.predict()
     raised = torch.empty(len(score_map), dtype=torch.bool, device=prediction.device)
     for images, left, regions in _masked_sums(score_map, threat):
-        label = left.max(1).indices  # the lowest among equals
+        label = left.max(1).indices  # ties go to the lowest index
         sure = _softmax(left, regions, scale).amax(1) >= confidence - ROUNDING
         raised[images] = ((label != prediction[images][:, None].cpu()) & sure | (regions == 0)).any(1).to(raised.device)
     return raised
 
 
 def check_confidence(confidence: float, scale: float) -> None:
-    """Refuses a tau outside [0, 1) and a scale that is not positive and finite.
+    """Check that `confidence` lies in [0, 1) and that `scale` is positive and finite.
 
     Raises:
-        UsageError: either.
+        UsageError: a value is out of range.
     """
     if not 0 <= confidence < 1:
         raise UsageError(f"a confidence threshold must be at least 0 and below 1, got {confidence}")
@@ -111,7 +111,10 @@ def _softmax(
 def _masked_sums(
     score_map: ScoreMap, threat: PatchThreatModel
 ) -> Iterator[tuple[slice, Float[Tensor, "batch classes masks"], Float[Tensor, " masks"]]]:
-    """Some images, their sums outside every mask, exact, and how many regions each mask leaves; float64 on the CPU."""
+    """Yield slices of images, their exact class sums outside every mask, and the number of regions outside every mask.
+
+    The tensors are float64 on the CPU.
+    """
     device = score_map.scores.device
     masks = MaskSet.of(score_map, threat)
     regions = (masks.regions - masks.sizes[masks.keep]).cpu().double()

@@ -1,4 +1,4 @@
-"""Detection by one mask: an alert when some masked prediction differs from the plain one."""
+"""Detection with single masks: an alert is raised if some masked prediction differs from the plain prediction."""
 
 import torch
 
@@ -13,20 +13,21 @@ from bagcert.threat import PatchThreatModel
 
 @guarded
 def detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
-    """Certifies that an attack changes the plain prediction only with an alert.
+    """Certify that no attack changes the plain prediction without raising an alert.
 
     margin = min over c != y and masks m of T_c - sum over m of (s_y - s_c) - 1[c < y], where y is the plain
-    prediction; at most -1 where some mask leaves no region. No alert on an image means exactly that it is
-    certified. K patches: the masks are all unions of K windows.
+    prediction; at most -1 if some mask covers all regions. An image is certified if and only if it raises no alert.
+    For K patches the masks are all unions of K windows.
 
-    Guarantee: sound for detection, and the margin is exact: every attacked version of a certified image keeps y
-    or raises the alert. It does not say that an image without alert has the label of the clean scene.
-    `worst_placement` is [batch, K, 4] for K patches, the first mask of the lowest worst class.
+    Guarantee: sound for detection, with an exact margin: every attacked version of a certified image keeps the
+    prediction y or raises the alert. The guarantee does not say that an image without an alert has the label of the
+    clean scene. `worst_placement` is [batch, K, 4] for K patches: the first mask that attains the margin for the
+    lowest such class.
 
     Source: McCoyd et al., Minority Reports, 2020; Xiang & Mittal, PatchGuard++, 2021; docs/method.md, "Detection".
 
     Raises:
-        UsageError: several patches lead to more mask unions than can be enumerated.
+        UsageError: several patches have too many mask unions.
     """
     if score_map.readout is not None:
         return attention_detection(score_map, threat)
@@ -44,7 +45,7 @@ def detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
             removed = sums[every, label][:, None] - sums
             most, mask = masks.without_gaps(removed, -torch.inf).max(2)
             left = total[every, label][:, None] - total - tie_penalty(label, score_map.classes) - most
-            left[every, label] = torch.inf  # the label is no rival of itself
+            left[every, label] = torch.inf  # exclude the label itself
             least, rival = left.min(1)
             margin[images], prediction[images], worst[images] = least.long(), label, mask[every, rival]
     if bool(masks.whole.any()):

@@ -1,4 +1,4 @@
-"""Double masking on the score map: leaving out a window is a subtraction, so all labels cost one forward pass."""
+"""Double masking on the score map. Masking a window is a subtraction, so all labels cost a single forward pass."""
 
 import torch
 from jaxtyping import Float, Int
@@ -16,20 +16,20 @@ from bagcert.threat import PatchThreatModel
 
 @guarded
 def double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
-    """Certifies the double-masking prediction: every pair of masks leaves it on top.
+    """Certify the double-masking prediction: it must have the largest score outside every pair of masks.
 
     margin = min over c != y and mask pairs m, m' of T_c - sum over (m or m') of (s_y - s_c) - 1[c < y], where y is
-    the deployed prediction (`double_masking_prediction`); at most -1 where some pair leaves no region.
+    the deployed prediction (`double_masking_prediction`); at most -1 if some pair covers all regions.
 
-    Guarantee: sound (no patch of the threat changes the prediction of a certified image) and the margin is the
-    exact minimum over all pairs. `worst_placement` is [batch, 2, 4], a pair that attains it: always the same for
-    the same image and threat (for K patches [batch, 2K, 4]).
+    Guarantee: recovery. No patch of the threat changes the prediction of a certified image. The margin is the exact
+    minimum over all pairs. `worst_placement` is [batch, 2, 4] (for K patches [batch, 2K, 4]): a pair that attains the
+    minimum, chosen deterministically for an image and a threat.
 
     Source: Xiang et al., PatchCleanser, USENIX Security 2022, and PatchCURE, USENIX Security 2024;
     docs/method.md, "Double masking".
 
     Raises:
-        UsageError: several patches lead to more mask unions than can be enumerated.
+        UsageError: several patches have too many mask unions.
     """
     if score_map.readout is not None:
         return attention_double_masking(score_map, threat)
@@ -53,16 +53,17 @@ def double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate
 
 
 def double_masking_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Int[Tensor, " batch"]:
-    """What the double-masking defense built for a threat answers on each image.
+    """Compute the double-masking prediction of each image.
 
-    If the labels y(m) of all single masks agree, that label. Otherwise, with k the majority of the y(m) (the
-    lowest among equals): y(m) of the first mask m with y(m) != k whose pairs (m, m') all say y(m); else k. A mask
-    or pair that leaves no region has no label and agrees with nothing; without any label, the plain prediction.
+    If the labels y(m) of all single masks agree, the prediction is that label. Otherwise let k be the majority of the
+    y(m), with ties going to the lowest index. The prediction is y(m) of the first mask m with y(m) != k for which all
+    pairs (m, m') give the label y(m), or k if there is no such mask. A mask or pair that covers all regions has no
+    label and agrees with no label. If no mask has a label, the plain prediction is returned.
 
     Source: Xiang et al., PatchCleanser, USENIX Security 2022, Algorithm 1; docs/method.md, "Double masking".
 
     Raises:
-        UsageError: several patches lead to more mask unions than can be enumerated.
+        UsageError: several patches have too many mask unions.
     """
     if score_map.readout is not None:
         return attention_prediction(score_map, threat)
@@ -83,23 +84,23 @@ def _prediction(
     total: Float[Tensor, "batch classes"],
     sums: Float[Tensor, "batch classes windows"],
 ) -> Int[Tensor, " batch"]:
-    """The prediction from a chunk of levels and their sums over the whole map and over every window."""
+    """Compute the prediction from a chunk of levels and their sums over the whole map and over every window."""
     first = lowest_argmax(total[..., None] - sums)
     unlabelled = ~windows.keep | (windows.sizes == levels[0, 0].numel())
     first = first.masked_fill(unlabelled, -1)
     answer = majority(first, levels.shape[1], lowest_argmax(total))
-    # Disagreers in the order of (image, mask). A mask whose pairs include one without a label cannot pass.
+    # Disagreeing masks, sorted by (image, mask). A mask cannot pass if one of its pairs covers all regions.
     open_ = (first >= 0) & (first != answer[:, None]) & ~windows.completed
     image, mask = open_.nonzero(as_tuple=True)
     label = first[image, mask]
-    # Most lose a pair to the majority label: one rival instead of all decides nearly every case.
+    # Most disagreeing masks have a pair in which the majority label wins, so checking that one class first is cheap.
     regions = levels[0, 0].numel()
     survives = torch.empty_like(image, dtype=torch.bool)
     for rows in chunks(len(image), max(regions, len(windows))):
         i, k, c = image[rows], label[rows], answer[image[rows]]
         survives[rows] = _keeps_lead(windows, mask[rows], levels[i, k] - levels[i, c], (c < k).to(levels.dtype))
     image, mask, label = image[survives], mask[survives], label[survives]
-    while len(image):  # in rounds: the next disagreer of every image still undecided
+    while len(image):  # each round checks the next disagreeing mask of every undecided image
         turn = torch.ones_like(image, dtype=torch.bool)
         turn[1:] = image[1:] != image[:-1]
         for rows in turn.nonzero()[:, 0].split(
@@ -116,7 +117,7 @@ def _prediction(
 
 
 def _keeps_lead(windows: Windows, mask: Tensor, lead: Float[Tensor, "rows *classes m n"], penalty: Tensor) -> Tensor:
-    """Is the lead outside `mask` and any second mask at least `penalty`?"""
+    """Whether the lead outside `mask` and every second mask is at least `penalty`."""
     outside = ~windows.masks[mask]
     lead = lead * (outside if lead.ndim == 3 else outside[:, None])
     worst = windows.without_gaps(windows.sums(lead), -torch.inf).amax(-1)

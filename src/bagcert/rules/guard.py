@@ -1,9 +1,9 @@
-"""The guard: certificates from scores that may be a little off wherever they are computed again.
+"""The guard: sound certificates for score maps whose values may change slightly when they are recomputed.
 
-Where a backend's arithmetic is not bit for bit local, a score outside a patch's reach can move by the map's `slack`.
-Every rule proves its answer from sums of s_y - s_c over regions that the patch does not reach (plus a term for the
-reach that does not depend on the scores), so it is enough to prove it on the map where each of these differences is
-as small as the slack allows. See docs/method.md, "Locality is checked".
+If the arithmetic of a backend is not exactly local, a score outside a patch's reach can change by up to the `slack` of
+the map. Every rule derives its proof from sums of s_y - s_c over regions that the patch does not reach (plus a term for
+the reach that does not depend on the scores). It is therefore enough to prove the prediction on the map where each of
+these differences is as small as the slack permits. See docs/method.md, "Locality is checked".
 """
 
 from collections.abc import Callable
@@ -21,22 +21,22 @@ Certify = Callable[[ScoreMap, PatchThreatModel], Certificate]
 
 
 def require_sum(score_map: ScoreMap, rule: str) -> None:
-    """Refuses a map whose class scores are not sums of region scores.
+    """Check that the class scores of a map are sums of region scores.
 
     Raises:
-        UsageError: the map has a readout.
+        UsageError: the map has a readout, so its class scores are not sums.
     """
     scores.require_sum(score_map.readout, f"the rule {rule}", "use double-masking or detection")
 
 
 def guarded(certify: Certify) -> Certify:
-    """A rule that counts the slack of a score map for the attacker; without slack, the rule itself.
+    """Wrap a rule so that it accounts for the slack of a score map. Maps without slack go to the rule unchanged.
 
-    The prediction stays that of the scores as they are. With y that prediction and margins as the rule defines them:
-    margin = that of y on `ScoreMap.worst_case`, where the rule answers y there as well; else at most -1.
+    The prediction y is that of the given scores. The margin is that of `ScoreMap.worst_case` if the rule also predicts
+    y there; otherwise it is at most -1.
 
-    Guarantee: sound if no score outside the reach of a patch moves by more than the slack; the margin is never above
-    the one without slack. The certificate is marked "measured", since the slack stems from a measurement.
+    Guarantee: sound if no score outside the reach of a patch changes by more than the slack. The margin is never larger
+    than the margin without slack. The certificate is marked "measured" because the slack comes from a measurement.
     """
 
     @wraps(certify)

@@ -1,7 +1,7 @@
-"""The largest square patch an image is certified against, from its score map, at no further forward pass.
+"""The largest square patch against which an image is certified, from its score map without another forward pass.
 
-Only the windows matter, and they change at few sides: a camera image of 4000 px over a 16x16 map has a few dozen
-window sets. Each is evaluated once. See docs/method.md, "Largest
+Certificates depend on the patch only through the windows, and the windows change at few patch sizes: a camera image of
+4000 px with a 16x16 map has a few dozen distinct window sets. Each is evaluated once. See docs/method.md, "Largest
 certified patch".
 """
 
@@ -27,32 +27,35 @@ VOTING_RULES = ("vote", "levine-feizi")
 def largest_certified_px(
     score_map: ScoreMap, rule: str, *, threat: PatchThreatModel | None = None, certificate: Certificate | None = None
 ) -> Int[Tensor, " batch"]:
-    """The side in pixels of the largest square patch each image is certified against as deployed; 0 if none.
+    """Side in pixels of the largest square patch against which each image is certified as deployed; 0 if none.
 
-    For the vote rules over the sides 1 ... min(H, W): by bisection for one patch, since a larger one costs more. The
-    bound for several patches is not monotone, so all sides are tried, the largest first. For masking rules, whose
-    prediction belongs to one mask set, the largest square that the masks of `threat` cover where the image is
-    certified, else 0.
+    For the vote rules, all sides from 1 to min(H, W) are considered. For one patch the certificate is monotone in the
+    side, so bisection is used. For several patches the bound is not monotone, so all sides are tried, largest first.
+    For masking rules the prediction depends on the mask set, so the result is the largest square covered by the masks
+    of `threat` if the image is certified, and 0 otherwise.
 
     Args:
-        score_map: the scores of a batch.
+        score_map: scores of a batch.
         rule: a name in `RULES`.
-        threat: what the masks are built for, needed by masking rules; for the vote rules only its number of
-            patches counts.
-        certificate: that of a masking rule, if it is at hand already.
+        threat: threat model for which the masks are built; required by masking rules. Vote rules use only its number
+            of patches.
+        certificate: certificate of the masking rule for `score_map` and `threat`; computed if None.
+
+    Returns:
+        int64 [batch], in pixels.
 
     Raises:
-        UsageError: unknown rule, a masking rule without a threat, or a vote rule with allowed placements, where
-            a smaller patch may fit where a larger one does not.
+        UsageError: unknown rule, a masking rule without a threat, or a vote rule with restricted placements, where a
+            smaller patch may fit where a larger one does not.
     """
     chosen = get_rule(rule)
     if rule not in VOTING_RULES:
         if threat is None:
-            raise UsageError(f"the masks of {rule} are built for a patch; name the threat")
+            raise UsageError(f"the rule {rule} needs a threat to build its masks")
         certificate = certificate or chosen.certify(score_map, threat)
         return certificate.certified.long() * covered_px(score_map.grid, threat)
     if threat is not None and threat.allowed is not None:
-        raise UsageError("the largest certified patch is over all placements; this threat allows only some")
+        raise UsageError("the largest certified patch is not defined for restricted placements")
     last_px = torch.tensor([0, *_last_px(score_map.grid)], device=score_map.scores.device)
     if threat is not None and threat.patches > 1:
         return last_px[_scanned(score_map, rule, threat.patches)]
@@ -60,7 +63,7 @@ def largest_certified_px(
 
 
 def _scanned(score_map: ScoreMap, rule: str, patches: int) -> Int[Tensor, " batch"]:
-    """How many of the distinct sides there are up to the largest that each image is certified against."""
+    """Number of distinct sides up to the largest one that is certified, found by trying all sides."""
     device = score_map.scores.device
     result = torch.zeros(len(score_map), dtype=torch.int64, device=device)
     open_ = torch.arange(len(score_map), device=device)
@@ -74,10 +77,13 @@ def _scanned(score_map: ScoreMap, rule: str, patches: int) -> Int[Tensor, " batc
 
 
 def _bisected(score_map: ScoreMap, rule: str) -> Int[Tensor, " batch"]:
-    """The same for one patch, where no side beyond one that fails holds."""
+    """Number of distinct sides up to the largest one that is certified, found by bisection.
+
+    Valid for one patch only: if a side is not certified, no larger side is.
+    """
     sides = distinct_sides(score_map.grid)
     device = score_map.scores.device
-    # sides[low - 1] holds (0: nothing known to hold), sides[high] fails (len(sides): nothing known to fail)
+    # Invariant: sides[low - 1] is certified (low = 0: none known), sides[high] is not (high = len(sides): none known).
     low = torch.zeros(len(score_map), dtype=torch.int64, device=device)
     high = torch.full_like(low, len(sides))
     while bool((low < high).any()):
@@ -91,14 +97,17 @@ def _bisected(score_map: ScoreMap, rule: str) -> Int[Tensor, " batch"]:
 
 
 def largest_certifiable_px(score_map: ScoreMap, label: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """Over double-masking defenses built for every square: the largest side whose certificate holds with `label`.
+    """Side in pixels of the largest square patch for which a double-masking defense built for it certifies `label`.
 
-    Agreement under two masks is not monotone in the side, so all window sets are tried, the largest first; an
-    image is done at its first success. 0 where no side succeeds.
+    Agreement under two masks is not monotone in the side, so all window sets are tried, largest first, until one
+    succeeds. The result is 0 if none does.
 
     Args:
-        score_map: the scores of a batch.
-        label: what the deployed defense answers, int64 [batch].
+        score_map: scores of a batch.
+        label: prediction of the deployed defense, int64 [batch].
+
+    Returns:
+        int64 [batch], in pixels.
     """
     device = score_map.scores.device
     result = torch.zeros(len(score_map), dtype=torch.int64, device=device)
@@ -109,7 +118,7 @@ def largest_certifiable_px(score_map: ScoreMap, label: Int[Tensor, " batch"]) ->
             break
         threat = _squares(score_map.grid, side)
         if bool(Windows.of(score_map, threat).completed.any()):
-            continue  # two masks can hide everything: no image is certified
+            continue  # two masks can cover all regions, so no image is certified
         found = double_masking(score_map[open_], threat)
         success = found.certified & (found.prediction == label[open_])
         result[open_[success]] = last
@@ -118,7 +127,7 @@ def largest_certifiable_px(score_map: ScoreMap, label: Int[Tensor, " batch"]) ->
 
 
 def covered_px(grid: RegionGrid, threat: PatchThreatModel) -> int:
-    """The side of the largest square whose every reach lies in a mask built for `threat`, with as many patches."""
+    """Side in pixels of the largest square patch whose every reach is contained in a mask built for `threat`."""
     masks = grid.windows(threat)
     low, high = 0, min(grid.image_size)
     while low < high:
@@ -132,9 +141,9 @@ def covered_px(grid: RegionGrid, threat: PatchThreatModel) -> int:
 
 @lru_cache(maxsize=64)
 def distinct_sides(grid: RegionGrid) -> tuple[int, ...]:
-    """The sides at which the maximal windows of a square patch change, ascending, the first being 1.
+    """Sides at which the maximal windows of a square patch change, ascending and starting with 1.
 
-    Windows only grow with the side, so equal sets at two sides mean equal sets between them.
+    Windows grow monotonically with the side. If two sides have equal window sets, so do all sides between them.
     """
 
     @cache
@@ -143,7 +152,7 @@ def distinct_sides(grid: RegionGrid) -> tuple[int, ...]:
         return block.rows.tobytes(), block.cols.tobytes()
 
     def changes(low: int, high: int) -> list[int]:
-        """Sides in (low, high] whose windows differ from those of the side before."""
+        """Sides in (low, high] whose windows differ from those of the next smaller side."""
         if windows(low) == windows(high):
             return []
         if high - low == 1:
@@ -155,7 +164,7 @@ def distinct_sides(grid: RegionGrid) -> tuple[int, ...]:
 
 
 def _last_px(grid: RegionGrid) -> list[int]:
-    """For each distinct window set the largest side that leads to it."""
+    """The largest side for each distinct window set."""
     sides = distinct_sides(grid)
     return [*(side - 1 for side in sides[1:]), min(grid.image_size)]
 
@@ -169,12 +178,12 @@ def _has_room(threat: PatchThreatModel, side: int) -> bool:
 
 
 def _covers(masks: tuple[WindowBlock, ...], grid: RegionGrid, side: int, threat: PatchThreatModel) -> bool:
-    """Does every reach of the squares of a side lie in a mask?"""
+    """Whether every reach of a square patch of this side is contained in a mask."""
     squares = PatchThreatModel(grid.image_size, ((side, side),), threat.patches, threat.allowed)
     for block in grid.windows(squares):
         covered = ~block.keep
         for mask in masks:
-            rows = ~(block.rows @ ~mask.rows.T)  # [row windows, row windows of the mask]: lies inside
+            rows = ~(block.rows @ ~mask.rows.T)  # [row windows, row windows of the mask]: whether contained
             cols = ~(block.cols @ ~mask.cols.T)
             covered |= rows @ mask.keep @ cols.T
         if not covered.all():

@@ -1,4 +1,4 @@
-"""The location-free vote certificate of Levine and Feizi: counting how many regions one patch can reach."""
+"""The location-independent vote certificate of Levine and Feizi, based on the number of regions a patch can reach."""
 
 import torch
 
@@ -11,10 +11,12 @@ from bagcert.threat import PatchThreatModel
 
 @guarded
 def levine_feizi(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
-    """Certifies the plain sum by counting: margin = min over c != y of T_c - 1[c < y] - 2 u K max |R|.
+    """Certify the plain sum from the largest number of reachable regions.
 
-    Guarantee: a lower bound, never above that of `vote`; kept for comparison. `worst_placement` [batch, K, 4] is
-    for each of K patches the first placement of those that reach the most regions.
+    margin = min over c != y of T_c - 1[c < y] - 2 u K max |R|.
+
+    Guarantee: recovery, with a margin that is a lower bound and never above that of `vote`; included for comparison.
+    `worst_placement` is [batch, K, 4] for K patches: the first placement that reaches the most regions.
 
     Source: Levine & Feizi, NeurIPS 2020; docs/method.md, "Vote".
 

@@ -1,4 +1,4 @@
-"""The masks of a threat: all windows, or for K patches all unions of K windows, behind one interface."""
+"""A common interface to the masks of a threat: all windows, or for K patches all unions of K windows."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +15,13 @@ from bagcert.threat import PatchThreatModel
 
 @dataclass(frozen=True, eq=False)
 class MaskSet:
-    """All masks of a threat. Only windows have gaps, which every maximum must leave out; see `Windows`.
+    """All masks of a threat.
+
+    For one patch, entries can be gaps, which every maximum must exclude; see `Windows`. Unions have no gaps.
 
     Attributes:
-        windows: the windows.
-        unions: their unions for several patches; None for one patch.
+        windows: windows of the threat.
+        unions: unions of windows for several patches; None for one patch.
     """
 
     windows: Windows
@@ -27,10 +29,10 @@ class MaskSet:
 
     @classmethod
     def of(cls, score_map: ScoreMap, threat: PatchThreatModel) -> "MaskSet":
-        """The masks of a threat on the grid of a score map.
+        """Compute the masks of a threat on the grid of a score map.
 
         Raises:
-            UsageError: several patches lead to more unions than can be enumerated.
+            UsageError: several patches have too many unions.
         """
         if threat.patches == 1:
             return cls(Windows.of(score_map, threat), None)
@@ -42,59 +44,59 @@ class MaskSet:
 
     @property
     def elements(self) -> int:
-        """Elements of the largest temporary per map: a value per region or mask."""
+        """Size of the largest temporary tensor per map: one value per region or mask."""
         return max(self.regions, len(self))
 
     @property
     def regions(self) -> int:
-        """How many regions a map has."""
+        """Number of regions of a map."""
         rows, cols = self.windows.grid.map_size
         return rows * cols
 
     @property
     def keep(self) -> Bool[Tensor, " masks"]:
-        """Which entries are masks, not gaps."""
+        """Which entries are masks rather than gaps."""
         return (
             self.windows.keep if self.unions is None else torch.ones_like(self.unions.members[:, 0], dtype=torch.bool)
         )
 
     @property
     def gaps(self) -> Bool[Tensor, " masks"] | None:
-        """Which entries are gaps; None if there are none."""
+        """Which entries are gaps, or None if there are no gaps."""
         return self.windows.gaps if self.unions is None else None
 
     @cached_property
     def sizes(self) -> Int[Tensor, " masks"]:
-        """How many regions each mask holds."""
+        """Number of regions in each mask."""
         return self.windows.sizes if self.unions is None else self.unions.masks.sum(1)
 
     @property
     def whole(self) -> Bool[Tensor, " masks"]:
-        """Masks that leave no region."""
+        """Which masks cover all regions."""
         return self.keep & (self.sizes == self.regions)
 
     @property
     def completed(self) -> Bool[Tensor, " masks"]:
-        """Masks which, together with some mask, leave no region."""
+        """Which masks cover all regions together with some other mask."""
         return self.windows.completed if self.unions is None else self.unions.completed
 
     @property
     def placements(self) -> Int[Tensor, "masks patches 4"]:
-        """`[top, left, height, width]` in pixels of one admissible patch for each window of a mask."""
+        """One admissible patch `[top, left, height, width]` in pixels for each window of a mask."""
         if self.unions is None:
             return self.windows.placements[:, None]
         return self.windows.placements[self.unions.members]
 
     def sums(self, maps: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch masks"]:
-        """Sums over every mask, gaps included; exact like `window_sums`."""
+        """Sum maps over every mask, including gaps. Exact under the conditions of `window_sums`."""
         return self.windows.sums(maps) if self.unions is None else self.unions.sums(maps.flatten(-2))
 
     def without_gaps(self, values: Tensor, fill: float) -> Tensor:
-        """The same values [..., masks] with `fill` in the gaps."""
+        """Replace the values [..., masks] of gaps by `fill`."""
         return self.windows.without_gaps(values, fill) if self.unions is None else values
 
     def outside(self, mask: Int[Tensor, " rows"]) -> Bool[Tensor, "rows m n"]:
-        """The regions that each of these masks leaves."""
+        """Regions outside each of the given masks."""
         if self.unions is None:
             return ~self.windows.masks[mask]
         return self.unions.outside[mask].unflatten(1, self.windows.grid.map_size)

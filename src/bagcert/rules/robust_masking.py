@@ -1,11 +1,12 @@
-"""Robust masking: every class is counted without the window that holds most of its evidence.
+"""Robust masking: the evidence of each class is summed without the window that holds most of it.
 
-A patch that shouts for a class is masked with that class; a patch that silences the label costs its own window and one
-more. Evidence is the score clipped below at 0, an integer, so that nothing under a patch can swallow the rest of a sum.
+If a patch raises the evidence of a wrong class, the masking of that class removes the patch. If a patch suppresses the
+evidence of the correct class, that class loses at most the window of the patch and one more window. The evidence is the
+integer score clipped below at 0, so large values under a patch cannot absorb the rest of a sum by rounding.
 
-Source: Xiang et al., PatchGuard, USENIX Security 2021. Where it differs: evidence is integers, ties go to the lowest
-class in prediction and certificate alike, every rival class is looked at, and rivals are bounded by their evidence
-outside the window over 1 - T (the bound of the public code left that division out until 12/2021).
+Source: Xiang et al., PatchGuard, USENIX Security 2021. Differences: the evidence is integer; ties go to the lowest
+class in both prediction and certificate; every other class is considered; other classes are bounded by their evidence
+outside the window divided by 1 - T (the published code omitted this division until December 2021).
 """
 
 from fractions import Fraction
@@ -29,28 +30,29 @@ _MOST = torch.iinfo(torch.int64).max
 
 
 def robust_masking(score_map: ScoreMap, threat: PatchThreatModel, *, threshold: object = _NO_THRESHOLD) -> Certificate:
-    """Certifies the robust-masking prediction against a patch in every window it can reach.
+    """Certify the robust-masking prediction against a patch in every window.
 
-    With e_c = max(s_c, 0) and y the deployed prediction: margin = min over windows w and c != y of
-    LB(w) - floor(UB_c(w)) - 1[c < y], where LB(w) is the evidence for y outside w less the largest window of what is
-    left, and UB_c(w) = sum outside w of e_c, over 1 - T; at most -1 where two windows leave no region. K patches: the
-    windows are all unions of K.
+    Let e_c = max(s_c, 0) and let y be the deployed prediction. margin = min over windows w and c != y of
+    LB(w) - floor(UB_c(w)) - 1[c < y]. LB(w) is the evidence for y outside w minus the largest window sum of that
+    remaining evidence. UB_c(w) is the sum of e_c outside w, divided by 1 - T. The margin is at most -1 if two windows
+    cover all regions. For K patches the windows are all unions of K windows.
 
-    Guarantee: sound, a lower bound. Evidence v for y inside w raises its sum by v and its largest window by at most v,
-    so that 0 is the worst. Evidence for a rival beyond T / (1 - T) of what it has outside w gets its window masked.
-    `worst_placement` is [batch, K, 4] for K patches, of the first mask that attains the margin among those that bounds
-    leave open. T = 0 is named "robust-masking" in certificates, others "robust-masking:T".
+    Guarantee: recovery; the margin is a lower bound. Evidence v for y inside w raises the sum of y by v and its largest
+    window by at most v, so v = 0 is the worst case. If another class has more evidence inside w than T / (1 - T) times
+    its evidence outside w, its window is masked. `worst_placement` is [batch, K, 4] for K patches: the first mask that
+    attains the margin among the masks that the bounds do not exclude. In certificates the rule is named
+    "robust-masking" for T = 0 and "robust-masking:T" otherwise.
 
     Source: Xiang et al., PatchGuard, USENIX Security 2021, section 4.
 
     Args:
-        score_map: scores of any range; what is negative is no evidence.
-        threat: whose windows are masked; prediction and certificate belong to it.
-        threshold: T, see `exact_share`; a window is masked for a class if its share of the class exceeds T.
+        score_map: scores of any range; negative scores count as no evidence.
+        threat: threat model whose windows are masked; both prediction and certificate depend on it.
+        threshold: T, see `exact_share`. A window is masked for a class if it holds more than this share of the
+            evidence of the class.
 
     Raises:
-        UsageError: a threshold that is no such share, scores too large for it, or several patches with more unions
-            of windows than can be enumerated.
+        UsageError: invalid threshold, scores too large for it, or several patches with too many unions of windows.
     """
     require_sum(score_map, "robust-masking")
     share = exact_share(threshold)
@@ -60,10 +62,13 @@ def robust_masking(score_map: ScoreMap, threat: PatchThreatModel, *, threshold: 
 def robust_masking_prediction(
     score_map: ScoreMap, threat: PatchThreatModel, *, threshold: object = _NO_THRESHOLD
 ) -> Int[Tensor, " batch"]:
-    """The class with most evidence, each without its largest window if that holds more than T of it; `robust_masking`.
+    """Predict the class with the most evidence after masking the largest window of each class.
+
+    The largest window of a class is masked only if it holds more than the share T of its evidence. Arguments are those
+    of `robust_masking`.
 
     Raises:
-        UsageError: as there.
+        UsageError: as for `robust_masking`.
     """
     require_sum(score_map, "robust-masking")
     share = exact_share(threshold)
@@ -77,14 +82,14 @@ def robust_masking_prediction(
 
 
 def exact_share(threshold: object) -> Fraction:
-    """T as an exact fraction.
+    """Convert a masking threshold T to an exact fraction.
 
     Args:
-        threshold: a `Fraction`, an int, or a text such as "1/5" or "0.2"; at least 0, below 1, its denominator at
-            most 10^6. A float is refused: 0.2 is not one fifth there.
+        threshold: a `Fraction`, an int, or a string such as "1/5" or "0.2", in [0, 1) and with a denominator of at
+            most 10^6. Floats are rejected because the float 0.2 is not exactly one fifth.
 
     Raises:
-        UsageError: anything else.
+        UsageError: any other value.
 
     >>> exact_share("0.2")
     Fraction(1, 5)
@@ -123,7 +128,7 @@ def _certify(score_map: ScoreMap, threat: PatchThreatModel, share: Fraction) -> 
 
 
 def _evidence(score_map: ScoreMap, images: slice, share: Fraction) -> Float[Tensor, "batch classes m n"]:
-    """Scores clipped below at 0, in a type in which their sums are exact."""
+    """Scores clipped below at 0, in a dtype in which their sums are exact."""
     rows, cols = score_map.grid.map_size
     most = max(1, score_map.high) * rows * cols
     if most * share.denominator >= 2**62:
@@ -132,7 +137,7 @@ def _evidence(score_map: ScoreMap, images: slice, share: Fraction) -> Float[Tens
 
 
 def _sums(masks: MaskSet, evidence: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch masks"]:
-    """Sums over every mask; 0 in gaps, which is never more than a window has."""
+    """Sums over every mask, with 0 in gaps; window sums are never below 0, so gaps do not change a maximum."""
     return masks.without_gaps(masks.sums(evidence), 0.0)
 
 
@@ -152,15 +157,15 @@ def _worst_mask(
     label: Int[Tensor, " batch"],
     share: Fraction,
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
-    """The margin of each image and a mask that attains it.
+    """Compute the margin of each image and a mask that attains it.
 
-    The mask that comes closest if nothing overlaps is settled first; then every mask that could be worse.
+    The mask with the smallest lower bound is evaluated first, then every mask whose lower bound is below that result.
     """
     every = torch.arange(len(evidence), device=evidence.device)
     left = (total[..., None] - sums).long()
     rivals = left * share.denominator // (share.denominator - share.numerator)
     rivals += tie_penalty(label, evidence.shape[1])[..., None]
-    rivals[every, label] = -_MOST  # the label is no rival of itself
+    rivals[every, label] = -_MOST  # exclude the label itself
     lead = left[every, label] - rivals.amax(1)
     floor = lead - sums[every, label].amax(1, keepdim=True).long()
     if masks.gaps is not None:

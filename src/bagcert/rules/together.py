@@ -1,8 +1,8 @@
-"""One rule for score maps of several image sizes, in as few calls as there are sets of windows.
+"""Batched certification of score maps that belong to images of different sizes.
 
-A rule sees a patch only as windows of the score map. Photos of hundreds of sizes lead to a few dozen sets of windows,
-since all of them are resized to one network input. Maps with the same windows are certified in one call. Only the
-pixels of worst placements differ between them, and each of these belongs to one window.
+A rule depends on the patch only through the windows on the score map. Photos of hundreds of different sizes have only a
+few dozen distinct window sets because all of them are resized to one network input. Maps with the same windows are
+certified in a single call. Only the pixel coordinates of the worst placements differ, and each belongs to one window.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,18 @@ from bagcert.threat import PatchThreatModel
 def certify_together(
     rule: str, score_maps: Sequence[ScoreMap], threats: Sequence[PatchThreatModel]
 ) -> list[Certificate]:
-    """The certificates of several score maps, the same as those of the rule applied to one map after the other.
+    """Certify several score maps. The results equal those of applying the rule to each map separately.
 
     Args:
         rule: a name in `RULES`.
-        score_maps: of one network, each with the grid of its images.
-        threats: one for each map, for its image size.
+        score_maps: score maps of one network, each with the grid of its images.
+        threats: one threat model per map, for the image size of the map.
+
+    Returns:
+        One certificate per score map, in order.
 
     Raises:
-        UsageError: an unknown rule, or whatever the rule refuses.
+        UsageError: unknown rule, or an error raised by the rule.
     """
     certify = get_rule(rule).certify
     groups: dict[tuple, list[int]] = {}
@@ -50,7 +53,7 @@ def certify_together(
 
 
 def _key(score_map: ScoreMap, threat: PatchThreatModel) -> tuple:
-    """Equal where a rule does the same, up to the pixels of placements."""
+    """Grouping key: maps with equal keys can be certified together and differ only in the pixels of placements."""
     windows = [
         (block.rows.shape, block.rows.tobytes(), block.cols.shape, block.cols.tobytes(), block.keep.tobytes())
         for block in score_map.grid.windows(threat)
@@ -60,7 +63,7 @@ def _key(score_map: ScoreMap, threat: PatchThreatModel) -> tuple:
 
 
 def joined(score_maps: Sequence[ScoreMap]) -> ScoreMap:
-    """Maps of one network as one batch, on the grid of the first."""
+    """Concatenate score maps of one network into one batch, on the grid of the first map."""
     first = score_maps[0]
     if len(score_maps) == 1:
         return first
@@ -80,7 +83,7 @@ def _part(certificate: Certificate, images: slice, threat: PatchThreatModel) -> 
 
 
 def _moved(certificate: Certificate, blocks: Sequence[WindowBlock], own: Sequence[WindowBlock]) -> Certificate:
-    """The certificate with the placement of each window in `blocks` replaced by that of the same window in `own`."""
+    """Replace the placement of each window in `blocks` by the placement of the same window in `own`."""
     window_at = {tuple(place): number for number, place in enumerate(_places(blocks).tolist())}
     worst = certificate.worst_placement
     numbers = [window_at[tuple(place)] for place in worst.reshape(-1, 4).tolist()]
@@ -88,5 +91,5 @@ def _moved(certificate: Certificate, blocks: Sequence[WindowBlock], own: Sequenc
 
 
 def _places(blocks: Sequence[WindowBlock]) -> np.ndarray:
-    """Int [windows, 4]: the placement of every window, without the gaps."""
+    """The placement of every window without the gaps, int [windows, 4]."""
     return np.concatenate([block.places[block.keep] for block in blocks])

@@ -1,4 +1,4 @@
-"""Double masking against several patches: the masks are all unions of K windows, enumerated."""
+"""Double masking against K patches, where the masks are all unions of K windows."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,19 +16,16 @@ from bagcert.scores import ScoreMap, exact_arithmetic, lowest_argmax, tie_penalt
 from bagcert.threat import PatchThreatModel
 
 MOST_UNIONS = 20_000
-_PARTNERS = 16  # second masks tried before the full second round
+_PARTNERS = 16  # number of second masks tried before the full second round
 
 
 @dataclass(frozen=True, eq=False)
 class Unions:
-    """All unions of K windows, repetition included, in lexicographic order of their windows.
+    """All unions of K windows, with repetition, in lexicographic order of their window indices.
 
     Attributes:
-        windows: what they are unions of.
+        windows: the windows of the threat.
         members: window indices [unions, K].
-
-    Raises (`of`):
-        UsageError: more than 20,000 unions.
     """
 
     windows: Windows
@@ -36,7 +33,11 @@ class Unions:
 
     @classmethod
     def of(cls, score_map: ScoreMap, threat: PatchThreatModel) -> "Unions":
-        """The unions a threat of K patches leads to on the grid of a score map."""
+        """Compute the unions of a threat of K patches on the grid of a score map.
+
+        Raises:
+            UsageError: more than 20,000 unions.
+        """
         windows = Windows.of(score_map, threat)
         kept = windows.keep.nonzero()[:, 0].tolist()
         count = comb(len(kept) + threat.patches - 1, threat.patches)
@@ -53,27 +54,30 @@ class Unions:
 
     @cached_property
     def masks(self) -> Bool[Tensor, "unions regions"]:
-        """The unions as sets of regions."""
+        """Which regions belong to each union."""
         return self.windows.masks.flatten(1)[self.members].any(1)
 
     @cached_property
     def outside(self) -> Bool[Tensor, "unions regions"]:
-        """What each leaves over."""
+        """Which regions lie outside each union."""
         return ~self.masks
 
     @cached_property
     def completed(self) -> Bool[Tensor, " unions"]:
-        """Unions which, together with some union, leave no region."""
+        """Which unions cover all regions together with some other union."""
         return completed(self.masks, torch.ones_like(self.masks[:, 0]))
 
     def sums(self, maps: Float[Tensor, "*batch regions"]) -> Float[Tensor, "*batch unions"]:
-        """Sums over every union of flattened maps."""
+        """Sum flattened maps over every union."""
         part = max(1, 4 * CHUNK_ELEMENTS // maps.shape[-1])
         return torch.cat([maps @ masks.to(maps.dtype).T for masks in self.masks.split(part)], -1)
 
 
 def union_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
-    """`double_masking` for K patches; `worst_placement` is [batch, 2K, 4]."""
+    """Certify the double-masking prediction against K patches; `worst_placement` is [batch, 2K, 4].
+
+    See `double_masking`.
+    """
     unions = Unions.of(score_map, threat)
     batch, device = len(score_map), score_map.scores.device
     margin = torch.empty(batch, dtype=torch.int64, device=device)
@@ -93,7 +97,7 @@ def union_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> Certi
 
 
 def union_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Int[Tensor, " batch"]:
-    """`double_masking_prediction` for K patches."""
+    """Compute the double-masking prediction for K patches; see `double_masking_prediction`."""
     unions = Unions.of(score_map, threat)
     prediction = torch.empty(len(score_map), dtype=torch.int64, device=score_map.scores.device)
     with exact_arithmetic(prediction.device):
@@ -114,7 +118,7 @@ def _prediction(
         scores, common = levels[image], int(answer[image])
         survives = disagrees[image].clone()
         for label in first[image][survives].unique().tolist():
-            # Most lose to the majority label as soon as one strong second mask is taken out as well.
+            # For most masks the majority label wins as soon as one strong second mask is removed as well.
             lead = scores[label] - scores[common]
             partners = unions.outside[unions.sums(lead).topk(min(_PARTNERS, len(unions))).indices]
             (rows,) = (survives & (first[image] == label)).nonzero(as_tuple=True)
@@ -131,7 +135,7 @@ def _prediction(
             if (left - worst)[rival] >= 0:
                 answer[image] = label
                 break
-            # The pair that fails this one fails most others with its label.
+            # A second mask that rules out this mask rules out most other masks with the same label.
             survives[row] = False
             (rows,) = (survives & (first[image] == label)).nonzero(as_tuple=True)
             left = unions.outside[rows].to(lead.dtype) @ (lead[rival] * unions.outside[partner[rival]])
@@ -145,14 +149,14 @@ def _worst_pairs(
     sums: Float[Tensor, "batch classes unions"],
     label: Int[Tensor, " batch"],
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, "batch windows"]]:
-    """The exact margin over all classes and pairs of unions, and 2K windows that attain it, by branch and bound."""
+    """Find the exact margin over all classes and pairs of unions by branch and bound, and 2K windows attaining it."""
     every = torch.arange(len(levels), device=levels.device)
     lead = levels[every, label][:, None] - levels
     base = lead.sum(2) - tie_penalty(label, levels.shape[1])
     base[every, label] = torch.inf
     removed = sums[every, label][:, None] - sums
     single, at = removed.max(2)
-    # 2K windows take at most the 2K largest sums of the positive part.
+    # 2K windows reduce the lead by at most the 2K largest window sums of its positive part.
     patches = unions.members.shape[1]
     kept = unions.windows.keep.nonzero()[:, 0]
     masks = unions.windows.masks[kept].flatten(1)
@@ -168,7 +172,7 @@ def _worst_pairs(
         more, second = unions.sums(own * unions.outside[first]).max(0)
         left = base[image, rival] - single[image, rival] - more
         best.improve(*_one(image, left, torch.cat([unions.members[first], unions.members[second]])))
-        # Strongest windows first: what may still follow a window is then weak, which makes the bounds tight.
+        # Strongest windows first: the windows that can still follow are then weak, which makes the bounds tight.
         order = positive[image, rival].sort(descending=True, stable=True).indices
         search = _Search(own, masks[order].to(own.dtype), kept[order], base[image, rival], image, best)
         nothing = torch.zeros(1, 0, dtype=torch.int64, device=levels.device)
@@ -178,13 +182,15 @@ def _worst_pairs(
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """Branch and bound over the 2K windows that take most from one lead; any K of them are one mask.
+    """Branch and bound for the 2K windows that reduce one lead the most; any K of them form one mask.
 
     Attributes:
-        lead: what is to be taken from.
-        masks: the windows as 0 and 1, strongest first; `ids` are their indices.
-        base: the lead's total less the tie penalty.
-        image: whose best margin to improve.
+        lead: score difference between the label and another class in each region.
+        masks: the windows as 0 and 1, strongest first.
+        ids: their window indices.
+        base: sum of the lead minus the tie penalty.
+        image: index of the image whose best margin is improved.
+        best: the best margins found so far.
     """
 
     lead: Float[Tensor, " regions"]
@@ -201,7 +207,10 @@ class _Search:
         chosen: Int[Tensor, "nodes depth"],
         remaining: int,
     ) -> None:
-        """Adds `remaining` more windows, none before the last chosen, to each node in every way that could improve."""
+        """Extend each node by `remaining` more windows in every way that could improve the best margin.
+
+        Windows are added in ascending order, so each set of windows is visited once.
+        """
         left = self.lead * outside
         gain = left @ self.masks.T
         if chosen.shape[1]:
@@ -213,7 +222,7 @@ class _Search:
             found = self.ids[torch.cat([chosen[node], last[node : node + 1]])]
             self.best.improve(*_one(self.image, self.base - taken[node] - most[node], found))
             return
-        # A later window takes at most its positive part of what is left now.
+        # A later window reduces the remaining lead by at most the sum of its positive part.
         ceiling = (left.clamp(min=0) @ self.masks.T).flip(1).cummax(1).values.flip(1)
         total = taken[:, None] + gain
         bound = total + (remaining - 1) * ceiling
@@ -229,13 +238,13 @@ class _Search:
 
 
 def _one(image: int, margin: Tensor, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One candidate in the form that `Best.improve` takes."""
+    """Convert one candidate to the arguments of `Best.improve`."""
     return torch.full_like(windows[:1], image), margin[None], windows[None]
 
 
 def _top(values: Float[Tensor, "*batch windows"], count: int) -> Float[Tensor, "*batch"]:
-    """The sum of the `count` largest values, none negative.
+    """Sum of the `count` largest values; all values must be non-negative.
 
-    Past 2^24 float32 may round it, which changes no comparison: no margin comes near that.
+    Above 2^24 the float32 sum may be rounded. This changes no comparison because margins are far below that value.
     """
     return values.topk(min(count, values.shape[-1]), dim=-1).values.sum(-1)

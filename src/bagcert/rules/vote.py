@@ -1,4 +1,4 @@
-"""The vote certificate of BagCert: whatever happens inside one window, the class sums keep their order."""
+"""The vote certificate of BagCert: no change of the scores inside one window changes the class with the largest sum."""
 
 import torch
 from jaxtyping import Float
@@ -13,12 +13,14 @@ from bagcert.threat import PatchThreatModel
 
 @guarded
 def vote(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
-    """Certifies the plain sum: margin = min over windows R and c != y of T_c - sum_R(u + s_y - s_c) - 1[c < y].
+    """Certify the prediction by the sum of region scores.
 
-    Guarantee: exact for one patch (no tighter certificate of the plain sum exists from the score map alone);
-    for K patches a lower bound, since the union of K reaches costs at most the K largest window damages.
-    `worst_placement` is [batch, K, 4] for K patches, of the class with the smallest margin (the lowest among
-    equals); the last placement is repeated where there are fewer than K windows.
+    margin = min over windows R and c != y of T_c - sum_R(u + s_y - s_c) - 1[c < y].
+
+    Guarantee: recovery. For one patch the margin is exact: no tighter certificate of the sum follows from the score map
+    alone. For K patches it is a lower bound, since the union of K reaches costs at most the K largest window damages.
+    `worst_placement` is [batch, K, 4] for K patches and refers to the class with the smallest margin (ties go to the
+    lowest class). If there are fewer than K windows, the last placement is repeated.
 
     Source: Metzen & Yatsura, ICLR 2021, section 3; docs/method.md, "Vote".
 
@@ -39,7 +41,7 @@ def vote(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
             damage = _damage(windows, levels, label, score_map.span)
             lead = _own(sums, label) - sums - tie_penalty(label, score_map.classes)
             left = lead.long() - _largest(damage, threat.patches).long().sum(2)
-            left.scatter_(1, label[:, None], torch.iinfo(torch.int64).max)  # the label is no rival of itself
+            left.scatter_(1, label[:, None], torch.iinfo(torch.int64).max)  # exclude the label itself
             margin[images], rival = left.min(1)
             worst[images] = _largest_first(windows, _own(damage, rival), threat.patches)
             prediction[images] = label
@@ -47,13 +49,13 @@ def vote(score_map: ScoreMap, threat: PatchThreatModel) -> Certificate:
 
 
 def _own(values: Tensor, label: Tensor) -> Tensor:
-    """values[b, label[b]] with the class dimension kept for [batch, classes], dropped for [batch, classes, n]."""
+    """Select values[b, label[b]]; the class dimension is kept for [batch, classes], dropped for [batch, classes, n]."""
     own = values[torch.arange(len(values), device=values.device), label]
     return own[:, None] if values.ndim == 2 else own
 
 
 def _damage(windows: Windows, levels: Tensor, label: Tensor, span: int) -> Float[Tensor, "batch classes windows"]:
-    """What an attacker takes from the lead over each class in each window: sum of u + s_y - s_c; 0 in gaps."""
+    """The most an attacker can reduce the lead over each class in each window: sum of u + s_y - s_c, 0 in gaps."""
     sums = windows.sums(levels)
     damage = (_own(sums, label) + span * windows.sizes)[:, None] - sums
     return windows.without_gaps(damage, 0.0)  # damages are never negative
@@ -66,7 +68,7 @@ def _largest(damage: Tensor, patches: int) -> Float[Tensor, "batch classes patch
 
 
 def _largest_first(windows: Windows, damage: Float[Tensor, "batch windows"], patches: int) -> Tensor:
-    """The windows [batch, patches] of the largest damages, the first among equals; the last repeated if too few."""
+    """The windows [batch, patches] with the largest damages; ties go to the first, the last is repeated if too few."""
     order = windows.without_gaps(damage, -1.0).sort(dim=1, descending=True, stable=True).indices
     order = order[:, : min(patches, int(windows.keep.sum()))]
     return torch.cat([order, order[:, -1:].expand(-1, patches - order.shape[1])], 1)

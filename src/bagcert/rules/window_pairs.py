@@ -1,12 +1,12 @@
-"""The pair of windows that takes most from a lead, exactly and without trying every pair for every class.
+"""Exact search for the pair of windows that reduces a lead the most, without trying every pair for every class.
 
-For one lead map D = s_y - s_c the pair maximum is max over m, m' of sum_{m or m'} D. Cheap bounds settle nearly
-every class of an image; what is left is searched by pairs of row windows. Within such a pair the sum is linear in
-three row sums of D, so that all pairs of column windows are one matrix product:
+For one lead map D = s_y - s_c the maximum over pairs is max over m, m' of sum_{m or m'} D. Cheap bounds exclude nearly
+every class of an image. The remaining classes are searched by pairs of row windows. Within such a pair the sum is
+linear in three row sums of D, so all pairs of column windows are evaluated by one matrix product:
 
     sum over (R x C) or (R' x C') of D = sum_{C} D[R only] + sum_{C or C'} D[R and R'] + sum_{C'} D[R' only]
 
-Nothing here assumes that windows are intervals. See docs/method.md, "Double masking".
+The search does not assume that windows are intervals. See docs/method.md, "Double masking".
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from bagcert.rules.masks import CHUNK_ELEMENTS, Best, Windows, chunks
 from bagcert.scores import tie_penalty
 
 FEW = 0.5
-"""Below this share of all classes it is faster to copy the lead maps of those that are left than to sum all of them."""
+"""If less than this share of all classes remains, copying their lead maps is faster than summing all lead maps."""
 
 
 def worst_pairs(
@@ -29,29 +29,31 @@ def worst_pairs(
     sums: Float[Tensor, "batch classes windows"],
     label: Int[Tensor, " batch"],
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, "batch 2"]]:
-    """The exact margin of `label` over all classes and window pairs, and a pair of windows that attains it.
+    """Compute the exact margin of `label` over all classes and window pairs, and a pair of windows that attains it.
 
     Args:
+        windows: windows of the threat.
         levels: scores from 0 to span, in the exact float type.
-        total, sums: theirs over the whole map, and over every window.
+        total: sums of `levels` over the whole map.
+        sums: sums of `levels` over every window.
         label: the deployed prediction.
 
     Returns:
-        margin int64, and window indices: of the best pair found greedily unless the search finds a worse one.
+        The margin, int64, and the window indices of the pair: the greedy pair unless the search finds a smaller margin.
     """
     every = torch.arange(len(levels), device=levels.device)
     blocks = range(len(windows.blocks))
     classes = levels.shape[1]
     lead = levels[every, label][:, None] - levels
     base = total[every, label][:, None] - total - tie_penalty(label, classes)
-    base[every, label] = torch.inf  # the label is no rival of itself
+    base[every, label] = torch.inf  # exclude the label itself
     own = sums[every, label]
     removed = windows.without_gaps(own[:, None] - sums, -torch.inf)
     single = removed.amax(2)
 
     left, rival = (base - single).min(1)
     best = Best(left, removed[every, rival].max(1).indices[:, None].repeat(1, 2))
-    # The likeliest rival of each image first: what its pair takes rules out most of the others.
+    # The most likely class of each image first: its pair gives a bound that excludes most other classes.
     _greedy(windows, lead, base, removed, every, rival, best)
     # sum over (m or m') <= sum over m + positive part of m' <= sum over m + the label's own levels in m'
     near = base - single - windows.without_gaps(own, -torch.inf).amax(1)[:, None] < best.margin[:, None]
@@ -97,7 +99,7 @@ def _greedy(
     rival: Tensor,
     best: Best,
 ) -> None:
-    """For each row (image, rival): the strongest window, then the one that takes most of what is left."""
+    """For each row (image, rival), take the strongest window, then the window that reduces the remaining lead most."""
     for rows in chunks(len(image), max(lead[0, 0].numel(), len(windows))):
         i, c = image[rows], rival[rows]
         single, first = removed[i, c].max(1)
@@ -108,14 +110,15 @@ def _greedy(
 
 @dataclass(frozen=True, eq=False)
 class _PairTable:
-    """Row window pairs (i, j) and the column window pairs of two blocks.
+    """Pairs (i, j) of row windows and pairs of column windows of two blocks.
 
     Attributes:
-        first, second: the row windows of each pair.
-        rows: [3 * pairs, map rows], for each pair the rows of i only, of both, of j only.
-        cols: [3 * map columns, column pairs], stacked: columns of the first, of either, of the second.
-        keep: by row window of the first and of the second block, which column pairs are windows there; None if all.
-        starts, widths: where the two blocks begin in the flat order, and their numbers of column windows.
+        first, second: row windows i and j of each pair.
+        rows: [3, pairs, map rows]: the rows in i only, in both, and in j only.
+        cols: [3 * map columns, column pairs], stacked: columns of the first, of either, and of the second window.
+        keep: for each row window of the first and of the second block, which column pairs are windows; None if all.
+        starts: offsets of the two blocks in the flat order.
+        widths: number of column windows of the two blocks.
     """
 
     first: Int[Tensor, " pairs"]
@@ -128,7 +131,7 @@ class _PairTable:
 
     @classmethod
     def of(cls, windows: Windows, first: int, second: int, dtype: torch.dtype) -> "_PairTable":
-        """Within one block i <= j is enough, since column pairs come in both orders."""
+        """Build the table for two blocks. Within one block i <= j suffices since column pairs come in both orders."""
         block, other, device = windows.blocks[first], windows.blocks[second], windows.device
         rows, cols, keep = (torch.as_tensor(t, device=device) for t in (block.rows, block.cols, block.keep))
         rows2, cols2, keep2 = (torch.as_tensor(t, device=device) for t in (other.rows, other.cols, other.keep))
@@ -143,12 +146,12 @@ class _PairTable:
 
     @property
     def elements_each(self) -> int:
-        """Elements per lead map of the largest temporary."""
+        """Size of the largest temporary tensor per lead map."""
         return len(self.first) * self.cols.shape[0]
 
 
 def _peaks(windows: Windows, block: int, values: Float[Tensor, "rows windows"]) -> Float[Tensor, "rows row_windows"]:
-    """The largest value over the column windows of each row window of a block."""
+    """The maximum over the column windows of each row window of a block."""
     height, width = windows.blocks[block].keep.shape
     start = windows.starts[block]
     return values[:, start : start + height * width].unflatten(1, (height, width)).amax(2)
@@ -163,9 +166,9 @@ def _search(
     ceiling: Float[Tensor, "rows pairs"],
     best: Best,
 ) -> None:
-    """Tries every window pair of two blocks that could leave less than the best margin so far.
+    """Evaluate every window pair of two blocks that could lead to a smaller margin than the best so far.
 
-    `ceiling` bounds what any pair of windows from a pair of row windows takes.
+    `ceiling` is an upper bound on the reduction of the lead for each pair of row windows.
     """
     row, pair = (base[image, rival][:, None] - ceiling < best.margin[image][:, None]).nonzero(as_tuple=True)
     if not len(row):

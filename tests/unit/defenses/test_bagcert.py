@@ -217,7 +217,7 @@ class TestDeployment:
     def test_unknown_rules_are_refused(self, model, images):
         with pytest.raises(UsageError, match="did you mean double-masking"):
             model.predict(images, rule="double_masking")
-        with pytest.raises(UsageError, match="there is no rule 'guess'"):
+        with pytest.raises(UsageError, match="unknown rule 'guess'"):
             BagCert(model.scorer, rule="guess")
 
     def test_a_threat_for_another_image_size_is_refused(self, model, images):

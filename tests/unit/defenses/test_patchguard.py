@@ -78,7 +78,7 @@ class TestPatchGuard:
             found = defense.certify(images(), "1x3", rule=name)
             assert found.rule.split(":")[0] == name
             assert torch.equal(defense.predict(images(), "1x3", rule=name), found.prediction)
-        with pytest.raises(UsageError, match="there is no rule"):
+        with pytest.raises(UsageError, match="unknown rule"):
             defense.predict(images(), rule="guess")
 
     @pytest.mark.parametrize("threshold", ["1", "-1/2", "half"])

@@ -192,7 +192,7 @@ def test_a_rule_that_is_a_little_wrong_is_noticed():
     [
         ("vote", "the rule vote cannot be exported for a model that pools regions by attention, since it needs class"),
         ("detection", "the rule detection cannot be exported for a model that pools regions by attention; double-"),
-        ("votes", "there is no rule 'votes'"),
+        ("votes", "unknown rule 'votes'"),
     ],
 )
 def test_rules_without_a_place_in_a_graph(rule, message):

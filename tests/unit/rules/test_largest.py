@@ -120,9 +120,9 @@ def test_a_larger_square_may_be_certified_against_two_patches_where_a_smaller_on
 
 def test_what_is_missing_is_named():
     score_map = example(RegionGrid.from_axis(1, 1, 0, (6, 6)))
-    with pytest.raises(UsageError, match="name the threat"):
+    with pytest.raises(UsageError, match="needs a threat"):
         largest_certified_px(score_map, "double-masking")
-    with pytest.raises(UsageError, match="no rule"):
+    with pytest.raises(UsageError, match="unknown rule"):
         largest_certified_px(score_map, "votes")
 
 
