@@ -41,7 +41,7 @@ def test_a_request_to_end_leaves_whole_batches_and_a_sentence(tmp_path: Path) ->
     process.send_signal(signal.SIGTERM)
     message = process.communicate(timeout=200)[1]
     assert process.returncode == 1
-    assert message.splitlines() == [f"Error: interrupted; --resume goes on from {log_path(out)}"]
+    assert message.splitlines() == [f"Error: interrupted; add --resume to continue from {log_path(out)}"]
     assert [path.name for path in tmp_path.iterdir()] == [log_path(out).name]
     for line in log_path(out).read_bytes().splitlines():
         json.loads(line)

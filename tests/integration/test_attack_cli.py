@@ -169,4 +169,4 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_was_expected(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    check_mistake(run("attack", *QUICK, "--save", tmp_path / "file"), 2, "--save is a folder", "file")
+    check_mistake(run("attack", *QUICK, "--save", tmp_path / "file"), 2, "--save needs a folder", "file")

@@ -61,11 +61,15 @@ def test_what_an_engine_prints_is_no_result(photos: Path, monkeypatch: pytest.Mo
 
 def test_mistakes(photos: Path) -> None:
     out = photos.parent / "out"
-    check_mistake(run("certify", "--data", photos), 2, "--data and --out belong together")
-    check_mistake(run("certify", photos / "0.png", "--out", out), 2, "--data and --out belong together")
-    check_mistake(run("certify", photos / "0.png", "--data", photos, "--out", out), 2, "instead of single images")
-    check_mistake(run(*command(photos, "--resume")), 2, "--record, --resume and --explain are for single images")
+    check_mistake(run("certify", "--data", photos), 2, "--data and --out need each other")
+    check_mistake(run("certify", photos / "0.png", "--out", out), 2, "--data and --out need each other")
+    check_mistake(
+        run("certify", photos / "0.png", "--data", photos, "--out", out), 2, "cannot be combined with single images"
+    )
+    check_mistake(
+        run(*command(photos, "--resume")), 2, "--record, --resume and --explain cannot be combined with --data"
+    )
     check_mistake(run(*command(photos, "--engine", "spark")), 2, "an engine is local or ray, got 'spark'")
-    check_mistake(run("certify", photos / "0.png", "--limit", 3), 2, "--engine, --workers and --limit are for --data")
+    check_mistake(run("certify", photos / "0.png", "--limit", 3), 2, "--engine, --workers and --limit need --data")
     check_mistake(run("certify", "--data", photos.parent / "none", "--out", out), 5, "no file or folder")
     assert not out.exists()

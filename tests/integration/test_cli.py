@@ -126,7 +126,7 @@ def test_help_lists_the_commands_and_the_exit_codes(arguments: tuple[str, ...]) 
     assert (result.code, result.err) == (0, "")
     for command in COMMANDS:
         assert command in result.out
-    assert "Exit codes: 0 fine, 1 failed, 2 usage, 3" in result.out
+    assert "Exit codes: 0 success, 1 error, 2 usage error, 3" in result.out
 
 
 def test_the_version_is_printed() -> None:
@@ -381,7 +381,7 @@ def test_a_bar_that_is_not_met_exits_with_3(home: Path) -> None:
     assert missed.code == 3
     assert len(json.loads(missed.out)["results"]) == 2
     assert len(missed.err.splitlines()) == 1
-    assert "below the bar of 0.9" in missed.err
+    assert "below the threshold of 0.9" in missed.err
 
 
 @pytest.fixture

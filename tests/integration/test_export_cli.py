@@ -81,7 +81,7 @@ def test_static_quantization_says_what_it_costs(exported):
 
     text = " ".join(exported[2].split())
     assert "int8.onnx: digits, vote against 2 px" in text
-    assert "on 100 images beside the 100 for calibration" in text
+    assert "on 100 images (calibrated on 100 others)" in text
     model = onnx.load(exported[0] / "int8.onnx")
     kinds = [node.op_type for node in model.graph.node]
     assert "QuantizeLinear" in kinds
@@ -209,7 +209,7 @@ def test_attention_pooling_with_another_rule_refused(pooling, tmp_path, rule, re
         (("--patch", "9"), 2, "does not fit"),
         (("--patch", "two"), 2, "a patch is written"),
         (("--int8",), 2, "dynamic quantization"),
-        (("--calibration", "digits"), 2, "--calibration is for --int8"),
+        (("--calibration", "digits"), 2, "--calibration needs --int8"),
         (("--data", "nowhere"), 2, "nowhere"),
         (("--placements", "nowhere.png"), 5, "nowhere.png"),
     ],

@@ -39,7 +39,7 @@ def test_a_push_names_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.code == 0, result
     assert sorted(uploaded) == ["README.md", "config.json", "model.safetensors"]
     assert result.out.splitlines()[-1] == "The model is at https://example.org/someone/digits"
-    assert "nothing was measured" in result.out
+    assert "The card has no results" in result.out
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:

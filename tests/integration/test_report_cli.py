@@ -42,4 +42,4 @@ def test_certify_explains_one_photo(tmp_path: Path) -> None:
     assert done.code == 0, done
     with Image.open(out) as drawn:
         assert min(drawn.size) > 400
-    check_mistake(run("certify", photo, photo, "--explain", out), 2, "--explain draws one photo")
+    check_mistake(run("certify", photo, photo, "--explain", out), 2, "--explain draws exactly one photo")

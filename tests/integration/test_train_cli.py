@@ -153,7 +153,7 @@ def test_train_resumes_by_run_folder_and_extends(images: Path) -> None:
     ("options", "words"),
     [
         (("--size", "16", "--patch", "14"), ["could ever be certified", "squares of up to"]),
-        (("--epochs", "2", "--minutes", "1"), ["give one of them"]),
+        (("--epochs", "2", "--minutes", "1"), ["--epochs and --minutes cannot be combined"]),
         (("--size", "large"), ["a size is a side in px"]),
     ],
 )

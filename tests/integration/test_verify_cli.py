@@ -179,7 +179,7 @@ def test_a_resumed_run_certifies_an_image_that_is_not_the_recorded_one(
     code, out, err = run(*certify, "--resume")
     assert code == 0
     assert "x.png" in out
-    assert err == f"Warning: {record} holds a certificate of another image named x.png; this one was certified anew\n"
+    assert err == f"Warning: {record} holds a certificate for a different image named x.png; this one was certified\n"
     hashes = [json.loads(line)["image"]["pixels_sha256"] for line in record.read_bytes().splitlines()]
     pixels = [np.asarray(Image.open(home / "photos" / f"{number}.png").convert("RGB")) for number in (0, 2)]
     assert hashes == [hashlib.sha256(each.tobytes()).hexdigest() for each in pixels]

@@ -1,7 +1,7 @@
-"""The command line. Results go to stdout, progress and errors to stderr.
+"""The `bagcert` command line. Results go to stdout, progress and errors to stderr.
 
-Exit codes: 0 fine, 1 failed, 2 usage, 3 a --fail-under bar not met, 4 a certificate was broken or locality
-failed, 5 some inputs unreadable.
+Exit codes: 0 success, 1 error, 2 usage error, 3 below the --fail-under threshold, 4 broken certificate or failed
+locality check, 5 unreadable inputs.
 """
 
 import os
@@ -31,16 +31,16 @@ from bagcert.cli.train import train
 from bagcert.cli.verify import verify
 from bagcert.errors import BagcertError, UsageError
 
-INTERRUPTED = 130  # what typer makes of Ctrl-C
+INTERRUPTED = 130  # the exit code that typer returns after Ctrl-C
 
 app = typer.Typer(
     name="bagcert",
-    help="Certified defence against adversarial patches: train, certify and evaluate BagCert models.",
+    help="Certified defense against adversarial patches: train, certify and evaluate BagCert models.",
     epilog=(
-        "Exit codes: 0 fine, 1 failed, 2 usage, 3 a --fail-under bar not met, 4 a certificate was broken or "
-        "locality failed, 5 some inputs unreadable. Shell completion: bagcert --install-completion."
+        "Exit codes: 0 success, 1 error, 2 usage error, 3 below the --fail-under threshold, 4 broken certificate or "
+        "failed locality check, 5 unreadable inputs. Shell completion: bagcert --install-completion."
     ),
-    rich_markup_mode=None,  # rich cuts long option names short in narrow terminals
+    rich_markup_mode=None,  # rich truncates long option names in narrow terminals
     pretty_exceptions_enable=False,
     add_completion=True,
 )
@@ -82,11 +82,11 @@ for command in (
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one sentence and an exit code, never a traceback."""
+    """Runs the command line. User errors end with a one-sentence message and an exit code, without a traceback."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     warnings.showwarning = lambda message, category, *where: warn(f"{category.__name__}: {message}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: whole files, a sentence, exit code 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C: no partial files, exit code 1
     code = None
     command = typer.main.get_command(app)
     for parameter in command.params:
@@ -96,7 +96,7 @@ def main() -> None:
         sys.stdout.flush()
     except BagcertError as error:
         fail(str(error), error.exit_code)
-    except BrokenPipeError:  # the reader of our output went away, which is its right
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         _give_up_stdout()
         sys.exit(1)
     except OSError as error:
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def _give_up_stdout() -> None:
-    """Drops what cannot be written, so that the interpreter does not try again on its way out."""
+    """Discards unwritable output, so that the interpreter does not try to flush it again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -25,32 +25,38 @@ def attack(
     attack: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ATTACK", help="random, gradient, score-map or transfer. Repeat for several. Default: all."
+            metavar="ATTACK", help="Attack: random, gradient, score-map or transfer. Repeat for several. Default: all."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each gradient ascent.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps of each gradient attack.")] = 40,
     restarts: Annotated[int, typer.Option(min=1, help="Restarts of the gradient attack at each placement.")] = 2,
     attacked_placements: Annotated[
         str,
-        typer.Option(metavar="K", help="How many placements are attacked per image, the most promising first, or all."),
+        typer.Option(
+            metavar="K", help="Number of placements to attack per image, the most promising first, or all of them."
+        ),
     ] = "8",
-    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images attacked together.")] = 64,
     device: Device = "auto",
     dtype: Dtype = "float32",
     json: Json = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the JSON here.")] = None,
     records: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Write one record per image here: what broke it, where.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Write one JSON record per image, with the attack and placement that succeeded.",
+        ),
     ] = None,
     save: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the successful adversarial images here, as PNG.")
     ] = None,
 ) -> None:
-    """Attack a model with patches: accuracy under attack, and a test that no certificate breaks.
+    """Attack a model with patches: measure the accuracy under attack and test that no certificate breaks.
 
-    The attacks know the defence. An image that is certified and yet broken is written down with its patch, and the
-    exit code is 4.
+    The attacks know the defense. If an attack breaks a certified image, the image and its patch are saved and the exit
+    code is 4.
     """
     import time
     from dataclasses import replace
@@ -133,8 +139,8 @@ def alarm(found: "Bracket") -> None:
     """Ends with exit code 4 if a certificate is broken."""
     if found.broken_certificates:
         fail(
-            f"{found.broken_certificates} certificates are broken: an attack changed the answer on images certified "
-            f"against it; images, patches and verdicts are in {found.alarm_folder}",
+            f"{found.broken_certificates} certificates are broken: an attack changed the prediction on images "
+            f"certified against it; images, patches and verdicts are in {found.alarm_folder}",
             4,
         )
 
@@ -145,7 +151,7 @@ def _count(text: str) -> int | None:
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--attacked-placements is a number of placements, at least 1, or all; got {text!r}")
+        raise UsageError(f"--attacked-placements must be a number of at least 1, or all; got {text!r}")
     return int(text)
 
 
@@ -155,7 +161,7 @@ def _check_folder(path: Path | None) -> None:
 
     if path is not None:
         if path.exists() and not path.is_dir():
-            raise UsageError(f"--save is a folder for images, but {path} is a file")
+            raise UsageError(f"--save needs a folder, but {path} is a file")
         require_writable(path / "image.png")
 
 
@@ -189,6 +195,6 @@ def _print(info: "AttackInfo") -> None:
     say_notes(info.notes)
     print_table(rows, ("patch", "rule"), ("clean", "attacked", "certified", "attempts", "broken certificates"))
     say(
-        f"{', '.join(info.attack['attacks'])}; {info.seconds['total']:.1f} s in all "
+        f"{', '.join(info.attack['attacks'])}; {info.seconds['total']:.1f} s in total "
         f"({info.device}, {info.dtype}, {info.threads} threads)"
     )

@@ -14,42 +14,50 @@ if TYPE_CHECKING:
 
 
 def benchmark(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Results, records, plots and trained networks go here.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results, records, plots and trained networks.")],
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     defenses: Annotated[
-        str, typer.Option(metavar="NAMES", help="Comma-separated names, or all; `bagcert info` lists them.")
+        str, typer.Option(metavar="NAMES", help="Comma-separated defenses, or all. `bagcert info` lists them.")
     ] = "all",
     patch: Annotated[
-        list[str] | None, typer.Option(metavar="PATCH", help="As in evaluate. Repeat for several. Default: 2 and 5.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATCH",
+            help="Patch size in pixels, as in evaluate. Repeat for several. Default: 2 and 5; 1 and 2 with --quick.",
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help=LIMIT_HELP)] = None,
-    train_limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="As --limit, of training images.")] = None,
+    train_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Train on at most N images, chosen as by --limit.")
+    ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of every training. Default: what suits the size of the images.")
+        int | None, typer.Option(min=1, help="Epochs of every training. Default: depends on the image size.")
     ] = None,
     multiply_adds: Annotated[
-        int | None, typer.Option(min=1, help="Of one pass of every network, in place of what suits the images.")
+        int | None,
+        typer.Option(min=1, help="MACs of one forward pass of every network. Default: depends on the image size."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all trainings and choices.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="On digits, against 1 and 2 px, in a few minutes: does everything run?")
+        bool, typer.Option("--quick", help="Smoke test on digits with 1 and 2 px patches (a few minutes).")
     ] = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Certified defences side by side: trained with one budget, measured in one run.
+    """Compare certified defenses: train each one with the same budget and evaluate all of them.
 
-    Trains what is missing, evaluates every defence against every patch, writes a JSON for each, prints the table and
-    draws the plots. What DIR holds already is kept, so an interrupted run goes on.
+    Trains the missing networks, evaluates every defense against every patch, writes one JSON file for each, prints a
+    table and draws plots. Networks and results that DIR already holds are reused, so rerunning the command resumes an
+    interrupted run.
     """
     from bagcert.errors import UsageError
     from bagcert.evaluation.benchmark import benchmark as run
     from bagcert.report.benchmark_plots import draw
 
     if quick and data not in (None, "digits"):
-        raise UsageError(f"--quick is on digits, and --data {data} was given; leave one of them out")
+        raise UsageError(f"--quick uses digits and cannot be combined with --data {data}")
     if data is None and not quick:
-        raise UsageError("a benchmark needs --data, or --quick")
+        raise UsageError("a benchmark needs --data or --quick")
     names = [] if defenses == "all" else [name.strip() for name in defenses.split(",")]
     patches = patch or (["1", "2"] if quick else ["2", "5"])
     with progress("benchmark") as report:

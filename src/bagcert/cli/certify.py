@@ -27,49 +27,64 @@ def certify(
     json: Json = False,
     record: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.jsonl", help="Add to this file all that `bagcert verify` needs, image by image."),
+        typer.Option(
+            metavar="FILE.jsonl", help="Append to this file the records that `bagcert verify` checks, image by image."
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a --record that was interrupted, after its whole images.")
+        bool, typer.Option("--resume", help="Resume an interrupted --record after its last complete image.")
     ] = False,
     explain: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.png",
-            help="Draw one photo: what its regions vote for, and where a patch comes closest to changing the answer.",
+            help="Draw one photo with the votes of its regions and the patch placement that comes closest to changing "
+            "the prediction.",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER_OR_URL",
-            help="Instead of single images: all below a folder or s3://bucket/folder, Parquet files among them, or all "
-            'that match a glob in quotes ("s3://bucket/*.parquet").',
+            help="Instead of single images: all images and Parquet files below a folder or s3://bucket/folder, or all "
+            'files that match a quoted glob ("s3://bucket/*.parquet").',
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="With --data: a row per image into Parquet files here. The same command again goes on."
+            metavar="DIR",
+            help="With --data: write one row per image to Parquet files in this folder. Rerun the same command to "
+            "resume.",
         ),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="With --data: local, or ray, on all cores and GPUs of this machine or a Ray cluster.")
+        str,
+        typer.Option(
+            help="With --data: local (one process), or ray (all cores and GPUs of this machine or of a Ray cluster)."
+        ),
     ] = "local",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="With --engine ray: how many. Default: one per GPU, or per core.")
+        int | None,
+        typer.Option(min=1, help="With --engine ray: number of workers. Default: one per GPU, or one per core."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="With --data: only the first N images.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --data: certify only the first N images. Default: all.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="With --data: images per forward pass.")] = 100,
     part_size: Annotated[
-        int, typer.Option(min=1, help="With --data: images per Parquet file; what a kill costs at most.")
+        int,
+        typer.Option(
+            min=1,
+            help="With --data: images per Parquet file; at most this many images are recomputed after an interruption.",
+        ),
     ] = 1000,
 ) -> None:
-    """Classify images and prove, for each, which patches cannot change the answer.
+    """Classify images and certify for each whether a patch can change the prediction.
 
     Patches and placements ([top, left, height, width]) are in pixels of the image file as stored.
 
-    Single images are printed; --data takes any number of them, and --out keeps what is said of each.
+    Results for single images are printed. For large data sets, use --data and --out, which write them to files.
     """
     from contextlib import ExitStack
     from dataclasses import asdict
@@ -78,13 +93,11 @@ def certify(
 
     if data is not None or out is not None:
         if data is None or out is None:
-            raise UsageError("--data and --out belong together: where images come from, and where the rows go")
+            raise UsageError("--data and --out need each other: the source of the images, and the folder for the rows")
         if images:
-            raise UsageError(
-                f"--data stands instead of single images, but {images[0]} was given too; put a glob in quotes"
-            )
+            raise UsageError(f"--data cannot be combined with single images ({images[0]}); put a glob in quotes")
         if record is not None or explain is not None or resume:
-            raise UsageError("--record, --resume and --explain are for single images, not for --data")
+            raise UsageError("--record, --resume and --explain cannot be combined with --data")
         certify_data(
             data,
             out,
@@ -106,9 +119,9 @@ def certify(
         )
         return
     if engine != "local" or workers is not None or limit is not None:
-        raise UsageError("--engine, --workers and --limit are for --data")
+        raise UsageError("--engine, --workers and --limit need --data")
     if not images:
-        raise UsageError("name at least one image or folder of images, or a --data source")
+        raise UsageError("give at least one image, a folder of images, or a --data source")
 
     import torch
 
@@ -120,11 +133,11 @@ def certify(
     from bagcert.records import SCHEMA_VERSION
 
     if resume and record is None:
-        raise UsageError("--resume goes on with a --record; name the file")
+        raise UsageError("--resume needs the --record file to resume")
     files = image_files(images)
     if explain is not None:
         if len(files) != 1:
-            raise UsageError(f"--explain draws one photo, but {len(files)} were given")
+            raise UsageError(f"--explain draws exactly one photo, got {len(files)}")
         check_output(explain, ".png")
     with progress("loading"):
         loaded = load(model, device, dtype=dtype, portable=portable, backend=backend)
@@ -151,10 +164,10 @@ def certify(
             held = 0 if records is None else records.held
             report(held + len(verdicts) + len(errors), len(files))
     for source in () if records is None else records.changed:
-        warn(f"{record} holds a certificate of another image named {source}; this one was certified anew")
+        warn(f"{record} holds a certificate for a different image named {source}; this one was certified")
     if records is not None and records.held:
-        already = f"{records.held} of {len(files)} images already"
-        warn(f"{record} held {already}; they are not certified again, nor listed here")
+        already = f"{records.held} of {len(files)} images"
+        warn(f"{record} already held {already}; they are not certified again or listed here")
     if explain is not None and verdicts:
         from bagcert.data.photo import read_image
         from bagcert.evaluation.gallery import photo_picture
@@ -202,11 +215,11 @@ def _print(verdicts: list) -> None:
         columns = ("image", "size, px", "class", "patch", "rule", "certified", "margin", "worst placement")
         print_table(rows, (*columns, "largest, px"), fold=True, names=True)
         say("sizes and placements (size at top, left) are in pixels of the photo as stored")
-        say("largest: side of the largest square for which a defence built for it certifies the same class")
+        say("largest: side of the largest square patch for which a defense built for it certifies the same class")
 
 
 def places(worst: list) -> str:
-    """Worst placements as short as they can be said.
+    """Formats worst placements compactly.
 
     >>> places([[0, 3, 5, 5], [4, 8, 5, 5]])
     '5x5 at 0,3 and 4,8'

@@ -1,4 +1,4 @@
-"""`bagcert certify --data ... --out DIR`: a whole data source instead of single images."""
+"""`bagcert certify --data ... --out DIR`: certification of a whole data source."""
 
 import sys
 from contextlib import redirect_stdout
@@ -10,7 +10,7 @@ from bagcert.records import in_unit
 
 
 def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) -> None:
-    """Runs it, and prints what the folder then holds.
+    """Certifies a data source and prints a summary of the result folder.
 
     Args:
         data, out, engine, choices: as for `bagcert.bulk.run.certify_many`.
@@ -20,17 +20,17 @@ def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) 
     from bagcert.errors import BagcertError
 
     try:
-        # Ray tells of dead workers on stdout, which is for results.
+        # Ray reports dead workers on stdout, which is reserved for results.
         with progress("certifying") as report, redirect_stdout(sys.stderr):
             found = certify_many(data, out, engine=engine, on_progress=report, **choices)
     except KeyboardInterrupt:
-        raise BagcertError(f"interrupted; the same command goes on with {out}") from None
+        raise BagcertError(f"interrupted; rerun the same command to resume {out}") from None
     if json:
         print_json(found)
     else:
         _print(found, out)
     if found["errors"]:
-        fail(f"{found['errors']:,} of {found['images']:,} images could not be certified; {out} says why for each", 5)
+        fail(f"{found['errors']:,} of {found['images']:,} images could not be certified; see column error in {out}", 5)
 
 
 def _print(found: dict[str, Any], out: Path) -> None:
@@ -45,4 +45,4 @@ def _print(found: dict[str, Any], out: Path) -> None:
     right = ("certified images", "share", *(("clean", "certified accuracy") if labelled else ()))
     print_table(rows, ("patch", "rule"), right)
     speed = f", {found['images_per_second']:g} images/s" if found["images_per_second"] else ""
-    say(f"{found['certified_now']:,} of them now in {found['seconds']:.1f} s ({found['engine']}){speed}; {out}")
+    say(f"{found['certified_now']:,} certified now in {found['seconds']:.1f} s ({found['engine']}){speed}; see {out}")

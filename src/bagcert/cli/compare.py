@@ -18,18 +18,22 @@ def compare(
     ],
     second: Annotated[Path, typer.Argument(metavar="B.records.jsonl", help="Records of another, on the same images.")],
     patch: Annotated[
-        str | None, typer.Option(metavar="PATCH", help="Which patch, where the runs have several in common.")
+        str | None,
+        typer.Option(metavar="PATCH", help="Patch to compare. Needed if the runs have several patches in common."),
     ] = None,
     rule: Annotated[
         list[str] | None,
-        typer.Option(metavar="RULE", help="Which rule, where a run has several. Twice: the first run's, the second's."),
+        typer.Option(
+            metavar="RULE",
+            help="Rule to compare. Needed if a run has several. Give it twice to use a different rule for each run.",
+        ),
     ] = None,
-    show: Annotated[int, typer.Option(min=0, help="How many of the images that changed to list.")] = 10,
+    show: Annotated[int, typer.Option(min=0, help="List at most this many of the images that changed.")] = 10,
     json: Json = False,
 ) -> None:
-    """Say whether two evaluations of the same images differ, and list the images that changed.
+    """Test whether two evaluations of the same images differ, and list the images that changed.
 
-    McNemar's exact test and a paired bootstrap, for clean and certified accuracy.
+    Uses McNemar's exact test and a paired bootstrap, for clean and certified accuracy.
     """
     from bagcert.errors import UsageError
     from bagcert.evaluation.compare import compare as run
@@ -37,7 +41,7 @@ def compare(
 
     rules = rule or []
     if len(rules) > 2:
-        raise UsageError(f"--rule is given once for both runs, or twice; got {len(rules)}")
+        raise UsageError(f"--rule can be given at most twice, got {len(rules)}")
     pair = (rules[0], rules[-1]) if rules else (None, None)
     found = run(read_image_records(first), read_image_records(second), rules=pair, threat=patch)
     if json:

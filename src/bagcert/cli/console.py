@@ -1,7 +1,7 @@
-"""What every command shares: where text goes, how progress looks, the table of results.
+"""Console output of all commands: text, tables, progress bars and errors.
 
-All that a command prints goes through this module, and no other module of the command line prints. Names come out of
-files and may be hostile: texts stand on one line, without control characters, and nothing in them is markup.
+No other module of the command line prints. Names come from files and are untrusted: every text is printed on one line,
+without control characters, and is never interpreted as markup.
 """
 
 import itertools
@@ -28,48 +28,48 @@ WIDTH_WHEN_PIPED = 120
 
 
 class Report(Protocol):
-    """Tells a progress bar where the work stands."""
+    """Callback that updates a progress bar."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Done so far, of how many, and a short note."""
+        """Sets the number of finished items, the total and a short note."""
 
 
 def say(line: str = "", style: str = "") -> None:
-    """One line of results on stdout."""
+    """Prints one line of results on stdout."""
     _stdout().print(styled(line, style), soft_wrap=True)
 
 
 def say_notes(notes: Iterable[str] | None) -> None:
-    """Sentences that belong to the figures around them, a line each."""
+    """Prints notes about the results, one per line."""
     for note in notes or ():
         say(f"note: {note}")
 
 
 def say_all(text: str) -> None:
-    """Several lines on stdout, for a text whose line ends are ours."""
+    """Prints a multi-line text on stdout. Its line breaks must be trusted."""
     for line in text.removesuffix("\n").split("\n"):
         say(line)
 
 
 def tell(line: str) -> None:
-    """One line of progress on stderr."""
+    """Prints one line of progress on stderr."""
     _stderr().print(styled(line))
 
 
 def fail(sentence: str, exit_code: int) -> NoReturn:
-    """One sentence on stderr, and out. Of several processes on a machine the first says it."""
+    """Prints an error on stderr and exits. With several processes on a machine, only the first one prints."""
     if is_first_here():
         _stderr().print(Text.assemble(("Error:", "bold red"), " ", _joined(sentence)))
     sys.exit(exit_code)
 
 
 def warn(sentence: str) -> None:
-    """One sentence on stderr."""
+    """Prints a warning on stderr."""
     _stderr().print(Text.assemble(("Warning:", "yellow"), " ", _joined(sentence)))
 
 
 def styled(text: object, style: str = "") -> Text:
-    """A text in a color or weight of our own."""
+    """Returns a text, without control characters, in the given style."""
     return Text(cleaned(text), style)
 
 
@@ -82,16 +82,16 @@ def print_table(
     first_whole: bool = False,
     names: bool = False,
 ) -> None:
-    """A table on stdout.
+    """Prints a table on stdout.
 
     Args:
-        rows: a cell for each column; texts as they came, or what `styled` made of one.
-        left, right: names of the columns aligned to the left, and of those after them aligned to the right.
-        title: above it.
-        fold: are cells that are too long broken anywhere, and not cut short?
-        first_whole: is the first column never broken? The table is wider than the terminal where it has to be.
-        names: does the first column hold names of files? Where the table does not fit into the width, they stand above
-            it, each whole on a line with a number, and the numbers stand in the table.
+        rows: one cell per column; plain text, or text from `styled`.
+        left, right: names of the left-aligned columns, and of the right-aligned columns after them.
+        title: the line above the table.
+        fold: wrap long cells instead of truncating them.
+        first_whole: never wrap the first column, even if the table becomes wider than the terminal.
+        names: the first column holds file names. If the table is too wide, the names are printed above it as a
+            numbered list, and the table shows the numbers.
     """
     rows = list(rows)
     if names and _room(_table(rows, left, right, title, fold, first_whole)).maximum > _stdout().width:
@@ -108,7 +108,7 @@ def print_table(
 
 
 def _room(table: Table) -> Measurement:
-    """How wide a table can be at least and would be at most; a console of a usual width would bound both."""
+    """Returns the minimum and maximum width of a table, measured on a console that is wide enough not to limit it."""
     return _stdout(1 << 16).measure(table)
 
 
@@ -120,7 +120,7 @@ def _table(
     fold: bool,
     first_whole: bool,
 ) -> Table:
-    """What `print_table` prints."""
+    """Builds the table that `print_table` prints."""
     table = Table(title=None if title is None else styled(title), title_justify="left", box=HEAVY_HEAD)
     for number, name in enumerate((*left, *right)):
         table.add_column(
@@ -135,7 +135,7 @@ def _table(
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """Names and values on stdout, one below the other."""
+    """Prints names and values on stdout, one pair per line."""
     table = Table(show_header=False, box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -145,17 +145,23 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """The machine-readable result, alone on stdout."""
-    print(json.dumps(value, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))  # the one that JSON leaves as it is
+    """Prints the machine-readable result on stdout."""
+    # DEL is the only control character that json.dumps does not escape.
+    print(json.dumps(value, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def check_output(path: Path, suffix: str = ".json") -> None:
-    """Refuses an output path before the work, not after it."""
+    """Checks before the work starts that an output path can be written.
+
+    Raises:
+        UsageError: the path is a folder, or has another suffix.
+        BagcertError: the path cannot be written.
+    """
     from bagcert.errors import UsageError
     from bagcert.io.files import require_writable
 
     if path.is_dir():
-        raise UsageError(f"the output {path} is a folder; a file was expected")
+        raise UsageError(f"the output {path} is a folder; expected a file")
     if path.suffix != suffix:
         raise UsageError(f"the output must be a {suffix} file, got {path}")
     require_writable(path)
@@ -163,9 +169,9 @@ def check_output(path: Path, suffix: str = ".json") -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[Report]:
-    """A progress bar on stderr with the time left; silent when stderr is no terminal.
+    """Shows a progress bar with the remaining time on stderr. Silent if stderr is not a terminal.
 
-    Until it is told how much there is to do, it only moves to and fro.
+    The bar pulses until the total is known.
     """
     console = _stderr()
     columns = (
@@ -189,7 +195,7 @@ def progress(what: str) -> Iterator[Report]:
 
 
 def print_results(info: RunInfo) -> None:
-    """The table of an evaluation."""
+    """Prints the results of an evaluation."""
     attacked = ("attacked",) if info.attack else ()
     rows = []
     for row in info.results:
@@ -205,14 +211,14 @@ def print_results(info: RunInfo) -> None:
                 f"{row.seconds:.2f}",
             )
         )
-    # A title of the table would be cut to the table's width.
+    # Not a table title, which would be truncated to the table's width.
     say(f"{info.model} on {info.data} ({info.split}, {info.images:,} images)")
     say_notes(info.notes)
     right = ("clean", *attacked, "certified", "certified, 95 % interval", "seconds")
     print_table(rows, ("patch", "rule"), right)
     seconds = info.seconds
     say(
-        f"forward pass {seconds['forward']:.1f} s, loading {seconds['load']:.1f} s, {seconds['total']:.1f} s in all "
+        f"forward pass {seconds['forward']:.1f} s, loading {seconds['load']:.1f} s, {seconds['total']:.1f} s in total "
         f"({info.device}, {info.dtype}, {info.threads} threads)"
     )
     if info.attack:
@@ -220,11 +226,11 @@ def print_results(info: RunInfo) -> None:
             sum(getattr(row, name) or 0 for row in info.results)
             for name in ("attempts", "certified_attempts", "broken_certificates")
         )
-        say(f"{attempts:,} attempts, {certified:,} of them on certified images; {broken} certificates broken")
+        say(f"{attempts:,} attack attempts, {certified:,} of them on certified images; {broken} certificates broken")
 
 
 def _stdout(least: int = 0) -> Console:
-    """As wide as the terminal, or as COLUMNS says; but no narrower than `least`."""
+    """Returns a console as wide as the terminal or COLUMNS, and at least `least` characters wide."""
     asked = os.environ.get("COLUMNS", "")
     width = int(asked) if asked.isdecimal() and int(asked) > 0 else None
     if width is None and not sys.stdout.isatty():
@@ -240,5 +246,5 @@ def _stderr() -> Console:
 
 
 def _joined(sentence: str) -> str:
-    """A sentence on one line, though libraries break theirs."""
+    """Joins a message of several lines, as some libraries raise, into one line."""
     return cleaned(" ".join(line.strip() for line in sentence.splitlines()))

@@ -18,13 +18,13 @@ def demo(
         Path | None,
         typer.Option(
             metavar="FILE.html",
-            help="Where to write the report. Default: bagcert-demo.html, or report.html in --out; none with --json.",
+            help="Report file. Default: bagcert-demo.html, or report.html in the --out folder; none with --json.",
         ),
     ] = None,
 ) -> None:
-    """Train a region scorer on the embedded digits, and certify the held-out digits. Under a minute on two cores.
+    """Train a region scorer on the embedded digits and certify the test digits. Under a minute on two cores.
 
-    It ends by writing a report: figures, and images with the votes of their regions.
+    Writes a report with figures and with images that show the votes of their regions.
     """
     import tempfile
 
@@ -56,8 +56,8 @@ def demo(
         print_json(evaluation.info.to_dict())
         return
     print_results(evaluation.info)
-    say("clean: share answered rightly. certified: share answered rightly and proved to stay so whatever is put")
-    say("under one patch of that size, anywhere. Next: bagcert certify PHOTO.jpg")
+    say("clean: share of images classified correctly. certified: share of images classified correctly for which no")
+    say("patch of that size, anywhere in the image, can change the prediction. Next: bagcert certify PHOTO.jpg")
     say(f"The report is in {page}")
     if out is not None:
         say(f"The model is in {out}: bagcert evaluate {out} --data digits --patch 1x3")

@@ -17,22 +17,25 @@ def doctor(
     model: Model,
     onnx: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.onnx", help="Measure this file, made from MODEL, through onnxruntime instead."),
+        typer.Option(metavar="FILE.onnx", help="Measure this file, exported from MODEL, in onnxruntime."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     patch: OnePatch = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Images on which to say what a guard costs: digits, cifar10, or a path as for evaluate."),
+        typer.Option(
+            help="Measure on these images how much certified accuracy a guard costs: digits, cifar10, or a path as "
+            "for evaluate. Default: not measured."
+        ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many of them.")] = 1000,
+    images: Annotated[int, typer.Option(min=1, metavar="N", help="Use at most N images of --data.")] = 1000,
     json: Json = False,
 ) -> None:
-    """Measure whether scores stand still outside a patch's reach, on this device and in this dtype.
+    """Measure whether scores outside the patch's footprint change on this device and dtype.
 
-    Certificates rest on that. Exit code 0: nothing moved (exact), or so little that a guard makes it good (guarded);
-    4: certificates of this model would mean nothing here (refused).
+    Certificates assume that they do not. Exit code 0: no score changed (exact), or the changes are small enough to be
+    covered by a guard (guarded). Exit code 4: certificates of this model are not valid here (refused).
     """
     from bagcert.defenses.bagcert import load
     from bagcert.locality import measure, measure_onnx
@@ -57,7 +60,7 @@ def doctor(
 
 
 def _first_images(loaded: "BagCert", data: str) -> Any:
-    """A few images of a data set as the network takes them, float [images, channels, height, width]."""
+    """Loads a few images of a data set as network input, float [images, channels, height, width]."""
     import numpy as np
 
     from bagcert.data import load_dataset
@@ -76,7 +79,7 @@ def _first_images(loaded: "BagCert", data: str) -> Any:
 def _cost(
     loaded: "BagCert", report: "LocalityReport", data: str, patch: str | None, count: int
 ) -> list[dict[str, Any]]:
-    """Certified accuracy without a guard, with one against what leaks, and with one against drift as well."""
+    """Measures certified accuracy without a guard, with a guard against leaks, and with one against leaks and drift."""
     from bagcert.data import load_dataset
     from bagcert.evaluation.evaluate import evaluate
 
@@ -129,7 +132,7 @@ def _print(report: "LocalityReport", cost: list[dict[str, Any]]) -> None:
 
 
 def sentences(report: "LocalityReport") -> list[str]:
-    """What the measurement means, in plain words."""
+    """Describes the result of a measurement in sentences."""
     footprint = {
         "equal": "NaN reaches exactly the regions that are declared to see it.",
         "inside": "NaN reaches fewer regions than are declared to see it.",

@@ -48,24 +48,28 @@ def evaluate(
     dtype: Dtype = "float32",
     backend: Backend = "torch",
     portable: Portable = False,
-    repeat: Annotated[int, typer.Option(min=1, help="Passes over the data; reported seconds are medians.")] = 1,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Number of passes over the data; the reported seconds are medians.")
+    ] = 1,
     json: Json = False,
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help="Write the JSON here, its rows to FILE.csv, a line per image to FILE.records.jsonl.",
+            help="Write the results as JSON to this file, as a table to FILE.csv, and one line per image to "
+            "FILE.records.jsonl.",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the last whole batch of an interrupted run with this --out.")
+        bool,
+        typer.Option("--resume", help="Resume an interrupted run with the same --out after its last complete batch."),
     ] = False,
     attack: Annotated[
         bool,
         typer.Option(
             "--attack",
-            help="Also attack every image, as bagcert attack does by default: attacked accuracy beside the certified "
-            "one. About a second per image and row.",
+            help="Also attack every image with the default settings of bagcert attack and report the accuracy under "
+            "attack. Takes about a second per image and row.",
         ),
     ] = False,
     resize: Resize = False,
@@ -73,15 +77,16 @@ def evaluate(
         bool,
         typer.Option(
             "--largest",
-            help="Also find, for each image, the largest square patch that a double-masking defence built for it "
-            "certifies, and say how these sizes are distributed.",
+            help="Also find the largest square patch for each image that a double-masking defense built for this "
+            "patch certifies, and print the distribution of the sizes.",
         ),
     ] = False,
     fail_under_certified: FailUnder = None,
 ) -> None:
-    """Clean and certified accuracy of a model on a data set, for every rule and patch from one forward pass.
+    """Measure the clean and certified accuracy of a model on a data set, for all rules and patches in one pass.
 
-    With --attack also the accuracy under attack: the true robust accuracy lies between it and the certified one.
+    With --attack, also measures the accuracy under attack. The true robust accuracy lies between the certified
+    accuracy and the accuracy under attack.
     """
     import time
 
@@ -96,7 +101,7 @@ def evaluate(
     if out is not None:
         check_output(out)
     elif resume:
-        raise UsageError("--resume goes on with the run of an --out FILE.json, and none was given")
+        raise UsageError("--resume needs the --out FILE.json of the run to resume")
     log = None if out is None else log_path(out)
     with progress("loading"):
         loaded = load(model, device, dtype=dtype, portable=portable, backend=backend)
@@ -125,7 +130,7 @@ def evaluate(
     except KeyboardInterrupt:
         if log is None or not log.exists():
             raise
-        raise BagcertError(f"interrupted; --resume goes on from {log}") from None
+        raise BagcertError(f"interrupted; add --resume to continue from {log}") from None
     if out is not None:  # also before the attack, which takes long and may be interrupted
         write_evaluation(evaluation, out)
     found = None
@@ -144,13 +149,13 @@ def evaluate(
     if found is not None:
         alarm(found)
     if evaluation.errors:
-        fail(f"{len(evaluation.errors)} images could not be read and are left out of the figures", 5)
+        fail(f"{len(evaluation.errors)} images could not be read and are not part of the results", 5)
     if fail_under_certified is not None:
         for row in evaluation.info.results:
             if row.certified_accuracy < fail_under_certified:
                 fail(
-                    f"certified accuracy {row.certified_accuracy:.4f} against {row.threat} by {row.rule} is below "
-                    f"the bar of {fail_under_certified}",
+                    f"certified accuracy {row.certified_accuracy:.4f} for patch {row.threat} and rule {row.rule} is "
+                    f"below the threshold of {fail_under_certified}",
                     3,
                 )
 
@@ -163,7 +168,7 @@ def _attacked(
     rules: Sequence[str],
     placements: str | None,
 ) -> "tuple[Evaluation, Bracket]":
-    """The evaluation with what attacks did to the images that could be read, row by row."""
+    """Attacks the images that could be read and adds the results to the rows of the evaluation."""
     import time
     from dataclasses import replace
 

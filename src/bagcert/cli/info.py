@@ -28,14 +28,14 @@ def info(
     print_facts((key.replace("_", " "), _plain(value)) for key, value in shown.items())
     if found["results"]:
         say()
-        say("measured, patches in pixels of the images of the data", "bold")
+        say("measured results, patches in pixels of the dataset's images", "bold")
         for row in found["results"]:
             say(
                 f"  {row['threat']:>8} {row['rule']:<15} clean {row['clean_accuracy']:.1%}  certified "
                 f"{row['certified_accuracy']:.1%}  ({row['data']}, {row['images']:,} images)"
             )
     say()
-    say("The recipe: bagcert info MODEL --json, or recipe in config.json")
+    say("Recipe: see bagcert info MODEL --json, or the key recipe in config.json")
 
 
 def _list(json: bool) -> None:

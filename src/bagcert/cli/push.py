@@ -12,21 +12,21 @@ from bagcert.cli.options import Json, Model
 def push(
     model: Model,
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hugging Face hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     dry_run: Annotated[
         Path | None,
         typer.Option(
             "--dry-run",
             metavar="DIR",
-            help="Upload nothing; write what would be uploaded into this new folder, to look at first.",
+            help="Upload nothing; write the files that would be uploaded to this new folder.",
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Publish a model on the Hugging Face hub, with a card that says what was measured and what is not covered.
+    """Publish a model on the Hugging Face hub, with a model card that lists measured results and limitations.
 
-    Uploaded are weights, config, recipe, training log, results.json and the card, and no other file. Whoever loads
-    it names the hub id: bagcert certify photo.jpg --model OWNER/NAME.
+    Uploads the weights, config, recipe, training log, results.json and the card, and no other file. To use the model:
+    bagcert certify photo.jpg --model OWNER/NAME.
     """
     import hashlib
 
@@ -55,5 +55,5 @@ def push(
     for name, content in files.items():
         say(f"{len(content):>12,}  {name}")
     if RESULTS not in files:
-        say(f"The card says that nothing was measured: bagcert evaluate {model} --data DATA --out {model}/{RESULTS}")
-    say(f"This would be uploaded to {repo_id}; it is in {dry_run}" if url is None else f"The model is at {url}")
+        say(f"The card has no results; to add them: bagcert evaluate {model} --data DATA --out {model}/{RESULTS}")
+    say(f"Files for {repo_id} are in {dry_run}; nothing was uploaded" if url is None else f"The model is at {url}")

@@ -11,19 +11,19 @@ from bagcert.cli.console import check_output, progress, say
 def report(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="JSON files of bagcert evaluate --out, and run or model folders."),
+        typer.Argument(metavar="PATH...", help="JSON files from bagcert evaluate --out, and run or model folders."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="Where to write the page.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="Output file.")] = Path("report.html"),
     plots: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write the figures here, as PNG and PDF for a paper.")
+        Path | None, typer.Option(metavar="DIR", help="Also write the figures as PNG and PDF to this folder.")
     ] = None,
-    title: Annotated[str | None, typer.Option(metavar="TEXT", help="The title of the page.")] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Title of the page. Default: a general title.")
+    ] = None,
 ) -> None:
-    """Write results as one HTML page that needs nothing else: figures, margins, and images with their region votes.
+    """Write results as one self-contained HTML page: figures, margins, and images with their region votes.
 
-    Records and pictures are found beside the JSON files.
+    Records and images are read from the files next to the JSON files.
     """
     from bagcert.report.html import write_report
     from bagcert.report.plots import write_plots

@@ -20,53 +20,80 @@ def train(
         str | None,
         typer.Argument(
             metavar="RECIPE_OR_IMAGES",
-            help="A shipped recipe (see bagcert info) or a TOML file; or a folder of class folders, and the recipe is "
-            "photos; or, with --resume, a run folder.",
+            help="A shipped recipe (see bagcert info), a TOML file, or a folder of class folders (uses the recipe "
+            "photos). With --resume: a run folder.",
         ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="A data set name, path or URL, instead of the recipe's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set name, path or URL. Default: the data set of the recipe.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder. Default: runs/NAME.")] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the images. With --resume: a new total, where possible.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of epochs. Default: the recipe's. With --resume: a new total, if the recipe allows it.",
+        ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="As many epochs as fit, by the time of the first steps.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="Train for as many epochs as fit in this many minutes, estimated from the first steps. Default: train "
+            "for --epochs.",
+        ),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="Images are resized to it, in px: 32, or 32x48.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Resize images to this size in px: 32, or 32x48. Default: the recipe's.")
+    ] = None,
     patch: Annotated[
-        str | None, typer.Option(metavar="PATCH", help="What training aims at, in px of the resized image: 5, 2%.")
+        str | None,
+        typer.Option(
+            metavar="PATCH",
+            help="Patch size to train against, in px of the resized image (5) or in percent of its area (2%). "
+            "Default: the recipe's.",
+        ),
     ] = None,
     groups: Annotated[
         str | None,
         typer.Option(
             metavar="prefix|FILE",
-            help="Keep related images on one side of the split: those whose names agree up to the last _ or -, or by "
-            "a file with lines CLASS/IMAGE,GROUP.",
+            help="Keep groups of related images on one side of the split. prefix: images whose names agree up to the "
+            "last _ or - form a group. FILE: lines CLASS/IMAGE,GROUP. Default: no groups.",
         ),
     ] = None,
     class_names: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Lines FOLDER: NAME. Default: classes.txt in the folder, where it is there."),
+        typer.Option(
+            metavar="FILE",
+            help="Class names, as lines FOLDER: NAME. Default: classes.txt in the data folder, if it exists.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, such as train.epochs=3. Repeatable."),
     ] = None,
     print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the whole recipe and exit.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the run folder.")] = False,
-    init: Annotated[str | None, typer.Option(metavar="MODEL", help="Start from the weights of this model.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Train on the first N images only.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume training from the checkpoint in the run folder.")
+    ] = False,
+    init: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Start from the weights of this model. Default: random weights."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Train on the first N images only. Default: all.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Train a model on your images, or by a recipe. Ctrl-C saves; --resume RUN goes on, also after a crash.
+    """Train a model on your images or from a recipe. Ctrl-C saves a checkpoint; --resume RUN continues from it.
 
-    A folder val beside train is held out, else a part of the training images. See docs/training.md and docs/recipes.md.
-    On several devices or machines: torchrun or accelerate launch, then -m bagcert train, see docs/many_devices.md.
+    Validates on the folder val next to train if there is one, else on a held-out split of the training images. See
+    docs/training.md and docs/recipes.md. For several devices or machines, use torchrun or accelerate launch with
+    -m bagcert train; see docs/many_devices.md.
     """
     from bagcert.training.choose import choose_recipe
 
     if epochs is not None and minutes is not None:
-        raise UsageError("--epochs and --minutes both say how long to train; give one of them")
+        raise UsageError("--epochs and --minutes cannot be combined")
     given = {
         "train.epochs": epochs,
         "defense.patch": patch,
@@ -118,21 +145,21 @@ def train(
     if is_main_process():
         images = data or recipe.data.name
         if read_config(folder).provenance["split"] == "all":
-            say(f"The model is in {folder}. {images} has no part test, and the model has seen most of it:")
-            say(f"bagcert evaluate {folder} --data OTHER_IMAGES")
+            say(f"The model is in {folder}. {images} has no test split, and the model was trained on most of it.")
+            say(f"To evaluate: bagcert evaluate {folder} --data OTHER_IMAGES")
         else:
-            say(f"The model is in {folder}: bagcert evaluate {folder} --data {images}")
+            say(f"The model is in {folder}. To evaluate: bagcert evaluate {folder} --data {images}")
 
 
 class _Lines:
-    """What is shown of a run: the last loss and validation, and the time left."""
+    """Formats the progress of a run: last loss, last validation and remaining time."""
 
     def __init__(self) -> None:
         self.loss = self.accuracy = ""
         self.start: tuple[int, float] | None = None
 
     def add(self, at: "Progress") -> None:
-        """Takes over what is new after a step."""
+        """Updates the state after a step."""
         self.start = self.start or (at.step, at.seconds)
         if at.loss == at.loss:
             self.loss = f"loss {at.loss:.3f}"
@@ -141,12 +168,12 @@ class _Lines:
             self.accuracy = f"clean {clean:.1%}, certified {certified:.1%}"
 
     def line(self, at: "Progress") -> str:
-        """Of an epoch that ends."""
+        """Returns the line that is printed at the end of an epoch."""
         accuracy = self.accuracy if at.validation is not None else ""
         return f"epoch {at.epoch}/{at.epochs}: " + ", ".join(filter(None, [self.loss, accuracy, self._left(at)]))
 
     def note(self, at: "Progress") -> str:
-        """Beside the progress bar."""
+        """Returns the note next to the progress bar."""
         return ", ".join(filter(None, [f"epoch {at.epoch}/{at.epochs}", self.loss, self.accuracy]))
 
     def _left(self, at: "Progress") -> str:

@@ -16,24 +16,31 @@ if TYPE_CHECKING:
     from bagcert.proofs.verify import VerifyResult
 
 MOST_CHARACTERS = 500
-EXIT_CODES = {"proof": 4, "record": 5, "image": 5, "limit": 1}  # the first that occurs counts
+EXIT_CODES = {"proof": 4, "record": 5, "image": 5, "limit": 1}  # in order of precedence
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Records, as `bagcert certify --record` writes.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Records written by `bagcert certify --record`.")],
     model: Annotated[
-        str | None, typer.Option(help="Compute scores and geometry again by this model, from the image files.")
+        str | None,
+        typer.Option(
+            help="Recompute scores and geometry from the image files with this model. Default: trust the recorded ones."
+        ),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where the image files are, by name. Default: where they were certified."),
+        typer.Option(
+            metavar="FOLDER",
+            help="With --model: folder of the image files, found by name. Default: the recorded paths.",
+        ),
     ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Recheck certificate records by a second program that goes through every placement, class and pair of masks.
+    """Verify certificate records with an independent checker that tries every placement, class and pair of masks.
 
-    Without --model it proves the verdicts from the recorded scores and geometry; with it, these are checked, too.
+    Without --model, the verdicts are verified from the recorded scores and geometry. With --model, the scores and the
+    geometry are verified as well.
     """
     from bagcert.errors import UnreadableError, UsageError
     from bagcert.proofs.lines import from_line, lines
@@ -41,13 +48,13 @@ def verify(
     from bagcert.records import SCHEMA_VERSION
 
     if images is not None and model is None:
-        raise UsageError("--images are for computing the scores again; name the --model")
+        raise UsageError("--images needs --model: the images are only read to recompute the scores")
     again = None if model is None else _recomputing(model, images, device)
     total = sum(1 for _ in lines(file))
     results: list[dict[str, Any]] = []
     images_seen: set[str] = set()
     first_lines: dict[bytes, int] = {}
-    readout: dict[str, Any] | None = None  # of the records after it
+    readout: dict[str, Any] | None = None  # applies to the records that follow it
     with progress("verifying") as report:
         for number, line in enumerate(lines(file), 1):
             report(number, total)
@@ -91,7 +98,7 @@ def verify(
             }
         )
     else:
-        basis = "given the recorded scores and geometry" if model is None else f"scores and geometry as of {model}"
+        basis = "given the recorded scores and geometry" if model is None else f"scores and geometry of {model}"
         held = len(results) - len(bad)
         say(
             f"{held} of {len(results)} records hold, {basis}: {certified} certified, {held - certified} not; "
@@ -103,7 +110,7 @@ def verify(
 
 
 def _recomputing(name: str, images: Path | None, device: str) -> "Callable[[dict[str, Any]], VerifyResult]":
-    """Checks a record against the model, loaded once for each dtype that records have."""
+    """Returns a function that checks a record against the model, which is loaded once for each recorded dtype."""
     from functools import cache
 
     from bagcert.defenses.bagcert import DTYPES, load
@@ -111,19 +118,19 @@ def _recomputing(name: str, images: Path | None, device: str) -> "Callable[[dict
     from bagcert.proofs.verify import VerifyResult
 
     loaded = cache(lambda dtype: load(name, device, dtype=dtype))
-    loaded("float32")  # a model that is not there is told first
+    loaded("float32")  # reports a missing model before any record is read
 
     def check(record: dict[str, Any]) -> VerifyResult:
         dtype = record["environment"]["dtype"]
         if dtype not in DTYPES:
-            return VerifyResult(False, f"its dtype is {dtype!r}, known are {' and '.join(DTYPES)}", "record")
+            return VerifyResult(False, f"unknown dtype {dtype!r}; known: {' and '.join(DTYPES)}", "record")
         return recompute(record, loaded(dtype), image_path(record, images))
 
     return check
 
 
 def _question(record: dict[str, Any]) -> bytes:
-    """A hash of what a record answers: which rule of which model, against which patch, on which pixels."""
+    """Returns a hash of the question a record answers: model, rule, patch and pixels."""
     asked = {name: record[name] for name in ("image", "network", "model", "threat", "rule")}
     return sha256(dumps(asked, sort_keys=True).encode("ascii")).digest()
 
@@ -143,7 +150,7 @@ def _result(number: int, record: dict[str, Any] | None, verdict: "VerifyResult")
             threat += " within the allowed placements"
         found |= {"source": record["source"], "rule": record["rule"], "threat": threat, **said}
         found["locality"] = record["locality"]
-    reason = verdict.reason[:MOST_CHARACTERS]  # which may quote what a hostile record holds
+    reason = verdict.reason[:MOST_CHARACTERS]  # may quote content of an untrusted record
     return {**found, "verified": verdict.ok, "fault": verdict.fault or None, "reason": reason, "repeats_line": None}
 
 

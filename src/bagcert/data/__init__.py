@@ -1,4 +1,4 @@
-"""Datasets: images, labels and class names. Adding one is one file and one line in a table below."""
+"""Datasets: images, labels and class names. To add a dataset, add a module and an entry in one of the tables below."""
 
 import os
 from collections.abc import Callable
@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str], ImageSet]
     "the pickles of CIFAR-10": (is_pickles, load_pickles),
     "class folders": (Path.is_dir, load_folder),
 }
-"""What a path may lead to: is it this? and (path, split) -> ImageSet; the first that says yes."""
+"""Layouts of data on disk: (test whether a path has it, loader (path, split) -> ImageSet). The first match wins."""
 
 
 def load_dataset(spec: Any, split: str = "test", limit: int | None = None, seed: int = 0) -> ImageSet:
@@ -41,8 +41,8 @@ def load_dataset(spec: Any, split: str = "test", limit: int | None = None, seed:
             a folder with the original pickles of CIFAR-10; an address of Parquet or WebDataset files that fsspec knows
             (`s3://bucket/train-*.tar`); or a torch dataset of (image, label). `./digits` is a path.
         split: which part; sources without parts have the one split "all" and ignore it.
-        limit: take so many images only, see `ImageSet.take`; the others are not decoded.
-        seed: of the split of datasets that come without one.
+        limit: maximum number of images, see `ImageSet.take`. The others are not decoded.
+        seed: random seed of the split, for datasets without a predefined one.
 
     Raises:
         UsageError: an unknown name, a path that does not exist, no such split, limit < 1.

@@ -1,4 +1,4 @@
-"""CIFAR-10 from the Hugging Face hub, or from its original pickles (Krizhevsky 2009), read without running them."""
+"""CIFAR-10 from the Hugging Face hub, or from its original pickles (Krizhevsky 2009), read without executing them."""
 
 import io
 import pickle
@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 1 << 28
 
 
 def load_cifar10(split: str = "test") -> ImageSet:
-    """CIFAR-10 from the hub: 50,000 images in `train`, 10,000 in `test`; downloaded once, then from its cache.
+    """Loads CIFAR-10 from the hub, 50,000 images in `train` and 10,000 in `test`. Downloads are cached.
 
     Raises:
         UsageError: another split, or `datasets` is not installed.
@@ -49,16 +49,16 @@ def load_cifar10(split: str = "test") -> ImageSet:
 
 
 def is_pickles(path: Path) -> bool:
-    """A folder with the original batches in it, or in the folder the original archive unpacks to."""
+    """Returns whether a folder holds the original batches, directly or in the subfolder of the original archive."""
     return any((_batches(path) / file).is_file() for files in _FILES.values() for file in files)
 
 
 def load_pickles(path: Path, split: str = "test") -> ImageSet:
-    """CIFAR-10 from `data_batch_1` to `data_batch_5` and `test_batch`, in `path` or `path/cifar-10-batches-py`.
+    """Loads CIFAR-10 from `data_batch_1` to `data_batch_5` and `test_batch`, in `path` or `path/cifar-10-batches-py`.
 
     Raises:
         UsageError: a split other than train and test.
-        UnreadableError: a file that is missing, truncated, of another form, or that names anything to run.
+        UnreadableError: a file is missing, truncated, of another format, or refers to code to execute.
     """
     _check_split(str(path), split)
     pixels, labels = zip(*(_read_batch(_batches(path) / file) for file in _FILES[split]), strict=True)
@@ -106,17 +106,17 @@ def _text(key: object) -> object:
 
 
 class _DType:
-    """Stands in for numpy.dtype and remembers its name."""
+    """Stand-in for numpy.dtype that stores the name."""
 
     def __init__(self, name: object, *_: object) -> None:
         self.name = _text(name)
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment: without meaning for bytes."""
+        """Ignores byte order and alignment, which do not matter for bytes."""
 
 
 class _Array:
-    """Stands in for numpy.ndarray: uint8 alone, checked before numpy sees it."""
+    """Stand-in for numpy.ndarray that accepts only uint8 and validates the content before numpy reads it."""
 
     array: np.ndarray | None = None
 
@@ -156,10 +156,10 @@ _OPCODES = """
 
 
 class _RestrictedUnpickler(pickle._Unpickler):
-    """Arrays, bytes, text, numbers, lists and dicts. A pickle names functions to call; none that it names is called.
+    """Unpickler for arrays, bytes, text, numbers, lists and dicts that never calls a function named by the file.
 
-    Every name it may use leads to a stand-in of this module; any other name is an error. The unpickler in Python is
-    used, not the one in C: that one takes up to 64 GiB of memory where ten bytes of a file ask for it.
+    Allowed names resolve to stand-ins of this module; any other name is an error. This is the Python unpickler and not
+    the C one, which allocates up to 64 GiB of memory if ten bytes of a file request it.
     """
 
     stack: list  # pickle's own, which its type stubs leave out
@@ -169,7 +169,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
         self.size = self.room = len(data)
 
     def find_class(self, module: str, name: str) -> Callable:
-        """The stand-in for an allowed name."""
+        """Returns the stand-in for an allowed name."""
         if (module, name) == ("_codecs", "encode"):
             return self.encode
         if (module, name) not in _ALLOWED:
@@ -177,7 +177,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
         return _ALLOWED[module, name]
 
     def encode(self, text: object, encoding: object) -> bytes:
-        """How Python 3 writes bytes into the older protocols. All of them together are no more than the file holds."""
+        """Encodes text that stands for bytes in older protocols. The total is limited to the size of the file."""
         if not isinstance(text, str) or encoding != "latin1":
             raise pickle.UnpicklingError("it encodes text in another way than bytes are written")
         self.room -= len(text)
@@ -187,7 +187,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
 
 def _build(unpickler: Any) -> None:
-    """The state of a stand-in; that of anything else would change this module."""
+    """Sets the state of a stand-in. Setting the state of any other object is refused: it could modify this module."""
     if not isinstance(unpickler.stack[-2], _Array | _DType):
         raise pickle.UnpicklingError("it gives a state to what has none")
     _LOADERS[pickle.BUILD[0]](unpickler)
@@ -209,7 +209,7 @@ def _dict(unpickler: Any) -> None:
 
 
 def _byte_array(unpickler: Any) -> None:
-    """Python's own sets aside as much memory as the file says before it looks whether the file has as much."""
+    """Reads a bytearray. Unlike Python's own opcode, it checks the length against the file before allocating memory."""
     (length,) = struct.unpack("<Q", unpickler.read(8))
     if length > unpickler.size:
         raise pickle.UnpicklingError("it is cut short")
@@ -217,7 +217,7 @@ def _byte_array(unpickler: Any) -> None:
 
 
 def _check_keys(keys: list) -> None:
-    """A few bytes can nest tuples so deep that their hash takes years."""
+    """Refuses tuples as keys: a few bytes can nest them so deeply that hashing takes years."""
     if not all(isinstance(key, str | bytes | int) for key in keys):
         raise pickle.UnpicklingError("a key is neither text nor a number")
 

@@ -1,4 +1,4 @@
-"""Names for class folders: a text file with a line `folder: name` for each folder to be shown under another name."""
+"""Display names of class folders, from a text file with lines `folder: name`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,15 +7,15 @@ from bagcert.errors import CONTROL, UnreadableError, UsageError, shown
 from bagcert.io.files import read_regular
 
 CLASS_NAMES = "classes.txt"
-"""The file that `load_folder` looks for beside the class folders, or beside the parts."""
+"""The file that `load_folder` looks for next to the class folders or next to the split folders."""
 MAX_BYTES = 1 << 24
 SEPARATORS = " \t:,="
 
 
 def read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """The shown name of each class folder; folders that the file does not mention keep their own.
+    """Reads the display name of each class folder. Folders that the file does not mention keep their folder name.
 
-    A line is the name of a folder, a separator (a space, tab, colon, comma or equals sign) and the shown name. Empty
+    A line is the name of a folder, a separator (a space, tab, colon, comma or equals sign) and the display name. Empty
     lines are skipped.
 
     Raises:
@@ -28,7 +28,7 @@ def read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
         raise UnreadableError(f"the class names {path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UnreadableError(f"the class names {path} are not text in UTF-8") from None
-    known = sorted(folders, key=len, reverse=True)  # of two folders that begin a line, the longer one is meant
+    known = sorted(folders, key=len, reverse=True)  # the longest matching folder name wins
     names: dict[str, str] = {}
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line:
@@ -51,7 +51,7 @@ def read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def names_beside(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """The shown names that the file `classes.txt` in a data folder gives; a file of another form is left alone."""
+    """Reads display names from `classes.txt` in a data folder. A file of another format is ignored."""
     path = root / CLASS_NAMES
     if not path.is_file():
         return tuple(folders)

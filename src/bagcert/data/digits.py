@@ -1,6 +1,6 @@
-"""The embedded data set: 1,797 handwritten digits of 8x8 pixels, in a file of the package.
+"""The digits data set: 1,797 handwritten digits of 8x8 pixels, embedded in the package.
 
-Source and licence are in `digits.LICENSE.txt` beside it.
+Source and license are in `digits.LICENSE.txt` next to the data file.
 """
 
 from pathlib import Path
@@ -15,12 +15,12 @@ TEST_IMAGES = 360
 
 
 def load_digits(split: str = "test", seed: int = 0) -> ImageSet:
-    """The digits in a fixed split: 1,437 images in `train`, 360 in `test`, every class in proportion.
+    """Loads digits in a fixed stratified split: 1,437 images in `train`, 360 in `test`.
 
-    Values 0..16 become 0..255 in each of three equal channels.
+    Values 0..16 are scaled to 0..255 and repeated in three channels.
 
     Raises:
-        UsageError: another split.
+        UsageError: unknown split.
     """
     if split not in ("train", "test"):
         raise UsageError(f"digits has no split {split!r}; it has train and test")

@@ -14,21 +14,21 @@ from bagcert.errors import CONTROL, UnreadableError, UsageError
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jp2", ".mpo")
 SPLITS = ("train", "test", "val", "valid", "validation")
-"""Usual names of splits; any other folder of class folders is more likely one that stands a level below the data."""
+"""Common split names. Another folder of class folders is more likely a data folder that is one level too deep."""
 EXTENSIONS = (*_JPEG, ".avif", ".bmp", ".gif", ".ico", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def load_folder(path: Path, split: str = "test") -> ImageSet:
-    """The images of class folders, sorted by class name, then by file name.
+    """Loads images from class folders, sorted by class name, then by file name.
 
-    `root/class/*.jpg` has one split, "all", which is given whatever the split asked for. With `root/split/class/*.jpg`
-    the classes are those of all splits together, so that a label means the same in each. Files are told by their
-    extension; hidden files and folders, and folders inside class folders, are left out. A file `classes.txt` in `root`
-    may say under which names the classes are shown, see `bagcert.data.class_names`.
+    `root/class/*.jpg` has a single split, "all", which is returned for any requested split. For
+    `root/split/class/*.jpg`, the classes are the union over all splits, so that labels agree between splits. Files are
+    recognized by their extension. Hidden files and folders, and folders inside class folders, are skipped. An optional
+    file `classes.txt` in `root` sets display names of the classes, see `bagcert.data.class_names`.
 
     Raises:
-        UnreadableError: not a folder, no class folders, no images, a folder that may not be listed.
-        UsageError: no such split.
+        UnreadableError: not a folder, no class folders, no images, or a folder that cannot be listed.
+        UsageError: unknown split.
     """
     if not path.is_dir():
         raise UnreadableError(f"{path} is neither a folder of class folders nor a Parquet file")
@@ -72,7 +72,7 @@ class _Files:
         return read_image(self.files[row])
 
     def fingerprint(self) -> bytes:
-        """Names, sizes and times of change of all files."""
+        """Returns a hash of the names, sizes and modification times of all files."""
         digest = hashlib.sha256()
         for file in self.files:
             try:
@@ -85,10 +85,10 @@ class _Files:
 
 
 def images_below(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
-    """The image files anywhere below a folder, sorted; hidden ones and links to folders are left out."""
+    """Lists image files anywhere below a folder, sorted. Skips hidden files and links to folders."""
     found: list[Path] = []
     waiting = [folder]
-    while waiting:  # folders may lie deeper in each other than functions may
+    while waiting:  # not recursive: folders can be nested deeper than the recursion limit
         folder = waiting.pop()
         found += [folder / name for name in _images(folder, extensions) if not (folder / name).is_dir()]
         waiting += [folder / name for name in reversed(_folders(folder)) if not (folder / name).is_symlink()]

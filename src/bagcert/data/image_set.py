@@ -1,4 +1,4 @@
-"""ImageSet: what every dataset is to the rest of the package. Images are decoded when they are asked for."""
+"""ImageSet: the common interface of all datasets. Images are decoded on access."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ Prepared = TypeVar("Prepared")
 _CHUNK = 64
 SAMPLE_SEED = 0
 QUICK = 1e-3
-"""Seconds: what takes longer is worth a thread."""
+"""Seconds. Images that take longer to read are read in threads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +30,12 @@ class ImageSet:
 
     Attributes:
         name: the dataset, as the user wrote it.
-        split: which part of it; "all" where it has no parts.
+        split: the split; "all" for data without splits.
         labels: int64 [images], indices into `class_names`.
         class_names: one per class.
         source: image number -> Photo; called from several threads.
-        rows: int64 [images], the number under which `source` knows each image; None for 0, 1, 2, ...
-        notes: sentences that belong to every figure of these images, such as that they are a sample.
+        rows: int64 [images], the image number to pass to `source`; None for 0, 1, 2, ...
+        notes: remarks to print with every result on these images, such as that they are a sample.
 
     Raises:
         UnreadableError: no image, or a label outside the classes.
@@ -60,11 +60,11 @@ class ImageSet:
             )
 
     def __len__(self) -> int:
-        """How many images."""
+        """Returns the number of images."""
         return len(self.labels)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Photo]:
-        """The images with these indices, decoded in parallel.
+        """Reads the images with these indices in parallel.
 
         Raises:
             UnreadableError: the first image that cannot be read.
@@ -78,13 +78,13 @@ class ImageSet:
         return photos
 
     def read_each(self, indices: Sequence[int] | np.ndarray) -> list[Photo | UnreadableError]:
-        """Like `read`, with the error in place of each image that cannot be read."""
+        """Like `read`, but returns the error in place of each image that cannot be read."""
         return self.prepare_each(indices, lambda photo: photo)
 
     def prepare_each(
         self, indices: Sequence[int] | np.ndarray, prepare: Callable[[Photo], Prepared]
     ) -> list[Prepared | UnreadableError]:
-        """What `prepare` makes of each image; no more images are held as they are stored than there are threads."""
+        """Reads images and applies `prepare` to each. At most one unprepared image per thread is in memory."""
 
         def one(index: int) -> Prepared | UnreadableError:
             photo = self._read_one(index)
@@ -95,19 +95,19 @@ class ImageSet:
     def array(
         self, prepare: Callable[[Photo], np.ndarray] | None = None
     ) -> UInt8[np.ndarray, "images height width rgb"]:
-        """All images in one array; without `prepare` the result is kept for the next call.
+        """Reads all images into one array. Without `prepare`, the result is cached.
 
         Args:
             prepare: Photo -> uint8 [height, width, 3], such as `Preprocessing.apply`, for images of various sizes.
 
         Raises:
-            UsageError: the images differ in size or are turned by EXIF, and there is no `prepare`.
+            UsageError: the images differ in size or have an EXIF rotation, and there is no `prepare`.
             UnreadableError: the first image that cannot be read.
         """
         return self._array if prepare is None else self._stack(prepare)
 
     def require_classes(self) -> None:
-        """Refuses what no classifier can be trained on.
+        """Checks that a classifier can be trained on the set.
 
         Raises:
             UnreadableError: there is only one class.
@@ -120,15 +120,15 @@ class ImageSet:
             )
 
     def named(self, photo: Photo) -> str:
-        """What a photo is called within this set: the path of its file below the folder, or else its source."""
+        """Returns the name of a photo within this set: its path relative to the data folder, or its source."""
         return photo.source.removeprefix(self.name).lstrip("/\\ ") or photo.source
 
     def take(self, limit: int | None) -> "ImageSet":
-        """A part of at most `limit` images, or all with None or a limit beyond the end.
+        """Returns a subset of at most `limit` images; all images for None.
 
-        Where the images come one class after the other, as those of class folders do, these are drawn at random with
-        seed 0: of each class its share, up to one image. Otherwise they are the first, as in CIFAR-10, whose order is
-        random already. The part keeps the order of the set, and its notes say how it was chosen.
+        If the images are sorted by class, as in class folders, the subset is a stratified random sample with seed 0.
+        Otherwise it is the first images, as for CIFAR-10, whose order is already random. The order of the set is kept.
+        The notes of the subset say how it was chosen.
 
         Raises:
             UsageError: limit < 1.
@@ -153,25 +153,25 @@ class ImageSet:
 
     @property
     def is_grouped(self) -> bool:
-        """Whether there are several classes and the images of each follow one another."""
+        """Returns whether there are several classes and the images are sorted by class."""
         changes = int(np.count_nonzero(np.diff(self.labels)))
         return changes > 0 and changes == len(np.unique(self.labels)) - 1
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "ImageSet":
-        """The images with these indices, in this order.
+        """Returns the subset with these indices, in this order.
 
         Raises:
             UsageError: an index outside the set.
-            UnreadableError: no index at all.
+            UnreadableError: no indices.
         """
         chosen = self._checked(indices)
         return replace(self, labels=self.labels[chosen], rows=self._rows[chosen])
 
     def split_off(self, fraction: float, seed: int = 0) -> "tuple[ImageSet, ImageSet]":
-        """The set in two parts, (rest, validation), the same for the same seed.
+        """Splits the set into (rest, validation), stratified and deterministic for a given seed.
 
-        The validation part holds round(fraction * images) of the images, and of each class that share of its images
-        up to one. Both parts keep the order of the set.
+        The validation part holds round(fraction * images) images. The number of images per class is proportional up to
+        one image. Both parts keep the order of the set.
 
         Raises:
             UsageError: a fraction that leaves one part empty.
@@ -184,7 +184,7 @@ class ImageSet:
         return rest, replace(self.subset(np.flatnonzero(validation)), split="validation")
 
     def _sampled(self, count: int, seed: int) -> np.ndarray:
-        """Boolean [images]: `count` images drawn at random, of each class its share up to one."""
+        """Draws a stratified random sample of `count` images, as a boolean mask [images]."""
         random = np.random.default_rng(seed)
         order = random.permutation(len(self))
         # Spread every class evenly over (0, 1); the lowest share of the whole is then a share of every class.
@@ -197,16 +197,16 @@ class ImageSet:
         return chosen
 
     def class_weights(self) -> Float[np.ndarray, " classes"]:
-        """Float32 [classes]: inverse class frequencies with mean 1 over the classes present; 0 for those absent."""
+        """Returns inverse class frequencies, float32 [classes], with mean 1 over present classes; 0 for absent ones."""
         counts = np.bincount(self.labels, minlength=len(self.class_names))
         inverse = np.divide(1.0, counts, out=np.zeros(len(counts)), where=counts > 0)
         return (inverse / inverse[counts > 0].mean()).astype(np.float32)
 
     def fingerprint(self) -> str:
-        """A hash that changes when the images do: of labels, classes, and the files or pixels the source reads.
+        """Returns a hash of labels, classes and image files or pixels, which changes if the images do.
 
-        Files count with name, size and time of change; they are not read. A source that does not say what it reads
-        counts with nothing.
+        Files contribute their name, size and modification time; they are not read. A source without a fingerprint
+        contributes nothing.
         """
         digest = hashlib.sha256(repr((self.class_names, self.labels.tolist(), self._rows.tolist())).encode())
         describe = getattr(self.source, "fingerprint", None)
@@ -214,7 +214,7 @@ class ImageSet:
         return digest.hexdigest()
 
     def blocks(self) -> Int64[np.ndarray, " images"]:
-        """For each image the number of the block it is read with; a block of its own where the source knows none."""
+        """Returns for each image the number of the block it is stored in; one block per image if there are none."""
         block_of = getattr(self.source, "block_of", None)
         return self._rows if block_of is None else block_of(self._rows)
 
@@ -264,25 +264,25 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images already decoded: uint8 [images, height, width, 3]."""
+    """Image source over decoded images, uint8 [images, height, width, 3]."""
 
     pixels: UInt8[np.ndarray, "images height width rgb"]
     name: str
 
     def __call__(self, row: int) -> Photo:
-        """The image of that number."""
+        """Returns the image with this number."""
         return Photo(self.pixels[row], source=f"{self.name} image {row}")
 
     def fingerprint(self) -> bytes:
-        """A hash of the pixels."""
+        """Returns a hash of the pixels."""
         return hashlib.sha256(np.ascontiguousarray(self.pixels).data).digest()
 
 
 def as_stored(photo: Photo) -> np.ndarray:
-    """The pixels of a photo that is upright.
+    """Returns the pixels of an upright photo.
 
     Raises:
-        UsageError: EXIF turns it.
+        UsageError: the photo has an EXIF rotation.
     """
     if photo.orientation != 1:
         raise UsageError(f"{photo.source} is turned by its EXIF orientation; turn it upright with `array(prepare)`")
@@ -294,10 +294,9 @@ def _size(pixels: np.ndarray) -> str:
 
 
 def in_threads(function: Callable, indices: np.ndarray) -> list:
-    """[function(i) for i in indices], on all cores once it is slow; the decoders release the interpreter lock.
+    """Maps a function over indices, in threads if it is slow. The image decoders release the GIL.
 
-    What takes less than QUICK is done here: of small images two threads decode fewer than one, for they wait for the
-    interpreter most of the time.
+    Functions that take less than QUICK run in the calling thread: for small images, threads mostly wait for the GIL.
     """
     done: list = []
     for index in indices:
@@ -308,7 +307,7 @@ def in_threads(function: Callable, indices: np.ndarray) -> list:
     rest = indices[len(done) :]
     if len(rest) <= 1:
         return done + [function(int(index)) for index in rest]
-    # Few are perhaps large: one task each.
+    # Few images may be large images: one task each.
     chunks = [rest[start : start + _CHUNK] for start in range(0, len(rest), _CHUNK)] if len(rest) > _CHUNK else rest
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         found = pool.map(lambda chunk: [function(int(i)) for i in np.atleast_1d(chunk)], chunks)

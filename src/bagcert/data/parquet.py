@@ -1,6 +1,6 @@
 """Images in Parquet shards, in the layout of the Hugging Face hub: an image column and a label column.
 
-Read with pyarrow alone: 10,000 small images take about a second, and nothing is copied to a cache.
+Reads with pyarrow, without a cache: 10,000 small images take about a second.
 """
 
 import json
@@ -25,37 +25,37 @@ IMAGE_COLUMNS = ("image", "img")
 FORM = "Parquet"
 LABEL_COLUMN = "label"
 CACHE_BYTES = 1 << 30
-"""Encoded row groups are kept in memory up to this size; the one in use always is."""
+"""Encoded row groups are cached in memory up to this size. The row group in use is always kept."""
 MAX_ROWS = 50_000_000
-"""More rows are refused before their labels are read: a run of equal labels takes no room in a file."""
+"""Limit on the number of rows, checked before the labels are read: equal labels compress to almost nothing."""
 MAX_ROW_GROUP_BYTES = 1 << 32
-"""A row group of more encoded images is refused: it is read as a whole, and may be compressed to almost nothing."""
+"""Limit on the encoded images of a row group, which is read as a whole and may be compressed to almost nothing."""
 MAX_CLASSES = 100_000
-"""A larger label is refused: it stands for that many classes, each with a name."""
+"""Limit on the number of classes: each label up to the largest one gets a class name."""
 MAX_NAME_LENGTH = 1000
 READ_ROWS = 256
-"""Rows read before the bytes of a row group are counted anew."""
+"""Number of rows to read between checks of a row group's size."""
 
 
 def is_parquet(path: Path) -> bool:
-    """A Parquet file, a glob, or a folder with Parquet files in it."""
+    """Returns whether a path is a Parquet file, a glob, or a folder with Parquet files."""
     return is_glob(path) or path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet")))
 
 
 def load_parquet(path: Path, split: str = "test") -> ImageSet:
-    """Images and labels of Parquet shards, in the order of the file names.
+    """Loads images and labels of Parquet shards, in the order of the file names.
 
     Columns: `image` or `img`, a struct with `bytes` (as on the hub) or plain bytes, encoded in any common format;
     `label`, an integer. Class names come from the schema metadata of the hub, or are "0", "1", ...
 
     Args:
-        path: a folder with `<split>-*.parquet` or `<split>.parquet`; or a file or a glob, all of whose images are
-            taken, whatever the split.
-        split: which part of a folder.
+        path: a folder with `<split>-*.parquet` or `<split>.parquet`; or a file or a glob, whose images are all used
+            for any split.
+        split: split of a folder.
 
     Raises:
-        UnreadableError: no such file, truncated, not Parquet, without these columns, without rows, or with labels
-            that are missing or outside the classes.
+        UnreadableError: no such file, or a file that is truncated, not Parquet, or has missing columns, no rows, or
+            labels that are missing or outside the classes.
         UsageError: the folder has no such split.
     """
     files, split = find_shards(path, split, ".parquet")
@@ -63,7 +63,7 @@ def load_parquet(path: Path, split: str = "test") -> ImageSet:
 
 
 def parquet_images(name: str, split: str, files: Sequence[Shard]) -> ImageSet:
-    """The images of these shards, here or elsewhere, see `load_parquet`."""
+    """Loads the images of local or remote Parquet shards, see `load_parquet`."""
     shards = _Shards(files)
     labels = np.concatenate(shards.labels)
     largest = int(labels.max(initial=0))
@@ -74,7 +74,7 @@ def parquet_images(name: str, split: str, files: Sequence[Shard]) -> ImageSet:
 
 
 class _Shards:
-    """Images by row number over several files. Row groups are read when needed and kept while they fit."""
+    """Image source over several Parquet files. Row groups are read on demand and cached."""
 
     def __init__(self, files: Sequence[Shard]) -> None:
         import pyarrow as pa
@@ -112,7 +112,7 @@ class _Shards:
         self._ends = np.cumsum(sizes, dtype=np.int64)
 
     def __call__(self, row: int) -> Photo:
-        """The image of that number."""
+        """Returns the image with this number."""
         group = int(np.searchsorted(self._ends, row, side="right"))
         path, number = self._groups[group]
         row -= int(self._ends[group - 1]) if group else 0
@@ -129,7 +129,7 @@ class _Shards:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def block_of(self, rows: Int64[np.ndarray, " images"]) -> Int64[np.ndarray, " images"]:
-        """The row group of each image, counted over all files."""
+        """Returns the row group of each image, numbered over all files."""
         return np.searchsorted(self._ends, rows, side="right").astype(np.int64)
 
     def _images(self, group: int) -> "pa.ChunkedArray":
@@ -149,14 +149,14 @@ class _Shards:
             return self._kept[group]
 
     def fingerprint(self) -> bytes:
-        """Names, sizes and times of the files, as they were opened."""
+        """Returns a hash of the names, sizes and modification times of the files when they were opened."""
         return repr([(str(path).rsplit("/", 1)[-1], *state) for path, state in self._state.items()]).encode()
 
 
 def read_group(raw: Any, path: Shard, number: int) -> "pa.ChunkedArray":
-    """The encoded images of a row group.
+    """Reads the encoded images of a row group.
 
-    They are read as a dictionary of distinct values, so that a value repeated a million times is held once.
+    Reads a dictionary of distinct values, so that a value repeated a million times is stored once.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -167,7 +167,7 @@ def read_group(raw: Any, path: Shard, number: int) -> "pa.ChunkedArray":
     chunks, size = [], 0
     with pq.ParquetFile(raw, read_dictionary=[name]) as file:
         for batch in file.iter_batches(READ_ROWS, [number], [name]):
-            # A struct of one field comes back; its field holds the bytes.
+            # pyarrow returns a struct with a single field, which holds the bytes.
             images = batch.column(0).field(0) if nested else batch.column(0)
             chunks.append(images)
             size += images.nbytes
@@ -176,12 +176,12 @@ def read_group(raw: Any, path: Shard, number: int) -> "pa.ChunkedArray":
                     f"{path}: row group {number} holds more than {MAX_ROW_GROUP_BYTES:,} bytes of images"
                 )
     found = pa.chunked_array(chunks, chunks[0].type if chunks else pa.binary())
-    found.validate(full=True)  # an index into the dictionary may lead anywhere
+    found.validate(full=True)  # the file's dictionary indices are untrusted
     return found
 
 
 def image_column(schema: "pa.Schema", path: Shard) -> tuple[str, bool]:
-    """The column that holds the images, and whether it is a struct with the bytes inside."""
+    """Returns the name of the image column, and whether it is a struct that contains the bytes."""
     import pyarrow as pa
 
     for name in IMAGE_COLUMNS:
@@ -198,7 +198,7 @@ def image_column(schema: "pa.Schema", path: Shard) -> tuple[str, bool]:
 
 
 def class_names_of(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
-    """The names the hub writes into the schema, or none if they are not there in the form it writes."""
+    """Reads the class names that the hub writes into the schema. Empty if they are absent or of another format."""
     try:
         features: Any = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         names = features[LABEL_COLUMN]["names"]

@@ -1,7 +1,7 @@
-"""Reading image files safely, and batches of images as the networks take them.
+"""Safe reading of image files, and conversion of arrays to network input.
 
-A `Photo` keeps the pixels as they are stored in the file, beside the EXIF orientation, because certificates speak
-of stored pixels. `as_batch` turns what users hold in arrays into the one form the networks take.
+A `Photo` holds the pixels as stored in the file and the EXIF orientation, because certificates refer to stored
+pixels. `as_batch` converts arrays and tensors to the input format of the networks.
 """
 
 import io
@@ -64,9 +64,9 @@ class Photo:
     """One image as stored in its file.
 
     Attributes:
-        pixels: uint8 [height, width, 3], RGB, not turned upright.
+        pixels: uint8 [height, width, 3], RGB, without the EXIF rotation applied.
         orientation: the EXIF orientation, 1 (upright) to 8.
-        source: where it comes from, for messages and records.
+        source: file name or description, for messages and records.
 
     Raises:
         UsageError: not uint8 [height, width, 3], or an orientation outside 1..8.
@@ -91,16 +91,16 @@ class Photo:
         return self.pixels.shape[0], self.pixels.shape[1]
 
     def upright(self) -> UInt8[np.ndarray, "height width rgb"]:
-        """The pixels as a viewer shows them: the EXIF orientation applied."""
+        """Returns the pixels with the EXIF orientation applied, as an image viewer shows them."""
         swapped, rows_reversed, cols_reversed = turn(self.orientation)
         pixels = self.pixels[:: -1 if rows_reversed else 1, :: -1 if cols_reversed else 1]
         return np.ascontiguousarray(pixels.swapaxes(0, 1) if swapped else pixels)
 
 
 def turn(orientation: int) -> tuple[bool, bool, bool]:
-    """What an EXIF orientation does: (axes swapped, stored rows reversed, stored columns reversed).
+    """Decomposes an EXIF orientation into (axes swapped, stored rows reversed, stored columns reversed).
 
-    The reversals come first, on the stored axes, the swap after them.
+    The reversals are applied first, on the stored axes, then the swap.
 
     >>> turn(6)
     (True, True, False)
@@ -111,15 +111,15 @@ def turn(orientation: int) -> tuple[bool, bool, bool]:
 
 
 def read_image(image: str | Path | bytes | io.IOBase, name: str | None = None) -> Photo:
-    """Reads one image file of any common format and mode, and runs nothing that it names.
+    """Reads one image file of any common format and mode, without executing external programs.
 
-    Grey, palette, CMYK and 1-bit images become RGB; 16-bit values keep their upper 8 bits; transparent pixels are
-    laid over white; of an animation the first frame counts. A broken EXIF block counts as orientation 1, but a TIFF
-    with one is refused.
+    Grayscale, palette, CMYK and 1-bit images are converted to RGB. 16-bit values keep their upper 8 bits. Transparent
+    pixels are blended with white. Only the first frame of an animation is read. A broken EXIF block counts as
+    orientation 1, except in a TIFF, which is then refused.
 
     Args:
         image: a path, the bytes of a file, or an open binary file.
-        name: what messages call it; by default the path.
+        name: name of the image in messages; by default the path.
 
     Raises:
         UnreadableError: missing, empty, truncated, not an image, a folder, a pipe or device, of floating-point
@@ -142,14 +142,14 @@ def read_image(image: str | Path | bytes | io.IOBase, name: str | None = None) -
 
 
 def as_batch(images: np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width"]:
-    """Images as the networks take them: float32 [batch, 3, height, width] in [0, 1].
+    """Converts images to network input: float32 [batch, 3, height, width] in [0, 1].
 
     Args:
         images: numpy or torch; uint8 [batch, height, width, 3] in 0..255, or float [batch, 3, height, width] in
-            [0, 1]; one image without the batch axis counts as a batch of one. Tensors stay on their device.
+            [0, 1]. A single image without the batch axis is a batch of one. Tensors stay on their device.
 
     Raises:
-        UsageError: another type, dtype or layout, no image or no pixel, values that are NaN or outside [0, 1].
+        UsageError: another type, dtype or layout, an empty batch or image, or values that are NaN or outside [0, 1].
     """
     images = with_batch_axis(images)
     if isinstance(images, np.ndarray):
@@ -177,10 +177,10 @@ def as_batch(images: np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width
 
 
 def with_batch_axis(images: object) -> np.ndarray | Tensor:
-    """The images as they are, or one image without the batch axis as a batch of one.
+    """Adds the batch axis to a single image; returns a batch unchanged.
 
     Raises:
-        UsageError: no numpy array and no torch tensor, or a tensor that is sparse, nested or on the meta device.
+        UsageError: not a numpy array or torch tensor, or a tensor that is sparse, nested or on the meta device.
     """
     if isinstance(images, Tensor):
         if images.is_nested or images.layout != torch.strided:
@@ -279,7 +279,7 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _strip(strip: Image.Image, transparent: bool, name: str) -> np.ndarray:
-    """Rows of an image as uint8 [rows, width, 3], or [rows, width, 1] where it is grey."""
+    """Converts rows of an image to uint8 [rows, width, 3], or [rows, width, 1] for grayscale."""
     if strip.mode.startswith("I"):  # I;16, I;16B; older Pillow opens 16-bit PNG as I
         values = np.asarray(strip)
         if values.min() < 0 or values.max() > 0xFFFF:
@@ -292,7 +292,7 @@ def _strip(strip: Image.Image, transparent: bool, name: str) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation that an image has now, 1 if it has none; None where the metadata is broken."""
+    """Returns the EXIF orientation of an image; 1 if it has none, None if the metadata is broken."""
     try:
         orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # decoders raise whatever they trip over
@@ -301,7 +301,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _check_turn(image: Image.Image, orientation: int | None, name: str) -> None:
-    """Refuses a TIFF of which it is not known how Pillow turns it while loading."""
+    """Refuses a TIFF if it is unknown how Pillow rotates it during loading."""
     if orientation is None:
         raise UnreadableError(f"{name} has an orientation that cannot be read; save it again without one")
     compression, tags = image.info.get("compression"), image.getexif()
@@ -312,7 +312,7 @@ def _check_turn(image: Image.Image, orientation: int | None, name: str) -> None:
 
 
 def _turned_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """The stored pixels of an image that was turned upright: undoes `Photo.upright`."""
+    """Recovers the stored pixels of an upright image: the inverse of `Photo.upright`."""
     swapped, rows_reversed, cols_reversed = turn(orientation)
     stored = pixels.swapaxes(0, 1) if swapped else pixels
     return np.ascontiguousarray(stored[:: -1 if rows_reversed else 1, :: -1 if cols_reversed else 1])

@@ -1,4 +1,4 @@
-"""Getting the next item while the last one is in use, so that reading images costs no time beside computing."""
+"""Prefetch one item in a background thread, so that reading images overlaps with computation."""
 
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +8,10 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterator[Item]) -> Generator[Item, None, None]:
-    """The same items in the same order, each begun in another thread when the one before it is handed out.
+    """Iterates over the same items in the same order, and prefetches the next one in another thread.
 
-    What the iterator raises is raised here, where its item would have been. At most one item is held that nobody
-    asked for yet; who stops early waits for it.
+    An exception of the iterator is raised in place of its item. At most one item is prefetched. Closing the iterator
+    early waits for it.
     """
     end = object()
     with ThreadPoolExecutor(1, "bagcert-ahead") as thread:

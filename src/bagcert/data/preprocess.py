@@ -1,8 +1,8 @@
-"""From a photo of any size to the network's input, and back from the score map to pixels of the photo as stored.
+"""Preprocessing of photos to network input, and mapping of score maps back to pixels of the stored photo.
 
-Each step (turning upright, cropping, resizing) acts on rows and columns separately, so what a network row depends on
-is a set of source rows, and likewise for columns. Composed with the grid of the network this gives the regions that
-a patch on the stored photo can reach. See docs/method.md, "Preprocessing".
+Each step (EXIF rotation, cropping, resizing) acts on rows and columns separately. A network row therefore depends on
+a set of source rows, and a network column on a set of source columns. Composed with the grid of the network, these
+sets give the regions that a patch on the stored photo can affect. See docs/method.md, "Preprocessing".
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from bagcert.scores import ScoreMap
 
 FITS = ("squash", "center-crop")
 
-# Pillow's 8-bit resize rounds weights to multiples of 2^-22: what weighs less than this counts for nothing in it.
+# Pillow's 8-bit resize rounds weights to multiples of 2^-22: smaller weights have no effect.
 _NEGLIGIBLE = 1e-9
 
 
@@ -31,15 +31,15 @@ StoredShape = tuple[tuple[int, int], int]
 
 @dataclass(frozen=True, eq=False)
 class PhotoGeometry:
-    """Which rows and columns of a stored photo each row and column of the network's input depends on.
+    """Dependence of each row and column of the network's input on the rows and columns of a stored photo.
 
     Attributes:
         rows_from: boolean [network height, upright height of the photo].
         cols_from: boolean [network width, upright width of the photo].
-        swapped: does EXIF swap the axes, so that upright rows are columns of the stored photo?
+        swapped: whether EXIF swaps the axes, so that upright rows are columns of the stored photo.
 
-    Upright rows and columns are counted along the stored axes: a mirrored or half-turned photo differs in these
-    tables only.
+    Upright rows and columns are counted along the stored axes: mirroring and rotation by 180 degrees only change these
+    tables.
     """
 
     rows_from: Bool[np.ndarray, "net_height upright_height"]
@@ -47,23 +47,23 @@ class PhotoGeometry:
     swapped: bool
 
     def grid(self, net_grid: RegionGrid) -> RegionGrid:
-        """The network's grid in pixels of the stored photo; its map is transposed if the axes are swapped."""
+        """Returns the network's grid in pixels of the stored photo, transposed if the axes are swapped."""
         return _composed(self, net_grid)
 
     def score_map(self, scores: ScoreMap) -> ScoreMap:
-        """The same scores over the stored photo: rows and columns of map and grid follow the stored axes."""
+        """Returns the score map over the stored photo, with rows and columns along the stored axes."""
         grid = self.grid(scores.grid)
         return scores.turned(grid) if self.swapped else replace(scores, grid=grid)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How photos become network inputs: turned upright, cropped or squashed, resized with antialiasing.
+    """Preprocessing of photos: EXIF rotation, optional center crop, and resizing with antialiasing.
 
     Attributes:
         size: (height_px, width_px) of the network's input.
-        fit: "squash" resizes the whole photo, which may change its aspect; "center-crop" first cuts out the largest
-            centered part of the network's aspect.
+        fit: "squash" resizes the whole photo, which may change its aspect ratio; "center-crop" first crops the
+            largest centered part with the network's aspect ratio.
 
     Raises:
         UsageError: another fit, or a size below 1.
@@ -80,9 +80,9 @@ class Preprocessing:
             raise UsageError(f"the network's input must be at least 1x1 px, got {self.size[0]}x{self.size[1]}")
 
     def apply(self, photo: Photo) -> UInt8[np.ndarray, "net_height net_width rgb"]:
-        """The network's input: Pillow's bilinear resize, whose support grows with the reduction.
+        """Converts a photo to network input with Pillow's antialiased bilinear resize.
 
-        A photo that is upright and of the right size passes unchanged.
+        A photo that is upright and has the right size is returned unchanged.
         """
         upright = photo.upright()
         (top, bottom), (left, right) = self._crop((upright.shape[0], upright.shape[1]))
@@ -94,13 +94,13 @@ class Preprocessing:
         return np.array(resized)
 
     def geometry(self, stored_size: tuple[int, int], orientation: int = 1) -> PhotoGeometry:
-        """What `apply` makes each network row and column depend on, for photos of this size and orientation.
+        """Computes which photo pixels each network row and column depends on after `apply`.
 
         Args:
             stored_size: (height_px, width_px) of the photo as stored.
             orientation: its EXIF orientation, 1 to 8.
 
-        Guarantee: whatever `apply` depends on is declared.
+        Guarantee: every dependence of `apply` is included.
         """
         if min(stored_size) < 1:
             raise UsageError(f"a photo must be at least 1x1 px, got {stored_size[0]}x{stored_size[1]}")
@@ -109,11 +109,11 @@ class Preprocessing:
     def score_maps(
         self, scores: ScoreMap, shapes: Sequence[StoredShape]
     ) -> list[tuple[StoredShape, list[int], ScoreMap]]:
-        """The score map of a batch of photos divided by their shapes: (shape, positions in the batch, own score map).
+        """Groups the score map of a batch by photo shape: (shape, positions in the batch, score map of the group).
 
         Args:
-            scores: of the network, over its input.
-            shapes: of each photo.
+            scores: scores of the network over its input.
+            shapes: shape of each photo.
         """
         members: dict[StoredShape, list[int]] = {}
         for position, shape in enumerate(shapes):
@@ -124,7 +124,7 @@ class Preprocessing:
         ]
 
     def _crop(self, upright_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """((top, bottom), (left, right)) of the part of the upright photo that is used."""
+        """Returns ((top, bottom), (left, right)) of the used part of the upright photo."""
         height, width = upright_size
         if self.fit == "squash":
             return (0, height), (0, width)
@@ -142,7 +142,7 @@ def _some(scores: ScoreMap, chosen: list[int]) -> ScoreMap:
 
 @lru_cache(maxsize=64)
 def _composed(geometry: PhotoGeometry, net_grid: RegionGrid) -> RegionGrid:
-    """Kept, because the windows of a threat are kept per grid, and photos of one camera share their geometry."""
+    """Returns the composed grid, cached because windows are cached per grid and photos often share their geometry."""
     grid = net_grid.through(geometry.rows_from, geometry.cols_from)
     return grid.transposed() if geometry.swapped else grid
 
@@ -163,14 +163,14 @@ def _geometry(preprocessing: Preprocessing, stored_size: tuple[int, int], orient
 
 @lru_cache(maxsize=256)
 def _axis_table(pixels: int, span: tuple[int, int], target: int, backwards: bool) -> np.ndarray:
-    """Boolean [target, pixels] of one axis; kept apart, because photos of many sizes share the lengths of axes."""
+    """Computes the dependence table of one axis, boolean [target, pixels]. Cached per axis length."""
     table = np.zeros((target, pixels), dtype=bool)
     table[:, slice(*span)] = _resize_support(span[1] - span[0], target)
     return table[:, ::-1] if backwards else table
 
 
 def _resize_support(source: int, target: int) -> np.ndarray:
-    """Boolean [target, source]: which source pixels have a weight in each pixel of Pillow's bilinear resize.
+    """Returns which source pixels have a weight in each pixel of Pillow's bilinear resize, boolean [target, source].
 
     The filter is a triangle around the center (t + 1/2)·source/target of each target pixel t, of half-width
     max(1, source/target) source pixels, sampled at pixel centers. An axis of unchanged length is not resampled.

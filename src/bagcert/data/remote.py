@@ -1,4 +1,4 @@
-"""Files behind an address that fsspec knows: `s3://`, `gs://`, `hf://`, `https://`."""
+"""Remote files through fsspec: `s3://`, `gs://`, `hf://`, `https://`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,19 +8,19 @@ from bagcert.errors import BagcertError, UnreadableError, UsageError, shown
 from bagcert.io.optional import require
 
 EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}
-"""What a protocol needs: the library and the extra that brings it."""
+"""Protocol -> (library, extra that installs it)."""
 
 
 def is_address(spec: Any) -> bool:
-    """`s3://bucket/train-*.tar` and the like."""
+    """Returns whether a path is a URL, such as `s3://bucket/train-*.tar`."""
     return isinstance(spec, str) and "://" in spec
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """The file system of an address, kept by fsspec from call to call, and the name in it.
+    """Returns the fsspec file system of a URL (cached by fsspec) and the path in it.
 
     Raises:
-        UsageError: no address of a known kind, or a library for its kind is missing.
+        UsageError: unknown protocol, or a missing library.
     """
     from fsspec.core import url_to_fs
 
@@ -36,11 +36,11 @@ def file_system(address: str) -> tuple[Any, str]:
 
 @contextmanager
 def translate_store_errors(address: str) -> Iterator[None]:
-    """Says in a sentence why a store refuses; each has errors of its own.
+    """Context manager that converts the errors of a store to one-sentence messages.
 
     Raises:
-        UnreadableError: there is no such file, or it may not be read.
-        BagcertError: anything else, which may be different in a minute.
+        UnreadableError: there is no such file, or no permission to read it.
+        BagcertError: any other error, which may be temporary.
     """
     try:
         yield
@@ -55,6 +55,6 @@ def translate_store_errors(address: str) -> Iterator[None]:
 
 
 def etag(details: Mapping[str, Any]) -> str:
-    """What a store marks a version of a file with, and where it marks none, when it was changed; or nothing."""
+    """Returns the version mark of a remote file (entity tag), else its modification time, else an empty string."""
     names = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "mtime")
     return str(next((details[name] for name in names if details.get(name)), "")).strip('"')

@@ -1,4 +1,4 @@
-"""Shard files, on this machine or behind an address that fsspec knows: `s3://`, `gs://`, `hf://`, `https://`."""
+"""Shard files, local or remote through fsspec: `s3://`, `gs://`, `hf://`, `https://`."""
 
 import glob
 import io
@@ -13,18 +13,18 @@ from bagcert.errors import BagcertError, UnreadableError, UsageError, shown
 from bagcert.io.files import open_regular
 
 Shard = Path | str
-"""A file here, or the address of one elsewhere."""
+"""A local path, or a URL."""
 
 
 def is_glob(path: Path) -> bool:
-    """A pattern, unless there is a file of that very name."""
+    """Returns whether a path is a glob pattern and not the name of an existing file."""
     return glob.has_magic(str(path)) and not path.exists()
 
 
 def find_shards(path: Path, split: str, suffix: str) -> tuple[list[Shard], str]:
-    """The files a path leads to, in the order of their names, and the split they are of.
+    """Lists the shard files of a path, sorted by name, and their split.
 
-    A file or a glob stands for all its images, the split "all". In a folder, files are named `<split>-*` or `<split>`.
+    A file or a glob has the split "all". In a folder, files are named `<split>-*` or `<split>`.
 
     Raises:
         UnreadableError: no file matches.
@@ -42,12 +42,12 @@ def find_shards(path: Path, split: str, suffix: str) -> tuple[list[Shard], str]:
 
 
 def find_addresses(spec: str, split: str) -> tuple[list[Shard], str]:
-    """Likewise for an address: of one file, with a glob, or of a folder.
+    """Lists the shard files of a URL of a file, a glob or a folder, and their split.
 
     Raises:
-        UnreadableError: nothing there, or it may not be read.
-        UsageError: the folder has no such split, or a library for this kind of address is missing.
-        BagcertError: it cannot be reached.
+        UnreadableError: no such file, or no permission to read it.
+        UsageError: the folder has no such split, or a library for the protocol is missing.
+        BagcertError: the store cannot be reached.
     """
     system, path = file_system(spec)
     with translate_store_errors(spec):
@@ -63,10 +63,10 @@ def find_addresses(spec: str, split: str) -> tuple[list[Shard], str]:
 
 
 def open_shard(path: Shard) -> Any:
-    """A shard, opened for reading at any place.
+    """Opens a shard for random-access reading.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file here.
+        OSError: the file cannot be opened, or is not a regular file.
         UsageError, UnreadableError, BagcertError: as `find_addresses`.
     """
     if isinstance(path, Path):
@@ -77,7 +77,7 @@ def open_shard(path: Shard) -> Any:
 
 
 def state_of(file: Any) -> tuple[int, int | str]:
-    """What changes when a shard does: its size, and the time of its last change or what its store marks it with."""
+    """Returns the size of a shard and its modification time or version mark, to detect changes."""
     if isinstance(file, io.BufferedReader):
         found = os.fstat(file.fileno())
         return found.st_size, found.st_mtime_ns
@@ -87,14 +87,14 @@ def state_of(file: Any) -> tuple[int, int | str]:
 
 @contextmanager
 def reading(path: Shard, form: str) -> Iterator[None]:
-    """Whatever fails inside is an `UnreadableError` that names the file and the form it should have."""
+    """Context manager that converts any error to an `UnreadableError` with the file name and expected format."""
     try:
         yield
     except BagcertError:
         raise
     except FileNotFoundError:
         raise UnreadableError(f"there is no file {path}") from None
-    except Exception as error:  # names that are no text, types without a reader, stores: each fails in its own way
+    except Exception as error:  # invalid names, unsupported types and remote stores raise different errors
         reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
         raise UnreadableError(f"{path} cannot be read as {form}: {reason}") from error
 

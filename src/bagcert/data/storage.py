@@ -1,6 +1,6 @@
-"""Files here and in object stores, by their path or URL: listed, looked at and opened, never copied as a whole.
+"""Local files and objects in object stores: list, inspect and open them by path or URL, without copying.
 
-Paths go through the same checks as everywhere in the package; URLs (`s3://bucket/key`) go through fsspec.
+Local paths use the hardened reads of `bagcert.io.files`; URLs (`s3://bucket/key`) use fsspec.
 """
 
 import glob
@@ -23,11 +23,11 @@ PARQUET = ".parquet"
 
 @dataclass(frozen=True, order=True)
 class Stored:
-    """A file as it was listed.
+    """A listed file.
 
     Attributes:
-        path: absolute, or the URL.
-        state: what changes when the file does: size, and entity tag or time of change.
+        path: absolute path, or URL.
+        state: size, and entity tag or modification time, to detect changes.
     """
 
     path: str
@@ -35,25 +35,25 @@ class Stored:
 
     @property
     def is_shard(self) -> bool:
-        """Does it hold many images?"""
+        """Returns whether the file holds many images."""
         return self.path.endswith(PARQUET)
 
 
 def absolute(path: str) -> str:
-    """The same place for processes in other working folders."""
+    """Returns a path that is also valid in processes with another working directory."""
     return path if is_address(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def list_files(data: str) -> list[Stored]:
-    """The image files and Parquet files that `data` names, in an order that depends on their names alone.
+    """Lists the image files and Parquet files of `data`, sorted by name.
 
     Args:
-        data: a folder, whose files anywhere below are taken; a file; or a glob such as `s3://bucket/*.parquet`.
-            Hidden files and folders are left out.
+        data: a folder, which is searched recursively; a file; or a glob such as `s3://bucket/*.parquet`. Hidden files
+            and folders are skipped.
 
     Raises:
-        UnreadableError: there are none, or the place cannot be listed.
-        UsageError: no library for this kind of URL is installed.
+        UnreadableError: no files, or a folder that cannot be listed.
+        UsageError: the library for this protocol is not installed.
     """
     found = _listed_remote(data) if is_address(data) else _listed_here(absolute(data))
     if not found:
@@ -65,11 +65,11 @@ def list_files(data: str) -> list[Stored]:
 
 
 def read_photo(path: str) -> Photo:
-    """The image in a file or object.
+    """Reads an image from a file or object.
 
     Raises:
-        UnreadableError: this image cannot be read, and trying again is of no use.
-        BagcertError: the store does not answer.
+        UnreadableError: the image cannot be read, and a retry would not help.
+        BagcertError: the store does not respond.
     """
     if not is_address(path):
         return read_image(path)
@@ -85,10 +85,10 @@ def read_photo(path: str) -> Photo:
 
 @contextmanager
 def opened(path: str) -> Iterator[io.IOBase]:
-    """A file or object, to be read in parts.
+    """Opens a file or object for random-access reading.
 
     Raises:
-        OSError: as `open_regular`, or as the store has it.
+        OSError: as for `open_regular`, or an error of the store.
     """
     if is_address(path):
         files, name = file_system(path)
@@ -100,11 +100,11 @@ def opened(path: str) -> Iterator[io.IOBase]:
 
 
 def state_of(path: str) -> str:
-    """The state of a file as in `Stored`, now.
+    """Returns the current state of a file, as in `Stored`.
 
     Raises:
-        UnreadableError: it is gone.
-        BagcertError: the store does not answer.
+        UnreadableError: the file no longer exists.
+        BagcertError: the store does not respond.
     """
     if not is_address(path):
         try:

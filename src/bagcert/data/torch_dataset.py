@@ -1,4 +1,4 @@
-"""The user's own `torch.utils.data.Dataset` of (image, label) pairs."""
+"""Adapter for a `torch.utils.data.Dataset` of (image, label) pairs."""
 
 import threading
 from collections.abc import Sequence
@@ -17,19 +17,18 @@ def from_torch(
 ) -> ImageSet:
     """Wraps a map-style dataset whose items are (image, label).
 
-    Images: PIL, uint8 [height, width, 3], or float [3, height, width] in [0, 1], which are rounded to 8 bits. Leave
-    normalization and augmentation out of the dataset. The pixels of a PIL image are those that numpy sees of it; no
-    EXIF orientation is applied. Labels are taken from `dataset.targets` if it has them, otherwise every item is read
-    once.
+    Images may be PIL, uint8 [height, width, 3], or float [3, height, width] in [0, 1], which is rounded to 8 bits. The
+    dataset must not normalize or augment images. The EXIF orientation of PIL images is not applied. Labels are taken
+    from `dataset.targets` if present; otherwise every item is read once.
 
     Args:
-        dataset: with `__len__` and `__getitem__`.
+        dataset: dataset with `__len__` and `__getitem__`.
         class_names: by default `dataset.classes`, or "0", "1", ... up to the largest label.
-        name: for messages and records.
-        split: likewise.
+        name: name of the dataset in messages and records.
+        split: split in messages and records.
 
     Raises:
-        UsageError: not such a dataset, or items of another form.
+        UsageError: not a map-style dataset, or items of another format.
         UnreadableError: no items, or labels outside the classes.
     """
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
@@ -48,7 +47,7 @@ def from_torch(
     lock = threading.Lock()
 
     def read(row: int) -> Photo:
-        with lock:  # a user's dataset need not bear several threads
+        with lock:  # a user's dataset may not be thread-safe
             image = _pair(dataset, row, name)[0]
         return _photo(image, f"{name} item {row}")
 

@@ -1,9 +1,9 @@
-"""Images in WebDataset shards: tar files in which the files of a sample follow each other and share a name.
+"""Images in WebDataset shards: tar files in which the files of a sample are adjacent and share a name.
 
     000001.jpg  000001.cls  000002.jpg  000002.cls ...
 
-The index of a shard (where each image lies, and its label) is read once, from the headers of its files; images are read
-later, a run of neighbors at a time. Nothing is unpacked, and nothing a shard names is opened.
+The index of a shard (offsets and labels) is read once from the tar headers. Images are read later, in blocks of
+neighbors. Nothing is unpacked, and no path in a shard is ever opened.
 
 Source: A. Aizman, G. Maltby, T. Breuel, "High performance I/O for large scale deep learning", 2019 (the format).
 """
@@ -27,30 +27,30 @@ from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, reading
 from bagcert.errors import UnreadableError, shown
 
 CACHE_BYTES = 1 << 28
-"""Blocks are kept in memory up to this size; the one in use always is."""
+"""Blocks are cached in memory up to this size. The block in use is always kept."""
 BLOCK_BYTES = 1 << 24
-"""Neighboring images of so many bytes are read at once."""
+"""Size of a block of neighboring images that are read together, in bytes."""
 MAX_LABEL_BYTES = 1 << 16
-"""Larger labels, and larger names of files, are refused before they are read."""
+"""Limit on the size of labels and file names, checked before they are read."""
 _BLOCK = tarfile.BLOCKSIZE
 _LABELS = ("cls", "json")
 _LONG_NAMES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
 
 
 def is_webdataset(path: Path) -> bool:
-    """A tar file, a glob of them, or a folder with tar files in it."""
+    """Returns whether a path is a tar file, a glob of tar files, or a folder with tar files."""
     return (path.suffix == ".tar" and (is_glob(path) or path.is_file())) or (path.is_dir() and any(path.glob("*.tar")))
 
 
 def load_webdataset(path: Path, split: str = "test") -> ImageSet:
-    """Images and labels of tar shards, in the order of the file names.
+    """Loads images and labels of tar shards, in the order of the file names.
 
     A sample is an image file (`.jpg`, `.png`, ...) and its label: `.cls`, an integer as text, or `.json`, an object
-    with an integer `label`. Other files of a sample are left out. Classes are named "0", "1", ...
+    with an integer `label`. Other files of a sample are ignored. Classes are named "0", "1", ...
 
     Args:
-        path: a folder with `<split>-*.tar`; or a file or a glob, all of whose images are taken, whatever the split.
-        split: which part of a folder.
+        path: a folder with `<split>-*.tar`; or a file or a glob, whose images are all used for any split.
+        split: split of a folder.
 
     Raises:
         UnreadableError: no such file, compressed, truncated, not a tar file, or a sample without image or label.
@@ -61,7 +61,7 @@ def load_webdataset(path: Path, split: str = "test") -> ImageSet:
 
 
 def tar_images(name: str, split: str, files: Sequence[Shard]) -> ImageSet:
-    """The images of these shards, here or elsewhere, see `load_webdataset`."""
+    """Loads the images of local or remote tar shards, see `load_webdataset`."""
     source = _Tars(files)
     largest = int(source.labels.max(initial=0))
     if largest >= MAX_CLASSES:
@@ -70,7 +70,7 @@ def tar_images(name: str, split: str, files: Sequence[Shard]) -> ImageSet:
 
 
 class _Tars:
-    """Images by number over several shards. Blocks of neighbors are read when needed and kept while they fit."""
+    """Image source over several tar shards. Blocks of neighboring images are read on demand and cached."""
 
     def __init__(self, files: Sequence[Shard]) -> None:
         self.cache_bytes = CACHE_BYTES
@@ -96,7 +96,7 @@ class _Tars:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def __call__(self, row: int) -> Photo:
-        """The image of that number."""
+        """Returns the image with this number."""
         path = self._files[self._shard[row]]
         name = f"{path} byte {self._start[row]}"
         if self._size[row] > MAX_IMAGE_BYTES:
@@ -109,11 +109,11 @@ class _Tars:
         return read_image(self._bytes(block)[start : start + int(self._size[row])], name)
 
     def block_of(self, rows: Int64[np.ndarray, " images"]) -> Int64[np.ndarray, " images"]:
-        """The block each image is read with."""
+        """Returns the block of each image."""
         return self._block[rows]
 
     def fingerprint(self) -> bytes:
-        """Names, sizes and times of the shards, as they were opened."""
+        """Returns a hash of the names, sizes and modification times of the shards when they were opened."""
         names = (str(path).rsplit("/", 1)[-1] for path in self._files)
         return repr(list(zip(names, self._states, strict=True))).encode()
 
@@ -139,7 +139,7 @@ class _Tars:
 
 
 def _blocks(shard: np.ndarray, start: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Numbers runs of neighbors in one shard, of at most BLOCK_BYTES unless a single image has more."""
+    """Assigns the images of a shard to blocks of at most BLOCK_BYTES, or of one larger image."""
     blocks = np.zeros(len(shard), dtype=np.int64)
     first, number = 0, 0
     for row in range(1, len(shard)):
@@ -150,7 +150,7 @@ def _blocks(shard: np.ndarray, start: np.ndarray, size: np.ndarray) -> np.ndarra
 
 
 def _samples(file: Any, path: Shard, length: int) -> Iterator[tuple[int, int, int]]:
-    """(first byte of the image, its bytes, label) of each sample."""
+    """Iterates over the samples of a shard as (offset, size in bytes, label)."""
     current: str | None = None
     image: tuple[int, int] | None = None
     label: int | None = None
@@ -184,7 +184,7 @@ def _label(content: bytes, kind: str, what: str) -> int | None:
 
 
 def _members(file: Any, path: Shard, length: int) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte, bytes) of each regular file of a tar file, whose headers may claim anything."""
+    """Iterates over the regular files of an untrusted tar file as (name, offset, size in bytes)."""
     place, long_name, long_size = 0, None, None
     while place + _BLOCK <= length:
         file.seek(place)
@@ -214,7 +214,7 @@ def _members(file: Any, path: Shard, length: int) -> Iterator[tuple[str, int, in
 
 
 def _pax(content: bytes, path: Shard) -> tuple[str | None, int | None]:
-    """Name and size that an extended header gives to the file after it: lines of `length key=value`."""
+    """Parses the name and size in an extended header, lines `length key=value`, for the next file."""
     found: dict[bytes, bytes] = {}
     try:
         while content:

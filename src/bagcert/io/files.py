@@ -1,4 +1,4 @@
-"""Reading files that may be anything, and writing so that a crash, a full disk or a kill never leaves half of one."""
+"""Hardened reads of untrusted files, and atomic writes that survive crashes, full disks and kills."""
 
 import errno
 import io
@@ -18,8 +18,8 @@ PREVIOUS = "previous"  # as many letters
 def open_regular(path: str | Path, limit_bytes: int | None = None) -> io.BufferedReader:
     """Opens a regular file of at most `limit_bytes` for reading.
 
-    Anything else is refused after it was opened, so that nothing can be put in its place between the look and the
-    reading. A pipe is opened without waiting for whoever might write to it, and a device is never read.
+    The checks run on the open file, so that the file cannot be swapped between check and read. Opening a pipe does not
+    block, and a device is never read.
 
     Raises:
         OSError: missing, not a regular file, too large; `strerror` says which.
@@ -43,7 +43,7 @@ def open_regular(path: str | Path, limit_bytes: int | None = None) -> io.Buffere
 
 
 def read_regular(path: str | Path, limit_bytes: int) -> bytes:
-    """The content of a regular file, which may grow while it is read, but not beyond the limit.
+    """Reads a regular file. The file may grow while it is read, but not beyond the limit.
 
     Raises:
         OSError: as `open_regular`.
@@ -59,22 +59,22 @@ def read_regular(path: str | Path, limit_bytes: int) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, also across a crash.
+    """Writes a file atomically: after a crash, the file is either complete or absent.
 
     Raises:
-        BagcertError: it cannot be written; nothing half-written is left.
+        BagcertError: the file cannot be written. No partial file is left.
     """
     write_together({path: content})
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Writes files that mean something only together, each whole or not at all.
+    """Writes files that are only valid together, each one atomically.
 
-    All are on the disk before the first takes its place. An older version of the last one is taken away before, so
-    that it never stands beside new versions of the others, whenever a kill comes.
+    All contents are on disk before the first file is renamed. An older version of the last file is removed first, so
+    that it never exists next to new versions of the others, even if the process is killed.
 
     Raises:
-        BagcertError: one cannot be written; nothing half-written is left.
+        BagcertError: a file cannot be written. No partial file is left.
     """
     staged: list[tuple[Path, Path]] = []
     path = last = list(contents)[-1]
@@ -101,7 +101,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
 
 
 def _stage(path: Path, content: bytes) -> Path:
-    """A file beside `path` with the content, on the disk, under a hidden name."""
+    """Writes the content to a hidden temporary file next to `path` and flushes it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
@@ -119,7 +119,7 @@ def _stage(path: Path, content: bytes) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what a `write_atomically` to this path left behind when its process was killed.
+    """Removes temporary files that a killed `write_atomically` to this path left behind.
 
     Only for paths that no other process is writing to.
     """
@@ -131,10 +131,10 @@ def remove_leftovers(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Tries whether a file can be written at `path`, and leaves nothing there: ask before long work, not after.
+    """Checks that a file can be written at `path`, without leaving one. Call it before long computations.
 
     Raises:
-        BagcertError: it cannot.
+        BagcertError: the path cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

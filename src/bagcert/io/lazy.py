@@ -1,4 +1,4 @@
-"""Public names of a package that load on first use, so that the command line starts without torch."""
+"""Lazy loading of a package's public names, so that the command line starts without importing torch."""
 
 import sys
 import warnings
@@ -10,12 +10,12 @@ from typing import Any
 def lazy_names(
     package: str, homes: Mapping[str, str], *, deprecated: Mapping[str, str] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package whose public names live in other modules.
+    """Creates `__getattr__` and `__dir__` for a package whose public names are defined in other modules.
 
     Args:
-        package: its full name.
-        homes: the module of each name; "module:other" where the name there is `other`.
-        deprecated: old names, each with the new name; they still work, with a DeprecationWarning.
+        package: full name of the package.
+        homes: public name -> module that defines it, or "module:other" if it is called `other` there.
+        deprecated: old name -> new name. Old names still work, with a DeprecationWarning.
 
     Returns:
         The two functions, to be assigned to `__getattr__` and `__dir__` in the package.

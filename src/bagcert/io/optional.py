@@ -1,4 +1,4 @@
-"""Libraries that only some commands need, and what to install where one is missing."""
+"""Optional dependencies: lazy imports with an install hint."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -9,12 +9,12 @@ from bagcert.errors import UsageError
 
 
 def require(module: str, extra: str, what: str = "this") -> Any:
-    """Imports an optional library, or says which extra brings it.
+    """Imports an optional library, or raises an error that names the extra to install.
 
     Args:
-        module: its import name, such as `onnxruntime`.
-        extra: of this package, as in `pip install "bagcert[...]"`.
-        what: the subject of the sentence, in the singular: what cannot be done without the library.
+        module: import name of the library, such as `onnxruntime`.
+        extra: extra of this package, as in `pip install "bagcert[...]"`.
+        what: the feature that needs the library, as the singular subject of the error message.
 
     Raises:
         UsageError: the library is not installed.
@@ -35,19 +35,19 @@ pip install "bagcert[onnx]" brings it
 
 
 def installed(modules: Sequence[str]) -> bool:
-    """Whether libraries are there, by their import names, without the seconds that importing some of them takes."""
+    """Returns whether libraries are installed, without importing them."""
     return all(map(find_spec, modules))
 
 
 def require_installed(modules: Sequence[str], extra: str, what: str = "this") -> None:
-    """Like `require` for several libraries, which are imported only when they are first used.
+    """Checks that several optional libraries are installed, without importing them.
 
     Args:
-        modules: their import names, not those of parts of them.
+        modules: import names of the top-level packages.
         extra, what: as in `require`.
 
     Raises:
-        UsageError: some are not installed.
+        UsageError: at least one library is not installed.
 
     >>> require_installed(["json", "no_such_library"], "onnx", "exporting")
     Traceback (most recent call last):

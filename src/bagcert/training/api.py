@@ -1,4 +1,4 @@
-"""`bagcert.train`: training from Python, by a recipe or of a network of one's own."""
+"""`bagcert.train`: training from Python, from a recipe or with a user-defined network."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -43,23 +43,23 @@ def train(
             rows, cols], whose geometry is derived as by `RegionScorer.from_module`, or a `RegionScorer`. A network is
             trained in place.
         data: a data set, its name or path, or a torch dataset, instead of the recipe's. A network needs it.
-        patch: what training aims at and the model is deployed against, in px of the network's images or as a share
+        patch: patch to train against and to deploy against, in px of the network's images or in percent of their area
             (`"2%"`).
-        out: the run folder, `runs/NAME` when absent. For a network, its checkpoints and weights; none are kept when
-            absent.
-        epochs: passes over the images, instead of the recipe's.
-        minutes: as many epochs as fit into this time.
-        size: (height_px, width_px) of the network's images, or the side of a square; the images' own when absent.
-        validation: images to hold out, instead of a part of the training images.
+        out: the run folder; by default `runs/NAME`. For a network: folder for checkpoints and weights, which by default
+            are not kept.
+        epochs: number of epochs, instead of the recipe's.
+        minutes: train for as many epochs as fit into this time.
+        size: (height_px, width_px) of the network's images, or the side of a square; by default the size of the images.
+        validation: validation images, instead of a part of the training images.
         settings: further recipe keys, such as `{"train.batch_size": 32}`, see docs/recipes.md.
-        init: a model whose weights to start from.
-        limit: train on the first so many images only.
-        resume: go on from the checkpoint in `out`.
+        init: model whose weights to start from.
+        limit: train on the first `limit` images only.
+        resume: resume from the checkpoint in `out`.
         device: auto, cpu, cuda, cuda:N or mps.
         on_progress: called after every step.
 
     Raises:
-        UsageError: arguments that make no sense, or do not fit each other.
+        UsageError: invalid or inconsistent arguments.
         UnsoundError: the network is not local, or reaches beyond its derived geometry.
         BagcertError: the loss is not finite, or the run was interrupted.
     """
@@ -93,7 +93,7 @@ def train(
 def _train_network(
     network: nn.Module, data: str | ImageSet, changes: dict[str, Any], out: Path | None, options: dict[str, Any]
 ) -> BagCert:
-    """Of a network that no recipe describes; its geometry is derived before the first step, and measured after it."""
+    """Trains a user-defined network. Its geometry is derived before training, and its locality measured afterwards."""
     images = data if isinstance(data, ImageSet) else load_dataset(data, "train", options["limit"])
     recipe = _changed(parse_recipe({"name": _name(network), "augment": {"flip": False}}), changes)
     if isinstance(network, RegionScorer):
@@ -126,7 +126,7 @@ def _name(network: nn.Module) -> str:
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values, validated."""
+    """Returns the recipe with changed values, validated."""
     values = recipe.model_dump(exclude_none=True)
     for key, value in changes.items():
         section, _, last = key.partition(".")

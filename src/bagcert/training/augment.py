@@ -1,8 +1,8 @@
-"""Augmentation of whole batches on their device: every image gets its own crop, flip and cutout, without a loop.
+"""Batched augmentation on the device: every image gets its own crop, flip and cutout, without a loop.
 
-Randomness comes from a `torch.Generator` on the same device, so that a resumed run draws the same numbers, or from a
-share of what it draws for a larger batch. Each random function draws and then calls the function that applies what
-was drawn.
+Randomness comes from a `torch.Generator` on the same device, so that a resumed run draws the same numbers, or from
+`BatchDraws` for a share of a larger batch. Each random function draws parameters and calls a deterministic function
+that applies them.
 """
 
 import math
@@ -21,11 +21,11 @@ def random_crop(
     generator: Source,
     mode: str = "reflect",
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Each image padded by `padding` px on all sides, and cut back to its size at an offset of its own.
+    """Pads each image by `padding` px on all sides and crops it to its original size at a random offset.
 
     Args:
         images: uint8 [batch, channels, height, width].
-        padding: in px; 0 returns the images as they are.
+        padding: in px; 0 returns the images unchanged.
         generator: on the device of the images.
         mode: "reflect" (mirrored without repeating the border pixel) or "zero".
 
@@ -45,7 +45,7 @@ def crop(
     padding: int,
     mode: str = "reflect",
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Image b padded and cut at row `offsets[b, 0]` and column `offsets[b, 1]` of the padded image."""
+    """Pads image b and crops it at row `offsets[b, 0]` and column `offsets[b, 1]` of the padded image."""
     _check_crop(images, padding, mode)
     batch, channels, height, width = images.shape
     rows, rows_inside = _source_pixels(offsets[:, 0], padding, height)
@@ -65,15 +65,15 @@ def random_resized_crop(
     least_share: float,
     generator: Source,
 ) -> UInt8[Tensor, "batch channels out_height out_width"]:
-    """From each image a box of random area and aspect, at a place of its own wholly inside, resized to `size`.
+    """Crops a box of random area, aspect ratio and position from each image and resizes it to `size`.
 
-    The box holds a share of the area drawn evenly from [least_share, 1]; the logarithm of its width over height is
-    drawn evenly between 3/4 and 4/3. A side longer than the image's is cut to it.
+    The box covers a fraction of the image area, uniform in [least_share, 1]. The logarithm of its aspect ratio (width
+    / height) is uniform between those of 3/4 and 4/3. A side longer than the image is clipped to it.
 
     Args:
         images: uint8 [batch, channels, height, width].
         size: (height_px, width_px) of the result.
-        least_share: above 0, at most 1.
+        least_share: smallest fraction of the area, above 0 and at most 1.
         generator: on the device of the images.
 
     Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, section 6.
@@ -97,9 +97,9 @@ def resized_crop(
     boxes: Float[Tensor, "batch 4"],
     size: tuple[int, int],
 ) -> UInt8[Tensor, "batch channels out_height out_width"]:
-    """From image b the box [top, left, height, width] of `boxes[b]`, in px and fractions, resized to `size`.
+    """Crops the box [top, left, height, width] of `boxes[b]`, in fractional px, from image b and resizes it to `size`.
 
-    The filter is that of Pillow's bilinear `resize(box=...)`, whose support grows with the reduction.
+    Uses the antialiased filter of Pillow's bilinear `resize(box=...)`.
     """
     if min(size) < 1:
         raise UsageError(f"a crop is resized to at least 1x1 px, got {size[0]}x{size[1]}")
@@ -112,7 +112,7 @@ def resized_crop(
 def random_flip(
     images: UInt8[Tensor, "batch channels height width"], generator: Source
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Each image mirrored left to right with probability one half."""
+    """Mirrors each image left to right with probability 1/2."""
     chosen = draw(2, len(images), generator).bool()
     return flip(images, chosen)
 
@@ -120,17 +120,17 @@ def random_flip(
 def flip(
     images: UInt8[Tensor, "batch channels height width"], chosen: Bool[Tensor, " batch"]
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """The chosen images mirrored left to right, the others as they are."""
+    """Mirrors the chosen images left to right and returns the others unchanged."""
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
 def cutout(
     images: UInt8[Tensor, "batch channels height width"], size: int, generator: Source, fill: int = 0
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """In each image one square of `size` px, at a place of its own wholly inside the image, set to `fill`.
+    """Sets a square of `size` px at a random position inside each image to `fill`.
 
     Raises:
-        UsageError: a square that is negative or does not fit, or a fill outside 0..255.
+        UsageError: a size that is negative or does not fit, or a fill outside 0..255.
     """
     height, width = images.shape[2:]
     if not 0 <= size <= min(height, width):
@@ -143,7 +143,7 @@ def cutout(
 def cover(
     images: UInt8[Tensor, "batch channels height width"], corners: Int64[Tensor, "batch 2"], size: int, fill: int = 0
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Image b with the square of `size` px at row `corners[b, 0]`, column `corners[b, 1]` set to `fill`."""
+    """Sets the square of `size` px at row `corners[b, 0]`, column `corners[b, 1]` of image b to `fill`."""
     if not 0 <= fill <= 255:
         raise UsageError(f"a fill is 0 to 255, got {fill}")
     covered = [
@@ -156,12 +156,11 @@ def cover(
 def random_color(
     images: UInt8[Tensor, "batch channels height width"], strength: float, generator: Source
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Each image with a brightness, contrast and saturation of its own.
+    """Changes brightness, contrast and saturation of each image by random factors.
 
     Args:
         images: uint8 [batch, 3, height, width].
-        strength: the three factors are drawn evenly from [1 - strength, 1 + strength]; 0 returns the images as they
-            are.
+        strength: the three factors are uniform in [1 - strength, 1 + strength]; 0 returns the images unchanged.
         generator: on the device of the images.
 
     Raises:
@@ -178,10 +177,10 @@ def random_color(
 def recolor(
     images: UInt8[Tensor, "batch channels height width"], factors: Float[Tensor, "batch 3"]
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Image b with brightness, contrast and saturation multiplied by `factors[b]`, in this order.
+    """Multiplies brightness, contrast and saturation of image b by `factors[b]`, in this order.
 
-    Contrast is the distance of a pixel from the mean gray of its image, saturation the distance from its own gray
-    (the mean of its channels). Values are rounded and clipped once, at the end.
+    Contrast is the distance of a pixel from the mean gray value of its image. Saturation is the distance from the gray
+    value of the pixel (the mean of its channels). Values are rounded and clipped once, at the end.
     """
     brightness, contrast, saturation = factors.T[:, :, None, None, None]
     pixels = images.float() * brightness
@@ -193,7 +192,7 @@ def recolor(
 
 
 def random_positions(count: int, image_size: tuple[int, int], generator: Source) -> Int[Tensor, "count 2"]:
-    """A random position for each of `count` training images, every row and column equally likely, the last included."""
+    """Draws a uniform random position for each of `count` training images, including the last row and column."""
     return torch.stack([draw(side, count, generator) for side in image_size], 1)
 
 
@@ -206,7 +205,7 @@ def _check_crop(images: Tensor, padding: int, mode: str) -> None:
 
 
 def _source_pixels(offsets: Tensor, padding: int, pixels: int) -> tuple[Tensor, Tensor]:
-    """[batch, pixels]: the source pixel each resulting pixel is a copy of, and whether it was not padding."""
+    """Returns the source pixel of each resulting pixel, [batch, pixels], and whether it lies inside the image."""
     source = offsets[:, None] - padding + torch.arange(pixels, device=offsets.device)[None, :]
     inside = (source >= 0) & (source < pixels)
     mirrored = source.abs()
@@ -215,7 +214,7 @@ def _source_pixels(offsets: Tensor, padding: int, pixels: int) -> tuple[Tensor, 
 
 
 def _resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> Float[Tensor, "batch target source"]:
-    """What each source pixel weighs in each pixel of the result, along one axis: a triangle around its center."""
+    """Returns the weight of each source pixel in each resulting pixel along one axis: a triangle filter."""
     scale = (length / target)[:, None, None]
     center = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * scale
     pixel = torch.arange(source, device=start.device)[None, None, :] + 0.5

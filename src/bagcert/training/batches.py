@@ -1,7 +1,7 @@
-"""Batches for training: who works on which images of a step, and where the images come from.
+"""Sharding of a step's batch across processes and accumulation steps, and batches of images in memory.
 
-The batch of a step follows from the seed and the step alone. However many processes share it, every image is in
-exactly one process's share, and the images of one part of a batch are the same.
+The batch of a step depends only on the seed and the step. For any number of processes, every image belongs to exactly
+one process, and the images of each accumulation step are the same.
 """
 
 from collections.abc import Generator
@@ -18,12 +18,12 @@ from bagcert.errors import UsageError
 
 @dataclass(frozen=True)
 class Share:
-    """How the batch of a step is cut into parts, and each part shared by the processes.
+    """Sharding of a batch: it is cut into parts for gradient accumulation, and each part is divided among processes.
 
     Attributes:
-        batch: images of the whole batch, over all processes.
-        parts: how many pieces it is worked through in, one after another, to save memory.
-        process, processes: whose share this is.
+        batch: number of images in the whole batch, over all processes.
+        parts: number of gradient accumulation steps.
+        process, processes: rank of this process, and number of processes.
 
     Raises:
         UsageError: a part would leave a process without an image.
@@ -42,7 +42,7 @@ class Share:
             )
 
     def rows(self) -> list[np.ndarray]:
-        """For each part, the places in the batch of this process's images."""
+        """Returns for each part the positions of this process's images in the batch."""
         return [part[self.process :: self.processes] for part in np.array_split(np.arange(self.batch), self.parts)]
 
 
@@ -53,7 +53,7 @@ class BatchPart:
     Attributes:
         images: uint8 [images, 3, height, width], on the device.
         labels: int64 [images], on the device.
-        rows: int64 [images], the place of each image in the whole batch.
+        rows: int64 [images], the position of each image in the whole batch.
     """
 
     images: UInt8[Tensor, "images channels height width"]
@@ -63,11 +63,11 @@ class BatchPart:
 
 @runtime_checkable
 class Batches(Protocol):
-    """A training set as a process sees it.
+    """Iterator over one process's share of the batches of a training set.
 
     Attributes:
-        share: which images of a batch are this process's.
-        epoch_steps: steps in an epoch; what is left when no whole batch remains waits for the next epoch's order.
+        share: the sharding, which determines this process's images.
+        epoch_steps: number of steps in an epoch. An incomplete last batch is dropped.
     """
 
     share: Share
@@ -78,12 +78,12 @@ class Batches(Protocol):
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, " count"]:
-    """Every image once, in an order of its own for each epoch."""
+    """Returns a random permutation of the images for an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 class MemoryBatches:
-    """Batches of images that all lie decoded on the device."""
+    """Batches of decoded images that are stored on the device."""
 
     def __init__(
         self,

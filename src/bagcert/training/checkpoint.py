@@ -1,4 +1,4 @@
-"""A training run on disk: its recipe, its metrics, and a checkpoint that is whole at every moment."""
+"""The files of a training run: recipe, metrics, and a checkpoint that is written atomically."""
 
 import io
 import json
@@ -27,14 +27,14 @@ MAX_CHECKPOINT_BYTES = 1 << 33
 
 
 class RunFolder:
-    """What a run needs to go on where it stopped.
+    """The state of a run that is saved in its checkpoint.
 
     Attributes:
-        step: optimizer steps done.
-        steps: of the whole run, which follow from the recipe and the number of images.
-        decay_start: the step from which a held learning rate falls; None for other schedules. The checkpoint of that
-            step is kept, so that a run can be resumed with more epochs.
-        seconds: training time so far, over all resumptions.
+        step: number of finished optimizer steps.
+        steps: number of steps of the whole run.
+        decay_start: the step at which the learning rate of the schedule hold starts to fall; None for other schedules.
+            The checkpoint of that step is kept, so that a run can be resumed with more epochs.
+        seconds: training time so far, including earlier sessions of a resumed run.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class RunFolder:
 
     @property
     def shipping(self) -> RegionScorer:
-        """The weights that would ship now: the average, or the last ones where the recipe keeps none."""
+        """Returns the weights to write to the model: the EMA weights, or the current ones if the recipe has no EMA."""
         chosen: nn.Module = self.average.module if self.recipe.train.ema else self.scorer
         assert isinstance(chosen, RegionScorer)
         return chosen.eval()
 
     def open(self, resume: bool) -> None:
-        """Starts a new run, or loads the checkpoint of one with the same recipe.
+        """Starts a new run, or loads the checkpoint of a run with the same recipe.
 
         Raises:
-            UsageError: the folder holds an unfinished or another run, or there is nothing to resume.
+            UsageError: the folder holds an unfinished or a different run, or there is nothing to resume.
             UnreadableError: the checkpoint is damaged.
         """
         path = self.folder / CHECKPOINT
@@ -100,18 +100,18 @@ class RunFolder:
         except Exception as error:  # a damaged file can fail in any way
             reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
             if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in the file
-                reason = "it holds more, or other things, than tensors and numbers"
+                reason = "it holds objects other than tensors and numbers"
             raise UnreadableError(f"the checkpoint {path} is damaged: {shown(reason)}") from None
         write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
 
     def _extends(self) -> bool:
-        """Whether the run was started with another number of epochs.
+        """Returns whether the run was started with a different number of epochs.
 
-        Recipes are compared by value: a key that did not exist when the run was started has its default, and the name
-        of the data may be another path to it.
+        Recipes are compared by value: keys that did not exist when the run was started have their default, and the
+        path to the data may differ.
 
         Raises:
-            UsageError: with another recipe, or the epochs of its schedule cannot be changed.
+            UsageError: the recipe differs otherwise, or its schedule does not allow changing the epochs.
         """
         written = written_recipe(self.folder)
         own = self.recipe
@@ -129,7 +129,7 @@ class RunFolder:
         return True
 
     def _extended(self, state: Any) -> Any:
-        """The state of a run with another number of epochs, from before its learning rate fell."""
+        """Returns the state before the learning rate fell, for a run with a different number of epochs."""
         if not self._held(state) and (self.folder / HELD).exists():
             state = _read_checkpoint(self.folder / HELD)
         if not self._held(state):
@@ -149,7 +149,7 @@ class RunFolder:
         return isinstance(held_until, int) and state["step"] <= min(held_until, self.decay_start)
 
     def _restore(self, state: Any) -> None:
-        """Takes over a checkpoint, if all of it has the form of this run's own."""
+        """Loads a checkpoint after checking that its structure matches this run."""
         own = self._state()
         if not isinstance(state, dict) or not {*own, "steps"} <= state.keys():
             raise ValueError("it is not the state of a run")
@@ -173,25 +173,25 @@ class RunFolder:
         self.step, self.seconds, self._metrics = state["step"], state["seconds"], metrics
 
     def log(self, **values: int | float) -> None:
-        """Adds a line to the metrics."""
+        """Appends a line to the metrics."""
         self._metrics.append(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **values}) + "\n")
         write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
 
     def save(self) -> None:
-        """Replaces the checkpoint, whole or not at all."""
+        """Replaces the checkpoint atomically."""
         content = self.content()
         write_atomically(self.folder / CHECKPOINT, content)
         if self.step == self.decay_start:
             write_atomically(self.folder / HELD, content)
 
     def content(self) -> bytes:
-        """The checkpoint, as it is written and as `take` reads it."""
+        """Returns the content of the checkpoint, which `take` loads."""
         buffer = io.BytesIO()
         torch.save(self._state(), buffer)
         return buffer.getvalue()
 
     def take(self, content: bytes) -> None:
-        """Becomes what another process's run of the same recipe is."""
+        """Loads the state of another process of the same run."""
         self._restore(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
 
     def _state(self) -> dict[str, Any]:
@@ -208,16 +208,16 @@ class RunFolder:
         }
 
     def close(self) -> None:
-        """The run is finished: the checkpoint has done its work."""
+        """Removes the checkpoint of a finished run."""
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def check_run_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """Says what `RunFolder.open` would say of a folder without a run, before images are read.
+    """Checks a run folder before images are read; raises the errors of `RunFolder.open` early.
 
     Raises:
-        UsageError: the folder holds an unfinished run, or none that could be resumed.
-        BagcertError: it is a file.
+        UsageError: the folder holds an unfinished run, or there is nothing to resume.
+        BagcertError: the path is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise BagcertError(f"{folder} cannot be written: it is not a folder")
@@ -231,7 +231,7 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
 
 
 def written_recipe(folder: Path) -> Recipe | None:
-    """The recipe in a run folder; None where there is none that is valid."""
+    """Reads the recipe of a run folder; None if there is no valid one."""
     try:
         return parse_recipe(tomllib.loads(read_regular(folder / RECIPE, MAX_RECIPE_BYTES).decode()))
     except (OSError, ValueError, RecursionError):  # errors of recipes are ValueErrors as well
@@ -239,10 +239,10 @@ def written_recipe(folder: Path) -> Recipe | None:
 
 
 def _read_checkpoint(path: Path) -> Any:
-    """Tensors, numbers, text, lists and dicts; nothing else is in it, and nothing of it is run.
+    """Reads tensors, numbers, text, lists and dicts from a checkpoint, without executing code in it.
 
     Raises:
-        Exception: of many kinds; the file is not what `torch.save` writes.
+        Exception: the file was not written by `torch.save`; the type of the exception varies.
     """
     with open_regular(path, MAX_CHECKPOINT_BYTES) as file:
         size = os.fstat(file.fileno()).st_size
@@ -255,7 +255,7 @@ def _read_checkpoint(path: Path) -> Any:
 
 
 def _check_form(found: Any, own: Any, where: str) -> None:
-    """Refuses what has other keys, lengths, shapes, dtypes or types than the state of this run."""
+    """Checks that keys, lengths, shapes, dtypes and types match the state of this run."""
     if isinstance(own, Tensor):
         same = isinstance(found, Tensor)
         same = same and (found.shape, found.dtype, found.layout) == (own.shape, own.dtype, own.layout)
@@ -275,7 +275,7 @@ def _check_form(found: Any, own: Any, where: str) -> None:
 
 
 def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer) -> None:
-    """The form of the settings, and of what is kept for each parameter after a step, is this run's own."""
+    """Checks that the optimizer's settings and the state of each parameter have the structure of this run."""
     own = optimizer.state_dict()
     if "param_groups" not in own:  # an optimizer made of several, named as in its state
         _check_form(dict.fromkeys(found), dict.fromkeys(own), "optimizer")
@@ -291,7 +291,7 @@ def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """What an optimizer keeps, found by a step of a copy."""
+    """Returns the state of an optimizer after a step, computed on a copy."""
     trial = deepcopy(optimizer)
     for group in trial.param_groups:
         for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""What a training command means: the recipe and the run folder that follow from a recipe, images or a run folder."""
+"""Selection of the recipe and the run folder for `bagcert train`, from a recipe, a folder of images or a run folder."""
 
 import glob
 import os
@@ -22,16 +22,16 @@ def choose_recipe(
     size: str | None = None,
     resume: bool = False,
 ) -> tuple[Recipe, Path]:
-    """The recipe of a run, and its folder.
+    """Returns the recipe and the folder of a run.
 
     Args:
-        what: a shipped recipe, a TOML file, images (a path or URL), or, to resume, a run folder; None for that in
-            `out`. Images are trained on by the recipe `photos`, or by `photos64` where `size` is 48 px or more, under
-            the name of their folder; a run on them that is resumed keeps its recipe.
-        out: the run folder; `runs/NAME` when absent.
-        overrides: `section.key=value`.
-        size: of the network's images, as `HxW` or the side of a square.
-        resume: whether a run goes on.
+        what: a shipped recipe, a TOML file, images (a path or URL), or, to resume, a run folder; None to resume the run
+            in `out`. Images use the recipe `photos`, or `photos64` if `size` is 48 px or more; the run is named after
+            their folder. A resumed run keeps its recipe.
+        out: the run folder; by default `runs/NAME`.
+        overrides: recipe values, as `section.key=value`.
+        size: size of the network's images, as `HxW` or the side of a square.
+        resume: resume an existing run.
 
     Raises:
         UsageError: none of these, or a wrong key or value.

@@ -1,4 +1,4 @@
-"""The images of a training run: what is trained on, in memory or as a stream, and what is held out to choose by."""
+"""The data of a training run: training images, in memory or streamed, and the held-out validation split."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,23 +21,23 @@ from bagcert.training.recipe import Recipe
 from bagcert.training.stream import StreamedBatches, stream_order
 
 SAMPLED_IMAGES = 2048
-"""Images of a stream from which mean and deviation of the pixels are taken."""
+"""Number of streamed images from which mean and standard deviation of the pixels are computed."""
 
 
 VALIDATION_FOLDERS = ("val", "valid", "validation")
-"""Folders of class folders beside `train` that are validated on instead of a part of the training images."""
+"""Names of a validation split next to `train`, which replaces holding out a part of the training images."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """The images of a run before any is decoded.
+    """The data of a run before any image is decoded.
 
     Attributes:
-        training: what is trained on.
-        validation: what is held out.
-        name, split: of the data, as they were asked for.
+        training: training images.
+        validation: held-out images.
+        name, split: name and split of the data, as requested.
         held_out_by: how the validation images were chosen, for the model's provenance.
-        class_folders: the class folders in the order of the classes where they are shown under other names, else None.
+        class_folders: class folders in the order of the classes if they have display names, else None.
     """
 
     training: ImageSet
@@ -50,14 +50,14 @@ class Sources:
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
-    """What a run trains on, as one process sees it.
+    """The data of a run in one process.
 
     Attributes:
-        training: the images trained on.
-        batches: of them.
-        sample: uint8 [images, 3, height, width]: all of them, or some where they come as a stream.
-        held_out: uint8 [images, height, width, 3], not trained on. The first `train.validate_images` have every class
-            in proportion.
+        training: training images.
+        batches: batches of the training images.
+        sample: uint8 [images, 3, height, width], all training images, or some of a stream.
+        held_out: uint8 [images, height, width, 3], not trained on. The first `train.validate_images` are stratified by
+            class.
         held_out_labels: int64 [images].
     """
 
@@ -71,13 +71,13 @@ class TrainingData:
 def load_sources(
     recipe: Recipe, data: str | ImageSet | None, limit: int | None, validation: ImageSet | None = None
 ) -> Sources:
-    """The images that a recipe trains on, and those it holds out.
+    """Loads the training split and the validation split of a recipe, without decoding images.
 
-    Class folders may have a part `val` (or `valid`, `validation`) beside `train`, which is then held out. Otherwise a
-    share of the training images is, by class or by group.
+    Class folders may have a split `val` (or `valid`, `validation`) next to `train`, which is then the validation split.
+    Otherwise a share of the training images is held out, by class or by group.
 
     Raises:
-        UsageError: no such data, classes that differ, or nothing can be held out.
+        UsageError: no such data, splits with different classes, or no image can be held out.
         UnreadableError: files that cannot be read, or only one class.
     """
     spec = data if isinstance(data, ImageSet) else data or recipe.data.name
@@ -110,10 +110,10 @@ def load_sources(
 def load_training_data(
     sources: Sources, recipe: Recipe, device: torch.device, process: int = 0, processes: int = 1
 ) -> TrainingData:
-    """Decodes the images that must be there from the start.
+    """Decodes the images that are needed before the first step.
 
-    In memory these are all images. Of a stream they are a sample, and as many held-out images as one validation looks
-    at; both are found in a few neighborhoods of the files, so that nothing like the whole set is read.
+    Without streaming, these are all images. With streaming, they are a sample and the held-out images of one
+    validation, both taken from a few blocks of the files, so that only a small part of the data is read.
 
     Raises:
         UsageError: batches too small to share, images of different sizes, or more of them than memory holds.
@@ -144,7 +144,7 @@ def load_training_data(
 
 
 def _validation_folder(spec: str) -> ImageSet | None:
-    """The held-out part of class folders that have one."""
+    """Returns the name of the validation split of class folders, if there is one."""
     if spec in DATASETS or is_address(spec):
         return None
     root = Path(spec).expanduser()
@@ -156,9 +156,9 @@ def _validation_folder(spec: str) -> ImageSet | None:
 
 
 def _sample_first(validation: ImageSet, recipe: Recipe) -> ImageSet:
-    """The same images; those of one validation, with every class in proportion, come first.
+    """Reorders the images so that a stratified sample for one validation comes first.
 
-    Class folders are sorted by class, so that without it the first images would be of the first classes.
+    Class folders are sorted by class; without reordering, the first images would all be of the first classes.
     """
     count = recipe.train.validate_images
     if count >= len(validation):
@@ -175,7 +175,7 @@ def _tensor(pixels: np.ndarray) -> Tensor:
 
 
 def _require_memory(source: ImageSet, count: int, recipe: Recipe) -> None:
-    """Refuses before the decoding what would end in the middle of it."""
+    """Checks before decoding that the decoded images fit into memory."""
     side = recipe.augment.resize
     height, width = (side, side) if side else recipe.model.image_size or source.read([0])[0].stored_size
     needed = count * height * width * 3

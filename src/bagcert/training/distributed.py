@@ -1,4 +1,4 @@
-"""The processes of a run, as `torchrun` or `accelerate launch` started them: one, or many that act as one."""
+"""Collectives between the processes of a run that was started by `torchrun` or `accelerate launch`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ Value = TypeVar("Value")
 
 
 class ProcessGroup:
-    """What the processes of a run decide together. With one process all of it costs nothing.
+    """Collective operations across training processes; no-ops with a single process.
 
-    Made after the process group. It talks over gloo, whatever the devices do, so that a question waits for processes
-    only, never for work on a device. Every process must ask the same questions in the same order.
+    Create it after the process group. It always uses gloo, so that a collective waits for processes only and never for
+    work on a device. Every process must call the same methods in the same order.
     """
 
     def __init__(self) -> None:
@@ -31,22 +31,22 @@ class ProcessGroup:
         return self.index == 0
 
     def any(self, asked: bool) -> bool:
-        """Whether any process says yes."""
+        """Returns whether the value is true on any process."""
         return bool(self._reduced(float(asked), dist.ReduceOp.MAX)) if self.size > 1 else asked
 
     def sum(self, value: float) -> float:
-        """The sum of all processes' values, to the last bit the same for each."""
+        """Returns the sum over all processes, bitwise identical on each."""
         return self._reduced(value, dist.ReduceOp.SUM) if self.size > 1 else value
 
     def mean(self, value: float) -> float:
-        """The mean of all processes' values."""
+        """Returns the mean over all processes."""
         return self.sum(value) / self.size
 
     def from_main(self, make: Callable[[], Value]) -> Value:
-        """What `make` gives on the main process; elsewhere it is not called.
+        """Calls `make` on the main process only and broadcasts the result.
 
         Raises:
-            BagcertError: `make` raised it on the main process; the same error, everywhere.
+            BagcertError: `make` raised an error on the main process; all processes raise the same error.
         """
         made: list[Any] = [None]
         with self.together():
@@ -58,10 +58,10 @@ class ProcessGroup:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in here on one process fails on all, with the same sentence, so that none waits for it in vain.
+        """Context manager that raises an error of one process on all of them, so that none waits forever.
 
         Raises:
-            BagcertError: the first process's that has one.
+            BagcertError: the error of the lowest rank that has one.
         """
         error = None
         try:

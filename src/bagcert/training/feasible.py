@@ -1,4 +1,4 @@
-"""Whether any image can be certified at all with a network's geometry, rule and patch; known before training."""
+"""Check before training whether any image can be certified with a network's geometry, rule and patch."""
 
 import torch
 
@@ -10,16 +10,16 @@ from bagcert.threat import PatchThreatModel
 from bagcert.training.recipe import Recipe
 
 CERTIFIED_LOSSES = ("double-masking", "margin", "smooth-margin", "clipped", "masked-features")
-"""Losses that aim at certificates of a region scorer; the others train networks for defenses of another kind."""
+"""Losses for certified region scorers. The others train networks for other kinds of defenses."""
 
 
 def require_certifiable(recipe: Recipe, grid: RegionGrid, threat: PatchThreatModel) -> None:
-    """Refuses what would train to the end and never certify an image.
+    """Refuses a recipe whose model could never certify an image.
 
-    The test is an ideal score map, on which every region votes for one class as much as it can.
+    Tests an ideal score map, in which every region votes for one class with the largest score.
 
     Raises:
-        UsageError: not even that is certified; the patch sizes that would do are named.
+        UsageError: even this map is not certified. The message names patch sizes that can be certified.
     """
     if recipe.loss.name not in CERTIFIED_LOSSES or recipe.augment.ablation != "none":
         return

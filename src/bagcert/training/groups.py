@@ -1,4 +1,4 @@
-"""A split of the training images that keeps groups of correlated ones, such as frames of a video, on one side."""
+"""Grouped validation split: keeps correlated images, such as frames of a video, on the same side."""
 
 import re
 from pathlib import Path
@@ -16,13 +16,13 @@ _BEFORE_LAST_SEPARATOR = re.compile(r"(.+)[_. -]")
 
 
 def groups_of(images: ImageSet, how: str) -> Int64[np.ndarray, " images"]:
-    """A number for each image, the same for all images of a group.
+    """Returns the group number of each image.
 
     Args:
-        images: of class folders, whose files have names.
+        images: images from class folders.
         how: "prefix": files of one class folder whose names (without extension) agree up to the last `_`, `-`, `.` or
-            space; a name without any of these is a group of its own. Otherwise a text file with a line
-            `class folder/file,group` for each image; a tab or space may stand for the comma.
+            space form a group; a name without any of these is its own group. Otherwise a text file with a line
+            `class folder/file,group` for each image; a tab or space may replace the comma.
 
     Raises:
         UsageError: images without file names, or the file lacks an image.
@@ -47,9 +47,9 @@ def groups_of(images: ImageSet, how: str) -> Int64[np.ndarray, " images"]:
 def split_by_group(
     labels: Int64[np.ndarray, " images"], groups: Int64[np.ndarray, " images"], fraction: float, seed: int
 ) -> Bool[np.ndarray, " images"]:
-    """Which images are held out: whole groups, of each class as near to `fraction` of its images as groups allow.
+    """Chooses whole groups to hold out, as close to `fraction` of the images of each class as groups allow.
 
-    A group counts for the class that most of its images have. Every class keeps an image to train on.
+    A group counts for the most frequent class of its images. Every class keeps at least one training image.
 
     Raises:
         UsageError: no group is small enough to be held out.

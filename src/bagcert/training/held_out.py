@@ -1,4 +1,4 @@
-"""How a model in training is judged: as what it will be deployed as, on images held out from the training set."""
+"""Validation during training: accuracy of the deployed defense on held-out images."""
 
 from collections.abc import Iterator
 
@@ -18,14 +18,14 @@ __all__ = ["scale_of", "validate", "validation_scores"]
 
 
 def validation_scores(scorer: RegionScorer, pixels: np.ndarray, batch: int = 250) -> Iterator[Tensor]:
-    """Real scores of uint8 [images, height, width, 3], some at a time: those of 1,000 classes may not fit together."""
+    """Iterates over real-valued scores of uint8 [images, height, width, 3], batch by batch to limit memory."""
     return (scorer.real_scores(pixels[i : i + batch]) for i in range(0, len(pixels), batch))
 
 
 def validate(
     scorer: RegionScorer, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, threat: PatchThreatModel
 ) -> dict[str, int | float]:
-    """Clean and certified accuracy of what would ship, by the recipe's rule on held-out images."""
+    """Measures clean and certified accuracy of the model on held-out images, with the recipe's rule."""
     pixels = pixels[: recipe.train.validate_images]
     if recipe.augment.ablation != "none":
         smoothing = DerandomizedSmoothing(

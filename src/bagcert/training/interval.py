@@ -1,4 +1,4 @@
-"""Training on interval bounds: the loss of the worst logits that a box of patch contents allows.
+"""Interval bound training: the loss of the worst logits over all patch contents in a box.
 
 Source: Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020 (one random placement per image and step,
 the cheapest of their variants); Gowal et al., 2018 (the clean term, and boxes that grow as training goes on).
@@ -18,17 +18,17 @@ from bagcert.threat import PatchThreatModel
 from bagcert.training.random import Source, draw
 
 GROWTH = 0.5
-"""The share of all steps over which boxes grow from points to every content a patch may have."""
+"""Share of all steps over which the boxes grow from points to all patch contents in [0, 1]."""
 
 
 class BoundedLoss:
-    """`w * CE(z) + CE(worst logits)`: the first term is the caller's, the second is bounded here.
+    """The loss `w * CE(z) + CE(worst logits)`. The caller computes the first term; this class bounds the second.
 
     Args:
-        scorer: its network is a sequence of layers with bounds, of which the last is a 1x1 convolution.
-        threat: each image gets one attack of it in every step, at random.
+        scorer: its network is a sequence of layers with bounds that ends with a 1x1 convolution.
+        threat: in every step, each image gets one random attack of this threat.
         full_weight: w.
-        device: of the images.
+        device: device of the images.
 
     Raises:
         UsageError: a network of another kind, or a threat with more than 20,000 attacks.
@@ -52,14 +52,14 @@ class BoundedLoss:
         share: float,
         generator: Source,
     ) -> Float[Tensor, " batch"]:
-        """One loss per image.
+        """Computes one loss per image.
 
         Args:
             clean: the loss of the unchanged images.
-            images: in [0, 1].
-            labels: their classes.
-            share: of all steps that are done, from 0 to 1.
-            generator: chooses the attacks.
+            images: images in [0, 1].
+            labels: class of each image.
+            share: share of finished steps, from 0 to 1.
+            generator: random numbers for the choice of attacks.
         """
         chosen = draw(len(self.boxes), len(images), generator)
         hidden = covered(self.boxes[chosen], (images.shape[2], images.shape[3]))[:, None]
@@ -74,13 +74,13 @@ class BoundedLoss:
         size: float,
         labels: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch classes"]:
-        """For each class, how far its logit can get ahead of the label's; differentiable.
+        """Bounds the lead of each class's logit over the label's logit; differentiable.
 
         Args:
-            images: in [0, 1].
+            images: images in [0, 1].
             hidden: the pixels under a patch.
-            size: 1 for every content in [0, 1]; less for contents that lie nearer to the image by that factor.
-            labels: of the images; each has 0 in its own column.
+            size: 1 for all contents in [0, 1]; a smaller value shrinks the box around the image by that factor.
+            labels: labels of the images. The column of the label is 0.
         """
         center = torch.where(hidden, images + size * (0.5 - images), images)
         box = Box(center, 0.5 * size * hidden.expand_as(images).to(images.dtype))

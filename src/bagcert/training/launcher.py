@@ -1,6 +1,6 @@
-"""Which of a run's processes this is, as the launcher said; known before any of them meet, and without torch.
+"""Process rank from launcher environment variables; no torch import.
 
-`torchrun` and `accelerate launch` say it in RANK (over all machines), LOCAL_RANK and LOCAL_WORLD_SIZE (on this one).
+`torchrun` and `accelerate launch` set RANK (over all machines), LOCAL_RANK and LOCAL_WORLD_SIZE (on this machine).
 """
 
 import os
@@ -12,11 +12,11 @@ def is_main_process() -> bool:
 
 
 def is_first_here() -> bool:
-    """Whether this process is the first on its machine, which says what went wrong."""
+    """Returns whether this process is the first on its machine, which prints errors."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def processes_here() -> int:
-    """How many processes of the run share this machine and its memory."""
+    """Returns the number of processes of the run on this machine."""
     count = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, int(count)) if count.isdecimal() else 1

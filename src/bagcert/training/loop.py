@@ -1,9 +1,9 @@
-"""Training: one readable loop from a recipe to a model folder.
+"""The training loop, from a recipe to a model folder.
 
-A run folder holds `recipe.toml`, `metrics.jsonl`, `checkpoint.pt` while it runs, and in the end the model
-(`model.safetensors`, `config.json`). The order of images and every augmentation follow from (seed, step)
-alone, so a run that is killed and resumed ends with the weights of one that was not, and several processes train what
-one would.
+A run folder holds `recipe.toml`, `metrics.jsonl`, `checkpoint.pt` during training, and finally the model
+(`model.safetensors`, `config.json`). The order of images and every augmentation depend only on (seed, step). A resumed
+run therefore ends with the same weights as an uninterrupted one, and distributed training matches single-process
+training up to rounding.
 """
 
 import math
@@ -49,20 +49,20 @@ from bagcert.training.synchronized import synchronize_batch_norm
 
 CHECK_LOSS_EVERY = 20
 MODULE_WEIGHTS = "module.safetensors"
-"""The weights of a network that was handed over, which no config describes."""
+"""File for the weights of a user-defined network, which has no config."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands, handed to the caller after every step.
+    """Progress of a run, passed to the caller after every step.
 
     Attributes:
-        step, steps: done, and in the whole run.
-        epoch, epochs: the one at hand, from 1, and all.
-        seconds: of training so far, over all resumptions.
+        step, steps: number of finished steps, and of all steps.
+        epoch, epochs: current epoch, from 1, and number of epochs.
+        seconds: training time so far, including earlier sessions of a resumed run.
         epoch_ends: whether this was the last step of its epoch.
-        loss: the mean over the last steps where it was looked at, else NaN.
-        validation: what a validation found, where there was one.
+        loss: mean loss over the last steps when it was computed, else NaN.
+        validation: results of the validation after this step, if there was one.
     """
 
     step: int
@@ -90,29 +90,29 @@ def train(
     scorer: RegionScorer | None = None,
     on_message: Callable[[str], None] = lambda sentence: None,
 ) -> Path:
-    """Trains by `recipe` and leaves the model in the folder `out`, which is returned.
+    """Trains a model from a recipe and writes it to the folder `out`, which is returned.
 
-    The model in `out` is written at every validation, on Ctrl-C, and in the end; a later one takes the place of an
-    earlier one. The last one is kept, not the one with the best validation: the learning rate has fallen to zero, and
-    a choice among validations would make the figures of the chosen one too good.
+    The model in `out` is written at every validation, on Ctrl-C, and at the end, each time replacing the earlier one.
+    The last model is kept, not the one with the best validation: its learning rate has decayed to zero, and selecting
+    by validation accuracy would bias the reported validation accuracy upwards.
 
     Args:
         data: a data set or its name, instead of the recipe's.
-        resume: go on from the checkpoint in `out`.
-        init: a model folder whose weights to start from; a classifier for other classes starts afresh.
-        limit: train on the first so many images only.
+        resume: resume from the checkpoint in `out`.
+        init: model folder whose weights to start from. The last layer is initialized randomly if the classes differ.
+        limit: train on the first `limit` images only.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         on_progress: called after every step.
-        validation: images to hold out, instead of a part of the training images.
-        minutes: as many epochs as fit into this time from now on, instead of the recipe's, see
-            `bagcert.training.pace`; a run that is resumed keeps its epochs.
-        scorer: a network to train in place of the recipe's; it has the trained weights afterwards, and `out`
-            gets its weights without a config.
-        on_message: called with sentences about the run, such as how many images there are.
+        validation: validation images, instead of a part of the training images.
+        minutes: train for as many epochs as fit into this time, instead of the recipe's epochs, see
+            `bagcert.training.pace`. A resumed run keeps its epochs.
+        scorer: a network to train instead of the recipe's. It is trained in place, and its weights are written to `out`
+            without a config.
+        on_message: called with messages about the run, such as the number of images.
 
     Raises:
         UsageError: the recipe does not fit the data, no image could ever be certified, or `out` holds another run.
-        BagcertError: the loss is not finite, or the run was interrupted; the checkpoint in `out` is whole.
+        BagcertError: the loss is not finite, or the run was interrupted. The checkpoint in `out` is complete.
     """
     called = time.monotonic()
     accelerator = _accelerator(device)
@@ -236,7 +236,7 @@ def train(
 
 
 def _given(scorer: RegionScorer | None, sources: Sources, images: TrainingData) -> RegionScorer:
-    """A network that was handed over, if it fits the data.
+    """Checks that a user-defined network fits the data, and returns it.
 
     Raises:
         UsageError: it has other classes or takes images of another size.
@@ -256,7 +256,7 @@ def _given(scorer: RegionScorer | None, sources: Sources, images: TrainingData) 
 
 
 def _write(out: Path, shipping: RegionScorer, config: ModelConfig | None, source: dict) -> None:
-    """Writes a model folder, or the weights alone where no config describes the network."""
+    """Writes a model folder, or only the weights of a user-defined network."""
     if config is None:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in shipping.net.state_dict().items()}
         write_atomically(out / MODULE_WEIGHTS, safetensors.torch.save(state))
@@ -268,11 +268,11 @@ def _write(out: Path, shipping: RegionScorer, config: ModelConfig | None, source
 
 
 def _accelerator(device: str) -> Accelerator:
-    """The device of this process, and the group of all processes that the launcher started."""
+    """Creates the accelerator: the device of this process and the process group of the launcher."""
     chosen = resolve_device(device)
     if chosen.type == "cuda" and chosen.index is not None:
         if processes_here() > 1:
-            raise UsageError(f"several processes take a device each: say cuda, not {device}")
+            raise UsageError(f"with several processes, use device cuda, and each gets its own GPU; got {device}")
         torch.cuda.set_device(chosen)
     # Accelerate fixes its mixed precision for the whole process; a process may train twice.
     accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no")
@@ -283,9 +283,9 @@ def _accelerator(device: str) -> Accelerator:
 
 @contextmanager
 def _interruptions(several: bool) -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a question asked between steps, so that every saved state is whole.
+    """Defers Ctrl-C and SIGTERM to the end of a step, so that every saved state is consistent.
 
-    With several processes a launcher repeats what it is told, so that only for one a second Ctrl-C means more.
+    A second Ctrl-C interrupts at once, but only with a single process: launchers send signals repeatedly.
     """
     asked = False
 

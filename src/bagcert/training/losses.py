@@ -1,6 +1,6 @@
-"""Training objectives: the certified condition itself, made differentiable. See docs/method.md, "Training".
+"""Training losses: differentiable versions of the certification conditions. See docs/method.md, "Training".
 
-All take region scores [batch, classes, rows, cols] and labels [batch] and give one loss per image [batch].
+All take region scores [batch, classes, rows, cols] and labels [batch] and return one loss per image [batch].
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def smooth_margin_loss(
 def cross_entropy_loss(
     scores: Float[Tensor, "batch classes rows cols"], labels: Int[Tensor, " batch"], label_smoothing: float = 0.0
 ) -> Float[Tensor, " batch"]:
-    """Cross-entropy of the mean scores: how a classifier is trained that aims at no certificate."""
+    """Cross-entropy of the mean scores, for training without certification."""
     return F.cross_entropy(mean_scores(scores), labels, reduction="none", label_smoothing=label_smoothing)
 
 
@@ -67,11 +67,11 @@ def masked_features_loss(
     generator: Source,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, " batch"]:
-    """Cross-entropy of the mean of what is left when one random window is taken out of each map.
+    """Cross-entropy of the mean scores outside one random window of each map.
 
     Args:
-        windows: as `window_masks` gives them; each is equally likely.
-        generator: on the device of the scores.
+        windows: windows from `window_masks`, drawn uniformly.
+        generator: random numbers, on the device of the scores.
 
     Source: Xiang et al., "PatchGuard", USENIX Security 2021, section 4.
     """
@@ -82,7 +82,7 @@ def masked_features_loss(
 
 
 def window_masks(windows: Sequence[WindowBlock], device: torch.device) -> Float[Tensor, "windows rows cols"]:
-    """1 in the regions of each window, 0 elsewhere."""
+    """Returns a mask per window: 1 in its regions, 0 elsewhere."""
     masks = [
         np.outer(block.rows[row], block.cols[col]) for block in windows for row, col in np.argwhere(block.keep).tolist()
     ]
@@ -90,7 +90,7 @@ def window_masks(windows: Sequence[WindowBlock], device: torch.device) -> Float[
 
 
 def one_hot_penalty(scores: Float[Tensor, "batch classes rows cols"]) -> Float[Tensor, " batch"]:
-    """Mean over regions of how many classes beyond one are on: `max(0, sum_c s_c - 1)`."""
+    """Penalty on regions that vote for several classes: the mean over regions of `max(0, sum_c s_c - 1)`."""
     return (scores.float().sum(1) - 1).clamp(min=0).mean((1, 2))
 
 
@@ -102,10 +102,10 @@ def double_masking_loss(
     label_smoothing: float = 0.0,
     temperature: float = 1.0,
 ) -> Float[Tensor, " batch"]:
-    """`CE(mean of kept scores) + full_weight * CE(mean of all scores)` with the two worst windows left out.
+    """`CE(mean of kept scores) + full_weight * CE(mean of all scores)`; kept scores exclude the two worst windows.
 
-    The windows are chosen greedily from the map itself: the one that helps the label most against its
-    runner-up, then the next. No extra forward pass.
+    The windows are chosen greedily from the map: first the one that supports the label most against its runner-up,
+    then the next. This needs no extra forward pass.
     """
     scores = scores.float()
     keep = two_worst_windows_removed(scores.detach(), labels, windows)
@@ -124,7 +124,7 @@ def _kept_means(scores: Tensor, keep: Tensor) -> Tensor:
 def two_worst_windows_removed(
     scores: Float[Tensor, "batch classes rows cols"], labels: Int[Tensor, " batch"], windows: Sequence[WindowBlock]
 ) -> Float[Tensor, "batch rows cols"]:
-    """1 where a region is kept, 0 in the two windows whose loss hurts the label most (greedy)."""
+    """Returns a mask that is 0 in the two windows whose removal hurts the label most (greedy), and 1 elsewhere."""
     sums = scores.sum((2, 3)).scatter(1, labels[:, None], -torch.inf)
     images = torch.arange(len(scores), device=scores.device)
     lead = scores[images, labels] - scores[images, sums.argmax(1)]

@@ -1,4 +1,4 @@
-"""Optimizers: what `torch.optim` has, put together for convolutional networks."""
+"""Muon for convolutional networks, combined with AdamW from `torch.optim`."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,16 +8,16 @@ from torch import nn
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for convolution kernels, each seen as a matrix [outputs, inputs * kernel area]; AdamW for the rest.
+    """Muon for convolution kernels, reshaped to matrices [outputs, inputs * kernel area]; AdamW for the rest.
 
-    `torch.optim.Muon` takes matrices only, so each kernel has one that is filled before a step and copied back
-    after it. The parameter groups are those of the two optimizers, so a schedule reaches both.
+    `torch.optim.Muon` only accepts matrices. Each kernel is copied to a matrix before a step and back after it. The
+    parameter groups of both optimizers are exposed, so that a learning-rate schedule applies to both.
 
     Args:
-        kernels: parameters of at least two axes.
+        kernels: parameters with at least two axes.
         others: batch norms, biases and the classifier.
-        learning_rate, weight_decay: of the kernels; steps have the root mean square of AdamW's.
-        others_learning_rate: of the others, which are not decayed.
+        learning_rate, weight_decay: settings for the kernels. Updates have the same root mean square as AdamW's.
+        others_learning_rate: learning rate of the others, which have no weight decay.
 
     Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
@@ -39,7 +39,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # no closure is used
-        """One step of both."""
+        """Performs one step of both optimizers."""
         for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
             matrix.copy_(kernel.flatten(1))
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
@@ -49,17 +49,17 @@ class MuonAdamW(torch.optim.Optimizer):
             kernel.copy_(matrix.view(kernel.shape))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients of kernels and others."""
+        """Resets the gradients of all parameters."""
         self.adamw.zero_grad(set_to_none)
         for parameter in (*self.kernels, *self.matrices):
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Of both optimizers."""
+        """Returns the state of both optimizers."""
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into both optimizers."""
+        """Loads the state of both optimizers."""
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
         self.param_groups = self.muon.param_groups + self.adamw.param_groups

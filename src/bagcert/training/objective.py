@@ -1,4 +1,4 @@
-"""What a recipe makes of a batch: augmented images, and one loss for each."""
+"""The objective of a recipe: augmentation of a batch, and one loss per image."""
 
 from collections.abc import Callable
 
@@ -25,11 +25,11 @@ from bagcert.training.random import Source
 from bagcert.training.recipe import Recipe
 
 Objective = Callable[[Tensor, Tensor, Source], Tensor]
-"""Real scores, labels and a source of random choices to one loss per image."""
+"""(Real-valued scores, labels, random numbers) -> one loss per image."""
 
 
 def make_objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel, device: torch.device) -> Objective:
-    """The recipe's loss for scores of this network."""
+    """Returns the recipe's loss for the scores of this network."""
     loss = recipe.loss
     windows = scorer.grid().windows(threat)
     masked = loss.name == "masked-features" or scorer.readout is not None
@@ -76,7 +76,7 @@ def network_input(
     objective: Objective,
     autocast: torch.autocast,
 ) -> Tensor:
-    """From uint8 [batch, 3, height, width] to what the network is trained on: augmented, in [0, 1], perhaps ablated."""
+    """Augments uint8 [batch, 3, height, width], scales it to [0, 1] and, if the recipe says so, ablates it."""
     batch = augment(images, recipe, generator)
     with autocast:
         batch = hardest_cutout(batch, labels, recipe, generator, scorer, objective)
@@ -88,7 +88,7 @@ def network_input(
 
 
 def augment(images: Tensor, recipe: Recipe, generator: Source) -> Tensor:
-    """The recipe's augmentation of uint8 [batch, 3, height, width]."""
+    """Applies the recipe's augmentation to uint8 [batch, 3, height, width]."""
     if recipe.augment.resized_crop:
         size = recipe.model.image_size or (images.shape[2], images.shape[3])
         images = random_resized_crop(images, size, recipe.augment.resized_crop, generator)
@@ -111,14 +111,14 @@ def hardest_cutout(
     scorer: RegionScorer,
     objective: Objective,
 ) -> Tensor:
-    """Of `cutout_candidates` random squares in each image the one whose loss is largest; uint8 as before.
+    """Applies to each image the one of `cutout_candidates` random cutout squares with the largest loss.
 
     Source: the greedy worst-mask cutout of Saha et al., "Revisiting Image Classifier Training for Improved Certified
     Robust Defense against Adversarial Patches", TMLR 2023, with random candidates for their mask sets.
     """
     if not recipe.augment.cutout or recipe.augment.cutout_candidates == 1:
         return images
-    scorer.eval()  # candidates must not count in the batch statistics
+    scorer.eval()  # candidates must not update the batch statistics
     candidates, values = [], []
     for _ in range(recipe.augment.cutout_candidates):
         candidates.append(cutout(images, recipe.augment.cutout, generator))

@@ -1,7 +1,7 @@
-"""How many epochs fit into a given time, measured with the first batches on a copy of the network.
+"""Estimate of how many epochs fit into a given time, measured with the first batches on a copy of the network.
 
-The copy is thrown away, so that the run itself starts from its first step with a known number of steps: it is resumed
-like every other run, and a second run with that number of epochs gives the same weights.
+The copy is discarded. The run starts from its first step with a known number of steps, so that it can be resumed and
+reproduced like any run with that number of epochs.
 """
 
 import time
@@ -28,12 +28,12 @@ MEASURED_SECONDS, FEWEST_STEPS, MOST_STEPS = 3.0, 3, 50
 
 @dataclass(frozen=True)
 class Pace:
-    """What was measured.
+    """Measured speed of training.
 
     Attributes:
-        step_seconds: of one optimizer step.
-        epoch_steps: how many make an epoch.
-        validation_seconds: of one validation.
+        step_seconds: duration of one optimizer step.
+        epoch_steps: number of steps in an epoch.
+        validation_seconds: duration of one validation.
         validate_every: epochs between validations.
     """
 
@@ -44,11 +44,11 @@ class Pace:
 
     @property
     def epoch_seconds(self) -> float:
-        """Of an epoch, with its share of the validations."""
+        """Returns the duration of an epoch, with its share of the validations."""
         return self.step_seconds * self.epoch_steps + self.validation_seconds / self.validate_every
 
     def epochs(self, seconds: float) -> int:
-        """The most whole epochs that fit, at least one.
+        """Returns the largest number of epochs that fit, at least one.
 
         >>> Pace(0.125, 80, 2.0, 1).epochs(60.0), Pace(0.125, 80, 2.0, 1).epochs(1.0)
         (5, 1)
@@ -65,7 +65,7 @@ def measure_pace(
     group: ProcessGroup,
     class_weights: Tensor,
 ) -> Pace:
-    """The time of a step: the mean over 3 seconds (3 to 50 steps) after 2 steps; and that of one validation."""
+    """Measures the mean duration of a step (3 to 50 steps in 3 seconds, after 2 warm-up steps), and of a validation."""
     trial = deepcopy(scorer)
     losses = Losses(recipe, trial, threat, accelerator.device)
     share = images.batches.share

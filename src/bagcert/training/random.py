@@ -1,4 +1,4 @@
-"""Random numbers for the images of a batch that do not depend on who works on which of them."""
+"""Per-image random numbers that are independent of how the batch is sharded."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ShardedGenerator:
-    """A source of random numbers for some images of a batch.
+    """Random numbers for a share of the images of a batch.
 
-    Every number is drawn for the whole batch, and those of the images at hand are kept. So an image gets the same
-    numbers on one process and on many, and in one part of the batch as in another.
+    Numbers are drawn for the whole batch, and those of this share are selected. An image therefore gets the same
+    numbers for any number of processes and accumulation steps.
 
     Attributes:
-        generator: at the same state for everyone who works on the batch.
-        batch: images in the whole batch.
-        rows: which of them are at hand, in their order there; on the device of the generator.
+        generator: generator with the same state on all processes.
+        batch: number of images in the whole batch.
+        rows: positions of the share's images in the batch, on the device of the generator.
     """
 
     generator: torch.Generator
@@ -29,7 +29,7 @@ Source = torch.Generator | ShardedGenerator
 
 
 def draw(high: int, images: int, source: Source, *shape: int) -> Tensor:
-    """Integers from 0 to `high - 1`, [images, *shape], on the device of the source.
+    """Draws integers from 0 to `high - 1`, [images, *shape], on the device of the source.
 
     >>> whole = draw(9, 4, torch.Generator().manual_seed(0), 2)
     >>> share = ShardedGenerator(torch.Generator().manual_seed(0), 4, torch.tensor([3, 1]))
@@ -43,7 +43,7 @@ def draw(high: int, images: int, source: Source, *shape: int) -> Tensor:
 
 
 def draw_uniform(count: int, images: int, source: Source) -> Tensor:
-    """Numbers from 0 to 1, [count, images], on the device of the source."""
+    """Draws uniform numbers from 0 to 1, [count, images], on the device of the source."""
     if isinstance(source, torch.Generator):
         return torch.rand(count, images, generator=source, device=source.device)
     assert images == len(source.rows), "draws are for the images of a share, all of them"

@@ -1,4 +1,4 @@
-"""Recipes: everything a training run needs to be repeated, as validated TOML."""
+"""Recipes: all settings of a training run, as validated TOML."""
 
 import json
 import reprlib
@@ -23,7 +23,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 def _square(size: Any) -> Any:
-    """A single side stands for a square."""
+    """Converts the side of a square to [height, width]."""
     return (size, size) if type(size) is int else size
 
 
@@ -32,7 +32,7 @@ class _Section(BaseModel):
 
 
 class DataSection(_Section):
-    """Which images, and how many of them are held out to choose by."""
+    """Dataset and validation split."""
 
     name: str = Field(default="digits", description="a data set's name, path or URL; `--data` replaces it")
     validation: float = Field(
@@ -56,7 +56,7 @@ class DataSection(_Section):
 
 
 class ModelSection(_Section):
-    """The region scorer."""
+    """Architecture of the region scorer."""
 
     architecture: str = Field(default="resnet-rf10s2", description="a name from `bagcert info`")
     width: int | None = Field(default=None, ge=8, le=65536, description="the architecture's own when absent")
@@ -78,14 +78,14 @@ class ModelSection(_Section):
 
     @property
     def readout(self) -> dict[str, int]:
-        """The sizes of the readout, for the head that has one."""
+        """Returns the sizes of the readout of the attention-pooling head; None for other heads."""
         if self.head != "attention-pooling":
             return {}
         return {"values": self.values, "attention_heads": self.attention_heads, "hidden": self.hidden}
 
 
 class DefenseSection(_Section):
-    """What the model is deployed as: its default rule and patch, also what training aims at."""
+    """Default rule and patch of the deployed model, and the patch to train against."""
 
     rule: str = Field(default="double-masking", description="the rule that predicts and certifies")
     patch: str = Field(
@@ -176,7 +176,7 @@ class AugmentSection(_Section):
 
 
 class TrainSection(_Section):
-    """The loop."""
+    """Training loop."""
 
     epochs: int = Field(default=30, ge=1, le=1_000_000, description="passes over the training images")
     batch_size: int = Field(default=128, ge=2, le=1_000_000, description="of a step, over all processes and parts")
@@ -196,7 +196,7 @@ class TrainSection(_Section):
 
 
 class Recipe(_Section):
-    """A whole training run. `name` becomes the model's name."""
+    """All settings of a training run. `name` becomes the model's name."""
 
     name: str = Field(max_length=200, pattern=NAME, description="of the model and, unless `--out` says, its run folder")
     data: DataSection = DataSection()
@@ -226,7 +226,7 @@ class Recipe(_Section):
         )
 
     def to_toml(self) -> str:
-        """The recipe as TOML, every value written out."""
+        """Returns the recipe as TOML, including default values."""
         lines = [f"name = {_toml(self.name)}"]
         for section, values in self.model_dump(exclude_none=True).items():
             if isinstance(values, dict):
@@ -235,13 +235,13 @@ class Recipe(_Section):
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes in the package, by name."""
+    """Lists the recipes in the package, by name."""
     folder = Path(str(resources.files("bagcert.training"))) / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
-    """A shipped recipe by name, or a TOML file, with `section.key=value` overrides applied.
+    """Loads a shipped recipe by name, or a TOML file, and applies `section.key=value` overrides.
 
     Raises:
         UsageError: unknown recipe, key or value; the nearest known name is given.
@@ -263,7 +263,7 @@ def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
-    """A validated recipe.
+    """Creates a recipe from nested dicts and validates it.
 
     Raises:
         UsageError: naming the key, what was given and what was expected.
@@ -294,7 +294,7 @@ def _keys() -> list[str]:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """`a.b=c` into nested dicts; `c` is read as TOML where it is TOML, as text otherwise."""
+    """Writes an override `a.b=c` into nested dicts; `c` is parsed as TOML if possible, else used as text."""
     key, separator, text = (part.strip() for part in override.partition("="))
     if not separator or not key:
         raise UsageError(f"an override is written section.key=value, got {override!r}")

@@ -1,4 +1,4 @@
-"""What a training run is made of before its first step: model config, optimizer, schedule, weight average."""
+"""Setup of a training run: model config, optimizer, learning-rate schedule, EMA weights and provenance."""
 
 import math
 import platform
@@ -24,7 +24,7 @@ from bagcert.training.recipe import Recipe
 
 
 def model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelConfig:
-    """The config of the model that a recipe leads to, with mean and deviation of uint8 images [images, 3, h, w]."""
+    """Creates the model config of a recipe, with mean and standard deviation of uint8 images [images, 3, h, w]."""
     architecture = get_architecture(recipe.model.architecture)
     get_rule(recipe.defense.rule)
     pixels = images.float().div_(255) if len(images) <= 10_000 else images[:: len(images) // 10_000].float().div_(255)
@@ -52,7 +52,7 @@ def model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelCon
 
 
 def start_from(scorer: RegionScorer, folder: Path) -> None:
-    """Copies the weights of a model; the last layer starts afresh if the classes differ."""
+    """Loads the weights of a model; keeps the random initialization of the last layer if the classes differ."""
     start = read_model(folder)[0]
     given, own = start.state_dict(), scorer.state_dict()
     head = set(scorer.class_layers)
@@ -65,7 +65,7 @@ def start_from(scorer: RegionScorer, folder: Path) -> None:
 
 
 def make_optimizer(recipe: Recipe, scorer: RegionScorer) -> torch.optim.Optimizer:
-    """Weight decay on kernels only, not on batch norm or biases."""
+    """Creates the optimizer, with weight decay on kernels but not on batch norm or biases."""
     section = recipe.optimizer
     kernels = [p for p in scorer.net.parameters() if p.ndim > 1]
     others = [p for p in scorer.net.parameters() if p.ndim <= 1]
@@ -81,7 +81,7 @@ def make_optimizer(recipe: Recipe, scorer: RegionScorer) -> torch.optim.Optimize
 
 
 def learning_rate(recipe: Recipe, steps: int) -> Callable[[int], float]:
-    """The schedule, as a share of the top rate."""
+    """Returns the learning-rate schedule, as a fraction of the maximum rate."""
     section = recipe.optimizer
     warmup = section.warmup_steps or max(1, round(section.warmup * steps))
     fall = decay_start(recipe, steps)
@@ -98,14 +98,14 @@ def learning_rate(recipe: Recipe, steps: int) -> Callable[[int], float]:
 
 
 def decay_start(recipe: Recipe, steps: int) -> int | None:
-    """The first step at which a held learning rate falls; None for other schedules."""
+    """Returns the first step at which the rate of the schedule hold falls; None for other schedules."""
     if recipe.optimizer.schedule != "hold":
         return None
     return steps - round(recipe.optimizer.decay * steps)
 
 
 def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """An exponential average that forgets the first weights fast: its decay grows to `decay` as steps go by."""
+    """Creates an EMA whose decay grows to `decay` over the first steps, so that the initial weights fade quickly."""
 
     def update(averages: Any, current: Any, count: Any) -> None:
         steps = int(count)
@@ -117,7 +117,7 @@ def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
 def provenance(
     sources: Sources, accelerator: Accelerator, step: int, steps: int, seconds: float, limit: int | None
 ) -> dict[str, Any]:
-    """Where a model comes from, for its config."""
+    """Returns the provenance of a model, for its config."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     found = {

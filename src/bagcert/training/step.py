@@ -1,4 +1,4 @@
-"""One step of training: from the parts of a batch to changed weights."""
+"""One optimizer step, with gradient accumulation over the parts of a batch."""
 
 from contextlib import nullcontext
 
@@ -18,7 +18,7 @@ from bagcert.training.recipe import Recipe
 
 
 class Losses:
-    """The objective of a recipe for one network, and the loss of its bounds where the recipe trains on bounds.
+    """The objective of a recipe for one network, and the interval bound loss if the recipe uses it.
 
     Raises:
         UsageError: the recipe does not fit the network or the threat.
@@ -32,16 +32,16 @@ class Losses:
 
 
 class Stepper:
-    """Does one optimizer step after another.
+    """Performs optimizer steps.
 
     Args:
-        recipe: as for the run.
+        recipe: the recipe of the run.
         scorer: the network, on the device.
-        losses: of this network.
-        optimizer: of its parameters.
-        accelerator, group: of this process.
+        losses: losses of this network.
+        optimizer: optimizer of its parameters.
+        accelerator, team: of this process.
         class_weights: float32 [classes], on the device.
-        share: which images of a batch are this process's.
+        share: the sharding of batches.
     """
 
     def __init__(
@@ -63,23 +63,23 @@ class Stepper:
             accelerator.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"
         )
 
-    def step(self, parts: list[BatchPart], step: int, done: float) -> Tensor:
-        """Changes the weights, and gives this process's loss before that.
+    def step(self, parts: list[Part], step: int, done: float) -> Tensor:
+        """Updates the weights and returns this process's loss before the update.
 
         Args:
-            parts: of the batch of this step.
-            step: from 0; random numbers follow from it.
-            done: the share of all steps that are done.
+            parts: this process's parts of the batch.
+            step: number of the step, from 0, which seeds the random numbers.
+            done: share of finished steps, from 0 to 1.
         """
         weights = [self.class_weights[part.labels] for part in parts]
         whole_weight = self.accelerator.reduce(torch.stack([weight.sum() for weight in weights]).sum(), "sum")
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.accelerator.device)
         for part, weight in zip(parts, weights, strict=True):
-            # The processes meet where the gradients of the last part are made.
+            # Gradients are synchronized in the backward pass of the last part only.
             with nullcontext() if part is parts[-1] else self.accelerator.no_sync(self.model):
-                # Gradients are averaged over the processes; this process's share counts as often as there are.
-                loss = (self._losses(part, step, done) * weight).sum() / whole_weight * self.group.size
+                # Gradients are averaged over the processes, hence the factor.
+                loss = (self._losses(part, step, done) * weight).sum() / whole_weight * self.team.size
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         if self.recipe.optimizer.gradient_clip is not None:
@@ -87,8 +87,8 @@ class Stepper:
         self.optimizer.step()
         return total
 
-    def _losses(self, part: BatchPart, step: int, done: float) -> Tensor:
-        """One loss per image."""
+    def _losses(self, part: Part, step: int, done: float) -> Tensor:
+        """Computes one loss per image."""
         recipe, losses = self.recipe, self.losses
         generator = _draws(self.accelerator.device, recipe.train.seed, step, self.share, part)
         batch = network_input(part.images, part.labels, recipe, generator, self.scorer, losses.objective, self.autocast)
@@ -102,7 +102,7 @@ class Stepper:
         return loss
 
 
-def _draws(device: torch.device, seed: int, step: int, share: Share, part: BatchPart) -> ShardedGenerator:
-    """The random numbers of a step, and of them those for the images of one part."""
+def _draws(device: torch.device, seed: int, step: int, share: Share, part: Part) -> ShardedGenerator:
+    """Returns the random numbers of a step for the images of one part."""
     mixed = int(np.random.SeedSequence((seed, step, 0)).generate_state(1, np.uint64)[0] >> 1)
     return ShardedGenerator(torch.Generator(device).manual_seed(mixed), share.batch, part.rows)

@@ -1,12 +1,12 @@
-"""Batches of images that are read and decoded when their turn comes, for sets larger than memory.
+"""Streaming batches: images are read and decoded on demand, for data sets larger than memory.
 
-Sources keep images in blocks that are read as a whole: row groups of Parquet files, runs of images in tar shards. An
-epoch takes the blocks in a random order, cuts the images as they then follow each other into windows, and shuffles
-each window. The order follows from the seed and the epoch alone, and every image is in it once. Since every place in it
-leads to an image directly, a resumed run reads nothing of what came before.
+Sources store images in blocks that are read as a whole: row groups of Parquet files, or adjacent images in tar shards.
+An epoch puts the blocks in random order, cuts the resulting sequence of images into windows, and shuffles each window.
+The order depends only on the seed and the epoch and contains every image once. It is indexed directly, so that a
+resumed run does not read earlier images.
 
-In every batch the images are shared by where their blocks lie in the epoch, so that a block is read by one process and
-one of its workers, or by two neighbors.
+The images of a batch are divided by the position of their blocks in the epoch, so that each block is read by one worker
+of one process, or by two neighboring ones.
 """
 
 import signal
@@ -25,13 +25,13 @@ from bagcert.training.batches import BatchPart, Share
 
 Prepare = Callable[[Photo], np.ndarray]
 Task = Int64[np.ndarray, "2 images"]
-"""Places in the batch, and which images belong there: a worker's share of a step."""
+"""A worker's share of a step: positions in the batch, and the indices of the images."""
 
 
 def stream_order(
     blocks: Int64[np.ndarray, " images"], window: int, seed: int, epoch: int
 ) -> Int64[np.ndarray, " images"]:
-    """Every image once: blocks in random order, and the images shuffled among the `window` that then stand together.
+    """Returns the order of an epoch: blocks in random order, and images shuffled within windows of `window` images.
 
     >>> order = stream_order(np.arange(12) // 4, 4, 0, 0)
     >>> sorted(order.tolist()) == list(range(12)), len(set((order[:4] // 4).tolist()))  # the first four are one block
@@ -41,7 +41,7 @@ def stream_order(
 
 
 def _order_and_neighborhoods(blocks: np.ndarray, window: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order, and for each place in it where in a window the block of its image begins."""
+    """Returns the order, and for each position in it the start of the image's block within its window."""
     random = np.random.default_rng((seed, epoch))
     _, number = np.unique(blocks, return_inverse=True)
     shuffled = random.permutation(number.max() + 1)[number]
@@ -52,15 +52,15 @@ def _order_and_neighborhoods(blocks: np.ndarray, window: int, seed: int, epoch: 
 
 
 class StreamedBatches:
-    """Batches of images decoded by workers.
+    """Batches of images that are decoded by worker processes.
 
     Args:
-        images: the training set; its source must be picklable if there are workers.
-        prepare: Photo -> uint8 [height, width, 3]; None for images of one size that need none.
-        size: (height_px, width_px) of what is prepared.
-        share: which images of a batch are this process's.
-        window: images that are shuffled together.
-        workers: processes that decode; 0 for threads of this one.
+        images: the training set. Its source must be picklable if there are workers.
+        prepare: Photo -> uint8 [height, width, 3]; None if all images have the right size.
+        size: (height_px, width_px) of prepared images.
+        share: the sharding, which determines this process's images.
+        window: number of images that are shuffled together.
+        workers: number of worker processes; 0 decodes in threads of this process.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class StreamedBatches:
             num_workers=self.workers,
             collate_fn=_as_they_are,
             worker_init_fn=_prepare_worker if self.workers else None,
-            # A fork of a process with threads, and perhaps connections, may stop at what they held.
+            # Not fork: a forked process may deadlock on locks held by threads or connections of its parent.
             multiprocessing_context="spawn" if self.workers else None,
             pin_memory=self.device.type == "cuda",
         )
@@ -104,7 +104,7 @@ class StreamedBatches:
                 f"{self.images.name} cannot be handed to workers that decode it ({error}); set data.workers=0"
             ) from None
         while True:
-            # Tasks go to the workers in turn, and come back in turn: so many make a step.
+            # Tasks are distributed and returned round-robin, so a step has one task per reader.
             found = [next(answers) for _ in range(readers)]
             for answer in found:
                 if isinstance(answer, BagcertError):
@@ -113,7 +113,7 @@ class StreamedBatches:
             yield self._parts(places, labels, pixels)
 
     def tasks(self, step: int, readers: int) -> Iterator[Task]:
-        """From `step` on, what each of so many readers of this process does; in every step one task for each."""
+        """Iterates over tasks from `step` on: in every step, one for each reader of this process."""
         while True:
             epoch, first = divmod(step, self.epoch_steps)
             order, neighborhood = _order_and_neighborhoods(self._blocks, self.window, self.seed, epoch)
@@ -140,7 +140,7 @@ class StreamedBatches:
 
 
 class _Tasks:
-    """The tasks, as a `DataLoader` asks for them."""
+    """The tasks as a batch sampler for `DataLoader`."""
 
     def __init__(self, batches: StreamedBatches, step: int, readers: int) -> None:
         self.batches, self.step, self.readers = batches, step, readers
@@ -150,13 +150,13 @@ class _Tasks:
 
 
 class _Decoder(Dataset):
-    """What a worker has: the images, and how to bring them to one size."""
+    """The dataset of a worker: images and their preprocessing."""
 
     def __init__(self, images: ImageSet, prepare: Prepare, size: tuple[int, int]) -> None:
         self.images, self.prepare, self.size = images, prepare, size
 
     def __getitems__(self, task: Task) -> tuple[Tensor, Tensor, Tensor] | BagcertError:
-        """Places, labels and pixels [images, height, width, 3] of a task, or what is wrong with one of its images."""
+        """Returns positions, labels and pixels [images, height, width, 3] of a task, or the error of an image."""
         places, indices = task
         pixels = np.empty((len(indices), *self.size, 3), dtype=np.uint8)
         in_worker = torch.utils.data.get_worker_info() is not None
@@ -187,7 +187,7 @@ def _as_they_are(answer: object) -> object:
 
 
 def _prepare_worker(number: int) -> None:
-    """A worker ends when the process it works for does, which takes the signals; all workers share one cache's size."""
+    """Sets up a worker: it ignores signals, ends with its parent process, and gets its share of the cache size."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     info = torch.utils.data.get_worker_info()

@@ -1,4 +1,4 @@
-"""Batch norm over the images of all processes, so that one process and many train the same network."""
+"""Synchronized batch norm on any device, so that distributed training matches single-process training."""
 
 import torch
 import torch.distributed as dist
@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose batch statistics in training are those of all processes' images together.
+    """`nn.BatchNorm2d` with batch statistics over the images of all processes.
 
     Parameters, buffers and eval mode are those of `nn.BatchNorm2d`. Processes may hold different numbers of images.
-    It runs wherever the process group does, on CPUs over gloo too, where `nn.SyncBatchNorm` does not.
+    Unlike `nn.SyncBatchNorm`, it also runs on CPUs over gloo.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """[batch, channels, rows, cols] to the same."""
+        """Normalizes [batch, channels, rows, cols]."""
         if not self.training:
             return super().forward(input)
         assert self.running_mean is not None
@@ -31,9 +31,9 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 class _Normalize(torch.autograd.Function):
     """`(x - mean) / sqrt(var + eps) * weight + bias`; mean and variance by channel, over all processes.
 
-    Forward each process gives its mean, sum of squares around it, and count, and all combine them (Chan et al. 1979,
-    which loses no digits to large means). Backward two sums over all processes are what the statistics pass on.
-    Weight and bias get this process's share of their gradients, as every other parameter does.
+    In the forward pass, each process contributes its mean, sum of squared deviations and count, which are combined as
+    in Chan et al. 1979 (numerically stable for large means). The backward pass needs two sums over all processes.
+    Weight and bias get this process's share of their gradients, like every other parameter.
     """
 
     @staticmethod
@@ -77,10 +77,10 @@ def _normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Te
 
 
 def synchronize_batch_norm(module: nn.Module) -> None:
-    """Makes every `nn.BatchNorm2d` in a module, which is no batch norm itself, a synchronized one, in place.
+    """Replaces every `nn.BatchNorm2d` inside a module by a synchronized one, in place.
 
-    Its tensors stay what they are, and so do their names. On CUDA it is torch's own `nn.SyncBatchNorm`, whose kernels
-    are faster and run nowhere else.
+    Tensors and their names are kept. The module itself must not be a batch norm. On CUDA, the replacement is the faster
+    `nn.SyncBatchNorm`, which only supports GPUs.
     """
     if any(parameter.is_cuda for parameter in module.parameters()):
         nn.SyncBatchNorm.convert_sync_batchnorm(module)

@@ -134,5 +134,5 @@ def test_the_command(folder: Path):
         "certified-patch.png",
     }
     assert [row["defense"] for row in json.loads(run("benchmark", *asked, "--json").out)] == NAMES
-    check_mistake(run("benchmark", "--out", folder), 2, "a benchmark needs --data, or --quick")
-    check_mistake(run("benchmark", "--quick", "--data", "cifar10", "--out", folder), 2, "--quick is on digits")
+    check_mistake(run("benchmark", "--out", folder), 2, "a benchmark needs --data or --quick")
+    check_mistake(run("benchmark", "--quick", "--data", "cifar10", "--out", folder), 2, "--quick uses digits")

@@ -123,7 +123,7 @@ def test_the_command(tmp_path: Path):
     document = json.loads(run("compare", first, second, "--json").out)
     assert document["tests"][1]["only_second"] == 2
     assert "image 2" not in run("compare", first, second, "--show", 1).out
-    check_mistake(run("compare", first, second, *["--rule", "vote"] * 3), 2, "--rule is given once")
+    check_mistake(run("compare", first, second, *["--rule", "vote"] * 3), 2, "--rule can be given at most twice")
     check_mistake(run("compare", first, tmp_path / "c.jsonl"), 5, "c.jsonl cannot be read")
 
 
