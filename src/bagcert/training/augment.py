@@ -1,7 +1,7 @@
 """Batched augmentation on the device: every image gets its own crop, flip and cutout, without a loop.
 
 Randomness comes from a `torch.Generator` on the same device, so that a resumed run draws the same numbers, or from
-`BatchDraws` for a share of a larger batch. Each random function draws parameters and calls a deterministic function
+`ShardedGenerator` for a share of a larger batch. Each random function draws parameters and calls a deterministic function
 that applies them.
 """
 

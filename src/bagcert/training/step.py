@@ -63,7 +63,7 @@ class Stepper:
             accelerator.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"
         )
 
-    def step(self, parts: list[Part], step: int, done: float) -> Tensor:
+    def step(self, parts: list[BatchPart], step: int, done: float) -> Tensor:
         """Updates the weights and returns this process's loss before the update.
 
         Args:
@@ -87,7 +87,7 @@ class Stepper:
         self.optimizer.step()
         return total
 
-    def _losses(self, part: Part, step: int, done: float) -> Tensor:
+    def _losses(self, part: BatchPart, step: int, done: float) -> Tensor:
         """Computes one loss per image."""
         recipe, losses = self.recipe, self.losses
         generator = _draws(self.accelerator.device, recipe.train.seed, step, self.share, part)
@@ -102,7 +102,7 @@ class Stepper:
         return loss
 
 
-def _draws(device: torch.device, seed: int, step: int, share: Share, part: Part) -> ShardedGenerator:
+def _draws(device: torch.device, seed: int, step: int, share: Share, part: BatchPart) -> ShardedGenerator:
     """Returns the random numbers of a step for the images of one part."""
     mixed = int(np.random.SeedSequence((seed, step, 0)).generate_state(1, np.uint64)[0] >> 1)
     return ShardedGenerator(torch.Generator(device).manual_seed(mixed), share.batch, part.rows)
