@@ -1,8 +1,8 @@
 """Batched augmentation on the device: every image gets its own crop, flip and cutout, without a loop.
 
 Randomness comes from a `torch.Generator` on the same device, so that a resumed run draws the same numbers, or from
-`ShardedGenerator` for a share of a larger batch. Each random function draws parameters and calls a deterministic function
-that applies them.
+`ShardedGenerator` for a share of a larger batch. Each random function draws parameters and calls a deterministic
+function that applies them.
 """
 
 import math

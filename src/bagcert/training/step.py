@@ -39,7 +39,7 @@ class Stepper:
         scorer: the network, on the device.
         losses: losses of this network.
         optimizer: optimizer of its parameters.
-        accelerator, team: of this process.
+        accelerator, group: of this process.
         class_weights: float32 [classes], on the device.
         share: the sharding of batches.
     """
@@ -79,7 +79,7 @@ class Stepper:
             # Gradients are synchronized in the backward pass of the last part only.
             with nullcontext() if part is parts[-1] else self.accelerator.no_sync(self.model):
                 # Gradients are averaged over the processes, hence the factor.
-                loss = (self._losses(part, step, done) * weight).sum() / whole_weight * self.team.size
+                loss = (self._losses(part, step, done) * weight).sum() / whole_weight * self.group.size
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         if self.recipe.optimizer.gradient_clip is not None:
