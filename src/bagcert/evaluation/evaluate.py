@@ -4,12 +4,12 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,25 +17,20 @@ import torch
 
 from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
-from bagcert.data.photo import Photo
-from bagcert.data.prefetch import prefetch
-from bagcert.data.preprocess import Preprocessing, StoredShape
+from bagcert.data.preprocess import Preprocessing
 from bagcert.defenses.bagcert import BagCert
 from bagcert.devices import device_name, dtype_name, peak_memory_mib
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation.gallery import make_gallery
 from bagcert.evaluation.gallery_file import Gallery, gallery_bytes, gallery_path
-from bagcert.evaluation.journal import Batch, EvaluationLog, described_mask, log_path, run_identity
+from bagcert.evaluation.journal import EvaluationLog, described_mask, log_path, run_identity
+from bagcert.evaluation.passes import Found, Job, RulePatch, first_pass, timed_pass
 from bagcert.io.files import remove_leftovers, write_atomically
-from bagcert.records import ImageRecord, Record, Row, RunInfo, wilson_interval
+from bagcert.records import ImageRecord, Row, RunInfo, wilson_interval
 from bagcert.rules import get_rule
-from bagcert.rules.largest import VOTING_RULES, largest_certifiable_px
-from bagcert.rules.together import certify_together
-from bagcert.threat import PatchThreatModel
+from bagcert.rules.largest import VOTING_RULES
 
 LIBRARIES = ("bagcert", "torch", "numpy", "pillow")
-READ_AT_ONCE = 64  # photos decoded side by side
-MOST_SIZES = 1024  # of images whose threats are kept
 
 
 @dataclass(frozen=True)
@@ -49,23 +44,6 @@ class Evaluation:
     records: list[ImageRecord]
     errors: list[str]
     gallery: Gallery | None = None
-
-
-@dataclass
-class _Setting:
-    """One rule against one patch; the threat is parsed once for each size of the images at hand."""
-
-    rule: str
-    notation: str
-    threats: dict[tuple[int, int], PatchThreatModel] = field(default_factory=dict)
-
-    def threat(self, size: tuple[int, int], placements: str | Path | None) -> PatchThreatModel:
-        """The threat for images of this size."""
-        if size not in self.threats:
-            if len(self.threats) >= MOST_SIZES:
-                self.threats.clear()
-            self.threats[size] = PatchThreatModel.parse(self.notation, size, placements)
-        return self.threats[size]
 
 
 def evaluate(
@@ -120,78 +98,65 @@ def evaluate(
     preprocessing = Preprocessing(model.image_size, fit)
     load_seconds = model_seconds + time.perf_counter() - started
     patches, rules = patches or (str(model.patch),), rules or (model.rule,)
-    settings = [_Setting(rule, patch) for patch in patches for rule in rules]
+    settings = [RulePatch(rule, patch) for patch in patches for rule in rules]
     for setting in settings:
         get_rule(setting.rule)
-    records: list[ImageRecord] = []
-    errors: dict[int, str] = {}
-    resized = False
-    passes: list[list[float]] = []
-    journal = None
-    if log is not None:
-        run_now = run_identity(
-            model,
-            images,
-            placements,
-            patches=list(patches),
-            rules=list(rules),
-            limit=limit,
-            fit=fit,
-            batch_size=batch_size,
-            device=device_name(model.scorer.device),
-            threads=torch.get_num_threads(),
-            backend=model.backend,
-            versions=versions(model),
-            **({"largest": True} if largest else {}),
-        )
-        journal = EvaluationLog(log, run_now, resume)
+    job = Job(model, images, labels, settings, preprocessing, placements, batch_size, largest)
+    journal = None if log is None else EvaluationLog(log, _identity(job, patches, rules, limit), resume)
+
+    def report(before: int) -> Callable[[int], None]:
+        return lambda done: on_progress(before + done, repeat * len(images))
+
     with closing(journal) if journal else nullcontext():
-        for run in range(repeat):
-            lost: dict[int, str] = {}
-            seconds, done = [0.0] * (1 + len(settings)), 0
-            if run == 0 and journal:
-                for batch in journal.batches:
-                    records += batch.records
-                    errors |= dict(batch.errors)
-                    resized |= batch.resized
-                    seconds = [sum(pair) for pair in zip(seconds, batch.seconds, strict=True)]
-                done = records[-1].index + 1 if records else 0
-            clock = time.perf_counter()
-            batches = _batches(images, preprocessing, batch_size, lost, done)
-            if model.scorer.device.type != "cpu":  # a processor that computes has no time to read beside it
-                batches = prefetch(batches)
-            for indices, pixels, shapes, sources in batches:
-                load_seconds += time.perf_counter() - clock if run == 0 else 0.0
-                found, sides, laps = _certify(model, settings, preprocessing, pixels, shapes, placements, largest)
-                seconds = [sum(pair) for pair in zip(seconds, laps, strict=True)]
-                if run == 0:
-                    lines = [
-                        ImageRecord(i, int(labels[i]), line, source, side)
-                        for i, line, source, side in zip(indices, found, sources, sides, strict=True)
-                    ]
-                    others = any(shape != (model.image_size, 1) for shape in shapes)
-                    resized |= others
-                    # A copy: images that are read ahead may add to it meanwhile.
-                    passed = [(i, sentence) for i, sentence in list(lost.items()) if done <= i < indices[-1]]
-                    if journal:
-                        journal.append(Batch(lines, passed, laps, others))
-                    records += lines
-                done = indices[-1] + 1
-                on_progress(run * len(images) + done, repeat * len(images))
-                clock = time.perf_counter()
-            if run == 0:
-                errors |= lost
-            passes.append(seconds)
-    if not records:
-        raise UnreadableError(f"no image of {images.name} can be read; the first: {errors[0]}")
+        found = first_pass(job, journal, report(0))
+        passes = [found.seconds, *(timed_pass(job, report(number * len(images))) for number in range(1, repeat))]
+    if not found.records:
+        raise UnreadableError(f"no image of {images.name} can be read; the first: {found.errors[0]}")
+    info = _summary(job, found, passes, load_seconds + found.waited, limit, mask)
+    pictures = None
+    if gallery:
+        pictures = make_gallery(model, images, found.records, placements, fit, deployed=info.deployed)
+    return Evaluation(info, found.records, [found.errors[number] for number in sorted(found.errors)], pictures)
+
+
+def _identity(job: Job, patches: Sequence[str], rules: Sequence[str], limit: int | None) -> dict[str, Any]:
+    """All that the records depend on; a run is resumed only with the same."""
+    return run_identity(
+        job.model,
+        job.images,
+        job.placements,
+        patches=list(patches),
+        rules=list(rules),
+        limit=limit,
+        fit=job.preprocessing.fit,
+        batch_size=job.batch_size,
+        device=device_name(job.model.scorer.device),
+        threads=torch.get_num_threads(),
+        backend=job.model.backend,
+        versions=versions(job.model),
+        **({"largest": True} if job.largest else {}),
+    )
+
+
+def _summary(
+    job: Job,
+    found: Found,
+    passes: Sequence[Sequence[float]],
+    load_seconds: float,
+    limit: int | None,
+    mask: dict[str, str] | None,
+) -> RunInfo:
+    """The figures of a run, from its records, and what it ran on."""
+    model, images = job.model, job.images
     forward, *each = (statistics.median(column) for column in zip(*passes, strict=True))
-    rows = [_row(setting, records, column, each[column]) for column, setting in enumerate(settings)]
-    info = RunInfo(
+    rows = [_row(setting, found.records, column, each[column]) for column, setting in enumerate(job.settings)]
+    own = next((t.threat for t in rows if (t.rule, t.threat.partition(" ")[0]) == (model.rule, str(model.patch))), None)
+    return RunInfo(
         model=model.name,
         weights_sha256=model.weights_sha256,
         data=images.name,
         split=images.split,
-        images=len(records),
+        images=len(found.records),
         limit=limit,
         device=device_name(model.scorer.device),
         backend=model.backend,
@@ -204,17 +169,15 @@ def evaluate(
             "total": round(time.time() - psutil.Process().create_time(), 3),
         },
         results=rows,
-        unreadable=len(errors),
-        repeat=repeat,
-        batch_size=batch_size,
+        unreadable=len(found.errors),
+        repeat=len(passes),
+        batch_size=job.batch_size,
         peak_memory_mib=peak_memory_mib(),
         placements=mask,
-        pixels="of the photo" if resized else f"at {model.image_size[0]}x{model.image_size[1]}",
+        pixels="of the photo" if found.resized else f"at {model.image_size[0]}x{model.image_size[1]}",
+        deployed=[model.rule, own or str(model.patch)],
+        notes=[*images.notes, *_remarks(model, rows)],
     )
-    own = next((t.threat for t in rows if (t.rule, t.threat.partition(" ")[0]) == (model.rule, str(model.patch))), None)
-    info = replace(info, deployed=[model.rule, own or str(model.patch)], notes=[*images.notes, *_remarks(model, rows)])
-    pictures = make_gallery(model, images, records, placements, fit, deployed=info.deployed) if gallery else None
-    return Evaluation(info, records, [errors[number] for number in sorted(errors)], pictures)
 
 
 def _remarks(model: BagCert, rows: Sequence[Row]) -> list[str]:
@@ -292,75 +255,7 @@ def versions(model: BagCert | None = None) -> dict[str, str]:
     return own if runner is None else {**own, **runner.versions()}
 
 
-def _batches(
-    images: ImageSet, preprocessing: Preprocessing, batch_size: int, errors: dict[int, str], first: int
-) -> Iterator[tuple[list[int], np.ndarray, list[StoredShape], list[str]]]:
-    """Numbers and network inputs uint8 [batch, h, w, 3] of consecutive images; shapes as stored, and what they are.
-
-    They begin with the image `first`. What cannot be read goes into `errors` by its number.
-    """
-
-    def sized(photo: Photo) -> tuple[np.ndarray, StoredShape, str]:
-        return preprocessing.apply(photo), (photo.stored_size, photo.orientation), images.named(photo)
-
-    def prepared() -> Iterator[tuple[int, np.ndarray, StoredShape, str]]:
-        for start in range(first, len(images), READ_AT_ONCE):
-            numbers = range(start, min(start + READ_AT_ONCE, len(images)))
-            for number, found in zip(numbers, images.prepare_each(numbers, sized), strict=True):
-                if isinstance(found, UnreadableError):
-                    errors[number] = str(found)
-                else:
-                    yield number, *found
-
-    each = prepared()
-    while batch := list(islice(each, batch_size)):
-        numbers, pixels, shapes, sources = (list(column) for column in zip(*batch, strict=True))
-        yield numbers, np.stack(pixels), shapes, sources
-
-
-def _certify(
-    model: BagCert,
-    settings: Sequence[_Setting],
-    preprocessing: Preprocessing,
-    pixels: np.ndarray,
-    shapes: Sequence[StoredShape],
-    placements: str | Path | None,
-    largest: bool,
-) -> tuple[list[list[Record]], list[int | None], list[float]]:
-    """Records of each image of a batch, a verdict per setting; the largest certifiable sides, if asked for; seconds.
-
-    The seconds are those of the forward pass and of each setting.
-
-    Photos of all sizes share the forward pass, and those with the same windows share the rule.
-    """
-    clock = time.perf_counter()
-    scores = model.score_map(pixels)
-    divided = preprocessing.score_maps(scores, shapes)
-    laps = [_elapsed(clock, model)]
-    lines: list[list[Record]] = [[] for _ in shapes]
-    for setting in settings:
-        threats = [setting.threat(size, placements) for (size, _), _, _ in divided]
-        clock = time.perf_counter()
-        certificates = certify_together(setting.rule, [score_map for _, _, score_map in divided], threats)
-        laps.append(_elapsed(clock, model))
-        for (_, chosen, _), certificate in zip(divided, certificates, strict=True):
-            for number, record in zip(chosen, Record.each(certificate), strict=True):
-                lines[number].append(record)
-    sides: list[int | None] = [None] * len(shapes)
-    for _, chosen, score_map in divided if largest else ():
-        label = torch.tensor([lines[number][0].prediction for number in chosen], device=score_map.scores.device)
-        for number, side in zip(chosen, largest_certifiable_px(score_map, label).tolist(), strict=True):
-            sides[number] = side
-    return lines, sides, laps
-
-
-def _elapsed(clock: float, model: BagCert) -> float:
-    if model.scorer.device.type == "cuda":
-        torch.cuda.synchronize(model.scorer.device)
-    return time.perf_counter() - clock
-
-
-def _row(setting: _Setting, records: Sequence[ImageRecord], column: int, seconds: float) -> Row:
+def _row(setting: RulePatch, records: Sequence[ImageRecord], column: int, seconds: float) -> Row:
     """The figures of one setting, from the records alone."""
     results = [record.results[column] for record in records]
     # One patch size means the same in every image; a percentage does not where images differ in size.

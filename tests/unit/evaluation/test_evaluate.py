@@ -168,7 +168,7 @@ def test_repeats_give_medians_and_the_same_records(
     images: ImageSet, evaluation: module.Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     laps = iter([1.0, 10.0, 5.0, 30.0, 2.0, 20.0])  # forward and rule, three times
-    monkeypatch.setattr(module, "_elapsed", lambda clock, model: next(laps))
+    monkeypatch.setattr("bagcert.evaluation.passes._elapsed", lambda clock, model: next(laps))
     calls: list[tuple[int, int]] = []
     found = evaluate(
         tiny.color_model(),

@@ -63,7 +63,7 @@ def whole() -> Evaluation:
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The log of a run that was killed after four of its seven batches."""
-    monkeypatch.setattr("bagcert.evaluation.evaluate.READ_AT_ONCE", 3)
+    monkeypatch.setattr("bagcert.evaluation.passes.READ_AT_ONCE", 3)
     with pytest.raises(Killed):
         _run(tmp_path / "r.log", _images(stop_at=23))
     return tmp_path / "r.log"
