@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from bagcert.threat import PatchThreatModel
     from bagcert.training.api import train
 
-# Heavy modules load on first use, so that `bagcert --help` answers at once. A new public name is one line here, one in
-# `__all__`, one import above, and its module in docs/api.md.
+# Modules are loaded on first use to keep `bagcert --help` fast. To add a public name, add it here, to `__all__` and to
+# the imports above, and add its module to docs/api.md.
 __getattr__, __dir__ = lazy_names(
     __name__,
     {

@@ -1,6 +1,6 @@
-"""`python -m bagcert`."""
+"""Entry point of `python -m bagcert`."""
 
 from bagcert.cli import main
 
-if __name__ == "__main__":  # workers that decode images import this file too
+if __name__ == "__main__":  # worker processes for image decoding also import this file
     main()

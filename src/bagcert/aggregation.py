@@ -1,15 +1,15 @@
-"""Spatial aggregation by attention pooling: the regions that are kept become one integer score per class.
+"""Integer attention pooling: aggregates the kept regions into one integer score per class.
 
-A sum of class scores is the weakest function of the kept regions. Attention pooling followed by a small network is
-stronger, and masking it is still a subtraction: the double-masking proof holds for any function of the kept regions.
+Attention pooling followed by a small network is more expressive than a sum of class scores. Masking is still a
+subtraction, and the double-masking proof holds for any function of the kept regions.
 
 Every region has integer weights `e` in [1, 255], one per attention head, and integer values `v` in [-511, 511]. The map
-holds the products `u = e v` and the weights. For a kept set K of regions:
+contains the products `u = e v` and the weights. For a set K of kept regions:
 
     U_d = sum over K of u_d        A_h = sum over K of e_h        q_d = clip(round(U_d / A_h(d)), -127, 127)
     t = clip(round((first q + first_bias) / 128), 0, 127)   scores = second t + skip q + bias
 
-where `round` takes halves to the even neighbor.
+where `round` rounds halves to even.
 
 Source: Ilse et al., "Attention-based deep multiple instance learning", ICML 2018.
 """
@@ -23,32 +23,33 @@ from torch import Tensor
 from bagcert.errors import UsageError
 
 WEIGHT_LIMIT = 255
-"""The largest attention weight of a region."""
+"""Maximum attention weight of a region."""
 VALUE_LIMIT = 511
-"""The largest value of a region, up to its sign."""
+"""Maximum absolute value of a region."""
 PRODUCT_LIMIT = WEIGHT_LIMIT * VALUE_LIMIT
 POOLED_LIMIT = 127
-"""The largest pooled value and the largest hidden value."""
+"""Maximum absolute pooled value and maximum hidden value."""
 HIDDEN_UNIT = 128
-"""Hidden sums are divided by this before they are rounded."""
+"""Divisor of hidden sums before rounding."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPooling:
-    """The integer readout of attention pooling: sums over the kept regions in, one integer score per class out.
+    """Integer readout of attention pooling: maps sums over the kept regions to one integer score per class.
+
+    All results are exact. Sums over regions and products stay below 2^24 (float64 is used for more than 128 regions).
+    A quotient U / A below 128 that is not a half-integer differs from every half-integer by at least
+    1 / (2 A) > 2^-17. A correctly rounded division changes it by at most 2^-18, so `round(U / A)` equals the rounded
+    rational number.
 
     Attributes:
-        first, first_bias: integers [hidden, values] and [hidden].
-        second: integers [classes, hidden].
-        skip, bias: integers [classes, values] and [classes].
-        heads: attention heads; each weighs `values / heads` consecutive values.
-
-    All results are exact. Sums over regions and products stay below 2^24 (float64 is used for more than 128
-    regions). A quotient U / A below 128 that is no half-integer differs from each by at least 1 / (2 A) > 2^-17. A
-    correctly rounded division moves it by at most 2^-18, so that `round(U / A)` is that of the rational numbers.
+        first, first_bias: weights of the hidden layer, integers [hidden, values] and [hidden].
+        second: weights of the output layer, integers [classes, hidden].
+        skip, bias: weights of the skip connection and output bias, integers [classes, values] and [classes].
+        heads: number of attention heads; each weighs `values / heads` consecutive values.
 
     Raises:
-        UsageError: shapes do not fit each other, or a product could leave the exact range of float32.
+        UsageError: the shapes do not match, or a result could leave the exact range of float32.
     """
 
     first: Int[Tensor, "hidden values"]
@@ -62,11 +63,11 @@ class AttentionPooling:
         hidden, values, classes = len(self.first), self.first.shape[1], len(self.second)
         shapes = (self.first_bias.shape, self.second.shape, self.skip.shape, self.bias.shape)
         if shapes != ((hidden,), (classes, hidden), (classes, values), (classes,)):
-            raise UsageError(f"the matrices of a readout do not fit each other: {[list(shape) for shape in shapes]}")
+            raise UsageError(f"the shapes of the readout matrices do not match: {[list(shape) for shape in shapes]}")
         if classes < 2 or self.heads < 1 or values % self.heads:
             raise UsageError(
-                f"a readout needs at least two classes and a multiple of its heads as values, got {classes} classes, "
-                f"{values} values and {self.heads} heads"
+                f"a readout needs at least two classes, and its values must be a multiple of its heads; got {classes} "
+                f"classes, {values} values and {self.heads} heads"
             )
         for name, weights, bias in (
             ("hidden layer", self.first, self.first_bias),
@@ -75,23 +76,23 @@ class AttentionPooling:
             if weights.dtype.is_floating_point or bias.dtype.is_floating_point:
                 raise UsageError(f"the {name} of a readout must hold integers, got {weights.dtype} and {bias.dtype}")
             largest = weights.abs().long().sum(1) * POOLED_LIMIT + bias.abs().long()
-            # One bit is left for the difference of two scores.
+            # The remaining bit is needed for the difference of two scores.
             if int(largest.max()) >= 2**23:
                 raise UsageError(f"the {name} of a readout can reach {int(largest.max()):,}; sums are exact below 2^23")
 
     @property
     def values(self) -> int:
-        """How many values each region has."""
+        """Number of values per region."""
         return self.first.shape[1]
 
     @property
     def classes(self) -> int:
-        """How many classes."""
+        """Number of classes."""
         return len(self.bias)
 
     @property
     def channels(self) -> int:
-        """Channels of the map: values, then heads."""
+        """Number of channels of the map: values, then heads."""
         return self.values + self.heads
 
     @property
@@ -100,25 +101,25 @@ class AttentionPooling:
         return HIDDEN_UNIT
 
     def pooled(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch values"]:
-        """`q`: weighted means of the values over the kept regions, rounded; 0 where nothing is kept."""
+        """Rounded weighted means `q` of the values over the kept regions; 0 if no region is kept."""
         total = sums[..., : self.values].unflatten(-1, (self.heads, -1))
         weight = sums[..., self.values :, None].clamp(min=1)
         return total.div(weight).round_().clamp_(-POOLED_LIMIT, POOLED_LIMIT).flatten(-2)
 
     def scores(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch classes"]:
-        """Integer scores of every class from sums over the kept regions, in an exact float type.
+        """Compute integer class scores from sums over the kept regions, in an exact float dtype.
 
-        To be called inside `bagcert.scores.exact_arithmetic`.
+        Must be called inside `bagcert.scores.exact_arithmetic`.
         """
         first, first_bias, second, skip, bias = self._matrices(sums.dtype)
         pooled = self.pooled(sums.flatten(0, -2))
-        # Dividing by a power of two is exact, also before the sum.
+        # Division by a power of two is exact, so the weights can be divided before the sum.
         hidden = torch.addmm(first_bias, pooled, first).round_().clamp_(0, POOLED_LIMIT)
         scores = torch.addmm(bias, pooled, skip).addmm_(hidden, second)
         return scores.unflatten(0, sums.shape[:-1])
 
     def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Transposed weights in a float type, those of the hidden layer over `HIDDEN_UNIT`; converted once per type."""
+        """Transposed weights in a float dtype, cached per dtype. The hidden layer is divided by `HIDDEN_UNIT`."""
         kept = self.__dict__.setdefault("_converted", {})
         if dtype not in kept:
             first = [part.to(dtype) / HIDDEN_UNIT for part in (self.first.T, self.first_bias)]
@@ -127,7 +128,7 @@ class AttentionPooling:
 
 
 def pooling_dtype(regions: int) -> torch.dtype:
-    """float32 while every sum over this many regions is exact in it, float64 above.
+    """Float dtype in which every sum over this many regions is exact: float32 if possible, else float64.
 
     >>> pooling_dtype(128), pooling_dtype(129)
     (torch.float32, torch.float64)

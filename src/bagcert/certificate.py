@@ -11,21 +11,23 @@ from bagcert.threat import PatchThreatModel
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """Prediction and proof for a batch of images, under one rule and one threat model.
+    """Predictions and certificates for a batch of images, for one rule and one threat model.
 
     Attributes:
-        prediction: int64 [batch], what the deployed rule answers on each image.
-        certified: boolean [batch]: no attack within the threat changes that answer (for the detection rule:
-            changes it without an alert).
-        margin: int64 [batch], in units of the score map; certified exactly where it is >= 0. How many units
-            the answer holds by in the worst case, or how many are missing.
-        worst_placement: int64 [batch, windows, 4], each `[top, left, height, width]` in pixels: where patches come
-            closest to changing the answer. One window per patch of the threat; two for double masking.
-        rule, threat: what was asked.
-        locality: "exact" where scores outside a patch's reach do not move. "measured" where they may move a little, and
-            what may move counted for the attacker; a measurement is not a bound, hence the mark. "unchecked" where the
-            network's locality was not measured on this device, as in `BagCert(scorer)` without `check_locality`. See
-            docs/method.md, "Locality is checked".
+        prediction: int64 [batch], prediction of the deployed rule for each image.
+        certified: boolean [batch], True if no attack within the threat changes the prediction. For detection: if no
+            attack changes it without raising an alert.
+        margin: int64 [batch], worst-case lead of the prediction in units of the score map. An image is certified if
+            and only if its margin is >= 0.
+        worst_placement: int64 [batch, windows, 4], each `[top, left, height, width]` in pixels: the placements at which
+            patches come closest to changing the prediction. One window per patch of the threat, or two for double
+            masking.
+        rule: name of the rule.
+        threat: the threat model.
+        locality: "exact" if scores outside a patch's reach do not change. "measured" if they can change slightly and
+            the certificate accounts for the measured change; a measurement is not a proven bound. "unchecked" if the
+            locality of the network was not measured on this device, as for `BagCert(scorer)` without
+            `check_locality`. See docs/method.md, "Locality is checked".
     """
 
     prediction: Int[Tensor, " batch"]

@@ -1,7 +1,7 @@
-"""Where computations run, and in which precision.
+"""Devices, and the precision of float32 matrix products.
 
-TF32 and bfloat16 products round integers above 2^11 and 2^8. Torch has one setting of them for the whole process, so
-all threads that need full products share one switch, `full_precision`.
+TF32 and bfloat16 products round integers above 2^11 and 2^8. Torch has one process-wide setting for them, so all
+threads that need exact products share the context manager `full_precision`.
 """
 
 import ctypes
@@ -18,10 +18,10 @@ from bagcert.errors import UnsoundError, UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps` as a device that is there.
+    """Convert `auto`, `cpu`, `cuda`, `cuda:N` or `mps` to an available device.
 
     Raises:
-        UsageError: no such device, or not on this machine.
+        UsageError: unknown device name, or a device that this machine does not have.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -30,7 +30,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"a device is auto, cpu, cuda, cuda:N or mps; got {name!r}") from None
+        raise UsageError(f"a device must be auto, cpu, cuda, cuda:N or mps; got {name!r}") from None
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type, False) or (
         device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
@@ -40,7 +40,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """`cpu`, or the kind and name of the accelerator.
+    """Name of a device: `cpu`, or the type and name of the accelerator.
 
     >>> device_name(torch.device("cpu"))
     'cpu'
@@ -49,7 +49,7 @@ def device_name(device: torch.device) -> str:
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
-    """The name of a dtype without "torch."; None is float32.
+    """Name of a dtype without the prefix "torch."; None stands for float32.
 
     >>> dtype_name(torch.bfloat16), dtype_name(None)
     ('bfloat16', 'float32')
@@ -58,10 +58,10 @@ def dtype_name(dtype: torch.dtype | None) -> str:
 
 
 def tune_malloc() -> None:
-    """Tells glibc to reuse freed memory instead of handing it back to the system.
+    """Configure glibc to reuse freed memory instead of returning it to the operating system.
 
-    Large activations are otherwise mapped and cleared anew at every layer, which costs up to 40 % of a
-    forward pass on a CPU. Does nothing elsewhere.
+    Otherwise the memory of large activations is mapped and cleared again for every layer, which costs up to 40 % of a
+    forward pass on a CPU. Does nothing on systems without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -72,7 +72,7 @@ def tune_malloc() -> None:
 
 
 def peak_memory_mib() -> int:
-    """The most memory this process has held so far."""
+    """Peak memory of this process in MiB."""
     if sys.platform == "win32":
         import psutil
 
@@ -87,21 +87,21 @@ _FULL = ["ieee", "ieee"]
 
 
 class _Switch:
-    """The setting of the user, which the first thread to enter puts aside and the last one to leave puts back.
+    """Reference-counted switch to full precision: the first thread saves the user's setting, the last one restores it.
 
-    A setting that somebody else makes meanwhile is not lost: it is what the last thread leaves behind. But until then
-    sums may have been rounded, so every thread that was inside at the time is told. What cannot be told: a setting
-    that was made and undone between two looks, and one to full precision, which the last thread therefore undoes.
+    If other code changes the setting while threads are inside, the new setting is restored at the end instead. Sums may
+    have been rounded in the meantime, so every thread that was inside is notified by `leave`. Two changes cannot be
+    detected: one that is made and undone between two checks, and a change to full precision, which is lost at the end.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._changes = 0  # by others, while a thread was inside
+        self._changes = 0  # number of changes by other code while a thread was inside
         self._users: list[str] = []
 
     def enter(self) -> int:
-        """Full precision from now on; returns what `leave` is to be given."""
+        """Enable full precision; return the token that `leave` expects."""
         with self._lock:
             if not self._inside:
                 self._users = product_precision()
@@ -112,7 +112,7 @@ class _Switch:
             return self._changes
 
     def leave(self, changes: int) -> bool:
-        """Puts the setting of the user back if no thread is left; returns whether precision was full all the time."""
+        """Restore the user's setting if this is the last thread; return whether precision was full all the time."""
         with self._lock:
             self._look()
             self._inside -= 1
@@ -131,13 +131,13 @@ _switch = _Switch()
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No TF32 and no bfloat16 in float32 products inside; afterwards, what the user has set.
+    """Context manager that disables TF32 and bfloat16 in float32 products and restores the user's setting at the end.
 
-    Threads do not wait for each other. Precision is to be set before or after, not meanwhile in another thread: a lower
-    one is kept and raises the error below, while full precision set meanwhile is lost.
+    Several threads can be inside at the same time. Other threads must not change the precision in the meantime: a
+    change to a lower precision raises the error below, and a change to full precision is lost.
 
     Raises:
-        UnsoundError: another thread changed the setting meanwhile.
+        UnsoundError: another thread changed the setting while the context was active.
     """
     entered = _switch.enter()
     try:
@@ -153,7 +153,10 @@ def full_precision() -> Iterator[None]:
 
 
 def product_precision() -> list[str]:
-    """What is set for float32 products now; torch's older getter fails where its newer setters were used."""
+    """The current precision settings of float32 products.
+
+    Torch's older getter fails if its newer setters were used, so the settings are read per backend.
+    """
     return [str(backend.fp32_precision) for backend in _backends()]
 
 

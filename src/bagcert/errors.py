@@ -1,49 +1,49 @@
-"""Errors a user can cause. Each carries the exit code the command line returns for it."""
+"""Errors that users can cause. Each class has the exit code that the command line returns for it."""
 
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""What has no place in a name or a message: line ends, what moves a terminal's cursor, halves of characters."""
+"""Characters not allowed in names and messages: line ends, terminal control characters and surrogates."""
 
 BIDIRECTIONAL = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""What turns the direction of writing, so that a text reads otherwise than it is."""
+"""Bidirectional control characters, which make text display in a different order."""
 
 
 class BagcertError(Exception):
-    """Something went wrong that is worth one clear sentence, not a traceback."""
+    """Base class of errors that the command line reports as one sentence, without a traceback."""
 
     exit_code = 1
 
 
 class UsageError(BagcertError, ValueError):
-    """An argument, option, recipe or model name that makes no sense as given."""
+    """Invalid argument, option, recipe or model name."""
 
     exit_code = 2
 
 
 class UnsoundError(BagcertError):
-    """A certificate was broken, or a network reaches beyond its declared receptive field."""
+    """A certificate is or may be invalid, for example because a network exceeds its declared receptive field."""
 
     exit_code = 4
 
 
 class UnreadableError(BagcertError):
-    """A file that is missing, truncated, of the wrong kind, or too large to be opened safely."""
+    """A file is missing, truncated, of the wrong type, or too large to be opened safely."""
 
     exit_code = 5
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The end of a sentence about an unknown name: the known one nearest to it, or all of them."""
+    """End of an error message about an unknown name: suggests the closest known name, or lists all names."""
     known = list(known)
     near = get_close_matches(name, known, 1, cutoff)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(known)}"
 
 
 def cleaned(text: object) -> str:
-    r"""A text on one line, of the same length, with "?" for all that moves a cursor or turns the direction of writing.
+    r"""Replace control and bidirectional characters by "?"; the length stays the same.
 
     >>> cleaned("two\nlines\x1b[2J")
     'two?lines?[2J'
@@ -52,7 +52,7 @@ def cleaned(text: object) -> str:
 
 
 def shown(text: object, limit: int = 200) -> str:
-    r"""A text that came out of a file, fit for a message: on one line, without control characters, not too long.
+    r"""Prepare untrusted text for a message: one line, no control characters, at most `limit` characters.
 
     >>> shown("two\nlines"), shown("abcdef", 3)
     ('two?lines', 'abc ...')

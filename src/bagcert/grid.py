@@ -1,8 +1,8 @@
-"""Geometry: which pixels each region of a score map sees, and which regions a patch can reach.
+"""Geometry of score maps: which pixels each region sees, and which regions a patch can reach.
 
-Receptive fields are products of row sets and column sets, so everything is kept per axis, as boolean
-incidence. That one representation covers strides, dilation, clipping at the border, resizing, cropping,
-rotation by quarter turns and wrap-around ablations. See docs/method.md, "Score map".
+Receptive fields are products of row sets and column sets, so the geometry is stored per axis as boolean incidence
+matrices. This representation covers strides, dilation, clipping at the border, resizing, cropping, rotation by
+multiples of 90 degrees and ablations that wrap around. See docs/method.md, "Score map".
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from bagcert.threat import PatchThreatModel
 
 @dataclass(frozen=True, eq=False)
 class WindowBlock:
-    """Windows that are products of row sets and column sets: those of `rows` and `cols` that `keep` marks.
+    """A set of windows, each the product of a row set in `rows` and a column set in `cols` that is marked by `keep`.
 
     Attributes:
         rows: boolean [row windows, map rows].
         cols: boolean [column windows, map columns].
         keep: boolean [row windows, column windows].
-        places: int [row windows, column windows, 4], the first `[top, left, height, width]` in pixels whose reach is
-            the window; meaningless where there is none.
+        places: int [row windows, column windows, 4], the first placement `[top, left, height, width]` in pixels whose
+            reach is the window; undefined where `keep` is False.
     """
 
     rows: np.ndarray
@@ -33,13 +33,13 @@ class WindowBlock:
 
     @cached_property
     def regions(self) -> np.ndarray:
-        """Int [row windows, column windows]: how many regions each window holds."""
+        """Number of regions in each window, int [row windows, column windows]."""
         return np.outer(self.rows.sum(1), self.cols.sum(1))
 
 
 @dataclass(frozen=True, eq=False)
 class RegionGrid:
-    """Which pixels each region of a map sees: region (a, b) sees pixel (i, j) iff rows_seen[a, i] and cols_seen[b, j].
+    """Geometry of a score map: region (a, b) sees pixel (i, j) iff `rows_seen[a, i]` and `cols_seen[b, j]`.
 
     Attributes:
         rows_seen: boolean [map rows, image height].
@@ -58,10 +58,16 @@ class RegionGrid:
 
     @classmethod
     def from_axis(cls, receptive_field: int, stride: int, start: int, image_size: tuple[int, int]) -> "RegionGrid":
-        """The grid of a plain stack: region `a` sees the `receptive_field` pixels from start + stride * a on.
+        """Build the grid of a stack of convolutions: region `a` sees `receptive_field` pixels from start + stride * a.
 
-        Regions go on as long as their first pixel plus `receptive_field` ends within the image plus the same
-        margin `-start` at the far side; what lies outside the image is clipped.
+        Regions extend to the same margin `-start` beyond the far side of the image. Pixels outside the image are
+        clipped.
+
+        Args:
+            receptive_field: side of the receptive field in pixels.
+            stride: stride of the regions in pixels.
+            start: first pixel of region 0; negative with padding.
+            image_size: (height_px, width_px).
         """
         axes = []
         for pixels in image_size:
@@ -87,50 +93,54 @@ class RegionGrid:
         return _extent(self.rows_seen), _extent(self.cols_seen)
 
     def touched_rows(self, patch: "int | str | tuple[int, int]") -> np.ndarray:
-        """Boolean [placements, map rows]: the rows of regions a patch reaches, one line per top row of the patch."""
+        """Rows of regions that a patch reaches, boolean [placements, map rows], for each top row of the patch."""
         return _touched(self.rows_seen, self._shape(patch)[0])
 
     def touched_cols(self, patch: "int | str | tuple[int, int]") -> np.ndarray:
-        """Boolean [placements, map columns]: the columns of regions a patch reaches, one line per left column."""
+        """Columns of regions that a patch reaches, boolean [placements, map columns], for each left column."""
         return _touched(self.cols_seen, self._shape(patch)[1])
 
     def through(self, rows_from: np.ndarray, cols_from: np.ndarray) -> "RegionGrid":
-        """The same map seen from the image before a separable step (resize, crop, flip).
+        """Grid of the same map relative to the image before a separable preprocessing step (resize, crop, flip).
 
         Args:
-            rows_from: boolean [height after, height before]: which source rows each resulting row depends on.
-            cols_from: likewise for columns.
+            rows_from: boolean [height after, height before], which input rows each output row depends on.
+            cols_from: the same for columns.
         """
         for name, table, pixels in (
             ("rows_from", rows_from, self.image_size[0]),
             ("cols_from", cols_from, self.image_size[1]),
         ):
             if len(table) != pixels:
-                raise UsageError(f"{name} must have one line for each of {pixels} px, got {len(table)}")
+                raise UsageError(f"{name} must have one row for each of {pixels} px, got {len(table)}")
         return RegionGrid(_compose(self.rows_seen, rows_from), _compose(self.cols_seen, cols_from))
 
     def transposed(self) -> "RegionGrid":
-        """The grid of the transposed map over the transposed image."""
+        """Grid of the transposed map for the transposed image."""
         return RegionGrid(self.cols_seen, self.rows_seen)
 
     def covers(self, other: "RegionGrid") -> bool:
-        """Does every region here see at least what it sees in `other`?"""
+        """Whether every region sees at least the pixels that it sees in `other`."""
         same = self.map_size == other.map_size and self.image_size == other.image_size
         return same and not (other.rows_seen & ~self.rows_seen).any() and not (other.cols_seen & ~self.cols_seen).any()
 
     def windows(self, threat: PatchThreatModel) -> tuple[WindowBlock, ...]:
-        """What one patch of the threat can reach: the maximal reaches R(l), so that every reach lies inside a window.
+        """Windows of one patch: the maximal reaches R(l). Every reach is contained in a window.
 
-        Anywhere in the image there is a block for each shape, with the reaches that lie in no other of their shape,
-        in the order (shape, top, left). Under a mask there is one block with the reaches that lie in no other at all,
-        in descending order of their row sets, then of their column sets, as strings of 0 and 1.
+        For unrestricted placements there is one block per shape. It contains the reaches that no other reach of that
+        shape contains, in the order (shape, top, left). For a mask of allowed placements there is one block. It
+        contains the reaches that no other reach contains, sorted by row sets and then column sets as strings of 0 and
+        1 in descending order.
+
+        Raises:
+            UsageError: the threat is for another image size.
         """
         return _windows(self, threat)
 
     def _shape(self, patch: "int | str | tuple[int, int]") -> tuple[int, int]:
         shapes = PatchThreatModel.parse(patch, self.image_size).shapes
         if len(shapes) != 1:
-            raise UsageError(f"touched regions are per shape; {patch!r} stands for {len(shapes)} shapes")
+            raise UsageError(f"touched regions are defined for one shape; {patch!r} has {len(shapes)} shapes")
         return shapes[0]
 
 
@@ -141,7 +151,7 @@ def _extent(seen: np.ndarray) -> int:
 
 
 def _touched(seen: np.ndarray, side: int) -> np.ndarray:
-    """Boolean [placements, regions]: an integral over pixels says whether a run of `side` px meets what is seen."""
+    """Which regions see a pixel of each run of `side` px, boolean [placements, regions], by prefix sums over pixels."""
     count = np.zeros((seen.shape[1] + 1, len(seen)), dtype=np.int64)
     count[1:] = seen.T.cumsum(0)
     return count[side:] > count[:-side]
@@ -152,8 +162,8 @@ def _compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
 
 
 def _lines(touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct lines of `touched` in order of first appearance, and which of them each placement has."""
-    # Neighbouring placements mostly reach the same regions; thousands of lines are few runs, and only those are sorted.
+    """The distinct lines of `touched` in order of first appearance, and the line number of each placement."""
+    # Neighboring placements mostly reach the same regions, so only the first line of each run has to be sorted.
     changes = np.ones(len(touched), dtype=bool)
     changes[1:] = (touched[1:] != touched[:-1]).any(1)
     runs, run_of = touched[changes], np.cumsum(changes) - 1
@@ -165,22 +175,19 @@ def _lines(touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _inside(lines: np.ndarray) -> np.ndarray:
-    """Boolean [lines, lines]: does line a lie inside line b?"""
+    """Whether line a is contained in line b, boolean [lines, lines]."""
     counts = lines.astype(np.float32)
     return counts @ counts.T == counts.sum(1)[:, None]
 
 
 def _axis_windows(seen: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """What patches of a side reach along an axis: the maximal lines in order of first appearance.
-
-    Also the first placement of each.
-    """
+    """Maximal lines of patches of a side along an axis, in order of first appearance, and their first placements."""
     return _axis_windows_of(np.packbits(seen, axis=1).tobytes(), seen.shape, side)
 
 
 @lru_cache(maxsize=4096)
 def _axis_windows_of(packed: bytes, shape: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
-    """By content, because photos of many sizes share the lengths of their axes."""
+    """`_axis_windows`, cached by content because photos of many sizes share the lengths of their axes."""
     lines = np.frombuffer(packed, dtype=np.uint8).reshape(shape[0], -1)
     distinct, line_of = _lines(_touched(np.unpackbits(lines, axis=1, count=shape[1]).astype(bool), side))
     is_maximal = _inside(distinct).sum(1) == 1
@@ -205,12 +212,12 @@ def _windows(grid: RegionGrid, threat: PatchThreatModel) -> tuple[WindowBlock, .
 
 
 def _restricted(grid: RegionGrid, threat: PatchThreatModel) -> WindowBlock:
-    """The maximal reaches under a mask, whatever their shape."""
+    """The maximal reaches of all shapes for a mask of allowed placements."""
     shapes = threat.maximal_shapes
     row_lines, row_of = _axis_lines(grid.rows_seen, {h for h, _ in shapes})
     col_lines, col_of = _axis_lines(grid.cols_seen, {w for _, w in shapes})
     places = np.zeros((len(row_lines), len(col_lines), 4), dtype=np.int64)
-    for shape in reversed(shapes):  # the first placement of a reach, in the order (shape, top, left), is set last
+    for shape in reversed(shapes):  # so that the first placement of a reach is written last
         corners = threat.corners(shape)[::-1]
         reach = row_of[shape[0]][corners[:, 0]], col_of[shape[1]][corners[:, 1]]
         places[reach] = np.concatenate([corners, np.broadcast_to(shape, corners.shape)], 1)
@@ -222,13 +229,13 @@ def _restricted(grid: RegionGrid, threat: PatchThreatModel) -> WindowBlock:
         return WindowBlock(nothing[0], nothing[1], np.ones((1, 1), dtype=bool), place)
     found &= holds_some
     holders = _inside(row_lines).astype(np.float32) @ found.astype(np.float32) @ _inside(col_lines).T
-    keep = found & (holders == 1)  # inside itself only
+    keep = found & (holders == 1)  # contained only in itself
     rows, cols = keep.any(1), keep.any(0)
     return WindowBlock(row_lines[rows], col_lines[cols], keep[rows][:, cols], places[rows][:, cols])
 
 
 def _axis_lines(seen: np.ndarray, sides: set[int]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """The distinct lines of patches of any of `sides`, those with earlier regions first; by side each placement's."""
+    """The distinct lines of patches of all `sides`, descending, and for each side the line number of each placement."""
     lines = {side: _lines(_touched(seen, side)) for side in sorted(sides)}
     distinct, which = np.unique(np.concatenate([own for own, _ in lines.values()]), axis=0, return_inverse=True)
     which = len(distinct) - 1 - which.reshape(-1)  # descending

@@ -1,4 +1,4 @@
-"""Records of images and runs, as evaluations write them: plain data, standard library only."""
+"""Data classes for the results of evaluations, per image and per run; standard library only."""
 
 import csv
 import io
@@ -21,9 +21,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Record:
-    """The result of one rule on one image against one threat; `locality` as in `Certificate`.
+    """Result of one rule on one image against one threat.
 
-    `worst_placement` is [top, left, height, width], or a list of those where there are several windows.
+    `worst_placement` is [top, left, height, width] in pixels, or a list of these for several windows. `locality` is as
+    in `Certificate`.
     """
 
     rule: str
@@ -37,7 +38,7 @@ class Record:
 
     @classmethod
     def each(cls, certificate: "Certificate") -> "list[Record]":
-        """One record per image of a certificate."""
+        """Convert a certificate to one record per image."""
         patch = certificate.threat.patch
         threat = str(certificate.threat)
         columns = (certificate.prediction, certificate.certified, certificate.margin, certificate.worst_placement)
@@ -60,10 +61,11 @@ class Record:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """All verdicts on one image of a data set; `source` is its file within the data, or what else it is called.
+    """All results for one image of a dataset.
 
-    `largest_px` is the side in pixels of the largest square patch for which a double-masking defense built for it
-    certifies the answer of the first rule and patch, 0 if there is none; None where that was not asked for.
+    `source` is the file or the name of the image within the dataset. `largest_px` is the side in pixels of the largest
+    square patch for which a double-masking defense built for it certifies the prediction of the first rule and patch; 0
+    if there is none, None if it was not computed.
     """
 
     index: int
@@ -73,12 +75,12 @@ class ImageRecord:
     largest_px: int | None = None
 
     def to_json(self) -> str:
-        """One line of JSONL, with the source before the results; without what is not known."""
+        """Serialize to one line of JSONL; unknown fields are omitted."""
         return json.dumps(named(asdict(self)), separators=(",", ":"))
 
 
 def named(values: dict[str, Any]) -> dict[str, Any]:
-    """The record of an image as it is written: `source` stands before `results`, and only if there is one.
+    """Order the fields of an image record for writing: `source` comes before `results` and is omitted if empty.
 
     >>> named({"index": 3, "label": 0, "results": [], "source": "cat/3.png"})
     {'index': 3, 'label': 0, 'source': 'cat/3.png', 'results': []}
@@ -89,11 +91,11 @@ def named(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_unit(threat: str, pixels: str = "") -> str:
-    """A patch as records name it, with its unit.
+    """Add the unit to the notation of a patch.
 
     Args:
-        threat: as in `Record.threat`.
-        pixels: whose pixels they are, as in `RunInfo.pixels`.
+        threat: notation of the patch, as in `Record.threat`.
+        pixels: the image that the pixels refer to, as in `RunInfo.pixels`.
 
     >>> in_unit("2x8"), in_unit("2%"), in_unit("5 within the allowed placements", "at 32x32")
     ('2x8 px', '2% of the image', '5 px at 32x32 within the allowed placements')
@@ -104,9 +106,9 @@ def in_unit(threat: str, pixels: str = "") -> str:
 
 
 def spread(records: "Sequence[ImageRecord]", pixels: str = "") -> str:
-    """How the largest certifiable patches of the images are distributed, in a sentence.
+    """Summarize the distribution of the largest certifiable patches over the images in one sentence.
 
-    Of images answered wrongly nothing is certified, so their largest patch counts as 0.
+    Misclassified images count as 0.
     """
     sides = sorted(record.largest_px or 0 for record in records if record.results[0].prediction == record.label)
     sides = [0] * (len(records) - len(sides)) + sides
@@ -119,12 +121,14 @@ def spread(records: "Sequence[ImageRecord]", pixels: str = "") -> str:
 
 
 def headline_column(records: Sequence[ImageRecord], deployed: Sequence[str] | None = None) -> int:
-    """The verdict to show where only one is: that of the model's own rule and patch, if it is there.
+    """Index of the result to display if only one per image can be shown.
 
-    Otherwise the first that certifies some image, or else the first.
+    This is the result of the model's deployed rule and patch if available, otherwise the first one that certifies some
+    image, otherwise the first.
 
     Args:
-        deployed: the model's own [rule, patch].
+        records: records of all images.
+        deployed: the deployed [rule, patch] of the model.
     """
     if not records:
         return 0
@@ -137,9 +141,9 @@ def headline_column(records: Sequence[ImageRecord], deployed: Sequence[str] | No
 
 @dataclass(frozen=True)
 class Row:
-    """One rule against one threat over a data set. Accuracies are fractions of all images.
+    """Results of one rule against one threat over a dataset. Accuracies are fractions of all images.
 
-    The last four are as in `bagcert.attacks.evaluate.AttackRow`, None where the images were not attacked.
+    The last four fields are as in `bagcert.attacks.evaluate.AttackRow`, or None if the images were not attacked.
     """
 
     rule: str
@@ -158,13 +162,12 @@ class Row:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A whole evaluation, as `bagcert evaluate --json` prints it.
+    """Result of an evaluation, as printed by `bagcert evaluate --json`.
 
-    `placements` is the mask image of allowed placements, its `file` name and `sha256`, None where there was none.
-    `attack` says how the images were attacked, None if they were not. `notes` are sentences without which the figures
-    would be misunderstood, such as that the images are a sample. `pixels` says whose pixels patches are in: "at 32x32"
-    where all images have the size of the network's input, else "of the photo". `deployed` is the model's own
-    [rule, patch].
+    `placements` is the mask image of allowed placements (`file` name and `sha256`), or None without a mask. `attack`
+    describes how the images were attacked, or is None. `notes` are remarks needed to interpret the results, for example
+    that the images are a sample. `pixels` says which pixels patch sizes refer to: "at 32x32" if all images have the
+    size of the network's input, otherwise "of the photo". `deployed` is the deployed [rule, patch] of the model.
     """
 
     model: str
@@ -192,7 +195,7 @@ class RunInfo:
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, the schema version first; without a mask, attacks or notes where there are none."""
+        """Convert to a dict for JSON, with the schema version first and without empty optional fields."""
         values = asdict(self)
         values["results"] = [_without_attack(row) if self.attack is None else row for row in values["results"]]
         for name in ("placements", "attack", "notes", "pixels", "deployed"):
@@ -201,7 +204,7 @@ class RunInfo:
         return {"schema_version": values.pop("schema_version"), **values}
 
     def to_csv(self) -> str:
-        """The rows as a table for spreadsheets: a line per rule and patch, with what was evaluated beside it."""
+        """Convert the results to CSV with one line per rule and patch."""
         attack = ATTACK_FIGURES if self.attack is not None else ()
         columns = ["model", "data", "split", "images", "rule", "threat", "pixels", "clean_accuracy"]
         columns += ["certified_accuracy", "certified_low95", "certified_high95", "certified_share", *attack]
@@ -223,7 +226,7 @@ def _without_attack(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> list[float]:
-    """Wilson's score interval of a proportion; 95 % by default. Wilson, JASA 1927.
+    """Wilson score interval of a proportion, 95 % by default. Source: Wilson, JASA 1927.
 
     >>> [round(bound, 4) for bound in wilson_interval(60, 100)]
     [0.502, 0.6906]
@@ -232,7 +235,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
     center = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    # Of all or none the bound is the share itself, which rounding must not miss.
+    # For a proportion of 0 or 1 that end of the interval is exactly 0 or 1, regardless of rounding.
     low = (center - spread) / scale if successes else 0.0
     high = (center + spread) / scale if successes < trials else 1.0
     return [low, high]

@@ -1,7 +1,8 @@
 """Score maps: integer scores per class and region, their range, and exact sums over them.
 
-Integers bounded by 2047 make every sum exact and independent of order, batch and device, so that the
-prediction on attacked scores is the one the proof speaks of. See docs/method.md, "Score map".
+Scores are bounded integers (at most 2047 in absolute value with the fixed-point head), so every sum is exact and
+independent of order, batch and device. The prediction on attacked scores is therefore the one that the proof covers.
+See docs/method.md, "Score map".
 """
 
 from collections.abc import Callable, Iterator
@@ -19,26 +20,26 @@ from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid, WindowBlock
 
 FIXED_POINT_LIMIT = 2047
-EXACT_SUMS = 2**53  # float64 holds every integer below
+EXACT_SUMS = 2**53  # float64 represents every integer below this value
 MANY_CLASSES = 32
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreMap:
-    """What a region scorer says of a batch of images of one size: the only thing the rules ever see.
+    """Integer scores of a batch of images of one size; the only input of the rules besides the threat model.
 
     Attributes:
-        scores: integers [batch, classes, rows, cols], each within [low, high].
-        low, high: the declared range, which an attacker can reach but not leave.
+        scores: integers [batch, classes, rows, cols] in [low, high].
+        low, high: the range of the scores, which an attacker cannot leave.
         grid: which pixels each region sees.
-        slack: how far each score may be off wherever it is computed again, integers of the same shape, none below 0;
-            None where locality is exact. Rules count it for the attacker. See docs/method.md, "Locality is checked".
-        readout: None where the score of a class is the sum of its region scores; else `scores` holds the evidence that
-            the readout pools, [batch, values + heads, rows, cols].
+        slack: bound on the change of each score when it is recomputed: non-negative integers of the same shape, or None
+            if locality is exact. Rules assume the worst case. See docs/method.md, "Locality is checked".
+        readout: None if the score of a class is the sum of its region scores. Otherwise `scores` is the evidence
+            [batch, values + heads, rows, cols] that the readout pools.
 
     Raises:
-        UsageError: scores are not integers, out of range, of fewer than two classes, or not on the grid; a range whose
-            sums would round; a slack of another shape, not of integers, or negative.
+        UsageError: scores are not integers, out of range, have fewer than two classes or do not match the grid; sums
+            over the range would not be exact; the slack has another shape, is not integer or is negative.
     """
 
     scores: Int[Tensor, "batch classes rows cols"]
@@ -105,58 +106,55 @@ class ScoreMap:
         )
 
     def __len__(self) -> int:
-        """How many images."""
+        """Number of images."""
         return len(self.scores)
 
     def __getitem__(self, images: slice | Tensor) -> "ScoreMap":
-        """The score maps of some of the images."""
+        """Select images of the batch."""
         slack = None if self.slack is None else self.slack[images]
         return replace(self, scores=self.scores[images], slack=slack)
 
     @property
     def span(self) -> int:
-        """`high - low`: the most an attacker can move one score."""
+        """`high - low`, the largest change of one score that an attacker can cause."""
         return self.high - self.low
 
     @property
     def classes(self) -> int:
-        """How many classes."""
+        """Number of classes."""
         return self.scores.shape[1] if self.readout is None else self.readout.classes
 
     @cached_property
     def class_sums(self) -> Int[Tensor, "batch classes"]:
-        """`S_c`: the sum of every class over all regions, exact in int64.
+        """Sums `S_c` of the scores of each class over all regions, exact in int64.
 
         Raises:
-            UsageError: class scores are no sums; `class_scores` has them.
+            UsageError: class scores are not sums; use `class_scores`.
         """
         require_sum(self.readout, "a sum of region scores")
         return self.scores.sum((2, 3), dtype=torch.int64)
 
     @cached_property
     def class_scores(self) -> Int[Tensor, "batch classes"]:
-        """The score of every class over all regions, exact in int64: `class_sums`, or what the readout makes of them.
-
-        Scores of a readout are in its own units.
-        """
+        """Class scores over all regions, exact in int64: `class_sums`, or the output of the readout in its units."""
         if self.readout is None:
             return self.class_sums
         return self._read(self.scores.sum((2, 3), dtype=torch.int64))
 
     @property
     def region_scores(self) -> Int[Tensor, "batch classes rows cols"]:
-        """The score of every class in every region; with a readout, what it says where this region alone is kept.
+        """Class scores of every region. With a readout, its output if only this region is kept.
 
-        The latter do not add up to `class_scores`.
+        The region scores of a readout do not add up to `class_scores`.
         """
         return self.scores if self.readout is None else self._read(self.scores.movedim(1, -1)).movedim(-1, 1)
 
     def predict(self) -> Int[Tensor, " batch"]:
-        """The class with the largest score over all regions; among equals the lowest index."""
+        """Predict the class with the largest score over all regions; ties go to the lowest index."""
         return lowest_argmax(self.class_scores)
 
     def evidence(self, images: slice) -> Float[Tensor, "batch channels regions"]:
-        """What the readout pools, of some images, in a float type that holds every sum exactly."""
+        """Evidence of some images, in a float dtype in which every sum is exact."""
         return self.scores[images].flatten(2).to(self._pooling_dtype)
 
     @property
@@ -164,27 +162,27 @@ class ScoreMap:
         return pooling_dtype(self.grid.map_size[0] * self.grid.map_size[1])
 
     def _read(self, sums: Int[Tensor, "*batch channels"]) -> Int[Tensor, "*batch classes"]:
-        """Class scores of the readout from sums over kept regions."""
+        """Apply the readout to sums over the kept regions."""
         assert self.readout is not None
         with exact_arithmetic(self.scores.device):
             return self.readout.scores(sums.to(self._pooling_dtype)).long()
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """The float type that holds every sum the rules form exactly."""
+        """Float dtype in which every sum computed by the rules is exact."""
         rows, cols = self.grid.map_size
         return exact_dtype(self.span, rows * cols)
 
     def levels(self, images: slice | Tensor = slice(None)) -> Tensor:
-        """`scores - low` of some images, from 0 to `span`, in `exact_dtype`.
+        """Shifted scores `scores - low` of some images, from 0 to `span`, in `exact_dtype`.
 
-        Differences between classes are those of the scores, and sums stay exact however far `low` is from 0.
+        Differences between classes are unchanged, and sums are exact for any `low`.
 
         Raises:
-            UsageError: class scores are no sums over regions.
+            UsageError: class scores are not sums over regions.
         """
         require_sum(self.readout, "a level of a class")
-        # Sums over many classes are fastest where memory holds those of a region side by side, else those of a class.
+        # With many classes, sums are fastest in channels-last layout; with few, in contiguous layout.
         layout = torch.channels_last if self.classes >= MANY_CLASSES else torch.contiguous_format
         scores = self.scores[images].contiguous(memory_format=layout)
         if max(abs(self.low), abs(self.high)) < 2**24:
@@ -192,19 +190,19 @@ class ScoreMap:
         return (scores.long() - self.low).to(self.exact_dtype)
 
     def transposed(self) -> "ScoreMap":
-        """The same map with rows and columns swapped."""
+        """Swap rows and columns of the map and of its grid."""
         return self.turned(self.grid.transposed())
 
     def turned(self, grid: RegionGrid) -> "ScoreMap":
-        """Rows and columns swapped, on a grid of the swapped size."""
+        """Swap rows and columns of the map; `grid` is the grid of the result."""
         slack = None if self.slack is None else self.slack.transpose(2, 3)
         return replace(self, scores=self.scores.transpose(2, 3), grid=grid, slack=slack)
 
     def worst_case(self, prediction: Int[Tensor, " batch"]) -> "ScoreMap":
-        """Every score as bad for `prediction` as the slack allows: its own lower, all others higher, within the range.
+        """The worst map for `prediction` within the slack: its scores lower, all other scores higher, within the range.
 
-        Whatever a rule proves of `prediction` from sums of score differences on this map holds on every map within
-        the slack, since no difference is smaller there. It has no slack of its own.
+        The result has no slack. If a rule proves `prediction` on it from sums of score differences, the proof holds for
+        every map within the slack, since no difference is smaller there.
         """
         if self.slack is None:
             return self
@@ -216,15 +214,15 @@ class ScoreMap:
 
 
 def require_sum(readout: object | None, what: str, instead: str = "") -> None:
-    """Refuses a model or map whose class scores are not sums of region scores.
+    """Check that class scores are sums of region scores.
 
     Args:
-        readout: its readout; None where class scores are sums.
-        what: needs them; the sentence begins with it.
-        instead: what to do; the sentence ends with it.
+        readout: readout of the model or map; None if class scores are sums.
+        what: the feature that needs sums; start of the error message.
+        instead: advice; end of the error message.
 
     Raises:
-        UsageError: there is a readout.
+        UsageError: `readout` is not None.
     """
     if readout is not None:
         raise UsageError(
@@ -234,7 +232,7 @@ def require_sum(readout: object | None, what: str, instead: str = "") -> None:
 
 
 def quantize(z: Tensor, scale: float) -> Int[Tensor, "batch classes rows cols"]:
-    """The fixed-point head: clip(round(z * scale), -2047, 2047) as int16, with NaN as -2047.
+    """Apply the fixed-point head: clip(round(z * scale), -2047, 2047) as int16; NaN becomes -2047.
 
     >>> quantize(torch.tensor([[[[0.26, float("inf"), float("nan")]]]]), 10.0).flatten().tolist()
     [3, 2047, -2047]
@@ -246,29 +244,29 @@ def quantize(z: Tensor, scale: float) -> Int[Tensor, "batch classes rows cols"]:
 
 
 def binarize(z: Tensor) -> Int[Tensor, "batch classes rows cols"]:
-    """The binary head: the Heaviside step [z > 0] as int16, with NaN as 0."""
+    """Apply the binary head: the Heaviside step [z > 0] as int16; NaN becomes 0."""
     return (z > 0).to(torch.int16)
 
 
 def slack_of(
     z: Float[Tensor, "batch classes rows cols"], tolerance: float, head: Callable[[Tensor], Tensor], span: int
 ) -> Int[Tensor, "batch classes rows cols"]:
-    """How many units each integer score may move when `z` moves by at most `tolerance`.
+    """Bound on the change of each integer score if `z` changes by at most `tolerance`.
 
-    With H the head: max(H(z + tolerance) - H(z), H(z) - H(z - tolerance)), rounded outward. So a binary score with
-    |z| <= tolerance counts for the attacker, and a fixed-point score only where a rounding boundary is that near.
-    NaN and infinities, which another order of summation may avoid, may become anything: `span`.
+    With H the head, the bound is max(H(z + tolerance) - H(z), H(z) - H(z - tolerance)), rounded outward. A binary score
+    has slack if |z| <= tolerance, a fixed-point score only if a rounding boundary is that close. NaN and infinities may
+    not occur with another order of summation, so their slack is `span`.
 
     Args:
-        z: real scores, float32.
-        tolerance: in units of `z`.
-        head: float32 scores to integers, never falling where `z` rises.
-        span: of the head's range.
+        z: real-valued scores, float32.
+        tolerance: bound on the change of `z`.
+        head: monotone function from float32 scores to integers.
+        span: span of the integers.
 
     >>> slack_of(torch.tensor([[[[0.2, -1e-4, float("nan")]]]]), 1e-3, binarize, 1).flatten().tolist()
     [0, 1, 1]
     """
-    exact = z.double()  # z + tolerance may round back to z in float32, so the next number beyond is taken
+    exact = z.double()  # z + tolerance may round to z in float32, so the next larger number is used
     above = torch.nextafter((exact + tolerance).float(), torch.full_like(z, torch.inf))
     below = torch.nextafter((exact - tolerance).float(), torch.full_like(z, -torch.inf))
     scores = head(z)
@@ -277,12 +275,12 @@ def slack_of(
 
 
 def lowest_argmax(values: Tensor) -> Tensor:
-    """The index of the largest value along dimension 1, the lowest among equals: the package's one tie rule."""
-    return values.max(1).indices  # the first of equal maxima, like argmax, and several times as fast on CPUs
+    """Index of the largest value along dimension 1; ties go to the lowest index. All predictions use this tie rule."""
+    return values.max(1).indices  # first of equal maxima, like argmax, but several times faster on CPUs
 
 
 def tie_penalty(prediction: Int[Tensor, " batch"], classes: int) -> Int[Tensor, "batch classes"]:
-    """`1[c < prediction]`: what the tie rule takes from the prediction's lead over each class."""
+    """`1[c < prediction]`, the amount by which the tie rule reduces the lead over each class c."""
     return (torch.arange(classes, device=prediction.device)[None, :] < prediction[:, None]).long()
 
 
@@ -291,7 +289,7 @@ def _is_integer(dtype: torch.dtype) -> bool:
 
 
 def exact_dtype(span: int, regions: int) -> torch.dtype:
-    """float32 while every sum the rules form is below 2^24, float64 above.
+    """Float dtype in which every sum computed by the rules is exact: float32 below 2^24, else float64.
 
     >>> exact_dtype(4094, 1024), exact_dtype(4094, 1025)
     (torch.float32, torch.float64)
@@ -301,11 +299,11 @@ def exact_dtype(span: int, regions: int) -> torch.dtype:
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autocast, no gradients, full float32 products whatever the user has set: sums of integers are exact inside.
+    """Context manager in which sums of integers are exact: no autocast, no gradients, full-precision float32 products.
 
     Raises:
-        UnsoundError: this device does not count an all-ones map with one zero correctly, or another thread changed the
-            precision of products meanwhile, see `full_precision`.
+        UnsoundError: the self-test of the device failed (`check_counting`), or another thread changed the precision of
+            products while the context was active (`full_precision`).
     """
     with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
         _check_counting(str(device))
@@ -313,24 +311,24 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 def check_counting(device: torch.device) -> None:
-    """The self-test of `exact_arithmetic`, before anything rests on it.
+    """Run the self-test of `exact_arithmetic` on a device.
 
     Raises:
-        UnsoundError: this device does not count an all-ones map with one zero correctly.
+        UnsoundError: sums of integers are not exact on this device.
     """
     with exact_arithmetic(device):
         pass
 
 
 def window_sums(maps: Tensor, block: WindowBlock) -> Tensor:
-    """Sums of [..., rows, cols] maps over every window of a block: [..., row windows, column windows].
+    """Sum maps [..., rows, cols] over every window of a block; returns [..., row windows, column windows].
 
-    Exact when `maps` is in `exact_dtype` and the caller is inside `exact_arithmetic`.
+    Exact if `maps` has the dtype `exact_dtype` and the caller is inside `exact_arithmetic`.
     """
     rows = torch.as_tensor(block.rows, dtype=maps.dtype, device=maps.device)
     cols = torch.as_tensor(block.cols, dtype=maps.dtype, device=maps.device)
     if maps.ndim == 4 and maps.stride(1) == 1 and maps.shape[1] >= MANY_CLASSES:
-        # Classes side by side in memory: two products of large matrices in place of a small one for every class.
+        # Channels-last layout: two products of large matrices instead of small products for every class.
         inner = maps.permute(0, 2, 3, 1)
         of_rows = rows @ inner.flatten(2)
         return (cols @ of_rows.unflatten(2, inner.shape[2:])).permute(0, 3, 1, 2)
@@ -338,15 +336,15 @@ def window_sums(maps: Tensor, block: WindowBlock) -> Tensor:
 
 
 def kept(block: WindowBlock, device: torch.device) -> Bool[Tensor, "row_windows col_windows"]:
-    """Which products of the block are windows, as a tensor."""
+    """`block.keep` as a tensor on a device."""
     return torch.as_tensor(block.keep, device=device)
 
 
 @cache
 def _check_counting(device_name: str) -> None:
-    """Counts an all-ones map with one zero as the rules do: by sums and by products, at the limits of both types."""
+    """Check sums of an all-ones map with one zero, by summation and by products, at the limits of both dtypes."""
     side, device = 32, torch.device(device_name)
-    types = (torch.float32,) if device.type == "mps" else (torch.float32, torch.float64)  # mps has no float64
+    types = (torch.float32,) if device.type == "mps" else (torch.float32, torch.float64)  # mps does not support float64
     for dtype in types:
         ones = torch.ones(2, side, side, dtype=dtype, device=device)
         ones[1, 0, 0] = 0
@@ -361,4 +359,4 @@ def _check_counting(device_name: str) -> None:
                 (row @ (row @ levels.permute(1, 2, 0).flatten(1)).view(side, 2)).flatten(),
             ):
                 if (found := sums.tolist()) != expected:
-                    raise UnsoundError(f"device {device_name} counts {found} where {expected} is right: not exact")
+                    raise UnsoundError(f"sums are not exact on device {device_name}: got {found}, expected {expected}")

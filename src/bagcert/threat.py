@@ -1,6 +1,6 @@
-"""The threat model: which rectangles of pixels an attacker may replace, and where.
+"""The threat model: shapes and placements of the rectangles of pixels that an attacker can replace.
 
-This is the only module that knows placements. Everything is in pixels of the image the user has.
+Placements are defined only in this module, in pixels of the user's image (before preprocessing).
 """
 
 import re
@@ -25,12 +25,12 @@ MASK_FORMATS = ("PNG", "BMP", "GIF", "JPEG", "TIFF", "WEBP")
 ORIENTATION_TAG = 0x0112
 MAX_MASK_BYTES = 1 << 29
 MAX_MASK_PIXELS = 100_000_000
-"""A mask has the size of an image, so its limits are those of `bagcert.data.photo`."""
+"""Limit for the pixels of a mask image; a mask has the size of an image, see `bagcert.data.photo`."""
 
 MOST_PATCHES, MOST_TERMS, MOST_DIGITS = 64, 256, 20
-"""Of a notation: rectangles at once, shapes in a set, digits in a number."""
+"""Limits of the patch notation: simultaneous patches, shapes in a set, digits in a number."""
 
-MOST_PIXELS = 2**22  # of a mask searched at a time, which bounds memory
+MOST_PIXELS = 2**22  # pixels of a mask processed at a time; bounds memory
 
 _SQUARE = re.compile(r"(\d+)")
 _RECTANGLE = re.compile(r"(\d+)x(\d+)")
@@ -41,27 +41,29 @@ _PATCHES = re.compile(r"(\d+)\*(.+)")
 
 @dataclass(frozen=True, eq=False)
 class PatchThreatModel:
-    """An attacker who replaces the pixels under `patches` rectangles of an image, and nothing else.
+    """Threat model of a patch attack: the attacker replaces the pixels of `patches` rectangles of an image.
 
-    Each rectangle fits inside one of `shapes` (height_px, width_px), lies inside the image, and, when `allowed`
-    is given, wholly inside its True part. The content is unrestricted. A sticker of any form inside such a
-    rectangle is covered too.
+    Each rectangle fits inside one of `shapes` (height_px, width_px) and lies entirely inside the image and, if
+    `allowed` is given, entirely inside its True part. The content of the rectangles is arbitrary. Patches of any form
+    inside such a rectangle are covered as well.
 
-    It is enough to look at the maximal rectangles, those that lie in no other the attacker may use. Anywhere in
-    an image they have the `shapes` themselves. Under a mask they may be smaller, so whoever goes through placements
-    takes `maximal_shapes` and `corners`, which hold with and without a mask.
+    It suffices to consider maximal rectangles, which are not contained in another admissible rectangle. Without a mask
+    they have the shapes `shapes`. With a mask they can be smaller. To enumerate placements, use `maximal_shapes` and
+    `corners`, which are valid with and without a mask.
 
     Source: docs/method.md, "Threat model"; Metzen & Yatsura, ICLR 2021, section 3.
 
     Attributes:
         image_size: (height_px, width_px) of the image.
-        shapes: the largest shapes of a patch, ascending; those inside another are left out.
-        patches: how many rectangles at once, at most 64.
-        allowed: boolean [height, width], or None for everywhere. The array is copied; the copy is read-only.
-        notation: the text this was parsed from, for tables and records.
+        shapes: the largest patch shapes, ascending; shapes contained in another shape are removed.
+        patches: number of simultaneous patches, at most 64.
+        allowed: boolean [height, width], True where patches may lie, or None for no restriction. The array is copied;
+            the copy is read-only.
+        notation: text in the patch notation, for tables and records.
 
     Raises:
-        UsageError: a shape is 0 or larger than the image, too many patches, or no pixel is allowed.
+        UsageError: a shape is empty or larger than the image, the number of patches is out of range, or the mask has
+            the wrong size or allows no pixel.
     """
 
     image_size: tuple[int, int]
@@ -84,7 +86,7 @@ class PatchThreatModel:
             raise UsageError(f"the number of patches must be from 1 to {MOST_PATCHES}, got {self.patches}")
         shapes = _undominated(shapes)
         if self.allowed is not None:
-            allowed = np.array(self.allowed, dtype=bool, order="C")  # a copy, which nobody else can change
+            allowed = np.array(self.allowed, dtype=bool, order="C")  # a copy that the caller cannot change
             if allowed.shape != (height, width):
                 found = "x".join(map(str, allowed.shape))
                 raise UsageError(
@@ -97,7 +99,7 @@ class PatchThreatModel:
             text = "+".join(f"{h}x{w}" for h, w in shapes)
             object.__setattr__(self, "notation", f"{self.patches}*{text}" if self.patches > 1 else text)
         if self.allowed is not None and not self.allowed.any():
-            raise UsageError(f"the mask of allowed placements has no room for any patch of {self.notation}")
+            raise UsageError(f"no patch of {self.notation} fits into the mask of allowed placements")
 
     @classmethod
     def parse(
@@ -106,18 +108,19 @@ class PatchThreatModel:
         image_size: tuple[int, int],
         allowed: "np.ndarray | str | Path | None" = None,
     ) -> "PatchThreatModel":
-        """Reads the patch notation, the one spelling used by the command line, recipes and the API.
+        """Parse the patch notation used by the command line, recipes and the API.
 
         Args:
-            text: `5`, `2x8` (height x width), `2%` (square of that share of the image), `5+2x8` (a set),
-                `area:25` (every rectangle of at most 25 px), `2*5` (two patches); or an int, a (height, width)
-                pair, or a threat model for the same image size, which is returned as it is.
+            text: `5` (square), `2x8` (height x width), `2%` (square covering that share of the image), `5+2x8` (set of
+                shapes), `area:25` (every rectangle of at most 25 px) or `2*5` (two patches). Also accepts an int, a
+                (height, width) pair, or a threat model for the same image size, which is returned unchanged.
             image_size: (height_px, width_px).
-            allowed: a boolean [height, width] array, or an image file whose white part (>= 50 %) is where
-                patches may lie.
+            allowed: boolean [height, width] array, or path of an image file whose white pixels (>= 50 %) are where
+                patches may lie. Ignored if `text` is a threat model.
 
         Raises:
-            UsageError: the text is not in the notation, or the patch does not fit.
+            UsageError: invalid notation, or a patch that does not fit into the image.
+            UnreadableError: the mask image cannot be read.
 
         >>> PatchThreatModel.parse("2%", (224, 224)).shapes
         ((32, 32),)
@@ -140,50 +143,50 @@ class PatchThreatModel:
         return cls((image_size[0], image_size[1]), tuple(shapes), patches, allowed, notation)
 
     def tops(self, shape: tuple[int, int]) -> np.ndarray:
-        """Every top row of a patch of `shape`: int [H - h + 1], the last one included."""
+        """All top rows of a patch of `shape` inside the image, int [H - h + 1]."""
         return np.arange(self.image_size[0] - shape[0] + 1)
 
     def lefts(self, shape: tuple[int, int]) -> np.ndarray:
-        """Every left column of a patch of `shape`: int [W - w + 1], the last one included."""
+        """All left columns of a patch of `shape` inside the image, int [W - w + 1]."""
         return np.arange(self.image_size[1] - shape[1] + 1)
 
     @property
     def maximal_shapes(self) -> tuple[tuple[int, int], ...]:
-        """The shapes of the maximal rectangles, ascending; without a mask these are `shapes`."""
+        """Shapes of the maximal rectangles, ascending; equal to `shapes` without a mask."""
         return self.shapes if self.allowed is None else tuple(self._maximal)
 
     def corners(self, shape: tuple[int, int]) -> np.ndarray:
-        """Top and left of every maximal rectangle of one of `maximal_shapes`: int [rectangles, 2], ascending."""
+        """[top, left] of all maximal rectangles of a shape in `maximal_shapes`, int [rectangles, 2], ascending."""
         if self.allowed is None:
             return np.argwhere(self.placements(shape))
         return np.stack(np.divmod(self._maximal[shape], self.image_size[1]), 1)
 
     @cached_property
     def _maximal(self) -> dict[tuple[int, int], np.ndarray]:
-        """By shape, ascending: the index of the first pixel of every maximal rectangle in the white part."""
+        """Index of the first pixel of every maximal rectangle in the allowed part, by shape in ascending order."""
         assert self.allowed is not None
         return maximal_rectangles(self.shapes, self.allowed)
 
     def allows(self, top: int, left: int, height: int, width: int) -> bool:
-        """May a patch be exactly this rectangle?"""
+        """Whether a patch may be exactly this rectangle."""
         fits = any(height <= h and width <= w for h, w in self.shapes)
         inside = top >= 0 and left >= 0 and top + height <= self.image_size[0] and left + width <= self.image_size[1]
         white = self.allowed is None or bool(self.allowed[top : top + height, left : left + width].all())
         return min(height, width) >= 1 and fits and inside and white
 
     def placements(self, shape: tuple[int, int]) -> np.ndarray:
-        """Boolean [tops, lefts]: is a rectangle of `shape` inside the image and the white part there?"""
+        """Where a rectangle of `shape` lies inside the image and its allowed part, boolean [tops, lefts]."""
         h, w = shape
         if self.allowed is None:
             return np.ones((self.image_size[0] - h + 1, self.image_size[1] - w + 1), dtype=bool)
-        # Count forbidden pixels under each placement by an integral image.
+        # Count the forbidden pixels under each placement with an integral image.
         integral = np.zeros((self.image_size[0] + 1, self.image_size[1] + 1), dtype=np.int64)
         integral[1:, 1:] = (~self.allowed).cumsum(0).cumsum(1)
         return (integral[h:, w:] - integral[:-h, w:] - integral[h:, :-w] + integral[:-h, :-w]) == 0
 
     @cached_property
     def patch(self) -> tuple[int, int] | None:
-        """(height_px, width_px) if the threat is one patch of one shape anywhere, else None."""
+        """(height_px, width_px) if the threat is a single unrestricted patch of one shape, else None."""
         single = len(self.shapes) == 1 and self.patches == 1 and self.allowed is None
         return self.shapes[0] if single else None
 
@@ -193,33 +196,33 @@ class PatchThreatModel:
         return (self.image_size, self.shapes, self.patches, mask)
 
     def __eq__(self, other: object) -> bool:
-        """Equal when the same attacks are possible, however they were written."""
+        """Whether both threat models permit the same attacks, regardless of their notation."""
         return isinstance(other, PatchThreatModel) and self._key == other._key
 
     def __hash__(self) -> int:
-        """By what it allows, so that geometry can be cached per threat."""
+        """Hash consistent with `__eq__`, so that geometry can be cached per threat."""
         return hash(self._key)
 
     def __str__(self) -> str:
-        """The notation, and whether placements are restricted."""
+        """The notation, with a remark if placements are restricted."""
         return self.notation + ("" if self.allowed is None else " within the allowed placements")
 
 
 PatchLike = int | str | tuple[int, int] | PatchThreatModel
-"""What `PatchThreatModel.parse` takes."""
+"""Types accepted by `PatchThreatModel.parse`."""
 
 
 def check_notation(text: str) -> None:
-    """Says whether a text is in the patch notation at all, whatever the image.
+    """Check that a text is in the patch notation, independent of the image size.
 
     Raises:
-        UsageError: it is not.
+        UsageError: invalid notation.
     """
     _read_notation(text, (1, 1))
 
 
 def _read_notation(text: str, image_size: tuple[int, int]) -> tuple[int, list[tuple[int, int]], str]:
-    """How many patches, their shapes, and the text in its plain form."""
+    """Parse the number of patches, their shapes, and the normalized text."""
     notation = text.strip().lower().replace(" ", "")
     if any(len(number) > MOST_DIGITS for number in re.findall(r"\d+", notation)):
         raise UsageError(f"a number in a patch has at most {MOST_DIGITS} digits; got {shown(notation, 60)!r}")
@@ -233,17 +236,17 @@ def _read_notation(text: str, image_size: tuple[int, int]) -> tuple[int, list[tu
 
 
 def _digits(value: object) -> str:
-    """A number or text as text; Python itself refuses to write integers of thousands of digits."""
+    """Convert a number or text to text, rejecting huge integers, which Python refuses to convert."""
     if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
         raise UsageError(f"a number in a patch has at most {MOST_DIGITS} digits")
     return str(value)
 
 
 def _undominated(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ascending shapes without those that lie inside another."""
+    """Remove shapes that are contained in another shape; input and output are ascending."""
     kept: list[tuple[int, int]] = []
     widest = 0
-    for shape in reversed(shapes):  # from the tallest on, a shape must be wider than all before it
+    for shape in reversed(shapes):  # starting with the tallest, a shape must be wider than all before it
         if shape[1] > widest:
             kept.append(shape)
             widest = shape[1]
@@ -255,7 +258,7 @@ def _size(size: tuple[int, int]) -> str:
 
 
 def _shapes(part: str, notation: str, image_size: tuple[int, int]) -> list[tuple[int, int]]:
-    """The shapes one term of the notation stands for."""
+    """The shapes of one term of the notation."""
     height, width = image_size
     if match := _SQUARE.fullmatch(part):
         return [(int(match[1]), int(match[1]))]
@@ -264,7 +267,7 @@ def _shapes(part: str, notation: str, image_size: tuple[int, int]) -> list[tuple
     if match := _PERCENT.fullmatch(part):
         share = Fraction(match[1]) * height * width / 100
         side = isqrt(ceil(share))
-        side += side**2 < share  # the smallest side whose square has the share
+        side += side**2 < share  # the smallest side whose square covers the share
         return [(side, side)]
     if match := _AREA.fullmatch(part):
         area = int(match[1])
@@ -283,18 +286,18 @@ def _read_mask(path: Path) -> np.ndarray:
             if image.size[0] * image.size[1] > MAX_MASK_PIXELS:
                 raise ValueError(f"it has more than {MAX_MASK_PIXELS:,} pixels")
             if image.format == "TIFF" and image.getexif().get(ORIENTATION_TAG, 1) != 1:
-                # Pillow would turn the pixels, and the mask is one of pixels as stored.
+                # Pillow rotates TIFF pixels by this tag on loading, but a mask refers to pixels as stored.
                 raise ValueError("it is a TIFF with an orientation tag; save it without one")
             return _white(image)
     except FileNotFoundError:
-        raise UnreadableError(f"there is no mask image {path}") from None
-    except Exception as error:  # decoders raise whatever they trip over in a broken file
+        raise UnreadableError(f"the mask image {path} does not exist") from None
+    except Exception as error:  # decoders raise all kinds of exceptions for broken files
         reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
         raise UnreadableError(f"the mask {path} cannot be read as an image: {reason}") from error
 
 
 def _white(image: "Image.Image") -> np.ndarray:
-    """Boolean [height, width]: is a pixel at least half white?"""
+    """Which pixels are at least half white, boolean [height, width]."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -306,18 +309,18 @@ def _white(image: "Image.Image") -> np.ndarray:
 
 
 def maximal_rectangles(shapes: tuple[tuple[int, int], ...], allowed: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
-    """The rectangles that fit inside one of `shapes`, lie in the True part of `allowed`, and lie in no other such one.
+    """Find the maximal rectangles that fit inside one of `shapes` and lie in the True part of `allowed`.
 
-    A rectangle that lies in a larger one lies in one that is a pixel higher or wider, so these are tried. For a
-    height and a first pixel the widest rectangle is the only one that can be maximal.
+    A rectangle is maximal if no other such rectangle contains it. It suffices to compare with rectangles that are one
+    pixel taller or wider. For each height and first pixel, only the widest rectangle can be maximal.
 
     Args:
         shapes: (height_px, width_px).
         allowed: boolean [height, width].
 
     Returns:
-        By (height_px, width_px), ascending: int [rectangles], the index of the first pixel in the flattened mask,
-        ascending.
+        For each (height_px, width_px), ascending: the index of the first pixel of each rectangle in the flattened
+        mask, int [rectangles], ascending.
 
     >>> maximal_rectangles(((2, 2),), np.array([[1, 1, 1], [1, 1, 0]], dtype=bool))
     {(1, 2): array([1]), (2, 2): array([0])}
@@ -325,14 +328,14 @@ def maximal_rectangles(shapes: tuple[tuple[int, int], ...], allowed: np.ndarray)
     widest = _widest(shapes, allowed.shape[0])
     white = np.packbits(allowed, axis=1)
     found: dict[tuple[int, int], list[np.ndarray]] = {}
-    column = white  # by top: the pixels at which a column of the height is white, eight in a byte
+    column = white  # by top row: pixels from which `height` pixels downward are allowed, packed as bits
     for height in range(1, max(h for h, _ in shapes) + 1):
         if not column.any():
             break
         taller = column[:-1] & white[height:]
         tops = np.flatnonzero(column.any(1))
         if widest[height + 1] == widest[height]:
-            # Every rectangle of this height may be a pixel higher. Only beside black pixels it cannot.
+            # Taller rectangles are permitted too, so only those next to forbidden pixels can be maximal.
             lower = np.zeros_like(column)
             lower[:-1] = taller
             upper = np.zeros_like(column)
@@ -345,7 +348,7 @@ def maximal_rectangles(shapes: tuple[tuple[int, int], ...], allowed: np.ndarray)
 
 
 def _widest(shapes: tuple[tuple[int, int], ...], height: int) -> np.ndarray:
-    """By height in pixels, from 0 to one more than that of the image: the width of the widest patch, 0 for none."""
+    """Width of the widest patch for each height in pixels from 0 to image height + 1; 0 if there is no patch."""
     widest = np.zeros(height + 2, dtype=np.int64)
     for h, w in shapes:
         widest[h] = max(widest[h], w)
@@ -353,7 +356,7 @@ def _widest(shapes: tuple[tuple[int, int], ...], height: int) -> np.ndarray:
 
 
 def _runs(packed: np.ndarray, width: int) -> np.ndarray:
-    """Int [rows, width]: how many white pixels follow one another from each pixel on."""
+    """Length of the run of allowed pixels that starts at each pixel, int [rows, width]."""
     white = np.unpackbits(packed, axis=1, count=width)
     pixel = np.arange(width, dtype=np.int32)
     black = np.where(white, np.int32(width), pixel)
@@ -369,12 +372,12 @@ def _add(
     widest: np.ndarray,
     width: int,
 ) -> None:
-    """Adds the maximal rectangles of a height whose first row is one of `tops`."""
+    """Add the maximal rectangles of one height whose first row is in `tops` to `found`."""
     run = _runs(column[tops], width)
     wide = np.minimum(run, widest[height])
     maximal = wide > 0
-    maximal[:, 1:] &= (run[:, :-1] == 0) | (wide[:, 1:] == widest[height])  # not a pixel wider, to the left
-    for first, inside in ((tops, tops < len(taller)), (tops - 1, tops > 0)):  # nor higher, downward and upward
+    maximal[:, 1:] &= (run[:, :-1] == 0) | (wide[:, 1:] == widest[height])  # cannot be extended to the left
+    for first, inside in ((tops, tops < len(taller)), (tops - 1, tops > 0)):  # nor downward or upward
         rows = np.flatnonzero(inside)
         reach = np.minimum(_runs(taller[first[rows]], width), widest[height + 1])
         maximal[rows] &= reach < wide[rows]

@@ -136,7 +136,7 @@ def test_the_same_pixels_from_every_layout(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("digit", "no dataset or path 'digit'; did you mean digits"),
-        ("/no/such/folder", "no dataset or path '/no/such/folder'; there are digits, cifar10"),
+        ("/no/such/folder", "no dataset or path '/no/such/folder'; choose from digits, cifar10"),
         ("", "no dataset or path ''"),
     ],
 )

@@ -87,7 +87,9 @@ def test_the_table(rule):
 def test_an_unknown_rule_names_the_nearest_or_all():
     with pytest.raises(UsageError, match="unknown rule 'double_maskin'; did you mean double-masking"):
         get_rule("double_maskin")
-    with pytest.raises(UsageError, match="unknown rule 'zzz'; there are vote, levine-feizi, double-masking, detection"):
+    with pytest.raises(
+        UsageError, match="unknown rule 'zzz'; choose from vote, levine-feizi, double-masking, detection"
+    ):
         get_rule("zzz")
 
 

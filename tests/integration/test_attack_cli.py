@@ -145,7 +145,7 @@ def test_evaluate_with_an_attack_that_breaks_a_certificate(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--attack", "gradint"), ("no attack 'gradint'", "did you mean gradient?")),
+        (("--attack", "gradint"), ("unknown attack 'gradint'", "did you mean gradient?")),
         (("--attacked-placements", "few"), ("--attacked-placements", "at least 1, or all", "'few'")),
         (("--attacked-placements", "0"), ("--attacked-placements", "'0'")),
         (("--rule", "votes"), ("unknown rule 'votes'",)),

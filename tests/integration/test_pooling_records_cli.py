@@ -124,9 +124,9 @@ def test_a_file_of_another_model_is_refused_and_kept(home: Path, tmp_path: Path)
     readout, *records = contents(home / "r.jsonl")
     path = tmp_path / "r.jsonl"
     for content, model, words in (
-        ([readout, *records], "other", "line 1 of {} is a readout that is not of this run's model"),
-        (records, "model", "line 1 of {} is no readout; this run's model pools regions by attention"),
-        ([readout, readout, *records], "model", "line 2 of {} is a readout that is not of this run's model"),
+        ([readout, *records], "other", "line 1 of {} is the readout of another model"),
+        (records, "model", "line 1 of {} is not a readout; the model pools regions by attention"),
+        ([readout, readout, *records], "model", "line 2 of {} is the readout of another model"),
     ):
         path.write_bytes(b"".join(map(to_line, content)))
         before = path.read_bytes()
@@ -170,7 +170,7 @@ def test_hostile_readouts_are_never_valid(home: Path, tmp_path: Path) -> None:
         (None, records, "no readout is given before it"),
         (changed, records, "line 1: the hash of the readout is"),
         ({**readout, "sha256": "0" * 64}, records, "line 1: the hash of the readout is"),
-        ({**readout, "heads": 3}, records, "line 1: 8 values are no multiple of 3 attention heads"),
+        ({**readout, "heads": 3}, records, "line 1: 8 values are not a multiple of 3 attention heads"),
         ({**readout, "hidden": 7}, records, "line 1: packed data must be of 224 bytes"),
         ({**readout, "readout_version": 2}, records, "line 1: its readout_version is 2; this reads 1"),
         ({**readout, "note": ""}, records, "line 1: it has the unknown field 'note'"),

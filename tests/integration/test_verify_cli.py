@@ -150,7 +150,7 @@ def test_a_run_resumed_leaves_the_same_bytes(home: Path, tmp_path: Path) -> None
     path.write_bytes(whole[: len(whole) // 2])
     code, _, err = run(*certify)
     assert code == 2
-    assert "already; go on with --resume" in err
+    assert "already exists; use --resume" in err
     code, out, err = run(*certify, "--resume")
     assert code == 0
     assert "held 1 of 3 images already" in err
@@ -379,7 +379,7 @@ def test_what_cannot_be_read_and_what_does_not_hold_have_their_codes(
     path.write_bytes(whole.replace(b'"certified":false', b'"certified":true', 1))
     code, _, err = run("verify", path)
     assert code == 5
-    assert "its SHA-256 is not that of its content; it was damaged or altered" in err
+    assert "its SHA-256 does not match its content; it was damaged or altered" in err
 
     _certify_with_margin(records[0])
     path.write_bytes(to_line(seal(records[0])) + b"{}\n")

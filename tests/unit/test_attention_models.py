@@ -103,7 +103,7 @@ class TestLoading:
             read_config(written(tmp_path, head="fixed-point", **others))
 
     def test_ablated_images_refused(self, tmp_path):
-        with pytest.raises(UnreadableError, match="is for whole images"):
+        with pytest.raises(UnreadableError, match="cannot be used with ablated images"):
             read_config(written(tmp_path, mean=[0.0] * 6, std=[1.0] * 6))
 
     def test_rule_that_needs_sums_refused(self, tmp_path):
@@ -406,7 +406,7 @@ class TestTraining:
         ("changes", "reason"),
         [
             ({"model__values": 9}, "a multiple of attention_heads"),
-            ({"augment__ablation": "column"}, "is for whole images"),
+            ({"augment__ablation": "column"}, "cannot be used with ablated images"),
         ],
     )
     def test_recipe_that_cannot_be_built_refused(self, changes, reason):

@@ -39,7 +39,7 @@ def get_attack(name: str) -> Attack:
         UsageError: there is none.
     """
     if name not in ATTACKS:
-        raise UsageError(f"there is no attack {name!r}{nearest(name, ATTACKS)}")
+        raise UsageError(f"unknown attack {name!r}{nearest(name, ATTACKS)}")
     return ATTACKS[name]
 
 

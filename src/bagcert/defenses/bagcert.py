@@ -340,7 +340,7 @@ def model_folder(name: str | Path) -> Path:
     if len(parts) == 2 and all(parts) and not text.startswith((".", "/", "~")):
         return _from_hub(text)
     hint = nearest(text, list_models())
-    raise UsageError(f"there is no model {text!r}: not shipped, not a folder, not a hub id (owner/name){hint}")
+    raise UsageError(f"unknown model {text!r}: not a shipped model, a folder or a hub id (owner/name){hint}")
 
 
 def _from_hub(name: str) -> Path:

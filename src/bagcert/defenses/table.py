@@ -147,5 +147,5 @@ def get_entry(name: str) -> Entry:
         UsageError: there is none.
     """
     if name not in DEFENSES:
-        raise UsageError(f"there is no defense {name!r}{nearest(name, DEFENSES)}")
+        raise UsageError(f"unknown defense {name!r}{nearest(name, DEFENSES)}")
     return DEFENSES[name]

@@ -148,5 +148,5 @@ def get_architecture(name: str) -> Architecture:
         UsageError: there is none of that name.
     """
     if name not in ARCHITECTURES:
-        raise UsageError(f"there is no architecture {name!r}{nearest(name, ARCHITECTURES)}")
+        raise UsageError(f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}")
     return ARCHITECTURES[name]

@@ -1,1 +1,1 @@
-"""Proof records: written for each certificate, and checked by a second program."""
+"""Proof records: one record per certificate, verified by an independent checker."""

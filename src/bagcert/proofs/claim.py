@@ -1,7 +1,7 @@
-"""The threat of a certificate record as numbers: patches, geometry, windows, and where patches may lie.
+"""Reads the threat of a certificate record: patches, geometry, windows and allowed placements.
 
-A part of the independent checker, see `bagcert.proofs.verify`. It is a second reading of the patch notation and of the
-windows, by docs/method.md and docs/records.md. Whatever a record holds is taken to be hostile until it was checked.
+This module is part of the independent checker; see `bagcert.proofs.verify`. It implements the patch notation and the
+windows a second time, from docs/method.md and docs/records.md. The content of a record is untrusted until checked.
 """
 
 import base64
@@ -16,21 +16,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MOST_SIDE = 8192
-"""Pixels along a side of an image; regions along a side of a map; classes."""
+"""Limit for the pixels along a side of an image, the regions along a side of a map, and the classes."""
 MOST_SCORES = 2**25
-"""Integers in a map."""
+"""Limit for the number of integers in a map."""
 MOST_TERMS = 2**8
-"""Shapes written in a notation."""
+"""Limit for the number of shapes in a patch notation."""
 MOST_LINES = 2**11
-"""Different lines of an axis."""
+"""Limit for the number of distinct lines of an axis."""
 MOST_CELLS = 2**24
-"""Entries of a table: windows, masks x regions, regions x pixels along an axis."""
+"""Limit for the size of a table: windows, masks x regions, regions x pixels along an axis."""
 MOST_LOOKS = 2**27
-"""Pixels looked at for placements in the white part of a mask."""
+"""Limit for the number of pixels examined to find placements in the allowed part of a mask."""
 
 
 class FaultError(Exception):
-    """A record does not hold: a sentence, and what failed."""
+    """A record failed verification.
+
+    Attributes:
+        reason: explanation in one sentence.
+        fault: what failed: "record", "proof" or "limit".
+    """
 
     def __init__(self, reason: str, fault: str) -> None:
         super().__init__(reason, fault)
@@ -38,19 +43,19 @@ class FaultError(Exception):
 
 
 def need(holds: object, otherwise: str, fault: str = "record") -> None:
-    """Refuses the record with the sentence `otherwise` unless `holds`."""
+    """Raise `FaultError` with the message `otherwise` unless `holds` is true."""
     if not holds:
         raise FaultError(otherwise, fault)
 
 
 def integer(value: Any, low: int, high: int, what: str) -> int:
-    """An integer from `low` to `high`."""
+    """Check that a value is an integer from `low` to `high` and return it."""
     need(type(value) is int and low <= value <= high, f"{what} must be an integer from {low} to {high}, got {value!r}")
     return value
 
 
 def unpack(text: str, shape: list[int], dtype: str) -> np.ndarray:
-    """Integers of a shape from deflated bytes in base64. Never inflates more bytes than the shape has."""
+    """Decode base64, inflate, and return an array of integers. Never inflates more bytes than `shape` requires."""
     size = prod(shape) * int(dtype[-1])
     stream = zlib.decompressobj()
     content = stream.decompress(base64.b64decode(text, validate=True), size + 1)
@@ -59,9 +64,9 @@ def unpack(text: str, shape: list[int], dtype: str) -> np.ndarray:
 
 
 class Windows(NamedTuple):
-    """Sets of regions: window (i, j) is the product of line `rows[i]` and line `cols[j]`, where `keep[i, j]`.
+    """Windows as sets of regions: window (i, j) is the product of line `rows[i]` and line `cols[j]` if `keep[i, j]`.
 
-    A line has a 1 for each row (column) of regions that it holds, and 0 for the others.
+    A line is 1 for each row (column) of regions that it contains, and 0 elsewhere.
     """
 
     rows: np.ndarray
@@ -70,7 +75,7 @@ class Windows(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """`R(l)` of one patch of `height` x `width` px, as a line of rows and a line of columns."""
+    """The reach `R(l)` of one patch of `height` x `width` px, as a line of rows and a line of columns."""
 
     height: int
     width: int
@@ -80,13 +85,13 @@ class Reach(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """What a record says, apart from its verdict.
+    """The claim of a record, without its verdict.
 
     Attributes:
-        rule: its name, which may be any value.
-        patches: K, how many patches at once.
-        windows: the windows of each largest shape, or all windows together where placements are restricted.
-        worst: `R(l)` of each worst placement.
+        rule: name of the rule; not validated, so it can be any value.
+        patches: K, the number of simultaneous patches.
+        windows: the windows of each largest shape, or all windows in one entry if placements are restricted.
+        worst: the reach `R(l)` of each worst placement.
     """
 
     rule: Any
@@ -96,11 +101,14 @@ class Claim:
 
 
 def read_claim(record: dict[str, Any], map_size: list[int]) -> Claim:
-    """The threat of a record on its geometry, with the windows.
+    """Read the threat and the geometry of a record and compute the windows.
 
     Args:
-        record: as it was parsed.
-        map_size: rows and columns of its map.
+        record: the parsed record.
+        map_size: number of rows and columns of its map.
+
+    Raises:
+        FaultError: the threat or the geometry is invalid, or too large to check.
     """
     threat, rule = record["threat"], record["rule"]
     height, width = size = read_image_size(record)
@@ -112,7 +120,7 @@ def read_claim(record: dict[str, Any], map_size: list[int]) -> Claim:
     need(threat["shapes"] == shapes, f"the threat {threat['notation']} means the shapes {shapes}", "proof")
     rows, cols = Axis(seen[0], height), Axis(seen[1], width)
     windows = windows_anywhere(shapes, rows, cols) if allowed is None else [windows_within(widest, allowed, rows, cols)]
-    need(sum(each.keep.size for each in windows) <= MOST_CELLS, "too many windows to go through", "limit")
+    need(sum(each.keep.size for each in windows) <= MOST_CELLS, "too many windows to check", "limit")
     count = patches * (2 if rule == "double-masking" else 1)
     places = record["verdict"]["worst_placement"]
     worst = []
@@ -126,13 +134,13 @@ def read_claim(record: dict[str, Any], map_size: list[int]) -> Claim:
 
 
 def read_image_size(record: dict[str, Any]) -> tuple[int, int]:
-    """Height and width of the image in pixels."""
+    """Read the height and width of the image in pixels."""
     height, width = (integer(side, 1, MOST_SIDE, "a side in px") for side in record["image"]["size_px"])
     return height, width
 
 
 def read_geometry(geometry: dict[str, Any], size: tuple[int, int], map_size: list[int]) -> tuple[list, list]:
-    """For each row and each column of regions the runs [start, stop) of pixels that it sees."""
+    """Read the runs [start, stop) of pixels that each row and each column of regions sees."""
     seen = geometry["rows"], geometry["cols"]
     need([len(axis) for axis in seen] == map_size, f"the geometry must have {map_size} rows and columns")
     for axis, pixels in zip(seen, size, strict=True):
@@ -145,19 +153,20 @@ def read_geometry(geometry: dict[str, Any], size: tuple[int, int], map_size: lis
 
 
 def read_allowed(packed: str, height: int, width: int) -> np.ndarray:
-    """Boolean [height, width]: the white part, within which patches may lie."""
+    """Read the mask of allowed placements: boolean [height, width], True where patches may lie."""
     bits = unpack(packed, [-(-height * width // 8)], "u1")
     return np.unpackbits(bits, count=height * width).reshape(height, width) > 0
 
 
 def widest_patches(notation: str, patches: int, height: int, width: int) -> np.ndarray:
-    """By height in pixels, from 0 to `height` + 1: the width of the widest patch of that height, 0 where there is none.
+    """Width of the widest patch for each height in pixels from 0 to `height` + 1; 0 if there is no such patch.
 
-    Reads 5, 2x8, 2%, 5+2x8, area:25 and 2*5. A patch is any rectangle that fits inside one of those that are written.
+    Parses the notations 5, 2x8, 2%, 5+2x8, area:25 and 2*5. A patch is any rectangle that fits inside one of the
+    rectangles of the notation.
     """
     ((number, text),) = re.findall(r"\A(?:([0-9]+)\*)?([^*]+)\Z", notation)
     terms = text.split("+")
-    need(len(terms) <= MOST_TERMS, f"{len(terms):,} shapes are too many to go through", "limit")
+    need(len(terms) <= MOST_TERMS, f"{len(terms):,} shapes are too many to check", "limit")
     heights, widest = np.arange(1, height + 1), np.zeros(height + 2, dtype=int)
     for term in terms:
         ((area, share, h, w),) = re.findall(
@@ -176,56 +185,58 @@ def widest_patches(notation: str, patches: int, height: int, width: int) -> np.n
 
 
 class Axis:
-    """The rows (or columns) of regions, and which of them see a pixel of a run of pixels: the line of that run.
+    """The rows (or columns) of regions and the lines of pixel runs.
 
-    Lines are numbered in the order in which `numbers` meets them.
+    The line of a run of pixels marks the rows (columns) of regions that see at least one pixel of the run. Lines are
+    numbered in the order in which `numbers` encounters them.
     """
 
     def __init__(self, seen: list, pixels: int) -> None:
-        need(len(seen) * pixels <= MOST_CELLS, "the geometry is too large to go through", "limit")
+        need(len(seen) * pixels <= MOST_CELLS, "the geometry is too large to check", "limit")
         sees = np.zeros((pixels + 1, len(seen)), dtype=np.int16)
         for region, runs in enumerate(seen):
             for start, stop in runs:
                 sees[start + 1 : stop + 1, region] = 1
-        self._seen_before = sees.cumsum(0, dtype=np.int16)  # [p, a]: how many pixels before p region a sees
+        self._seen_before = sees.cumsum(0, dtype=np.int16)  # [p, a]: number of pixels before p that region a sees
         self._number: dict[bytes, int] = {}
         self._looks_left = 2**3 * MOST_LOOKS
 
     def line(self, first: int, side: int) -> np.ndarray:
-        """The line of `side` pixels from `first` on."""
+        """The line of the `side` pixels that start at pixel `first`."""
         return (self._seen_before[first + side] > self._seen_before[first]).astype(float)
 
     def numbers(self, side: int) -> np.ndarray:
-        """For each run of `side` pixels the number of its line."""
+        """The number of the line of each run of `side` pixels."""
         self._looks_left -= self._seen_before.size + 2**6 * len(self._seen_before)
-        need(self._looks_left >= 0, "the shapes are too many to go through", "limit")
+        need(self._looks_left >= 0, "the shapes are too many to check", "limit")
         lines = np.packbits(self._seen_before[side:] > self._seen_before[:-side], axis=1)
         changes = np.append(True, (lines[1:] != lines[:-1]).any(1))
         found = [self._number.setdefault(line.tobytes(), len(self._number)) for line in lines[changes]]
-        need(len(self._number) < 2**15, "the sets of rows or columns are too many to go through", "limit")
+        need(len(self._number) < 2**15, "the sets of rows or columns are too many to check", "limit")
         return np.array(found)[changes.cumsum() - 1]
 
     def lines(self, numbers: list[int]) -> np.ndarray:
-        """Lines by their numbers."""
+        """The lines with the given numbers, float32 [lines, regions]."""
         need(len(numbers) <= MOST_LINES, f"{len(numbers):,} sets of rows or columns are too many", "limit")
         packed = np.frombuffer(b"".join(self._number), np.uint8).reshape(len(self._number), -1)[numbers]
         return np.unpackbits(packed, axis=1, count=self._seen_before.shape[1]).astype(np.float32)
 
     def descending(self) -> list[int]:
-        """The numbers of all lines, as strings of 0 and 1 in descending order."""
+        """The numbers of all lines, sorted by the lines as strings of 0 and 1 in descending order."""
         text = list(self._number)
         return sorted(self._number.values(), key=text.__getitem__, reverse=True)
 
 
 def lies_inside(lines: np.ndarray) -> np.ndarray:
-    """[a, b]: line a lies inside line b."""
+    """Containment matrix: entry [a, b] is 1 if line a is contained in line b, else 0."""
     return (lines @ lines.T == lines.sum(1)[:, None]).astype(np.float32)
 
 
 def windows_anywhere(shapes: list[list[int]], rows: Axis, cols: Axis) -> list[Windows]:
-    """For each of the largest shapes the `R(l)` that lie in no other of that shape, in the order of their placements.
+    """Compute the maximal reaches `R(l)` of each largest shape, in the order of their placements.
 
-    `R(l)` is a product of two lines, so it lies in no other if neither of its lines does.
+    A reach is maximal if no other reach of the same shape contains it. `R(l)` is a product of two lines, so it is
+    maximal if both of its lines are.
     """
     found = []
     for h, w in shapes:
@@ -239,14 +250,14 @@ def windows_anywhere(shapes: list[list[int]], rows: Axis, cols: Axis) -> list[Wi
 
 
 def windows_within(widest: np.ndarray, allowed: np.ndarray, rows: Axis, cols: Axis) -> Windows:
-    """Each `R(l)` of any patch in the white part that lies in no other, once; those with earlier rows first.
+    """Compute the maximal reaches `R(l)` of all patches in the allowed part of the image, without duplicates.
 
-    Lines are in descending order as strings of 0 and 1, and so windows are sorted by their rows, then by their columns.
+    Lines are sorted as strings of 0 and 1 in descending order, so windows are sorted by rows, then by columns.
     """
-    need(allowed.any(), "no patch lies in the white part")
+    need(allowed.any(), "the mask allows no placement")
     height, width = int(np.flatnonzero(widest)[-1]), allowed.shape[1]
     row_numbers = [rows.numbers(h) for h in range(1, height + 1)]
-    col_numbers = np.zeros((widest[1] + 1, width), dtype=np.int16)  # by the width of a patch and its first column
+    col_numbers = np.zeros((widest[1] + 1, width), dtype=np.int16)  # [width of a patch, its first column]
     for w in range(1, widest[1] + 1):
         col_numbers[w, : width - w + 1] = cols.numbers(w)
     row_order, col_order = rows.descending(), cols.descending()
@@ -256,31 +267,31 @@ def windows_within(widest: np.ndarray, allowed: np.ndarray, rows: Axis, cols: Ax
         top, left = wide.nonzero()
         reached[row_numbers[h - 1][tops[top]], col_numbers[wide[top, left], left]] = True
     reached = reached[np.ix_(row_order, col_order)]
-    some = reached & np.outer(row_lines.any(1), col_lines.any(1))  # a product with an empty line holds no region
+    some = reached & np.outer(row_lines.any(1), col_lines.any(1))  # a product with an empty line contains no region
     holders = lies_inside(row_lines) @ some.astype(np.float32) @ lies_inside(col_lines).T
     keep = some & (holders == 1)
     if not some.any():
-        keep[tuple(np.argwhere(reached)[0])] = True  # one window, of no region
+        keep[tuple(np.argwhere(reached)[0])] = True  # a single window without regions
     used_rows, used_cols = keep.any(1), keep.any(0)
     return Windows(row_lines[used_rows], col_lines[used_cols], keep[np.ix_(used_rows, used_cols)])
 
 
 def placements_within(widest: np.ndarray, allowed: np.ndarray, height: int):
-    """Yields (h, tops, wide): of the patches h px high, the widest in the white part from each top and left pixel on.
+    """Yield (h, tops, wide) for every patch height h: the widest allowed patch at each top and left pixel.
 
-    `wide` is [tops, image width], 0 where no patch of that height fits. A top row is left out where its patches lie
-    inside higher ones.
+    `wide` is int [tops, image width], and 0 where no patch of height h fits. Top rows whose patches are all contained
+    in taller patches are omitted.
     """
     width, looks_left = allowed.shape[1], MOST_LOOKS
-    tall = white = np.packbits(allowed, axis=1)  # by top: the columns in which h pixels from there on are white
+    tall = white = np.packbits(allowed, axis=1)  # by top row: columns where h pixels from it on are allowed
     for h in range(1, height + 1):
         taller, look = tall[:-1] & white[h:], np.array(tall.any(1))
-        if widest[h] == widest[h + 1]:  # a row more, above or below, that leaves all columns: the higher patch is there
+        if widest[h] == widest[h + 1]:  # one more row above or below, allowed in the same columns, gives a taller patch
             look[:-1] &= (tall[:-1] != taller).any(1)
             look[1:] &= (tall[1:] != taller).any(1)
         looks_left -= allowed.size // 2**8 + int(look.sum()) * width
-        need(looks_left >= 0, "the mask leaves too many placements to go through", "limit")
-        for tops in np.array_split(look.nonzero()[0], int(look.sum()) * width // 2**22 + 1):  # to bound memory
+        need(looks_left >= 0, "the mask leaves too many placements to check", "limit")
+        for tops in np.array_split(look.nonzero()[0], int(look.sum()) * width // 2**22 + 1):  # bounds memory
             black = np.unpackbits(tall[tops], axis=1, count=width) == 0
             end = np.minimum.accumulate(np.where(black, np.arange(width), width)[:, ::-1], axis=1)[:, ::-1]
             yield h, tops, np.minimum(end - np.arange(width), widest[h])

@@ -1,4 +1,4 @@
-"""A file of certificate records that a kill at any moment leaves fit to be resumed."""
+"""Append-only file of certificate records that can be resumed after an interruption at any time."""
 
 import json
 from collections import Counter
@@ -22,29 +22,32 @@ _READOUT_BEGINNING = b'{"readout_version":'
 
 
 class RecordFile:
-    """Appends the records of one image at a time, in one write, flushed.
+    """Writes certificate records to a file; the records of one image are appended in a single unbuffered write.
 
-    What a kill cuts off is at most the end of the last image: `resume` keeps the records of all whole images, drops
-    the rest, and `holds` says which need not be done again. The finished file is the same, byte for byte, as that of
-    a run never interrupted, if the images are the same. If the model pools regions by attention, the first line is its
-    readout.
+    An interruption loses at most the records of the last image. With `resume`, the records of all complete images are
+    kept, an incomplete end is removed, and `holds` tells which images are already done. For the same images, the
+    finished file is byte-identical to that of an uninterrupted run. If the model pools regions by attention, the first
+    line of the file is its readout.
 
     Args:
-        path: the file; without `resume` there must be none.
-        model, fit, environment: the same in every record.
-        rules, patches: as asked for, at least one each; `placements` restricts all patches.
-        resume: go on with what is there.
+        path: path of the file; it must not exist unless `resume` is True.
+        model: model of all records.
+        rules, patches: requested rules and patches; the deployed ones if empty. There is one record per pair.
+        environment: environment of all records.
+        fit: resizing mode of all records.
+        placements: mask of allowed placements for all patches.
+        resume: continue an existing file.
 
     Attributes:
-        kept: how many images the file held from the beginning.
-        held: how many of them `holds` was asked for.
-        changed: the names that it was asked for and that the file has with other pixels only.
+        kept: number of complete images in the file when it was opened.
+        held: number of images that `holds` found in the file.
+        changed: names passed to `holds` that the file contains only with different pixels.
 
     Raises:
-        UsageError: there is a file already, or it holds another model, readout, environment, rule or patch; an unknown
-            rule, one that needs sums over regions where the model has none, or a patch outside the notation.
+        UsageError: the file exists already; it belongs to another model, readout, environment, rule or patch; a rule is
+            unknown or needs sums over regions that the model does not have; a patch is not in the patch notation.
         UnreadableError: a line other than the last is damaged.
-        BagcertError: it cannot be written.
+        BagcertError: the file cannot be written.
     """
 
     def __init__(
@@ -60,13 +63,13 @@ class RecordFile:
     ) -> None:
         self._asked = [(rule, patch) for rule in rules or (model.rule,) for patch in patches or (str(model.patch),)]
         readout = model.scorer.form.pooling
-        for rule, patch in self._asked:  # before there is a file
+        for rule, patch in self._asked:  # check before creating the file
             if not get_rule(rule).pools:
                 require_sum(readout, f"the rule {rule}", "use double-masking or detection")
             check_notation(patch)
         require_writable(path)
         if path.exists() and not resume and not (path.is_file() and path.stat().st_size == 0):
-            raise UsageError(f"there is a file {path} already; go on with --resume or choose another --record")
+            raise UsageError(f"the file {path} already exists; use --resume to continue it or choose another --record")
         self.path = path
         self.environment = environment
         self.kept = 0
@@ -95,7 +98,10 @@ class RecordFile:
         self._file.close()
 
     def holds(self, photo: Photo) -> bool:
-        """Is an image of this name and these very pixels done? Each call counts for one of them."""
+        """Whether the file contains the records of an image with this name and these pixels.
+
+        Each call consumes one stored image, so that duplicate images are counted correctly.
+        """
         if photo.source not in self._names:
             return False
         key = _key(photo.source, image_fields(photo))
@@ -109,10 +115,10 @@ class RecordFile:
         return True
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Adds all records of one image.
+        """Append all records of one image.
 
         Raises:
-            BagcertError: they cannot be written; `resume` drops what was.
+            BagcertError: the file cannot be written; `resume` removes partially written records.
         """
         try:
             self._write(b"".join(map(to_line, records)))
@@ -121,11 +127,11 @@ class RecordFile:
 
     def _write(self, content: bytes) -> None:
         rest = memoryview(content)
-        while rest:  # a disk that fills up takes a part
+        while rest:  # a full disk can cause a partial write
             rest = rest[self._file.write(rest) :]
 
     def _read(self) -> int:
-        """Counts the whole images into `_done`; returns where the last of them, or the readout, ends."""
+        """Count the complete images in `_done`; return the end offset of the last one, or of the readout."""
         group: list[dict[str, Any]] = []
         whole = position = 0
         for number, line in enumerate(lines(self.path), 1):
@@ -133,13 +139,13 @@ class RecordFile:
                 expected = _READOUT_BEGINNING if self._readout is not None and number == 1 else _BEGINNING
                 if line[: len(expected)] != expected[: len(line)]:
                     raise UnreadableError(
-                        f"the last line of {self.path} is no beginning of a record; is it another file?"
+                        f"the last line of {self.path} is not the start of a record; is this a record file?"
                     )
                 break
             try:
                 record = from_line(line)
             except ValueError as error:
-                raise UnreadableError(f"line {number} of {self.path} is no whole record: {error}") from None
+                raise UnreadableError(f"line {number} of {self.path} is not a valid record: {error}") from None
             if "readout_version" in record or (number == 1 and self._readout is not None):
                 self._check_readout(record, number)
                 position = whole = len(line)
@@ -159,35 +165,35 @@ class RecordFile:
         return whole
 
     def _check_readout(self, content: dict[str, Any], number: int) -> None:
-        """Refuses what is not this run's readout in the first line."""
+        """Check that a readout is in the first line and belongs to this run's model."""
         if "readout_version" not in content:
-            raise UsageError(f"line {number} of {self.path} is no readout; this run's model pools regions by attention")
+            raise UsageError(f"line {number} of {self.path} is not a readout; the model pools regions by attention")
         if self._readout is None or number > 1 or content["sha256"] != self._readout["sha256"]:
-            raise UsageError(f"line {number} of {self.path} is a readout that is not of this run's model")
+            raise UsageError(f"line {number} of {self.path} is the readout of another model")
 
     def _check(self, record: dict[str, Any], index: int, number: int) -> None:
-        """Is this what the run would have written there?"""
+        """Check that a record is the one that this run would have written at this position."""
         if record["threat"]["allowed"] is not None and record["record_version"] == 1:
             raise UsageError(
-                f"line {number} of {self.path} is of version 1, which left out smaller patches within a mask; choose "
-                "another --record"
+                f"line {number} of {self.path} has record version 1, which left out smaller patches within a mask; "
+                "choose another --record"
             )
         for name, here in self._common.items():
             there = record["network"]["fit"] if name == "fit" else record[name]
             if there != here:
                 raise UsageError(
-                    f"line {number} of {self.path} has the {name} {_short(there)}, this run {_short(here)}"
+                    f"line {number} of {self.path} has the {name} {_short(there)}; this run has {_short(here)}"
                 )
         rule, patch = self._asked[index]
         size = record["image"]["size_px"]
         try:
             threat = threat_fields(PatchThreatModel.parse(patch, (int(size[0]), int(size[1])), self._placements))
-        except (ValueError, TypeError, LookupError):  # a size that this patch or mask does not fit
+        except (ValueError, TypeError, LookupError):  # the patch or the mask does not fit this image size
             threat = {}
         if record["rule"] != rule or record["threat"] != threat:
             there, here = f"{record['rule']} against {record['threat']['notation']}", f"{rule} against {patch}"
             same = " with other placements" if there == here else ""
-            raise UsageError(f"line {number} of {self.path} is of {there}{same}, this run has {here} there")
+            raise UsageError(f"line {number} of {self.path} is for {there}{same}; this run expects {here}")
 
 
 def _key(source: str, image: dict[str, Any]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The lines of a record file: strict JSON with a version and a hash. The format is described in docs/records.md."""
+"""Reading and writing lines of a record file: strict JSON with a version and a hash. Format: docs/records.md."""
 
 import hashlib
 import json
@@ -10,9 +10,10 @@ from bagcert.errors import UnreadableError
 from bagcert.io.files import open_regular
 
 RECORD_VERSIONS = (1, 2, 3)
-"""Version 2 is of records that restrict placements; those of version 1 left out smaller patches within the mask.
+"""Supported record versions.
 
-Version 3 is of attention pooling: records have `evidence` instead of `scores` and use a readout, a line of its own.
+Version 2 is used for restricted placements; version 1 records with a mask left out smaller patches within it. Version 3
+is used for attention pooling: records contain `evidence` instead of `scores` and refer to a readout on a separate line.
 """
 READOUT_VERSION = 1
 
@@ -34,32 +35,32 @@ POOLING_FIELDS = {
     "record": FIELDS["record"].replace("scores", "evidence"),
     "evidence": "shape readout_sha256 products weights",
 }
-"""Of version 3."""
+"""Fields of version 3 records."""
 READOUT_FIELDS = "readout_version values heads hidden classes first first_bias second skip bias sha256"
 
 TEXTS = (("network", "fit"), ("environment", "dtype"), ("verdict", "class_name"), ("threat", "notation"))
 
 
 def seal(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the SHA-256 over its canonical JSON: sorted keys, no spaces, ASCII, without `sha256` itself."""
+    """Add the SHA-256 of the canonical JSON of a record: sorted keys, no spaces, ASCII, without the `sha256` field."""
     body = {name: value for name, value in record.items() if name != "sha256"}
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return {**body, "sha256": hashlib.sha256(canonical.encode("ascii")).hexdigest()}
 
 
 def to_line(record: dict[str, Any]) -> bytes:
-    """One line of JSONL, the version first."""
+    """Serialize a record or readout to one line of JSONL."""
     return (json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n").encode("ascii")
 
 
 def from_line(line: bytes) -> dict[str, Any]:
-    """A record or a readout from its line; its form is checked, not what it says.
+    """Parse a line into a record or a readout and check its form, but not its claims.
 
-    A readout has a `readout_version`. The records after it use it.
+    A readout has the field `readout_version` and applies to the records after it.
 
     Raises:
-        ValueError: longer than 64 MiB, not JSON, a key twice, NaN, an unknown version, missing or unknown fields,
-            another SHA-256 than that of its content.
+        ValueError: the line is longer than 64 MiB, is not JSON, has a duplicate key, NaN, an unknown version, missing
+            or unknown fields, or a record whose SHA-256 does not match its content.
     """
     content = _object(line)
     if "readout_version" in content:
@@ -96,7 +97,7 @@ def _check_readout(readout: dict[str, Any]) -> None:
 
 def _check_record(record: dict[str, Any]) -> None:
     if "record_version" not in record:
-        raise ValueError("it has no record_version, so it is no certificate record")
+        raise ValueError("it has no record_version, so it is not a certificate record")
     version = record["record_version"]
     if version not in RECORD_VERSIONS or type(version) is not int:
         raise ValueError(f"its record_version is {version!r}; this reads 1, 2 and 3")
@@ -117,7 +118,7 @@ def _check_record(record: dict[str, Any]) -> None:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not same:
-        raise ValueError("its SHA-256 is not that of its content; it was damaged or altered")
+        raise ValueError("its SHA-256 does not match its content; it was damaged or altered")
 
 
 def _check_fields(part: Any, fields: str, what: str) -> None:
@@ -130,10 +131,10 @@ def _check_fields(part: Any, fields: str, what: str) -> None:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, each with its end; of one that is too long, as much as shows that it is.
+    """Yield the lines of a file with their line ends. Stops after a line longer than the limit, which is truncated.
 
     Raises:
-        UnreadableError: it cannot be read.
+        UnreadableError: the file cannot be read.
     """
     try:
         with open_regular(path) as file:
@@ -154,4 +155,4 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")

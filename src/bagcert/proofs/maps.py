@@ -1,7 +1,7 @@
-"""The maps of certificate records: sums of region scores, and attention pooling with its readout in exact integers.
+"""Reads the maps of certificate records: region scores, or the evidence of attention pooling with its readout.
 
-A part of the independent checker, see `bagcert.proofs.verify`. Quotients are rounded by integer arithmetic, and matrix
-products are of integers whose sums stay below 2^53, which float64 holds exactly.
+This module is part of the independent checker; see `bagcert.proofs.verify`. All results are exact: quotients are
+rounded with integer arithmetic, and matrix products have integer sums below 2^53, which float64 represents exactly.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,19 @@ import numpy as np
 from bagcert.proofs.claim import MOST_SCORES, MOST_SIDE, integer, need, unpack
 
 MOST_READOUT = 2**22
-"""Integers in a readout."""
+"""Limit for the number of integers in a readout."""
 MOST_WEIGHT, MOST_VALUE, MOST_POOLED, HIDDEN_UNIT = 255, 511, 127, 128
-"""Of attention pooling: the range of weights, values, and pooled and hidden values; the divisor of hidden sums."""
+"""Constants of attention pooling: ranges of weights, values, and pooled and hidden values; divisor of hidden sums."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A score map `s` [classes, m, n], whose class scores are sums over regions.
+    """A score map whose class scores are sums over regions.
 
     Attributes:
-        low, high: u_0 and u_1, the range that an attacker can reach but not leave.
-        slack: by how much each score may be off; None where locality is exact.
+        s: scores [classes, m, n].
+        low, high: u_0 and u_1, the range of the scores, which an attacker cannot leave.
+        slack: bound on the change of each score when it is recomputed; None if locality is exact.
     """
 
     s: np.ndarray
@@ -35,22 +36,22 @@ class Scores:
 
     @property
     def map_size(self) -> list[int]:
-        """M and n."""
+        """Number of rows m and columns n of the map."""
         return list(self.s.shape[1:])
 
     @property
     def work(self) -> int:
-        """Products for the class scores of one set of kept regions."""
+        """Number of multiplications for the class scores of one set of kept regions."""
         return self.s.size
 
     def class_scores(self, kept: np.ndarray) -> np.ndarray:
-        """[sets, classes]: the sum of each class over the regions of each set [sets, regions]."""
+        """Class sums [sets, classes] over the regions of each set; `kept` is [sets, regions] with 0 and 1."""
         return kept @ self.s.reshape(len(self.s), -1).T
 
 
 @dataclass(frozen=True)
 class Readout:
-    """The integer network behind attention pooling, and its number of attention heads."""
+    """The integer readout of attention pooling and its number of attention heads."""
 
     heads: int
     first: np.ndarray
@@ -61,14 +62,14 @@ class Readout:
 
     @property
     def classes(self) -> int:
-        """How many classes."""
+        """Number of classes."""
         return len(self.bias)
 
     def class_scores(self, U: np.ndarray, A: np.ndarray) -> np.ndarray:
-        """`z` [sets, classes] from sums of products and of weights over the kept regions of each set.
+        """Class scores `z` [sets, classes] from the sums U of products and A of weights over the kept regions.
 
         q = clip(round(U / A), -127, 127), t = clip(round((first q + first_bias) / 128), 0, 127),
-        z = second t + skip q + bias, where `round` takes halves to the even neighbor. All in integers.
+        z = second t + skip q + bias, where `round` rounds halves to even. All arithmetic is in integers.
         """
         weight = A.repeat(U.shape[1] // A.shape[1], axis=1)
         q = rounded_quotient(U, np.maximum(weight, 1)).clip(-MOST_POOLED, MOST_POOLED)
@@ -78,7 +79,7 @@ class Readout:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The map of attention pooling: products `u` [values, m, n] and weights `e` [heads, m, n], and their readout."""
+    """The evidence map of attention pooling: products `u` [values, m, n], weights `e` [heads, m, n], and a readout."""
 
     u: np.ndarray
     e: np.ndarray
@@ -86,37 +87,41 @@ class Evidence:
 
     @property
     def map_size(self) -> list[int]:
-        """M and n."""
+        """Number of rows m and columns n of the map."""
         return list(self.u.shape[1:])
 
     @property
     def work(self) -> int:
-        """Products for the class scores of one set of kept regions, with the cost of rounding."""
+        """Number of multiplications for the class scores of one set of kept regions, plus the cost of rounding."""
         values, classes, hidden = len(self.u), self.readout.classes, len(self.readout.first)
         matrices = hidden * values + classes * (hidden + values)
         return self.u.size + self.e.size + matrices + 2**8 * (2 * values + hidden + classes)
 
     def class_scores(self, kept: np.ndarray) -> np.ndarray:
-        """[sets, classes]: what the readout makes of the regions of each set [sets, regions]."""
+        """Class scores [sets, classes] of the readout for each set; `kept` is [sets, regions] with 0 and 1."""
         U = product(kept, self.u.reshape(len(self.u), -1).T)
         A = product(kept, self.e.reshape(len(self.e), -1).T)
         return self.readout.class_scores(U, A)
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """A matrix product of integers as int64; its sums stay below 2^53."""
+    """Matrix product of integers as int64; sums must stay below 2^53."""
     return (a.astype(float) @ b.astype(float)).astype(np.int64)
 
 
 def rounded_quotient(a: np.ndarray, b: np.ndarray | int) -> np.ndarray:
-    """`round(a / b)` of integers, b > 0, with halves to the even neighbor."""
+    """Compute `round(a / b)` of integers with b > 0, rounding halves to even."""
     quotient, rest = np.divmod(a, b)
     above = (2 * rest > b) | ((2 * rest == b) & (quotient % 2 == 1))
     return quotient + above
 
 
 def read_scores(record: dict[str, Any]) -> Scores:
-    """The score map of a record."""
+    """Read the score map of a record.
+
+    Raises:
+        FaultError: the map is invalid or too large.
+    """
     scores = record["scores"]
     shape = [integer(length, 1, MOST_SIDE, "a side of the score map") for length in scores["shape"]]
     need(len(shape) == 3 and shape[0] > 1 and prod(shape) <= MOST_SCORES, f"scores of shape {shape}")
@@ -130,14 +135,18 @@ def read_scores(record: dict[str, Any]) -> Scores:
 
 
 def read_readout(readout: dict[str, Any]) -> Readout:
-    """The readout that was parsed, of which the hash is right and no sum can reach 2^23."""
+    """Read a parsed readout, checking its hash and that no sum can reach 2^23.
+
+    Raises:
+        FaultError: the readout is invalid or too large.
+    """
     version = readout["readout_version"]
     need(version == 1 and type(version) is int, f"the readout version is {version}, this checks 1")
     classes = integer(readout["classes"], 2, MOST_SIDE, "the number of classes")
     values = integer(readout["values"], 1, MOST_SIDE, "the number of values")
     hidden = integer(readout["hidden"], 1, MOST_SIDE, "the number of hidden units")
     heads = integer(readout["heads"], 1, values, "the number of attention heads")
-    need(values % heads == 0, f"{values} values are no multiple of {heads} attention heads")
+    need(values % heads == 0, f"{values} values are not a multiple of {heads} attention heads")
     shapes = {
         "first": [hidden, values],
         "first_bias": [hidden],
@@ -145,7 +154,7 @@ def read_readout(readout: dict[str, Any]) -> Readout:
         "skip": [classes, values],
         "bias": [classes],
     }
-    need(sum(map(prod, shapes.values())) <= MOST_READOUT, "the readout is too large to go through", "limit")
+    need(sum(map(prod, shapes.values())) <= MOST_READOUT, "the readout is too large to check", "limit")
     matrices = {name: unpack(readout[name], shape, "<i4").astype(np.int64) for name, shape in shapes.items()}
     found = Readout(heads, **matrices)
     for weights, bias in (
@@ -153,16 +162,17 @@ def read_readout(readout: dict[str, Any]) -> Readout:
         (np.concatenate([found.second, found.skip], axis=1), found.bias),
     ):
         largest = int((np.abs(weights).sum(1) * MOST_POOLED + np.abs(bias)).max())
-        need(largest < 2**23, f"sums of the readout can reach {largest:,}, they must stay below {2**23:,}")
+        need(largest < 2**23, f"sums of the readout can reach {largest:,}, but must stay below {2**23:,}")
     said, hashed = readout["sha256"], readout_sha256(found)
     need(said == hashed, f"the hash of the readout is {hashed}, not {str(said)[:64]}")
     return found
 
 
 def readout_sha256(readout: Readout) -> str:
-    """Of int32, little endian: the numbers of values, heads, hidden units and classes, then the matrices row by row.
+    """SHA-256 of the integers of a readout as little-endian int32.
 
-    Their order is first, first_bias, second, skip, bias.
+    The order is: number of values, heads, hidden units and classes, then first, first_bias, second, skip and bias, each
+    row by row.
     """
     hidden, values = readout.first.shape
     content = [np.array([values, readout.heads, hidden, readout.classes])]
@@ -171,7 +181,11 @@ def readout_sha256(readout: Readout) -> str:
 
 
 def read_evidence(record: dict[str, Any], readout: dict[str, Any] | None) -> Evidence:
-    """The evidence map of a record, with the readout that it states."""
+    """Read the evidence map of a record and the readout that it refers to.
+
+    Raises:
+        FaultError: the map or the readout is invalid or too large, or the record refers to another readout.
+    """
     evidence = record["evidence"]
     stated = evidence["readout_sha256"]
     need(isinstance(stated, str), "the record must state the hash of its readout")
@@ -186,8 +200,8 @@ def read_evidence(record: dict[str, Any], readout: dict[str, Any] | None) -> Evi
     need(len(shape) == 4 and sum(shape[:2]) * prod(shape[2:]) <= MOST_SCORES, f"evidence of shape {shape}")
     values, heads, *map_size = shape
     expected = [found.first.shape[1], found.heads]
-    need(shape[:2] == expected, f"the readout is of {expected} values and heads, the evidence of {shape[:2]}")
-    need(record["locality"] == "exact", "attention pooling means exact locality")
+    need(shape[:2] == expected, f"the readout has {expected} values and heads, the evidence has {shape[:2]}")
+    need(record["locality"] == "exact", "attention pooling requires exact locality")
     e = unpack(evidence["weights"], [heads, *map_size], "u1").astype(np.int64)
     need(e.min() >= 1, f"attention weights must lie in [1, {MOST_WEIGHT}], found {e.min()}")
     u = unpack(evidence["products"], [values, *map_size], "<i4").astype(np.int64)

@@ -1,4 +1,4 @@
-"""Certificate records against their model and images: pixels by their hashes, scores and geometry computed again."""
+"""Compares certificate records with their model and images by recomputing hashes, geometry and scores."""
 
 import base64
 import zlib
@@ -20,49 +20,52 @@ PACKED = {
     "products": ("products of the evidence", "<i4"),
     "weights": ("weights of the evidence", "u1"),
 }
-"""The packed fields of a map: what they are called in a sentence, and their type."""
+"""The packed fields of a map: their name in messages and their dtype."""
 
 
 def image_path(record: dict[str, Any], images: Path | None = None) -> Path:
-    """Where the image of a record is: its source, or the file of that name in the folder `images`."""
+    """Path of the image of a record: its source, or the file of the same name in the folder `images`."""
     source = Path(record["source"])
     return source if images is None else images / source.name
 
 
 def recompute(record: dict[str, Any], model: BagCert, path: Path) -> VerifyResult:
-    """Whether a record that `verify_record` found to hold is what the model says of this image.
+    """Check that a verified record matches the model and the image.
 
-    The image must have the recorded pixels, and the model the recorded weights, head and readout. Its geometry for such
-    an image and its scores or evidence, computed here again, must be the recorded ones exactly.
+    The image must have the recorded pixels, and the model the recorded weights, head and readout. The geometry and the
+    scores or evidence are recomputed and must equal the recorded ones exactly.
 
     Args:
-        record: of a form that `from_line` and `verify_record` accept.
-        model: loaded on any device, in the recorded dtype.
-        path: of the image file.
+        record: a record accepted by `from_line` and `verify_record`.
+        model: the model, on any device, in the recorded dtype.
+        path: path of the image file.
+
+    Returns:
+        A verdict; its fault is "proof" for a mismatch and "image" if the image cannot be read.
     """
     for name, there, here in _pairs(record["model"], model_fields(model)):
         if name != "name" and there != here:
-            return _refused(f"its {name} is {there}, that of {model.name} is {here}")
+            return _refused(f"its {name} is {there}, but that of {model.name} is {here}")
     try:
         photo = read_image(path)
     except UnreadableError as error:
         return VerifyResult(False, f"its image cannot be compared: {error}", "image")
     for name, there, here in _pairs(record["image"], image_fields(photo)):
         if there != here:
-            return _refused(f"the {name} of its image is {there}, that of {path} is {here}")
+            return _refused(f"the {name} of its image is {there}, but that of {path} is {here}")
     return _computed(record, model, photo)
 
 
 def _computed(record: dict[str, Any], model: BagCert, photo: Photo) -> VerifyResult:
     said = record["network"]
     if said["fit"] not in FITS:
-        return _refused(f"its fit is {said['fit']!r}, known are {' and '.join(FITS)}")
+        return _refused(f"its fit is {said['fit']!r}, expected {' or '.join(FITS)}")
     preprocessing = Preprocessing(model.image_size, said["fit"])
     pixels = preprocessing.apply(photo)
     network = {"size_px": list(preprocessing.size), "fit": said["fit"], "pixels_sha256": pixels_sha256(pixels)}
     for name, there, here in _pairs(said, network):
         if there != here:
-            return _refused(f"the {name} of the network's input is {there}, here {here}")
+            return _refused(f"the {name} of the network's input is {there}, recomputed as {here}")
     geometry = preprocessing.geometry(photo.stored_size, photo.orientation)
     score_map = geometry.score_map(model.score_map(pixels[None]))
     for axis, there, here in _pairs(record["geometry"], geometry_fields(score_map.grid)):
@@ -79,20 +82,20 @@ def _computed(record: dict[str, Any], model: BagCert, photo: Photo) -> VerifyRes
 
 
 def _map(record: dict[str, Any], name: str, found: dict[str, Any]) -> VerifyResult | None:
-    """Refuses a map, `scores` or `evidence`, that is not the one found here."""
+    """Return a negative verdict if the recorded map (`scores` or `evidence`) differs from the recomputed one."""
     if name not in record:
-        return _refused(f"the record has no {name}, which this model gives")
+        return _refused(f"the record has no {name}, but this model computes {name}")
     said = record[name]
     for field in found:
         if field not in PACKED and said[field] != found[field]:
-            return _refused(f"the {field} of its {name} is {said[field]}, here {found[field]}")
+            return _refused(f"the {field} of its {name} is {said[field]}, recomputed as {found[field]}")
     for field in found:
         if field not in PACKED:
             continue
         what, dtype = PACKED[field]
         there, here = _unpacked(said[field], dtype), _unpacked(found[field], dtype)
         if there.shape != here.shape:
-            return _refused(f"the {what} are {there.size} numbers, here {here.size}")
+            return _refused(f"the {what} have {there.size} values, but the recomputed ones have {here.size}")
         if not np.array_equal(there, here):
             return _refused(
                 f"the {what} differ from the network's here in {int((there != here).sum())} of {here.size} places by "
@@ -106,7 +109,7 @@ def _pairs(there: dict[str, Any], here: dict[str, Any]) -> list[tuple[str, Any, 
 
 
 def _unpacked(text: str | None, dtype: str) -> np.ndarray:
-    """Of fields that `verify_record` has unpacked within its limits; nothing for None."""
+    """Unpack a field whose size `verify_record` has checked; empty for None."""
     return np.frombuffer(b"" if text is None else zlib.decompress(base64.b64decode(text)), dtype).astype(int)
 
 

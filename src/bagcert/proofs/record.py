@@ -1,7 +1,7 @@
-"""Certificate records: for an image, a rule and a patch all that is needed to recheck the verdict.
+"""Creates certificate records: all data needed to recheck the verdict for an image, a rule and a patch.
 
-The format is described, field by field, in docs/records.md. A record holds no time and nothing random, so that a run
-that was killed and resumed leaves the same bytes as one that was not.
+The fields are described in docs/records.md. Records contain no timestamps and no random values, so an interrupted and
+resumed run produces the same bytes as an uninterrupted run.
 """
 
 import base64
@@ -37,21 +37,21 @@ def certificate_record(
     certificate: Certificate,
     environment: dict[str, Any],
 ) -> dict[str, Any]:
-    """The record of one image's certificate, ready for `bagcert.proofs.lines.to_line`.
+    """Create the record of the certificate of one image, ready for `bagcert.proofs.lines.to_line`.
 
     Args:
-        model: whose scores they are.
-        preprocessing: how the photo reached the network.
+        model: model that computed the scores.
+        preprocessing: preprocessing of the photo for the network.
         photo: the image as stored.
-        score_map: its scores [1, classes, rows, cols] or evidence, over the stored photo.
-        certificate: of that one image.
+        score_map: scores [1, classes, rows, cols] or evidence of the image, with the geometry of the stored photo.
+        certificate: certificate of the image.
         environment: `device`, `backend`, `dtype`, `threads` and `versions` of the run.
 
     Raises:
-        UsageError: more than one image, or scores beyond int16.
+        UsageError: more than one image, or scores outside the int16 range.
     """
     if len(score_map) != 1 or len(certificate) != 1:
-        raise UsageError(f"a record is of one image, got {len(score_map)} score maps, {len(certificate)} certificates")
+        raise UsageError(f"a record is for one image, got {len(score_map)} score maps, {len(certificate)} certificates")
     (said,) = Record.each(certificate)
     restricted = certificate.threat.allowed is not None
     record = {
@@ -80,7 +80,7 @@ def certificate_record(
 
 
 def image_fields(photo: Photo) -> dict[str, Any]:
-    """What tells an image from every other: size and orientation as stored, and a hash of the pixels."""
+    """Fields that identify an image: stored size and orientation, and a hash of the pixels."""
     return {
         "size_px": list(photo.stored_size),
         "exif_orientation": photo.orientation,
@@ -89,12 +89,12 @@ def image_fields(photo: Photo) -> dict[str, Any]:
 
 
 def pixels_sha256(pixels: np.ndarray) -> str:
-    """Of uint8 pixels [height, width, 3], row by row."""
+    """SHA-256 of uint8 pixels [height, width, 3], row by row."""
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
 def model_fields(model: BagCert) -> dict[str, Any]:
-    """What names a model and its head."""
+    """Fields that identify a model and its head."""
     return {
         "name": model.name,
         "weights_sha256": model.weights_sha256,
@@ -105,12 +105,12 @@ def model_fields(model: BagCert) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def geometry_fields(grid: RegionGrid) -> dict[str, Any]:
-    """For each row and column of regions the pixels it sees, as ascending runs [start, stop)."""
+    """Geometry fields: the pixels seen by each row and column of regions, as ascending runs [start, stop)."""
     return {"rows": [_runs(seen) for seen in grid.rows_seen], "cols": [_runs(seen) for seen in grid.cols_seen]}
 
 
 def threat_fields(threat: PatchThreatModel) -> dict[str, Any]:
-    """The notation, what it stands for, and the allowed placements as packed bits, row by row."""
+    """Threat fields: notation, shapes, number of patches, and allowed placements as packed bits, row by row."""
     return {
         "notation": threat.notation,
         "shapes": [list(shape) for shape in threat.shapes],
@@ -120,14 +120,14 @@ def threat_fields(threat: PatchThreatModel) -> dict[str, Any]:
 
 
 def map_fields(score_map: ScoreMap) -> dict[str, Any]:
-    """The map under the name that it has in a record: `scores`, or `evidence` with attention pooling."""
+    """Map fields under their name in a record: `scores`, or `evidence` for attention pooling."""
     if score_map.readout is None:
         return {"scores": scores_fields(score_map)}
     return {"evidence": evidence_fields(score_map, score_map.readout)}
 
 
 def scores_fields(score_map: ScoreMap) -> dict[str, Any]:
-    """The integers [classes, rows, cols], and their slack if there is any, as deflated little-endian int16."""
+    """Score fields: the integers [classes, rows, cols] and their slack, if any, as deflated little-endian int16."""
     if not -(2**15) <= score_map.low < score_map.high < 2**15:
         raise UsageError(f"a record holds scores of 16 bits, got the range [{score_map.low}, {score_map.high}]")
     return {
@@ -140,7 +140,7 @@ def scores_fields(score_map: ScoreMap) -> dict[str, Any]:
 
 
 def evidence_fields(score_map: ScoreMap, readout: "AttentionPooling") -> dict[str, Any]:
-    """Products as deflated little-endian int32 and weights as deflated bytes, with the hash of their readout."""
+    """Evidence fields: products as deflated little-endian int32, weights as deflated bytes, and the readout hash."""
     products, weights = score_map.scores[0].split([readout.values, readout.heads])
     return {
         "shape": [readout.values, readout.heads, *score_map.grid.map_size],
@@ -152,7 +152,7 @@ def evidence_fields(score_map: ScoreMap, readout: "AttentionPooling") -> dict[st
 
 @lru_cache(maxsize=4)
 def readout_fields(readout: "AttentionPooling") -> dict[str, Any]:
-    """A readout: its sizes, its matrices as deflated little-endian int32, and the hash of all these integers."""
+    """Readout fields: sizes, matrices as deflated little-endian int32, and the hash of all these integers."""
     parts = {name: getattr(readout, name) for name in ("first", "first_bias", "second", "skip", "bias")}
     sizes = {
         "values": readout.values,

@@ -1,9 +1,9 @@
-"""Rechecks certificate records: a second reading of the definitions, in numpy and the standard library alone.
+"""Independent checker for certificate records, using only numpy and the standard library.
 
-The checker is this module with the rules, `bagcert.proofs.claim` with the threat and the windows, and
-`bagcert.proofs.maps` with what is summed. They import each other, numpy and the standard library, and share no code
-with what they check. Symbols are those of docs/method.md. Every placement, rival class, mask and pair of masks is gone
-through. docs/records.md says what this proves and what it does not.
+The checker consists of this module (rules), `bagcert.proofs.claim` (threat and windows) and `bagcert.proofs.maps`
+(scores and evidence). These modules import only each other, numpy and the standard library, and share no code with the
+code that they check. They enumerate every placement, class, mask and pair of masks. Symbols are those of
+docs/method.md. docs/records.md describes what a successful check proves and what it does not.
 """
 
 import zlib
@@ -25,12 +25,18 @@ from bagcert.proofs.claim import (
 from bagcert.proofs.maps import Evidence, Scores, read_evidence, read_readout, read_scores
 
 MOST_WORK = 2**38
-"""Products for all rivals or all pairs of masks."""
+"""Limit for the number of multiplications over all classes or all pairs of masks."""
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """Whether a record holds and why; if not, what failed: the "record", its "proof", or a "limit" of the checker."""
+    """Result of a check.
+
+    Attributes:
+        ok: whether the check succeeded.
+        reason: explanation in one sentence.
+        fault: what failed: the "record" itself, its "proof", or a "limit" of the checker; empty if nothing failed.
+    """
 
     ok: bool
     reason: str
@@ -38,7 +44,7 @@ class VerifyResult:
 
 
 class Answer(NamedTuple):
-    """What a rule says: its prediction, its margin, and the margin that the worst placements leave."""
+    """Result of a rule: the prediction, the margin, and the margin attained at the recorded worst placements."""
 
     prediction: int
     margin: float
@@ -46,17 +52,20 @@ class Answer(NamedTuple):
 
 
 def verify_record(record: dict[str, Any], readout: dict[str, Any] | None = None) -> VerifyResult:
-    """Rederives prediction, margin and certificate from the map and the geometry that a record states.
+    """Verify a record by recomputing prediction, margin and certificate from its map and geometry.
 
     Args:
-        record: as it was parsed.
-        readout: that of attention pooling, as it was parsed; the record must state its hash.
+        record: the parsed record.
+        readout: the parsed readout for attention pooling; the record must contain its hash.
+
+    Returns:
+        The verdict. Malformed records give a negative verdict rather than an exception.
     """
     return _checked("record", lambda: _verify_record(record, readout))
 
 
 def verify_readout(readout: dict[str, Any]) -> VerifyResult:
-    """Checks the form of a readout and the hash of its integers."""
+    """Verify the form of a parsed readout and the hash of its integers."""
     return _checked("readout", lambda: VerifyResult(True, f"a readout of {read_readout(readout).classes} classes"))
 
 
@@ -89,13 +98,14 @@ def _verify_record(record: dict[str, Any], readout: dict[str, Any] | None) -> Ve
     return VerifyResult(True, f"{'' if margin >= 0 else 'not '}certified, with margin {margin}, as recorded")
 
 
-# The rules of sums
+# Rules for sums of region scores
 
 
 def with_slack(record: dict[str, Any]) -> Answer:
-    """The answer of a rule of sums, where every score may be as bad for the prediction as the slack allows.
+    """Apply a rule for sums, accounting for the slack of the scores.
 
-    If the rule answers the same on the worst map, its margin there counts, else the first one, at most -1.
+    With slack, the rule is also applied to the map that is worst for the prediction within the slack. If the prediction
+    is the same there, the margin on that map counts; otherwise the margin is at most -1.
     """
     scores = read_scores(record)
     claim = read_claim(record, scores.map_size)
@@ -111,7 +121,7 @@ def with_slack(record: dict[str, Any]) -> Answer:
 
 
 def vote(claim: Claim, scores: Scores) -> Answer:
-    """The answer is the class with the largest sum.
+    """Vote: predict the class with the largest sum.
 
     margin = min over l and c != y of T_c - sum over R(l) of (u + Delta_c) - [c < y].
 
@@ -125,15 +135,15 @@ def vote(claim: Claim, scores: Scores) -> Answer:
         damage = u + scores.s[y] - scores.s[c]
         largest = largest_damages(claim, damage)
         margins.append(lead - largest.sum())
-        # The worst placements repeat one where there are fewer windows than patches.
+        # With fewer windows than patches the worst placements contain duplicates, which count once.
         attained.append(lead - sum(each.rows @ damage @ each.cols for each in worst.values()))
     return Answer(y, min(margins), min(attained))
 
 
 def levine_feizi(claim: Claim, scores: Scores) -> Answer:
-    """The answer is the class with the largest sum.
+    """Levine and Feizi: predict the class with the largest sum.
 
-    margin = min over c != y of T_c - [c < y], less K times 2 u for each region of the largest R(l).
+    margin = min over c != y of T_c - [c < y], minus K times 2 u for each region of the largest R(l).
     """
     limit_work(claim, scores)
     y, u = plain_answer(scores), scores.high - scores.low
@@ -146,14 +156,14 @@ def levine_feizi(claim: Claim, scores: Scores) -> Answer:
 
 
 def limit_work(claim: Claim, scores: Scores) -> None:
-    """Refuses a record whose rivals and windows are more than are gone through."""
+    """Raise `FaultError` if checking all classes and windows would exceed `MOST_WORK`."""
     classes = len(scores.s)
     work = sum((each.rows.size + each.keep.size) * each.cols.shape[1] + 2**6 * each.keep.size for each in claim.windows)
-    need(classes * work <= MOST_WORK, f"{classes:,} classes are too many to go through", "limit")
+    need(classes * work <= MOST_WORK, f"{classes:,} classes are too many to check", "limit")
 
 
 def leads_of_sums(scores: Scores, y: int) -> Iterator[tuple[int, float]]:
-    """Each class c != y with T_c - [c < y]."""
+    """Yield each class c != y and its lead T_c - [c < y]."""
     sums = scores.s.sum((1, 2))
     for c in range(len(sums)):
         if c != y:
@@ -161,16 +171,16 @@ def leads_of_sums(scores: Scores, y: int) -> Iterator[tuple[int, float]]:
 
 
 def largest_damages(claim: Claim, damage: np.ndarray) -> np.ndarray:
-    """The K largest sums of a map [m, n] over different windows; all of them where there are fewer."""
+    """The K largest sums of a map [m, n] over different windows; all sums if there are fewer than K windows."""
     sums = np.concatenate([(each.rows @ damage @ each.cols.T)[each.keep] for each in claim.windows])
     return np.partition(sums, -min(claim.patches, len(sums)))[-claim.patches :]
 
 
 def robust_masking(claim: Claim, scores: Scores) -> Answer:
-    """The evidence is max(s, 0). The answer has most of it, each class without its strongest mask.
+    """Robust masking: predict the class with the most evidence max(s, 0), each class without its strongest mask.
 
-    margin = min over m and c != y of the evidence for y outside m and outside the strongest second mask, less that for
-    c outside m, less [c < y]; at most -1 where a pair of masks leaves no region.
+    margin = min over m and c != y of (evidence for y outside m and outside the strongest second mask) - (evidence for c
+    outside m) - [c < y]; at most -1 if a pair of masks covers all regions.
     """
     outside = kept_by_masks(claim, scores)
     positive = replace(scores, s=scores.s.clip(0))
@@ -185,13 +195,13 @@ def robust_masking(claim: Claim, scores: Scores) -> Answer:
     return Answer(y, min(empty, *map(least, outside)), min(empty, least(kept_by_worst(claim))))
 
 
-# The rules of sums and of attention pooling
+# Rules for sums of region scores and for attention pooling
 
 
 def detection(claim: Claim, scores: Scores | Evidence) -> Answer:
-    """The answer is the plain one.
+    """Detection: predict the class with the largest score over all regions.
 
-    margin = min over m and c != y of the lead of y outside m, less [c < y]; at most -1 where a mask leaves no region.
+    margin = min over m and c != y of (lead of y over c outside m) - [c < y]; at most -1 if a mask covers all regions.
     """
     outside = kept_by_masks(claim, scores)
     y = plain_answer(scores)
@@ -200,10 +210,10 @@ def detection(claim: Claim, scores: Scores | Evidence) -> Answer:
 
 
 def double_masking(claim: Claim, scores: Scores) -> Answer:
-    """The answer is that of `double_masking_answer`.
+    """Double masking: predict by `double_masking_answer`.
 
-    margin = min over pairs m, m' and c != y of the lead of y outside both, less [c < y]; at most -1 where a pair
-    leaves no region.
+    margin = min over pairs m, m' and c != y of (lead of y over c outside both) - [c < y]; at most -1 if a pair covers
+    all regions.
     """
     outside = kept_by_masks(claim, scores)
     y = double_masking_answer(scores, outside)
@@ -213,7 +223,10 @@ def double_masking(claim: Claim, scores: Scores) -> Answer:
 
 
 def double_masking_of_pooling(claim: Claim, evidence: Evidence) -> Answer:
-    """`double_masking`, but where a single mask takes the lead of y already, the margin is over single masks only."""
+    """Double masking for attention pooling.
+
+    As `double_masking`, but if the minimum over single masks is negative, it is the margin, without pairs.
+    """
     outside = kept_by_masks(claim, evidence)
     y = double_masking_answer(evidence, outside)
     empty = -1.0 if any(leaves_nothing(outside * keep) for keep in outside) else inf
@@ -224,9 +237,11 @@ def double_masking_of_pooling(claim: Claim, evidence: Evidence) -> Answer:
 
 
 def double_masking_answer(scores: Scores | Evidence, outside: np.ndarray) -> int:
-    """The label under all masks if they agree. Else the majority k, unless a mask decides for another label.
+    """Double-masking prediction from single and second masks.
 
-    The first mask m with y(m) != k whose label stays under every second mask decides for y(m).
+    If all single-mask labels y(m) agree, the prediction is that label. Otherwise let k be their majority. The first
+    mask m with y(m) != k whose label is unchanged under every second mask determines the prediction y(m); without such
+    a mask, the prediction is k.
     """
     labels = answers(scores, outside)
     found = [label for label in labels if label is not None]
@@ -240,35 +255,35 @@ def double_masking_answer(scores: Scores | Evidence, outside: np.ndarray) -> int
 
 
 def plain_answer(scores: Scores | Evidence) -> int:
-    """The class with the largest score over all regions, the lowest among equals."""
+    """The class with the largest score over all regions; ties go to the lowest class."""
     return int(scores.class_scores(np.ones((1, prod(scores.map_size)))).argmax())
 
 
 def answers(scores: Scores | Evidence, kept: np.ndarray) -> list[int | None]:
-    """The label of each set of kept regions: the lowest class with the largest score; None where nothing is kept."""
+    """The label of each set of kept regions: the lowest class with the largest score, or None for an empty set."""
     labels = np.where(kept.any(axis=1), scores.class_scores(kept).argmax(1), -1)
     return [None if label < 0 else label for label in labels.tolist()]
 
 
 def margin_of(scores: Scores | Evidence, kept: np.ndarray, y: int) -> float:
-    """The least z_y - z_c - [c < y] over sets of kept regions and c != y; sets of no region do not count."""
+    """Minimum of z_y - z_c - [c < y] over sets of kept regions and c != y; empty sets are ignored."""
     z = scores.class_scores(kept[kept.any(1)])
     leads = (z[:, [y]] - z - (np.arange(z.shape[1]) < y)).astype(float)
     return np.delete(leads, y, axis=1).min(initial=inf)
 
 
 def margin_of_worst(claim: Claim, scores: Scores | Evidence, y: int) -> float:
-    """`margin_of` what the worst placements leave over."""
+    """`margin_of` for the regions outside the recorded worst placements."""
     return margin_of(scores, kept_by_worst(claim)[None], y)
 
 
 def kept_by_masks(claim: Claim, scores: Scores | Evidence) -> np.ndarray:
-    """[masks, regions]: 1 for each region that a mask leaves over. The masks are all unions of K windows, in order."""
+    """Regions outside each mask as 0 and 1, [masks, regions]. The masks are all unions of K windows, in order."""
     regions = prod(scores.map_size)
     windows = sum(int(each.keep.sum()) for each in claim.windows)
     count = comb(windows + claim.patches - 1, claim.patches)
     fits = count**2 * scores.work <= MOST_WORK and count * regions <= MOST_CELLS
-    need(fits, f"{count:,} masks are too many to go through in pairs", "limit")
+    need(fits, f"{count:,} masks are too many to check in pairs", "limit")
     outside = []
     for each in claim.windows:
         outside += [1 - np.outer(each.rows[i], each.cols[j]).ravel() for i, j in np.argwhere(each.keep)]
@@ -277,18 +292,18 @@ def kept_by_masks(claim: Claim, scores: Scores | Evidence) -> np.ndarray:
 
 
 def kept_by_worst(claim: Claim) -> np.ndarray:
-    """[regions]: 1 for each region that the worst placements leave over."""
+    """Regions outside the recorded worst placements as 0 and 1, [regions]."""
     return np.prod([1 - np.outer(each.rows, each.cols).ravel() for each in claim.worst], axis=0)
 
 
 def pairs_of_masks(outside: np.ndarray) -> Iterator[np.ndarray]:
-    """For each mask what it leaves over together with itself and with each later one."""
+    """Yield, for each mask, the regions outside it and each mask from it on, [masks, regions]."""
     for number, keep in enumerate(outside):
         yield outside[number:] * keep
 
 
 def leaves_nothing(kept: np.ndarray) -> bool:
-    """Whether some of these sets keep no region."""
+    """Whether at least one of the sets of kept regions is empty."""
     return not kept.any(1).all()
 
 

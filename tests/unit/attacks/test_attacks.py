@@ -176,7 +176,7 @@ def test_a_patch_outside_the_threat_is_an_error_and_no_success():
         ({"images": IMAGES / 255}, r"must be a uint8 array \[batch, height, width, channels\], got float64"),
         ({"images": IMAGES[0], "labels": LABELS[:8]}, r"got uint8 \[8, 8, 3\]"),
         ({"labels": LABELS[:3]}, "one label per image, got 9 images and labels"),
-        ({"attacks": ["gradint"]}, "there is no attack 'gradint'; did you mean gradient?"),
+        ({"attacks": ["gradint"]}, "unknown attack 'gradint'; did you mean gradient?"),
         ({"rule": "votes"}, "unknown rule 'votes'"),
         ({"patch": 9}, "does not fit"),
     ],

@@ -98,7 +98,7 @@ def test_unfinished_training_goes_on_though_there_is_a_model(tmp_path: Path):
 def test_other_questions_are_refused(folder: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="was measured with limit 30, now 20"):
         benchmark("digits", folder, ["1"], ["undefended"], **{**QUICK, "limit": 20})
-    with pytest.raises(UsageError, match="no defense 'patchcleaner'; did you mean patchcleanser"):
+    with pytest.raises(UsageError, match="unknown defense 'patchcleaner'; did you mean patchcleanser"):
         benchmark("digits", tmp_path, ["1"], ["patchcleaner"], **QUICK)
     with pytest.raises(UsageError, match="does not fit"):
         benchmark("digits", tmp_path, ["9"], ["undefended"], **QUICK)

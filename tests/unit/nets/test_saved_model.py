@@ -206,7 +206,7 @@ class TestConfig:
             ({"image_size": [8]}, "image_size"),
             ({"image_size": [0, 8]}, "image_size.0: input should be greater than or equal to 1"),
             ({"image_size": [8, 16385]}, "image_size.1: input should be less than or equal to 16384"),
-            ({"architecture": "resnet-rf55"}, "there is no architecture 'resnet-rf55'; did you mean resnet-rf5"),
+            ({"architecture": "resnet-rf55"}, "unknown architecture 'resnet-rf55'; did you mean resnet-rf5"),
             ({"recipe": "digits"}, "recipe: input should be a valid dictionary"),
         ],
     )

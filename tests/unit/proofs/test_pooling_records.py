@@ -243,11 +243,11 @@ def test_the_worst_placements_must_leave_the_margin(rule: str) -> None:
         (("rule",), "robust-masking", "the rule robust-masking needs class scores that are sums"),
         (("rule",), "votes", "malformed"),
         (("rule",), ["vote"], "malformed"),
-        (("locality",), "measured", "attention pooling means exact locality"),
+        (("locality",), "measured", "attention pooling requires exact locality"),
         (("evidence",), None, "malformed"),
         (("evidence", "shape"), [4, 2, 6], "evidence of shape"),
         (("evidence", "shape"), [4, 2, 6, 7], "packed data must be of 84 bytes"),
-        (("evidence", "shape"), [2, 4, 6, 6], "the readout is of [4, 2] values and heads, the evidence of [2, 4]"),
+        (("evidence", "shape"), [2, 4, 6, 6], "the readout has [4, 2] values and heads, the evidence has [2, 4]"),
         (("evidence", "shape"), [4, 2, 6, 10**9], "an integer from 1 to 8192"),
         (("evidence", "shape"), [8192, 8192, 8192, 8192], "evidence of shape"),
         (("evidence", "shape"), [4, 2, 6.0, 6], "must be an integer"),
@@ -278,7 +278,7 @@ def test_a_record_of_another_form_is_refused(path: tuple[str, ...], value: Any, 
         ("classes", 4, "packed data must be of 48 bytes"),
         ("values", 0, "an integer from 1 to 8192"),
         ("heads", 5, "an integer from 1 to 4"),
-        ("heads", 3, "4 values are no multiple of 3 attention heads"),
+        ("heads", 3, "4 values are not a multiple of 3 attention heads"),
         ("heads", 1, "the hash of the readout is"),
         ("hidden", 10**30, "an integer from 1 to 8192"),
         ("hidden", None, "must be an integer"),
@@ -287,10 +287,10 @@ def test_a_record_of_another_form_is_refused(path: tuple[str, ...], value: Any, 
         ("first", None, "malformed"),
         ("first", "????", "malformed"),
         ("bias", packed(np.zeros(4), "<i4"), "packed data must be of 12 bytes"),
-        ("bias", packed(np.full(3, 2**23), "<i4"), "they must stay below 8,388,608"),
-        ("bias", packed(np.full(3, -(2**31)), "<i4"), "they must stay below 8,388,608"),
-        ("first", packed(np.full(12, 2**31 - 1), "<i4"), "they must stay below 8,388,608"),
-        ("second", packed(np.full(9, -(2**31)), "<i4"), "they must stay below 8,388,608"),
+        ("bias", packed(np.full(3, 2**23), "<i4"), "but must stay below 8,388,608"),
+        ("bias", packed(np.full(3, -(2**31)), "<i4"), "but must stay below 8,388,608"),
+        ("first", packed(np.full(12, 2**31 - 1), "<i4"), "but must stay below 8,388,608"),
+        ("second", packed(np.full(9, -(2**31)), "<i4"), "but must stay below 8,388,608"),
     ],
 )
 def test_a_readout_of_another_form_is_refused(name: str, value: Any, words: str) -> None:
@@ -341,10 +341,10 @@ def test_more_than_it_goes_through_is_a_limit_at_once() -> None:
     def verdict() -> VerifyResult:
         return in_seconds(verify_record, record, readout, most=1.5)
 
-    refused(verdict(), "limit", "3,969 masks are too many to go through in pairs")
+    refused(verdict(), "limit", "3,969 masks are too many to check in pairs")
     record["threat"] |= {"notation": "3*2", "patches": 3}
     record["verdict"]["worst_placement"] *= 3
-    refused(verdict(), "limit", "masks are too many to go through in pairs")
+    refused(verdict(), "limit", "masks are too many to check in pairs")
 
 
 def test_a_bomb_is_not_inflated() -> None:
@@ -354,4 +354,4 @@ def test_a_bomb_is_not_inflated() -> None:
         refused(verify_record(altered(record, "evidence", name, value=bomb), readout), "record", "must be of")
     refused(verify_readout({**readout, "first": bomb}), "record", "must be of")
     large = {**readout, "values": 8192, "hidden": 8192, "first": bomb}
-    refused(in_seconds(verify_readout, large, most=1), "limit", "the readout is too large to go through")
+    refused(in_seconds(verify_readout, large, most=1), "limit", "the readout is too large to check")

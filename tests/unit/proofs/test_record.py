@@ -87,7 +87,7 @@ def test_a_record_is_of_one_image_and_of_small_integers() -> None:
     model, pixels = tiny.color_model(), tiny.pixels(np.array([1, 2]))
     two = model.score_map(pixels)
     certificate = get_rule("vote").certify(two, PatchThreatModel.parse("2", (8, 8)))
-    with pytest.raises(UsageError, match="a record is of one image, got 2 score maps"):
+    with pytest.raises(UsageError, match="a record is for one image, got 2 score maps"):
         certificate_record(model, PREPROCESSING, Photo(pixels[0]), two, certificate, ENVIRONMENT)
     one = ScoreMap(torch.full((1, 3, 8, 8), 40_000), 0, 70_000, two.grid)
     certificate = get_rule("vote").certify(one, PatchThreatModel.parse("2", (8, 8)))
@@ -120,11 +120,11 @@ def test_what_is_no_line_of_a_record() -> None:
         (line.replace(b'"record_version":1', b'"record_version":4'), "record_version is 4; this reads 1, 2 and 3"),
         (line.replace(b'"record_version":1', b'"record_version":3'), "it lacks 'evidence'"),
         (line.replace(b'"record_version":1', b'"record_version":true'), "record_version is True"),
-        (line.replace(b'"scale":2047.0', b'"scale":NaN'), "NaN is no number"),
-        (line.replace(b'"scale":2047.0', b'"scale":-Infinity'), "-Infinity is no number"),
+        (line.replace(b'"scale":2047.0', b'"scale":NaN'), "NaN is not a number"),
+        (line.replace(b'"scale":2047.0', b'"scale":-Infinity'), "-Infinity is not a number"),
         (line.replace(b'"patches":1', b'"patches":2,"patches":1'), "the key 'patches' occurs twice"),
         (line.replace(b'"patches":1', b'"patches":1' + b"0" * 5000), "digits"),
-        (line.replace(b'"fit":"squash"', b'"fit":"squish"'), "SHA-256 is not that of its content"),
+        (line.replace(b'"fit":"squash"', b'"fit":"squish"'), "SHA-256 does not match its content"),
         (to_line(_without(record, "rule")), "it lacks 'rule'"),
         (to_line(_without(record, "verdict", "margin")), "its verdict lacks 'margin'"),
         (to_line({**record, "note": "trust me"}), "it has the unknown field 'note'"),
@@ -219,18 +219,18 @@ def test_a_file_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     _write(path)
     whole = path.read_bytes()
-    with pytest.raises(UsageError, match="already; go on with --resume or choose another --record"):
+    with pytest.raises(UsageError, match="already exists; use --resume to continue it or choose another --record"):
         _file(path)
     other = tiny.color_model()
     other.weights_sha256 = "0" * 64
     for changes, words in (
         ({"model": other}, "line 1 of .* has the model"),
         ({"environment": {**ENVIRONMENT, "dtype": "bfloat16"}}, "has the environment .*dtype float32.*dtype bfloat16"),
-        ({"fit": "center-crop"}, "has the fit squash, this run center-crop"),
-        ({"rules": ["vote"]}, "line 2 of .* is of detection against 2, this run has vote against 2 there"),
-        ({"rules": ["detection", "vote"]}, "line 1 of .* is of vote against 2, this run has detection against 2"),
-        ({"patches": ["3"]}, "is of vote against 2, this run has vote against 3 there"),
-        ({"patches": ["9"]}, "is of vote against 2, this run has vote against 9 there"),
+        ({"fit": "center-crop"}, "has the fit squash; this run has center-crop"),
+        ({"rules": ["vote"]}, "line 2 of .* is for detection against 2; this run expects vote against 2"),
+        ({"rules": ["detection", "vote"]}, "line 1 of .* is for vote against 2; this run expects detection against 2"),
+        ({"patches": ["3"]}, "is for vote against 2; this run expects vote against 3"),
+        ({"patches": ["9"]}, "is for vote against 2; this run expects vote against 9"),
     ):
         with pytest.raises(UsageError, match=words):
             _file(path, resume=True, **changes)

@@ -215,7 +215,7 @@ def test_more_shapes_than_it_goes_through_are_a_limit_at_once(shapes: int) -> No
     verdict = in_seconds(
         verify_record, altered(certified_record("detection"), "threat", "notation", value=terms), most=0.5
     )
-    assert (verdict.fault, verdict.reason) == ("limit", f"{shapes:,} shapes are too many to go through")
+    assert (verdict.fault, verdict.reason) == ("limit", f"{shapes:,} shapes are too many to check")
 
 
 @pytest.mark.parametrize("rule", ["detection", "double-masking", "robust-masking", "vote", "levine-feizi"])
@@ -234,7 +234,7 @@ def test_more_windows_than_it_goes_through_are_a_limit_at_once(side: int, rule: 
 def test_more_classes_shapes_and_lines_than_it_goes_through_are_a_limit_at_once() -> None:
     record = large(certified_record("vote"), 2000, 16, classes=8192)
     verdict = in_seconds(verify_record, record, most=2)
-    assert (verdict.fault, verdict.reason) == ("limit", "8,192 classes are too many to go through")
+    assert (verdict.fault, verdict.reason) == ("limit", "8,192 classes are too many to check")
     record = large(certified_record("vote"), 8192, 14)
     shapes = [[h, min(8192, 8192 // h)] for h in range(1, 8193)]
     shapes = [shape for shape, after in zip(shapes, [*shapes[1:], [0, 0]], strict=True) if shape[1] > after[1]]
@@ -251,7 +251,7 @@ def test_more_placements_than_it_goes_through_are_a_limit_within_seconds() -> No
     for side, words in ((40, "the mask leaves too many placements"), (8192, "the shapes are too many")):
         record["threat"] |= {"notation": str(side), "shapes": [[side, side]], "allowed": packed}
         verdict = in_seconds(verify_record, record, most=8)
-        assert (verdict.fault, verdict.reason) == ("limit", f"{words} to go through")
+        assert (verdict.fault, verdict.reason) == ("limit", f"{words} to check")
 
 
 @pytest.mark.parametrize("restricted", [False, True])

@@ -37,7 +37,7 @@ def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder:
         UsageError: no such backend; its libraries are not installed; another dtype than float32, or another device.
     """
     if name not in BACKENDS:
-        raise UsageError(f"there is no backend {name!r}{nearest(name, BACKENDS)}")
+        raise UsageError(f"unknown backend {name!r}{nearest(name, BACKENDS)}")
     if name == "torch":
         return None
     if scorer.device.type != "cpu":

@@ -171,9 +171,9 @@ def test_signals_are_heard_after_another_thread_has_dropped_the_model(name):
 
 
 def test_what_there_is_not():
-    with pytest.raises(UsageError, match="no backend 'onnxruntme'; did you mean onnxruntime"):
+    with pytest.raises(UsageError, match="unknown backend 'onnxruntme'; did you mean onnxruntime"):
         load("digits", backend="onnxruntme")
-    with pytest.raises(UsageError, match=r"^there is no backend 'openvino'; there are torch, onnxruntime$"):
+    with pytest.raises(UsageError, match=r"^unknown backend 'openvino'; choose from torch, onnxruntime$"):
         load("digits", backend="openvino")
     scorer = tiny.color_model().scorer
     assert get_runner("torch", scorer) is None
