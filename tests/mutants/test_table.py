@@ -33,7 +33,7 @@ def test_names_say_which_mutant_is_meant():
         "devices.py",
         "nets",
         "locality",
-        "export",
+        "exporting",
         "rules",
         "data",
         "defenses",
