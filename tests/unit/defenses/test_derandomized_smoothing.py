@@ -331,7 +331,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"ablation": "diagonal"}, "an ablation is one of column, row, block; got 'diagonal'"),
+            ({"ablation": "diagonal"}, "an ablation must be one of column, row, block; got 'diagonal'"),
             ({"size_px": 0}, "a column of 0 px does not fit into an image of 6x7 px"),
             ({"size_px": 8}, "a column of 8 px does not fit"),
             ({"ablation": "block", "size_px": 7}, "a block of 7 px does not fit"),
