@@ -353,7 +353,7 @@ class TestRefusals:
 
     def test_images_and_models(self, images):
         defense = DerandomizedSmoothing(mixed_model(), NAMES, SIZE)
-        with pytest.raises(UsageError, match="laid out for images of 6x7 px, got 7x6 px"):
+        with pytest.raises(UsageError, match="this defense is for images of 6x7 px, got 7x6 px"):
             defense.predict(images.transpose(0, 1, 3, 2))
         with pytest.raises(UsageError, match=r"must give \[batch, 2\] logits"):
             DerandomizedSmoothing(mixed_model(), ("a", "b"), SIZE).predict(images)
