@@ -142,7 +142,7 @@ def test_images_smaller_than_the_receptive_field_are_refused_in_a_sentence(name)
         derive_grid(seeded(name), (4, 4))  # padding makes up for what is missing
         return
     scorer = RegionScorer(seeded(name), ["a", "b", "c"], own_size(name))
-    with pytest.raises(UsageError, match="cannot be followed on an image of 3x7x7"):
+    with pytest.raises(UsageError, match="cannot be traced on an image of 3x7x7"):
         scorer.score_map(torch.rand(1, 3, 7, 7))
 
 

@@ -1,7 +1,8 @@
-"""Patch attacks: the upper bound on certified accuracy, and the test that no certificate may fail.
+"""Patch attacks: an upper bound on certified accuracy, and an empirical test of certificates.
 
-An attack is one module with a function of the form `Attack` and one line in `ATTACKS`. It sees the whole defence
-(white box), but success is decided by `Victim.submit`, at the front door of the defence, on uint8 images.
+To add an attack, write a module with a function of type `Attack` and add a line to `ATTACKS`. Attacks have white-box
+access to the defense, but success is judged only by `Victim.submit`, which calls the public methods of the defense on
+uint8 images.
 """
 
 from collections.abc import Sequence
@@ -29,14 +30,14 @@ ATTACKS: dict[str, Attack] = {
     "score-map": score_map,
     "transfer": transfer,
 }
-"""The attacks by name, in the order in which they are tried: the cheap ones first, transfer after those it feeds on."""
+"""The attacks by name, in the order in which they run: cheap attacks first; transfer last, as it uses their results."""
 
 
 def get_attack(name: str) -> Attack:
-    """The attack of that name.
+    """Look up an attack by name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: unknown name.
     """
     if name not in ATTACKS:
         raise UsageError(f"unknown attack {name!r}{nearest(name, ATTACKS)}")
@@ -56,23 +57,25 @@ def attack(
     library: list[Tensor] | None = None,
     on_progress: OnProgress = lambda share: None,
 ) -> AttackResult:
-    """Attacks a deployed defence on a batch of images with patches.
+    """Attack a deployed defense with patches on a batch of images.
 
     Args:
-        defense: any `Defense`; attacks with gradients know `BagCert` and `Undefended` only.
-        images: uint8 [batch, height, width, channels], of the size the network is meant for.
-        labels: true labels [batch], for the accuracies alone; attacks aim at another answer than the clean one.
-        patch: the attacker, in the notation of `PatchThreatModel.parse`. For masking rules also what the masks are
-            built for.
-        rule: the deployed rule; the defence's own when absent.
-        attacks: names from `ATTACKS`; all of them when empty. An image is left alone once it is broken.
-        seed: of all random choices; the same seed gives the same result on the same machine.
-        settings: how hard to try; its seed gives way to `seed`.
-        library: contents to transfer from earlier batches; what is found here is added.
-        on_progress: called with the share done.
+        defense: any `Defense`. White-box attacks support only `BagCert` and `Undefended`.
+        images: uint8 [batch, height, width, channels], of the image size of the network.
+        labels: true labels [batch], used only for accuracies. Attacks try to change the clean prediction.
+        patch: the patch, in the notation of `PatchThreatModel.parse`. Masking rules build their masks for it.
+        rule: the deployed rule; default: the rule of the defense.
+        attacks: names from `ATTACKS`; all attacks if empty. An image is not attacked further once it is broken.
+        seed: random seed; results are reproducible on the same machine.
+        settings: strength of the attacks; its seed is replaced by `seed`.
+        library: patch contents from earlier batches for transfer; successful contents are added.
+        on_progress: called with the finished share of the work.
+
+    Returns:
+        The result per image, with clean, attacked and certified accuracy.
 
     Raises:
-        UsageError: bad images, labels, patch, rule or attack.
+        UsageError: invalid images, labels, patch, rule or attack.
 
     >>> from bagcert import load
     >>> from bagcert.data import load_dataset

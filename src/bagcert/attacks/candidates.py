@@ -1,8 +1,8 @@
-"""Where an attack should look first: placements and rival classes, ranked by the certificate's own arithmetic.
+"""Candidate placements and target classes for attacks, ranked by the margins of the certificate.
 
-For a window m that holds everything a patch reaches, and a rival c, what the attacker cannot touch is the lead of y
-over c outside m; what he may gain grows with the regions inside. Under double masking an
-attack at m can succeed only where some second mask m' leaves c ahead of y outside both: pairs that fail come first.
+Let m be a window that contains all regions a patch reaches, and c a target class. The attacker cannot change the lead
+of y over c outside m, and the possible gain grows with the number of regions inside m. Against double masking, an
+attack at m can succeed only if c leads y outside m and some second mask m', so such pairs come first.
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from bagcert.attacks.victim import Victim
 from bagcert.rules.masks import CHUNK_ELEMENTS, Windows
 
 RIVALS = 3
-_HOPELESS = 1e9  # added to the key of what cannot succeed
+_HOPELESS = 1e9  # added to the sort key of candidates that cannot succeed
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Placements to attack on each image, the most promising first.
+    """Placements to attack on each image, most promising first.
 
     Attributes:
-        placement: int64 [batch, candidates, patches, 4].
-        rival: int64 [batch, candidates, rivals], classes to raise, the most promising first.
-        left_out: int64 [batch, candidates, rivals], the window that helps each rival in the second round of double
-            masking; -1 where there is none.
+        placement: int64 [batch, candidates, patches, 4], `[top, left, height, width]` in pixels.
+        rival: int64 [batch, candidates, rivals], target classes, most promising first.
+        left_out: int64 [batch, candidates, rivals], window index of the second mask of double masking that favors each
+            target class most; -1 if there is none.
     """
 
     placement: Int[Tensor, "batch candidates patches 4"]
@@ -36,15 +36,15 @@ class Candidates:
     left_out: Int[Tensor, "batch candidates rivals"]
 
     def __len__(self) -> int:
-        """How many per image."""
+        """Number of candidates per image."""
         return self.placement.shape[1]
 
 
 def candidates(victim: Victim, surrogate: Surrogate, count: int | None, generator: torch.Generator) -> Candidates:
-    """`count` candidates per image, or every placement with None.
+    """Choose `count` candidates per image, or every placement if `count` is None.
 
-    From four on, the certificate's own worst placement comes first (for double masking both of its windows), and the
-    last quarter is drawn at random, so that a mistake in the ranking cannot hide a placement.
+    If `count` is at least four, the worst placement of the certificate comes first (both windows for double masking),
+    and the last quarter is drawn at random, so that an error in the ranking cannot exclude a placement.
     """
     if count is None or count < 4:
         return _ranked(victim, surrogate, count, generator)
@@ -54,7 +54,7 @@ def candidates(victim: Victim, surrogate: Surrogate, count: int | None, generato
     drawn = count // 4
     ranked = _ranked(victim, surrogate, count - drawn - worst.shape[1], generator)
     anywhere = random_placements(victim.threat, len(victim) * drawn, generator).unflatten(0, (len(victim), drawn))
-    # The classes and masks of the best placement are as good a guess as any elsewhere.
+    # Use the classes and masks of the best placement for placements without a ranking.
     at = torch.tensor([0] * worst.shape[1] + list(range(len(ranked))) + [0] * drawn)
     return Candidates(torch.cat([worst, ranked.placement, anywhere], 1), ranked.rival[:, at], ranked.left_out[:, at])
 
@@ -85,8 +85,8 @@ def _by_windows(
     with torch.no_grad():
         outside = _leads_outside(surrogate, windows, maps, label)
         alone = surrogate.class_scores(maps.flatten(2).mT).mT  # [images, classes, regions]
-    gain = (alone[own, label][:, None] - alone).abs().flatten(1).quantile(0.98, dim=1)  # what one region is worth
-    if surrogate.pools:  # of which a region has its share
+    gain = (alone[own, label][:, None] - alone).abs().flatten(1).quantile(0.98, dim=1)  # typical gain from one region
+    if surrogate.pools:  # a pooled score depends on the mean over regions
         gain = gain / alone.shape[2]
     key = outside - gain[:, None, None] * windows.sizes
     left_out = torch.full_like(key, -1, dtype=torch.int64)
@@ -103,7 +103,7 @@ def _by_windows(
     order = best.argsort(dim=1, stable=True)[:, : int(windows.keep.sum())]
     placement = windows.placements.cpu()[order.cpu()]
     if count is None:
-        # Every pixel placement, with the classes and masks of the best window.
+        # All placements, with the classes and masks of the best window.
         places = every_placement(victim.threat)
         placement = places[None].expand(len(label), -1, -1)
         order = order[:, :1].expand(-1, len(places))
@@ -116,14 +116,14 @@ def _by_windows(
 
 
 def _leads_outside(surrogate: Surrogate, windows: Windows, maps: Tensor, label: Tensor) -> Tensor:
-    """By how much each image's label leads each class outside each window: [images, classes, windows]."""
+    """Lead of the label over each class outside each window, [images, classes, windows]."""
     sums = maps.sum((2, 3))[..., None] - windows.sums(maps)
     scores = surrogate.class_scores(sums.mT).mT
     return scores[torch.arange(len(label), device=label.device), label][:, None] - scores
 
 
 def _worst_partner(surrogate: Surrogate, windows: Windows, maps: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """For each window m and class: the least lead outside m and a second window, and that window."""
+    """For each class and window m, the smallest lead outside m and a second window, and the index of that window."""
     least, partner = [], []
     for mask in windows.masks:
         leads = _leads_outside(surrogate, windows, maps * ~mask, label)
@@ -134,7 +134,7 @@ def _worst_partner(surrogate: Surrogate, windows: Windows, maps: Tensor, label: 
 
 
 def _by_saliency(victim: Victim, surrogate: PlainSurrogate, count: int | None) -> Candidates:
-    """Placements by the gradient they cover; for several patches the best ones that do not overlap."""
+    """Rank placements by the sum of the absolute gradient that they cover."""
     saliency = surrogate.saliency().cpu().double()
     integral = torch.nn.functional.pad(saliency.cumsum(1).cumsum(2), (1, 0, 1, 0))
     places = every_placement(victim.threat)
@@ -151,7 +151,10 @@ def _by_saliency(victim: Victim, surrogate: PlainSurrogate, count: int | None) -
 
 
 def _with_others(victim: Victim, placement: Tensor, generator: torch.Generator) -> Tensor:
-    """[batch, candidates, patches, 4]: each candidate with others of the same image where there are several patches."""
+    """Combine each candidate with random other candidates of the image for several patches.
+
+    Returns [batch, candidates, patches, 4].
+    """
     patches = victim.threat.patches
     count = placement.shape[1]
     parts = [placement]

@@ -1,4 +1,4 @@
-"""Certified and attacked accuracy over a data set: how tight the certificates are, and whether any of them breaks."""
+"""Certified and attacked accuracy over a dataset: tightness of the certificates, and search for broken ones."""
 
 import json
 import re
@@ -20,14 +20,15 @@ from bagcert.records import SCHEMA_VERSION, named
 from bagcert.threat import PatchThreatModel
 
 Batch = tuple[Sequence[int], np.ndarray, np.ndarray]
-"""Numbers in the data set, uint8 images [batch, height, width, channels], true labels [batch]."""
+"""Indices in the dataset, uint8 images [batch, height, width, channels], true labels [batch]."""
 
 
 @dataclass(frozen=True)
 class AttackRow:
-    """One rule against one threat over a data set. Accuracies are fractions of all images.
+    """Results of one rule against one threat over a dataset. Accuracies are fractions of all images.
 
-    `certified_accuracy <= attacked_accuracy <= clean_accuracy`, unless `broken_certificates` is not 0.
+    `certified_accuracy <= attacked_accuracy <= clean_accuracy` holds unless certificates were broken. `attempts` counts
+    the evaluated patched images, `certified_attempts` those of certified images.
     """
 
     rule: str
@@ -43,7 +44,7 @@ class AttackRow:
 
 @dataclass(frozen=True)
 class ImageAttacks:
-    """What attacks did to one image of a data set, a result per rule and threat; `source` as in `ImageRecord`."""
+    """Attack results for one image of a dataset, one per rule and threat; `source` is as in `ImageRecord`."""
 
     index: int
     label: int
@@ -51,13 +52,19 @@ class ImageAttacks:
     source: str = ""
 
     def to_json(self) -> str:
-        """One line of JSONL."""
+        """Serialize to one line of JSONL."""
         return json.dumps(named(asdict(self)), separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class Bracket:
-    """Rows, a record per image, and where the images of broken certificates are; None as it should be."""
+    """Result of `bracket`.
+
+    Attributes:
+        rows: one row per rule and threat.
+        records: one record per image.
+        alarm_folder: folder with the images of broken certificates; None if no certificate was broken.
+    """
 
     rows: list[AttackRow]
     records: list[ImageAttacks]
@@ -65,13 +72,13 @@ class Bracket:
 
     @property
     def broken_certificates(self) -> int:
-        """In all rows together."""
+        """Number of broken certificates in all rows."""
         return sum(row.broken_certificates for row in self.rows)
 
 
 @dataclass(frozen=True)
 class AttackInfo:
-    """A whole run, as `bagcert attack --json` prints it; `notes` and `pixels` as in `bagcert.records.RunInfo`."""
+    """Result of a run, as printed by `bagcert attack --json`; `notes` and `pixels` as in `bagcert.records.RunInfo`."""
 
     model: str
     weights_sha256: str
@@ -92,7 +99,7 @@ class AttackInfo:
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, the schema version first; without notes where there are none."""
+        """Convert to a dict for JSON, with the schema version first and without empty notes."""
         values = asdict(self)
         if not self.notes:
             del values["notes"]
@@ -101,7 +108,7 @@ class AttackInfo:
 
 @dataclass
 class _Tally:
-    """One rule against one threat, filled batch by batch."""
+    """Results of one rule against one threat, accumulated over batches."""
 
     rule: str
     notation: str
@@ -145,26 +152,27 @@ def attack_dataset(
     about: dict[str, Any] | None = None,
     on_progress: Callable[[float, int], None] = lambda images, broken: None,
 ) -> Bracket:
-    """Attacks every image of a data set under every rule and threat.
+    """Attack every image of a dataset under every rule and threat.
 
-    Batches are attacked one after the other; what is found on one is transferred to the next. An image that is both
-    certified and broken is an alarm: both images, the placement and the verdicts are written at once, into `save` or
-    else into `bagcert-broken-<n>` in the current folder, and counted. It does not raise; look at
+    Batches are attacked one after the other, and successful patch contents are transferred to later batches. If an
+    image is both certified and broken, the clean and the patched image, the placement and the verdicts are written
+    immediately to `save`, or to `bagcert-broken-<n>` in the current folder. This does not raise an error; check
     `Bracket.broken_certificates`.
 
     Args:
-        batches: (numbers, images, labels); images as `attack` takes them, of one size.
-        patches, rules: a row for each pair, in this order.
-        attacks: names from `ATTACKS`; all of them when empty.
-        settings: how hard to try.
-        allowed: where patches may lie, a boolean [height, width] or a mask image; everywhere when absent.
-        save: a folder for the successful adversarial images, as PNG.
-        about: facts about the run that belong into the files of an alarm.
-        on_progress: called with (images done, counted in parts; images broken so far), over all rows together.
+        defense: the defense.
+        batches: (indices, images, labels) with images as for `attack`, all of one size.
+        patches, rules: one row is computed for each pair.
+        attacks: names from `ATTACKS`; all attacks if empty.
+        settings: strength of the attacks.
+        allowed: where patches may lie: boolean [height, width] or path of a mask image; default: everywhere.
+        save: folder for the successful adversarial images, as PNG.
+        about: information about the run, included in the files about broken certificates.
+        on_progress: called with (finished images, including fractions; broken images so far) over all rows.
 
     Raises:
-        UsageError: bad images, patch, rule or attack.
-        UnreadableError: no batch at all.
+        UsageError: invalid images, patch, rule or attack.
+        UnreadableError: there are no batches.
     """
     settings = settings or Settings()
     tallies = [_Tally(rule, patch) for patch in patches for rule in rules]
@@ -214,7 +222,7 @@ def attack_dataset(
 
 
 def attack_choices(attacks: Sequence[str], settings: Settings, batch_size: int) -> dict[str, Any]:
-    """How a data set was attacked, for the JSON of a run."""
+    """Describe the attacks on a dataset for the JSON of a run."""
     return {
         "attacks": list(attacks or ATTACKS),
         "steps": settings.steps,
@@ -232,15 +240,19 @@ def upright_batches(
     numbers: Sequence[int] | None = None,
     sources: dict[int, str] | None = None,
 ) -> Iterator[Batch]:
-    """Images of a data set for `attack_dataset`, with their labels; all must have the network's `size`.
+    """Yield batches of a dataset for `attack_dataset`; all images must be upright and have the network's `size`.
 
     Args:
-        numbers: of the images; all of them when absent.
-        sources: gets what each image is called, by its number.
+        images: the dataset.
+        labels: true labels of all images.
+        size: (height_px, width_px).
+        batch_size: number of images per batch.
+        numbers: indices of the images; default: all images.
+        sources: dict that receives the name of each image by its index.
 
     Raises:
-        UsageError: an image of another size; its patch would have to be chosen before it is resized.
-        UnreadableError: an image that cannot be read.
+        UsageError: an image has another size, so the patch would have to be applied before resizing.
+        UnreadableError: an image cannot be read.
     """
     chosen = list(range(len(images)) if numbers is None else numbers)
     for start in range(0, len(chosen), batch_size):
@@ -252,8 +264,8 @@ def upright_batches(
                 turned = " and turned by EXIF" if photo.orientation != 1 else ""
                 raise UsageError(
                     f"{photo.source} is {height}x{width} px{turned}; attacks need upright images of the network's "
-                    f"{size[0]}x{size[1]} px, since the patch is put on what the network sees; --resize brings every "
-                    "image to that size first"
+                    f"{size[0]}x{size[1]} px, since the patch is applied to the network's input; use --resize to "
+                    "resize every image first"
                 )
         if sources is not None:
             sources |= {number: images.named(photo) for number, photo in zip(batch, photos, strict=True)}
@@ -261,12 +273,12 @@ def upright_batches(
 
 
 def _name(index: int, record: AttackRecord) -> str:
-    """How the files about one image begin: `000012-vote-5`."""
+    """Prefix of the files about one image, such as `000012-vote-5`."""
     return f"{index:06d}-{record.rule}-{re.sub(r'[^0-9A-Za-z.]+', '_', record.threat)}"
 
 
 def _free_folder() -> Path:
-    """The first `bagcert-broken-<n>` in the current folder that is not there yet."""
+    """The first `bagcert-broken-<n>` in the current folder that does not exist yet."""
     number = 1
     while Path(f"bagcert-broken-{number}").exists():
         number += 1

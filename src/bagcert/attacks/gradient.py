@@ -1,9 +1,9 @@
-"""Gradient ascent on the content of the patch, at the most promising placements, with restarts.
+"""Gradient attack: optimizes the content of the patch at the most promising placements, with restarts.
 
-The steps are those of Adam on the pixels of the patch with a cosine schedule, projected onto what a uint8 image can
-hold; the loss is the true margin of the rule on the integer score map, with straight-through gradients. Source: Madry
-et al., ICLR 2018 (PGD); Kingma & Ba, ICLR 2015 (Adam); docs/method.md, "Double masking", for the conditions
-that the objectives against double masking follow.
+The optimizer is Adam on the pixels of the patch with a cosine schedule, projected to valid uint8 values. The loss is
+computed from the integer score map with straight-through gradients; see `bagcert.attacks.objectives`.
+
+Source: Madry et al., ICLR 2018 (PGD); Kingma & Ba, ICLR 2015 (Adam); docs/method.md, "Double masking".
 """
 
 import math
@@ -19,18 +19,17 @@ from bagcert.attacks.settings import OnProgress, Settings
 from bagcert.attacks.surrogate import Surrogate, surrogate_of, whole_pixels
 from bagcert.attacks.victim import Victim
 
-CHECK_EVERY = 5  # steps between two looks at the rule's answer
-REMEMBERED = 8  # contents per batch of rows kept for transfer
+CHECK_EVERY = 5  # steps between two evaluations of the rule
+REMEMBERED = 8  # contents per batch of rows stored for transfer
 
-_FIRST_STEP, _LAST_STEP = 40.0, 1.0  # in levels of 0 to 255
+_FIRST_STEP, _LAST_STEP = 40.0, 1.0  # step sizes in pixel values from 0 to 255
 _DECAY, _SQUARE_DECAY = 0.8, 0.9
 
 
 def gradient(victim: Victim, settings: Settings, generator: torch.Generator, progress: OnProgress) -> None:
-    """Attacks every open image at its candidates, restart by restart, until it is broken.
+    """Attack every unbroken image at its candidate placements, with restarts.
 
-    Restarts differ in the initial content, in the class to raise and, for double masking, in which of its two rounds
-    is aimed at.
+    Restarts differ in the initial content, the target class and, for double masking, the round that is attacked.
     """
     surrogate = surrogate_of(victim)
     found = candidates(victim, surrogate, settings.placements, generator)
@@ -39,7 +38,7 @@ def gradient(victim: Victim, settings: Settings, generator: torch.Generator, pro
         kind, rank = kinds[restart % len(kinds)], restart // len(kinds)
         image = victim.open
         which = torch.arange(len(found)).repeat_interleave(len(image))
-        image = image.repeat(len(found))  # the first candidate of all images, then the second
+        image = image.repeat(len(found))  # first candidate of all images, then second candidate, ...
         for start in range(0, len(image), settings.rows):
             some = slice(start, start + settings.rows)
             rows = _Rows.start(victim, surrogate, found, image[some], which[some], kind, rank, generator)
@@ -49,13 +48,18 @@ def gradient(victim: Victim, settings: Settings, generator: torch.Generator, pro
 
 @dataclass
 class _Rows:
-    """Patched images under way, a row each; `image` and `placement` on the CPU, the rest where the network is.
+    """State of the optimization, one row per patched image.
+
+    `image` and `placement` are on the CPU, all other tensors on the device of the network.
 
     Attributes:
-        rival, left_out: what the objective takes.
+        image: indices of the images.
+        placement: placements of the patches.
+        rival, left_out: target class and fixed mask of the objective.
         contents: float [rows, patches, height, width, channels] in [0, 255].
-        mean, square: Adam's two moments.
-        best, kept: the lowest loss so far and the whole-numbered content that had it.
+        mean, square: first and second moment of Adam.
+        best: lowest loss so far.
+        kept: integer-valued contents with that loss.
     """
 
     image: Tensor
@@ -80,10 +84,10 @@ class _Rows:
         rank: int,
         generator: torch.Generator,
     ) -> "_Rows":
-        """Random contents for the images that are still open."""
+        """Initialize random contents for the images that are not broken yet."""
         open_ = ~victim.broken[image]
         image, which = image[open_], which[open_]
-        # The plain sum first raises whatever rival is nearest; the other objectives need a class of their own.
+        # With the plain sum the first restart is untargeted; all other objectives need a target class.
         nearest = min(max(rank - (kind == "sum"), 0), found.rival.shape[2] - 1)
         rival = found.rival[image, which, nearest]
         if kind == "sum" and rank == 0:
@@ -105,12 +109,12 @@ class _Rows:
         return _Rows(*(tensor[rows.to(tensor.device)] for tensor in tensors))
 
     def pixels(self) -> Tensor:
-        """The best contents, as a uint8 image holds them."""
+        """The best contents so far as uint8."""
         return self.kept.round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def _ascend(victim: Victim, surrogate: Surrogate, rows: _Rows, kind: Kind, steps: int) -> None:
-    """One ascent of every row; a row ends when its image is broken."""
+    """Optimize every row; a row is dropped when its image is broken."""
     for step in range(steps + 1):
         if not len(rows):
             return
@@ -137,14 +141,14 @@ def _ascend(victim: Victim, surrogate: Surrogate, rows: _Rows, kind: Kind, steps
             rows, slope = rows[rest], slope[rest.to(slope.device)]
         if step < steps:
             _step(rows, slope, step + 1, steps)
-    # What did not change the answer goes through the front door all the same: the surrogate is no judge.
+    # Submit also the rows that failed on the surrogate: success is judged only by the defense itself.
     victim.submit("gradient", rows.image, rows.pixels(), rows.placement, counted=True)
     if not victim.library:
         victim.remember(rows[rows.best.argsort()[:REMEMBERED].cpu()].pixels())
 
 
 def _step(rows: _Rows, slope: Tensor, number: int, steps: int) -> None:
-    """Adam's step number 1, 2, ... down the slope, in place."""
+    """Apply one Adam step in place; `number` starts at 1."""
     size = _LAST_STEP + (_FIRST_STEP - _LAST_STEP) * (1 + math.cos(math.pi * number / steps)) / 2
     rows.mean = _DECAY * rows.mean + (1 - _DECAY) * slope
     rows.square = _SQUARE_DECAY * rows.square + (1 - _SQUARE_DECAY) * slope**2

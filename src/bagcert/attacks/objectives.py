@@ -1,12 +1,12 @@
-"""What an attack minimizes: smooth enough stand-ins for the prediction of each rule, in units of the score map.
+"""Differentiable objectives that attacks minimize, in units of the score map.
 
-All are of the form max over c' != c of S_c' - S_c for a class c that the attack wants on top, with S the class scores
-of some part of the map (its sums, or what a readout makes of them); the prediction of a rule changes only where such
-leads turn negative. With the masks m of double masking (docs/method.md, "Double masking") there are two ways to another
-answer:
+All objectives have the form max over c' != c of S_c' - S_c for a target class c, where S are the class scores of some
+part of the map (its sums, or the output of a readout). The prediction of a rule changes only if such leads become
+negative. For the masks m of double masking (docs/method.md, "Double masking") there are two ways to change the
+prediction:
 
-- `every-mask`: c wins outside every mask, given one mask that is left out all the time. Outside a fixed disagreer
-  that is its second round, with no fixed mask it is the unanimous first round (and, for detection, no alert).
+- `every-mask`: c wins outside every mask, optionally with one fixed mask applied in addition. With a fixed mask, this
+  is its second round; without one, it is a unanimous first round (and, for detection, the absence of an alert).
 - `most-masks`: c wins outside most masks and becomes the majority.
 """
 
@@ -22,9 +22,9 @@ from bagcert.rules.masks import Windows
 Kind = Literal["sum", "every-mask", "most-masks"]
 
 UNTARGETED = -1
-_MOST = 0.6  # the share of masks that must be won for a safe majority
+_MOST = 0.6  # share of masks that the target class must win to be a safe majority
 
-# The kinds that successive restarts use.
+# The objectives used by successive restarts.
 KINDS: dict[str, tuple[Kind, ...]] = {
     "double-masking": ("every-mask", "most-masks"),
     "detection": ("every-mask",),
@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 
 
 def kinds_for(rule: str) -> tuple[Kind, ...]:
-    """The objectives against a rule; the plain sum where nothing better is known."""
+    """The objectives against a rule; the plain sum by default."""
     return KINDS.get(rule, ("sum",))
 
 
@@ -45,14 +45,16 @@ def objective(
     left_out: Int[Tensor, " rows"] | None = None,
     class_scores: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Float[Tensor, " rows"]:
-    """What to minimize, differentiable; below 0 the part of the prediction it stands for has changed.
+    """Compute the objective of each row; below 0, the corresponding condition for a changed prediction holds.
 
     Args:
-        label: the clean answer.
-        rival: the class wanted on top; UNTARGETED for any but the label (for the sum only).
+        kind: the objective.
+        maps: maps of the patched images.
+        label: the clean prediction.
+        rival: the target class; UNTARGETED for any class except the label (only for the sum).
         windows: the masks.
-        left_out: a mask that is left out all the time, by its index; -1 for none.
-        class_scores: of a surrogate, from sums over kept regions; the sums themselves where maps hold class scores.
+        left_out: index of a mask that is applied in addition; -1 for none.
+        class_scores: function from sums over kept regions to class scores; the identity if maps contain class scores.
     """
     if kind != "sum" and windows is not None:
         if left_out is not None and kind == "every-mask":
@@ -71,6 +73,6 @@ def objective(
 
 
 def _lead(sums: Float[Tensor, "rows classes *masks"], rival: Int[Tensor, " rows"]) -> Tensor:
-    """Max over c' != c of S_c' - S_c for each row's class c."""
+    """Compute max over c' != c of S_c' - S_c for the class c of each row."""
     index = rival.view(-1, 1, *[1] * (sums.ndim - 2)).expand(-1, 1, *sums.shape[2:])
     return sums.scatter(1, index, -torch.inf).amax(1) - sums.gather(1, index)[:, 0]

@@ -1,8 +1,8 @@
-"""Patches as tensors: pasting them, drawing placements, and checking that an attack stayed inside its threat model.
+"""Patches as tensors: pasting, placements, and the check that an attack stays inside its threat model.
 
-Several patches of several shapes share one form: contents [rows, patches, height, width, channels] on a canvas of the
-largest shape, and placements [rows, patches, 4] of `[top, left, height, width]` in pixels, of which each content uses
-its upper left part.
+Patches of several shapes have a common representation: contents [rows, patches, height, width, channels] of the size of
+the largest shape, and placements [rows, patches, 4] of `[top, left, height, width]` in pixels. A smaller patch uses the
+upper left part of its content.
 """
 
 from functools import lru_cache
@@ -15,19 +15,19 @@ from bagcert.threat import PatchThreatModel
 
 
 def canvas_size(threat: PatchThreatModel) -> tuple[int, int]:
-    """(height_px, width_px) that holds every shape of the threat."""
+    """(height_px, width_px) large enough for every shape of the threat."""
     return max(h for h, _ in threat.shapes), max(w for _, w in threat.shapes)
 
 
 def every_placement(threat: PatchThreatModel) -> Int[Tensor, "placements 4"]:
-    """All maximal placements of one patch, the last row and column included, in the order (shape, top, left)."""
+    """All maximal placements of one patch, sorted by (shape, top, left)."""
     return _every_placement(threat)
 
 
 def nearest_placements(threat: PatchThreatModel, rectangles: Int[Tensor, "*rows 4"]) -> Int[Tensor, "*rows 4"]:
-    """The admissible placement nearest to the middle of each rectangle: itself where it is one.
+    """Replace each rectangle by the admissible placement with the nearest center; admissible placements are unchanged.
 
-    Certificates of masking on pixels name masks, which are larger than patches.
+    Needed because certificates of pixel-masking defenses report masks, which are larger than patches.
     """
     shapes = torch.tensor(threat.maximal_shapes)
     flat = rectangles.reshape(-1, 4)
@@ -44,16 +44,16 @@ def nearest_placements(threat: PatchThreatModel, rectangles: Int[Tensor, "*rows 
 def random_placements(
     threat: PatchThreatModel, count: int, generator: torch.Generator
 ) -> Int[Tensor, "count patches 4"]:
-    """Placements drawn with equal chances for every shape and position."""
+    """Draw placements uniformly over all shapes and positions."""
     places = every_placement(threat)
     drawn = torch.randint(0, len(places), (count, threat.patches), generator=generator)
     return places[drawn]
 
 
 def paste(images: Tensor, contents: Tensor, placements: Int[Tensor, "rows patches 4"]) -> Tensor:
-    """Images [rows, height, width, channels] with each row's patches on them; a later patch covers an earlier one.
+    """Paste patches onto images [rows, height, width, channels]; later patches cover earlier ones.
 
-    Differentiable in `contents`. A placement may stick out of the image; what sticks out is cut off.
+    Differentiable with respect to `contents`. Parts of a patch outside the image are cut off.
     """
     height, width = images.shape[1:3]
     row = torch.arange(len(images), device=images.device)[:, None, None]
@@ -68,7 +68,7 @@ def paste(images: Tensor, contents: Tensor, placements: Int[Tensor, "rows patche
 
 
 def cut(images: Tensor, placements: Int[Tensor, "rows patches 4"], size: tuple[int, int]) -> Tensor:
-    """What the images show at the placements: contents [rows, patches, *size, channels]; beyond the border repeated."""
+    """Cut contents [rows, patches, *size, channels] out of images; pixels beyond the border are repeated."""
     row = torch.arange(len(images), device=images.device)[:, None, None, None]
     i = placements[:, :, 0, None] + torch.arange(size[0], device=images.device)
     j = placements[:, :, 1, None] + torch.arange(size[1], device=images.device)
@@ -79,9 +79,9 @@ def cut(images: Tensor, placements: Int[Tensor, "rows patches 4"], size: tuple[i
 def stays_inside(
     threat: PatchThreatModel, images: Tensor, patched: Tensor, placements: Int[Tensor, "rows patches 4"]
 ) -> Bool[Tensor, " rows"]:
-    """Does each patched image differ from its original only inside admissible placements of the threat?
+    """Whether each patched image differs from its original only inside admissible placements of the threat.
 
-    Looked at pixel by pixel and shared with nothing that pastes, so that it may be believed.
+    The check compares pixels directly and shares no code with `paste`, so that it is independent of it.
     """
     fine = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     if placements.shape[1] > threat.patches or images.shape != patched.shape or images.dtype != patched.dtype:

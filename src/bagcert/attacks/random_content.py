@@ -1,4 +1,4 @@
-"""Contents that know nothing: black, white, saturated colours, noise, checkerboards, at random placements."""
+"""Random attack: black, white, saturated colors, noise and checkerboards, at random placements."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,13 @@ from bagcert.attacks.patches import canvas_size, cut, random_placements
 from bagcert.attacks.settings import OnProgress, Settings
 from bagcert.attacks.victim import Victim
 
-EACH = 4  # patched images per placement of the settings
-_COLORS = 8  # corners of the colour cube, black and white among them
+EACH = 4  # patched images per placement in the settings
+_COLORS = 8  # corners of the color cube, including black and white
 _KINDS = _COLORS + 5
 
 
 def random_content(victim: Victim, settings: Settings, generator: torch.Generator, progress: OnProgress) -> None:
-    """Tries random and extreme contents, each at a placement drawn at random, and once at the worst ones."""
+    """Try random and extreme contents at random placements, and each kind once at the worst placement."""
     tries = EACH * (settings.placements or 64)
     size = canvas_size(victim.threat)
     for number in range(tries):
@@ -26,7 +26,7 @@ def random_content(victim: Victim, settings: Settings, generator: torch.Generato
             placement[:, : worst.shape[1]] = worst
         kind = torch.full((len(image),), number % _KINDS)
         contents = draw_contents(kind, victim.threat.patches, size, victim.images.shape[3], generator)
-        if number % _KINDS == _KINDS - 1:  # the content of another image of the batch
+        if number % _KINDS == _KINDS - 1:  # a piece of another image of the batch
             other = torch.randint(0, len(victim), (len(image),), generator=generator)
             contents = cut(victim.images[other], random_placements(victim.threat, len(image), generator), size)
         victim.submit("random", image, contents, placement)
@@ -36,7 +36,7 @@ def random_content(victim: Victim, settings: Settings, generator: torch.Generato
 def draw_contents(
     kinds: Tensor, patches: int, size: tuple[int, int], channels: int, generator: torch.Generator
 ) -> Tensor:
-    """Uint8 contents [rows, patches, *size, channels]: `kinds` 0 to 7 are colours, the others noise and patterns."""
+    """Create contents uint8 [rows, patches, *size, channels]: `kinds` 0 to 7 are colors, others noise and patterns."""
     shape = (len(kinds), patches, *size, channels)
     noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     extreme = torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8) * 255

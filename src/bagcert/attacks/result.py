@@ -1,4 +1,4 @@
-"""What attacks found on a batch: per image broken or not, the patch and the placement; pictures and alarms on disk."""
+"""Results of attacks on a batch of images, and files about successful attacks and broken certificates."""
 
 import io
 import json
@@ -16,16 +16,19 @@ from bagcert.threat import PatchThreatModel
 
 @dataclass(frozen=True)
 class AttackRecord:
-    """What the attacks did to one image under one rule and threat.
+    """Result of the attacks on one image under one rule and threat.
 
     Attributes:
-        prediction: the clean answer.
-        certified: was it promised that no attack changes it?
-        broken: did one change it? (For the detection rule: without an alert.)
-        attack: the one that did; None without.
-        placement: `[top, left, height, width]` of each patch that did, in pixels; None without.
-        patched_prediction: the answer on the patched image; the clean one where nothing changed it.
-        attempts: patched images that the rule was asked about.
+        rule: name of the rule.
+        patch: [height_px, width_px] for a single unrestricted patch of one shape, else None.
+        threat: the threat in the patch notation.
+        prediction: the clean prediction.
+        certified: whether the clean prediction is certified.
+        broken: whether an attack changed the prediction (for detection: without raising an alert).
+        attack: name of the successful attack, or None.
+        placement: `[top, left, height, width]` in pixels of each patch of the successful attack, or None.
+        patched_prediction: prediction on the patched image; the clean prediction if no attack succeeded.
+        attempts: number of patched images on which the rule was evaluated.
     """
 
     rule: str
@@ -42,14 +45,14 @@ class AttackRecord:
 
 @dataclass(frozen=True, eq=False)
 class AttackResult:
-    """A batch under attack, one rule and one threat.
+    """Result of the attacks on a batch under one rule and threat.
 
     Attributes:
-        records: one per image.
-        labels: true labels [batch]; nothing but the accuracies looks at them.
-        images: uint8 [batch, height, width, channels], as given.
-        patched: the successful adversarial images by their number in the batch.
-        threat: what the attacker could do.
+        records: one record per image.
+        labels: true labels [batch], used only for accuracies.
+        images: the clean images, uint8 [batch, height, width, channels].
+        patched: successful adversarial images by index in the batch.
+        threat: the threat model.
     """
 
     records: list[AttackRecord]
@@ -60,7 +63,7 @@ class AttackResult:
 
     @classmethod
     def of(cls, victim: Victim, labels: np.ndarray) -> "AttackResult":
-        """Reads off what has been done to a victim."""
+        """Collect the results of the attacks on a victim."""
         patch = victim.threat.patch
         records = [
             AttackRecord(
@@ -80,37 +83,37 @@ class AttackResult:
         return cls(records, np.asarray(labels), victim.images.numpy(), victim.patched, victim.threat)
 
     def __len__(self) -> int:
-        """How many images."""
+        """Number of images."""
         return len(self.records)
 
     @property
     def broken(self) -> np.ndarray:
-        """Boolean [batch]: some attack changed the answer."""
+        """Which images are broken, boolean [batch]."""
         return np.array([record.broken for record in self.records])
 
     @property
     def alarms(self) -> list[int]:
-        """Images that were certified and are broken; there must be none."""
+        """Indices of images that are both certified and broken; empty if all certificates are valid."""
         return [i for i, record in enumerate(self.records) if record.certified and record.broken]
 
     @property
     def clean_accuracy(self) -> float:
-        """The share of images right without an attack."""
+        """Fraction of images classified correctly without an attack."""
         return float(self._right.mean())
 
     @property
     def attacked_accuracy(self) -> float:
-        """The share of images right without an attack and under every attack tried: an upper bound."""
+        """Fraction of images classified correctly and not broken; an upper bound on robust accuracy."""
         return float((self._right & ~self.broken).mean())
 
     @property
     def certified_accuracy(self) -> float:
-        """The share of images right and certified: a lower bound."""
+        """Fraction of images classified correctly and certified; a lower bound on robust accuracy."""
         return float((self._right & np.array([record.certified for record in self.records])).mean())
 
     @property
     def attempts(self) -> int:
-        """Patched images that the rule was asked about."""
+        """Number of patched images on which the rule was evaluated."""
         return sum(record.attempts for record in self.records)
 
     @property
@@ -119,10 +122,10 @@ class AttackResult:
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Writes uint8 [height, width, 1 or 3] as PNG, whole or not at all.
+    """Write uint8 pixels [height, width, 1 or 3] to a PNG file atomically.
 
     Raises:
-        BagcertError: it cannot be written.
+        BagcertError: the file cannot be written.
     """
     buffer = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
@@ -130,13 +133,15 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def save_broken(result: AttackResult, i: int, folder: Path, name: str, index: int, about: dict[str, Any]) -> None:
-    """Writes all that is needed to look into a broken certificate: both images, the placement and the verdicts.
+    """Write the clean and the patched image, the placement and the verdicts of a broken certificate for analysis.
 
     Args:
-        i: its number in the batch.
-        folder, name: where, and how the files begin.
-        index: its number in the data set.
-        about: the model and the data it happened with.
+        result: result of the attacks on the batch.
+        i: index of the image in the batch.
+        folder: folder of the files.
+        name: prefix of the file names.
+        index: index of the image in the dataset.
+        about: information about the model and the dataset.
 
     Raises:
         BagcertError: a file cannot be written.

@@ -1,8 +1,8 @@
-"""A greedy attack on the score map without gradients: the content of the patch is put together cell by cell.
+"""Score-map attack: a greedy search without gradients that composes the content of the patch cell by cell.
 
-Contents come from a pool: extreme and random ones, and pieces of other images where the wanted class scores high. The
-best whole content is taken first, then each cell of the patch is tried with the content of every other in the pool.
-It finds what gradients miss: heads without slope, and losses with plateaus.
+Contents come from a pool of extreme and random contents and of pieces of other images with high scores of the target
+class. The search starts with the best content of the pool and then replaces each cell by the best cell of the pool. It
+covers cases in which gradients are not informative, such as binary heads and losses with plateaus.
 """
 
 import torch
@@ -17,13 +17,13 @@ from bagcert.attacks.surrogate import Surrogate, surrogate_of
 from bagcert.attacks.victim import Victim
 
 POOL = 24
-_DRAWN = 12  # of the pool; the rest are pieces of images
-_PIECES = 64  # pieces of images looked at for each image
-_CELLS = 3  # along each side of the patch at most
+_DRAWN = 12  # drawn contents in the pool; the others are pieces of images
+_PIECES = 64  # number of pieces of images from which the pool is chosen
+_CELLS = 3  # maximum number of cells along each side of the patch
 
 
 def score_map(victim: Victim, settings: Settings, generator: torch.Generator, progress: OnProgress) -> None:
-    """Attacks every open image at a quarter of the candidates, for each kind of objective."""
+    """Attack every unbroken image at a quarter of the candidate placements, for each objective."""
     surrogate = surrogate_of(victim)
     count = None if settings.placements is None else max(1, settings.placements // 4)
     found = candidates(victim, surrogate, count, generator)
@@ -46,7 +46,7 @@ def _greedy(
     kind: Kind,
     generator: torch.Generator,
 ) -> None:
-    """One placement of several images, all contents of the pool at once."""
+    """Attack one placement of several images, evaluating all contents of the pool at once."""
     device = surrogate.device
     placement = found.placement[image, which]
     rival = found.rival[image, which, 0]
@@ -59,7 +59,7 @@ def _greedy(
     left_out = found.left_out[image, which, 0].repeat_interleave(POOL).to(device)
 
     def best(contents: Tensor) -> tuple[Tensor, Tensor]:
-        """The lowest loss of each image and which content has it; contents that change the answer come first."""
+        """The lowest loss of each image and the index of its content; contents that change the prediction win."""
         with torch.no_grad():
             maps = surrogate.maps(many, contents.flatten(0, 1).float().to(device), places)
             loss = objective(kind, maps, label, wanted, surrogate.windows, left_out, surrogate.class_scores).cpu()
@@ -82,7 +82,7 @@ def _greedy(
 
 
 def _cells(shape: list[int]) -> list[tuple[slice, slice]]:
-    """The patch in at most _CELLS x _CELLS parts."""
+    """Divide the patch into at most _CELLS x _CELLS cells."""
     sides = []
     for side in shape:
         step = -(-side // _CELLS)
@@ -91,12 +91,12 @@ def _cells(shape: list[int]) -> list[tuple[slice, slice]]:
 
 
 def _pool(victim: Victim, surrogate: Surrogate, rival: Tensor, generator: torch.Generator) -> Tensor:
-    """Contents [images, POOL, patches, height, width, channels]: extreme, random, and pieces like the rival."""
+    """Create a pool [images, POOL, patches, height, width, channels] of extreme and random contents and pieces."""
     threat, size = victim.threat, canvas_size(victim.threat)
     batch, channels = len(rival), victim.images.shape[3]
     kinds = torch.arange(_DRAWN).repeat(batch)
     drawn = draw_contents(kinds, threat.patches, size, channels, generator).unflatten(0, (batch, _DRAWN))
-    # Pieces are cut where the wanted class leads most, among random ones of the batch.
+    # Among random pieces of the batch, those with the largest lead of the target class are chosen.
     other = torch.randint(0, len(victim), (_PIECES,), generator=generator)
     places = random_placements(threat, _PIECES, generator)
     rows, cols = surrogate.clean.shape[2:]
@@ -104,8 +104,8 @@ def _pool(victim: Victim, surrogate: Surrogate, rival: Tensor, generator: torch.
     top, left = places[:, 0, 0] + places[:, 0, 2] // 2, places[:, 0, 1] + places[:, 0, 3] // 2
     here = surrogate.clean.cpu()[other, :, top * rows // height, left * cols // width]
     with torch.no_grad():
-        here = surrogate.class_scores(here.to(surrogate.device)).cpu()  # [pieces, classes], of that region alone
+        here = surrogate.class_scores(here.to(surrogate.device)).cpu()  # [pieces, classes], scores of that region only
     here = here - here.mean(1, keepdim=True)
-    chosen = here[:, rival].topk(POOL - _DRAWN, dim=0).indices.T  # [images, pieces kept]
+    chosen = here[:, rival].topk(POOL - _DRAWN, dim=0).indices.T  # [images, chosen pieces]
     pieces = cut(victim.images[other], places, size)
     return torch.cat([drawn, pieces[chosen]], 1)

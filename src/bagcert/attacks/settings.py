@@ -1,4 +1,4 @@
-"""How hard an attack tries, and the form all attacks share."""
+"""Settings and function type of attacks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from bagcert.errors import UsageError
 
 @dataclass(frozen=True)
 class Settings:
-    """How hard attacks try.
+    """Strength of attacks.
 
     Attributes:
-        steps: of each gradient ascent.
-        restarts: of each gradient ascent, with other contents, target classes and objectives.
-        placements: how many are attacked per image, the most promising ones first; None for every one.
-        seed: of all random choices.
-        rows: patched images per pass through the network.
+        steps: number of optimization steps of the gradient attack.
+        restarts: number of restarts, with different contents, target classes and objectives.
+        placements: number of placements attacked per image, most promising first; None for all.
+        seed: random seed.
+        rows: number of patched images per forward pass.
 
     Raises:
-        UsageError: a number below 1, or a seed below 0.
+        UsageError: a number is below 1, or the seed is below 0.
     """
 
     steps: int = 40
@@ -41,4 +41,4 @@ class Settings:
 
 OnProgress = Callable[[float], None]
 Attack = Callable[[Victim, Settings, torch.Generator, OnProgress], None]
-"""Attacks all open images of a victim by `Victim.submit`; reports the share done."""
+"""Type of an attack: attacks all unbroken images of a victim through `Victim.submit` and reports its progress."""

@@ -1,8 +1,8 @@
-"""What white-box attacks see of a defence: score maps of patched images, exact forward, with gradients backward.
+"""Surrogates for white-box attacks: score maps of patched images, exact in the forward pass, with gradients.
 
-A patch moves only the scores of the regions that see it, so where the network is translation-equivariant at its
-stride the attack runs it on a crop around the patch and puts the result into the clean map. That is measured when the
-surrogate is made, and left out where it does not hold. Nothing here decides success: the front door does.
+A patch changes only the scores of the regions that see it. If the network is translation-equivariant at its stride, it
+is evaluated only on a crop around the patch, and the result is inserted into the clean map. Equivariance is tested when
+the surrogate is created; otherwise whole images are used. Surrogates do not judge success; the defense itself does.
 """
 
 from dataclasses import dataclass
@@ -26,19 +26,19 @@ from bagcert.rules.masks import Windows
 from bagcert.scores import lowest_argmax
 from bagcert.threat import PatchThreatModel
 
-WORTH_CROPPING = 0.8  # of the image's area; a larger crop saves too little
+WORTH_CROPPING = 0.8  # maximum area of a crop as a share of the image; larger crops save too little
 
 
 @runtime_checkable
 class Surrogate(Protocol):
-    """Score maps of patched images of a victim.
+    """Interface of surrogates, which compute score maps of patched images.
 
     Attributes:
-        device: where maps are.
-        clean: maps [batch, channels, rows, cols] of the images without a patch; a channel for each class, or what a
-            readout pools.
-        windows: those of the threat, or None where every patch reaches everything.
-        pools: whether class scores are made from sums over regions by a readout; otherwise they are these sums.
+        device: device of the maps.
+        clean: maps [batch, channels, rows, cols] of the clean images; one channel per class, or the evidence pooled by
+            a readout.
+        windows: windows of the threat, or None if every patch reaches all regions.
+        pools: whether a readout computes class scores from sums over regions; otherwise class scores are these sums.
     """
 
     device: torch.device
@@ -47,20 +47,20 @@ class Surrogate(Protocol):
     pools: bool
 
     def maps(self, image: Tensor, contents: Tensor, placements: Tensor) -> Tensor:
-        """Maps [rows, channels, map rows, map cols] of images with contents in [0, 255], differentiable in those."""
+        """Compute maps [rows, channels, map rows, map cols] of patched images, differentiable in the contents."""
 
     def class_scores(self, sums: Tensor) -> Tensor:
-        """Class scores [*batch, classes] from sums [*batch, channels] over kept regions, differentiable."""
+        """Compute class scores [*batch, classes] from sums [*batch, channels] over kept regions, differentiable."""
 
     def changed(self, image: Tensor, maps: Tensor) -> Tensor:
-        """What the rule makes of such maps: boolean [rows], is it another answer than the clean one?"""
+        """Whether the prediction of the rule on these maps differs from the clean prediction, boolean [rows]."""
 
 
 def surrogate_of(victim: Victim) -> Surrogate:
-    """The surrogate of a victim's defence.
+    """Create the surrogate for the defense of a victim.
 
     Raises:
-        UsageError: no gradients are known of this kind of defence.
+        UsageError: white-box attacks do not support this type of defense.
     """
     defense: Defense = victim.defense
     if isinstance(defense, BagCert):
@@ -68,17 +68,17 @@ def surrogate_of(victim: Victim) -> Surrogate:
     if isinstance(defense, Undefended):
         return PlainSurrogate(victim, defense)
     raise UsageError(
-        f"white-box attacks know BagCert and Undefended defences, got {type(defense).__name__}; use the random attack"
+        f"white-box attacks support BagCert and Undefended, got {type(defense).__name__}; use the random attack"
     )
 
 
 def whole_pixels(contents: Tensor) -> Tensor:
-    """Contents rounded to what a uint8 image can hold, with the gradient of the identity."""
+    """Round contents to valid uint8 values, with the gradient of the identity."""
     return contents + (contents.round().clamp(0, 255) - contents).detach()
 
 
 class PlainSurrogate:
-    """An ordinary classifier as a map of one region: its logits."""
+    """Surrogate of an ordinary classifier; its logits form a map with one region."""
 
     pools = False
 
@@ -104,7 +104,7 @@ class PlainSurrogate:
         return lowest_argmax(maps[:, :, 0, 0]) != self._prediction[image]
 
     def saliency(self) -> Float[Tensor, "batch height width"]:
-        """How much each pixel moves the lead of the prediction: the absolute gradient, summed over channels."""
+        """Absolute gradient of the lead of the prediction with respect to each pixel, summed over channels."""
         found = []
         for some in torch.arange(len(self._images), device=self.device).split(256):
             images = self._images[some].float().requires_grad_()
@@ -120,7 +120,7 @@ class PlainSurrogate:
 
 
 class LocalSurrogate:
-    """A region scorer with its head: integer maps forward; backward the slope of the head's soft form."""
+    """Surrogate of a region scorer: integer maps in the forward pass, gradients of the soft head in the backward."""
 
     def __init__(self, victim: Victim, defense: BagCert) -> None:
         scorer = defense.scorer.eval()
@@ -165,13 +165,13 @@ class LocalSurrogate:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Crops along one axis for every placement: where they start, and what they decide.
+    """Crops along one axis for every placement.
 
     Attributes:
-        length: pixels of every crop.
-        stride: pixels per region.
-        start: int [placements], by the side of the patch.
-        touched: boolean [placements, regions], by the side of the patch.
+        length: length of every crop in pixels.
+        stride: stride of the regions in pixels.
+        start: for each side of a patch, the first pixel of the crop, int [placements].
+        touched: for each side of a patch, the regions that see the patch, boolean [placements, regions].
     """
 
     length: int
@@ -181,7 +181,7 @@ class _Axis:
 
     @classmethod
     def of(cls, seen: Bool[np.ndarray, "regions pixels"], sides: set[int]) -> "_Axis | None":
-        """None where regions are not evenly spaced intervals."""
+        """Compute the crops; None if the regions are not evenly spaced intervals."""
         pixels = seen.shape[1]
         if not seen.any(1).all():
             return None
@@ -200,7 +200,7 @@ class _Axis:
             start[side] = np.where(some, low // stride * stride, 0)
             end[side] = np.where(some, high, 0)
         length = max(int((end[side] - start[side]).max()) for side in sides)
-        length += (pixels - length) % stride  # so that a crop can start on the stride and end with the image
+        length += (pixels - length) % stride  # a crop can then start on the stride and end at the border
         if length > pixels:
             return None
         return cls(length, stride, {s: np.minimum(start[s], pixels - length) for s in sides}, touched)
@@ -208,14 +208,14 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Crop:
-    """Runs the network on crops around single patches."""
+    """Evaluates the network on crops around single patches."""
 
     rows: _Axis
     cols: _Axis
 
     @classmethod
     def of(cls, scorer: RegionScorer, grid: RegionGrid, threat: PatchThreatModel) -> "_Crop | None":
-        """None where crops would be no smaller, or give other scores than the whole image does."""
+        """Create the crops; None if they would save too little or give other scores than whole images."""
         if threat.patches > 1:
             return None
         rows = _Axis.of(grid.rows_seen, {h for h, _ in threat.maximal_shapes})
@@ -237,7 +237,7 @@ class _Crop:
         placements: Int[Tensor, "rows 4"],
         clean: Tensor,
     ) -> Float[Tensor, "rows classes map_rows map_cols"]:
-        """The maps of images with one patch, from the clean maps and a crop around each patch."""
+        """Compute the maps of images with one patch from the clean maps and a crop around each patch."""
         device = images.device
         top, row_start, row_touched = _look_up(self.rows, placements[:, 0], placements[:, 2], device)
         left, col_start, col_touched = _look_up(self.cols, placements[:, 1], placements[:, 3], device)
@@ -255,7 +255,7 @@ class _Crop:
         return torch.where(touched, found, clean[image])
 
     def _agrees(self, scorer: RegionScorer, threat: PatchThreatModel) -> bool:
-        """Do crops give the scores of whole images, on noise?"""
+        """Whether crops give the same scores as whole images, tested on noise."""
         generator = torch.Generator().manual_seed(0)
         size = (8, *threat.image_size, scorer.channels)
         images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(scorer.device)
@@ -268,14 +268,14 @@ class _Crop:
             clean = _real(scorer, images.float())
             try:
                 found = self.real_scores(scorer, images, image, contents.float(), placements[:, 0], clean)
-            except (RuntimeError, IndexError):  # a crop too small for some layer
+            except (RuntimeError, IndexError):  # the crop is too small for some layer
                 return False
         tolerance = 0.02 if scorer.autocast_dtype is not None else 1e-3
         return bool((whole - found).abs().max() <= tolerance * whole.abs().max())
 
 
 def _look_up(axis: _Axis, place: Tensor, side: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(place, start of the crop, touched regions) of each row."""
+    """Look up (position, start of the crop, touched regions) of each row."""
     pairs = list(zip(side.tolist(), place.tolist(), strict=True))
     start = torch.tensor([int(axis.start[s][p]) for s, p in pairs], device=device)
     touched = torch.from_numpy(np.stack([axis.touched[s][p] for s, p in pairs])).to(device)
@@ -283,7 +283,10 @@ def _look_up(axis: _Axis, place: Tensor, side: Tensor, device: torch.device) -> 
 
 
 def _real(scorer: RegionScorer, images: Tensor) -> Tensor:
-    """`z` in float32 of images [rows, height, width, channels] in [0, 255], in the scorer's dtype, differentiable."""
+    """Compute `z` as float32 for images [rows, height, width, channels] in [0, 255], differentiable.
+
+    The network runs in the dtype of the scorer.
+    """
     dtype = scorer.autocast_dtype
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
         return scorer(images.permute(0, 3, 1, 2) / 255).float()

@@ -1,4 +1,4 @@
-"""Transfer: the best patches found on some images, pasted on others."""
+"""Transfer attack: applies patches found on some images to other images."""
 
 import torch
 
@@ -8,11 +8,11 @@ from bagcert.attacks.victim import Victim
 
 
 def transfer(victim: Victim, settings: Settings, generator: torch.Generator, progress: OnProgress) -> None:
-    """Tries every content of the library on every open image, at its worst placement and at a random one.
+    """Try every content of the library on every unbroken image, at its worst placement and at a random placement.
 
-    The library holds what the other attacks found on this batch and on those before it, so this attack comes last.
+    The library contains results of other attacks on this and earlier batches, so this attack runs last.
     """
-    library = list(reversed(victim.library))  # the strongest first
+    library = list(reversed(victim.library))  # newest first
     for number, content in enumerate(library):
         for worst in (True, False):
             image = victim.open

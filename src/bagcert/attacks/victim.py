@@ -11,15 +11,15 @@ from bagcert.errors import BagcertError, UsageError
 from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
 
-LIBRARY = 64  # contents kept for transfer
-AT_ONCE = 256  # patched images per call of the defence
+LIBRARY = 64  # maximum number of contents stored for transfer
+AT_ONCE = 256  # patched images per call of the defense
 
 
 def check_images(images: object) -> None:
-    """Says whether images can be attacked.
+    """Check that images are a non-empty uint8 array [batch, height, width, channels].
 
     Raises:
-        UsageError: not a uint8 array [batch, height, width, channels], or empty.
+        UsageError: they are not.
     """
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         form = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
@@ -27,26 +27,26 @@ def check_images(images: object) -> None:
 
 
 class Victim:
-    """A defence deployed with one rule against one threat, on a batch of images, and what attacks have done to it.
+    """A defense with one rule and threat on a batch of images, and the state of the attacks on it.
 
-    An image is broken when a patched uint8 image that differs from it only inside admissible placements gets another
-    answer than it. Under a rule that detects, an answer with an alert breaks nothing.
+    An image is broken if a patched uint8 image that differs from it only inside admissible placements gets another
+    prediction. For detection rules, the patched image must also raise no alert.
 
     Args:
-        defense: with `predict` and `certify`.
+        defense: the defense.
         images: uint8 [batch, height, width, channels].
-        threat: what the attacker may do, for images of this size.
+        threat: threat model for images of this size.
         rule: the deployed rule.
-        library: contents uint8 [patches, height, width, channels] found on other images; grows here.
+        library: contents uint8 [patches, height, width, channels] found on other images; new contents are added.
 
     Attributes:
-        prediction, certified, worst_placement: of the clean images.
-        broken: boolean [batch].
-        attempts: int64 [batch], patched images that the rule was asked about.
-        attack, placement, patched, patched_prediction: of the first success on each image; None, or unset, without.
+        prediction, certified, worst_placement: results of `certify` on the clean images.
+        broken: boolean [batch], whether the image is broken.
+        attempts: int64 [batch], number of patched images on which the rule was evaluated.
+        attack, placement, patched, patched_prediction: the first success on each image; None or missing without one.
 
     Raises:
-        UsageError: images of another form.
+        UsageError: invalid images.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class Victim:
         self.library: list[Tensor] = [] if library is None else library
 
     def __len__(self) -> int:
-        """How many images."""
+        """Number of images."""
         return len(self.images)
 
     @property
     def open(self) -> Int[Tensor, " open"]:
-        """The images not broken so far."""
+        """Indices of the images that are not broken yet."""
         return (~self.broken).nonzero()[:, 0]
 
     def count(self, image: Int[Tensor, " rows"]) -> None:
-        """Counts one patched image for each row."""
+        """Count one attempt for the image of each row."""
         self.attempts.scatter_add_(0, image, torch.ones_like(image))
 
     def submit(
@@ -95,14 +95,17 @@ class Victim:
         placements: Int[Tensor, "rows patches 4"],
         counted: bool = False,
     ) -> Bool[Tensor, " rows"]:
-        """Puts patched images before the defence; returns which of them get another answer than their originals.
+        """Evaluate the defense on patched images; return which of them break their image.
 
         Args:
-            attack: the name of the attack, for the record.
-            counted: these were counted already, when a score map of theirs was put to the rule.
+            attack: name of the attack, for the record.
+            image: index of the image of each row.
+            contents: contents of the patches.
+            placements: placements of the patches.
+            counted: whether these attempts were counted already when the rule was evaluated on their score maps.
 
         Raises:
-            BagcertError: a patched image differs outside the threat: a mistake in the attack, never a success.
+            BagcertError: a patched image differs outside the threat, which is a bug in the attack.
         """
         changed = torch.zeros(len(image), dtype=torch.bool)
         for start in range(0, len(image), AT_ONCE):
@@ -113,7 +116,7 @@ class Victim:
         return changed
 
     def remember(self, contents: UInt8[Tensor, "rows patches height width channels"]) -> None:
-        """Keeps some contents for transfer to other images, the newest."""
+        """Store contents for transfer to other images; only the newest are kept."""
         self.library.extend(contents[-LIBRARY:].unbind(0))
         del self.library[:-LIBRARY]
 
@@ -125,7 +128,7 @@ class Victim:
             row = int((~inside).nonzero()[0, 0])
             raise BagcertError(
                 f"the {attack} attack left its threat {self.threat} at the placement {placements[row].tolist()}; "
-                "this is a mistake in the attack"
+                "this is a bug in the attack"
             )
         answers = self.defense.predict(patched.numpy(), self.threat, rule=self.rule).cpu()
         changed = answers != self.prediction[image]

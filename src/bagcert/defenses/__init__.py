@@ -1,4 +1,4 @@
-"""Certified defenses: each has `predict` and `certify`, and neither takes a label."""
+"""Certified defenses. Each has the methods `predict` and `certify`, which do not use labels."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""BagCert: a region scorer deployed with a rule and a patch. Loading shipped, local and hub models."""
+"""BagCert, a region scorer deployed with a rule and a patch; and loading of shipped, local and hub models."""
 
 import copy
 import os
@@ -39,20 +39,23 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class BagCert(ScoreMapDefense):
-    """A certified defense: predictions with a proof that no patch of the given size changes them.
+    """Certified defense based on a region scorer: certificates prove that no patch of the threat changes a prediction.
 
-    One forward pass gives a score map; the rule reads prediction and certificate from it. Source: Metzen &
-    Yatsura, ICLR 2021 ("vote"); Xiang et al., PatchCleanser, USENIX Security 2022 ("double-masking"); docs/method.md.
+    A single forward pass computes a score map. The rule derives predictions and certificates from it.
+
+    Source: Metzen & Yatsura, ICLR 2021 ("vote"); Xiang et al., PatchCleanser, USENIX Security 2022
+    ("double-masking"); docs/method.md.
 
     Args:
         scorer: the network.
         rule: the deployed rule, a name from `bagcert.rules.RULES`.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
-        config: where it comes from, for loaded models.
-        weights_sha256: of the weights file, for loaded models.
-        folder: of that file, for loaded models.
+        config: config of a loaded model.
+        weights_sha256: SHA-256 of the weights file of a loaded model.
+        folder: folder of a loaded model.
 
-    `locality` is what `check_locality` found, None before it is asked; `load` asks.
+    Attributes:
+        locality: report of `check_locality`, or None if it was not called. `load` calls it.
 
     >>> model = load("digits")
     >>> model.image_size, len(model.class_names)
@@ -91,7 +94,7 @@ class BagCert(ScoreMapDefense):
 
     @property
     def backend(self) -> str:
-        """What computes the forward pass: torch or onnxruntime."""
+        """Name of the backend of the forward pass: torch or onnxruntime."""
         return self.scorer.backend
 
     @property
@@ -100,17 +103,22 @@ class BagCert(ScoreMapDefense):
         return self.scorer.locality_checked
 
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """Integer scores of a batch: uint8 [batch, height, width, 3] or float [batch, 3, height, width] in [0, 1]."""
+        """Compute the score map of images uint8 [batch, height, width, 3] or float [batch, 3, height, width]."""
         return self.scorer.score_map(images)
 
     def check_locality(self, portable: bool = False) -> "BagCert":
-        """Measures what moves outside a patch's reach on this device, or recalls it, and guards against that.
+        """Measure how much scores outside a patch's reach change on this device, and set the tolerance accordingly.
+
+        A cached report is used if available.
 
         Args:
             portable: as for `load`.
 
+        Returns:
+            The model itself.
+
         Raises:
-            UnsoundError: more moves than a guard could make good.
+            UnsoundError: scores change too much for sound certificates.
         """
         self.locality = cached_report(self, thorough=portable)
         require_local(self.locality, portable)
@@ -120,14 +128,17 @@ class BagCert(ScoreMapDefense):
         return self
 
     def to(self, device: str | torch.device) -> "BagCert":
-        """Moves the network to a device. Where locality was measured it is measured there as well.
+        """Move the network to a device, in place. If locality was measured before, it is measured on the new device.
 
         Args:
             device: auto, cpu, cuda, cuda:N or mps.
 
+        Returns:
+            The model itself.
+
         Raises:
-            UsageError: no such device, or a backend that runs on the CPU only.
-            UnsoundError: as for `load`; the network is then back where it was.
+            UsageError: unknown device, or a backend that runs on the CPU only.
+            UnsoundError: as for `load`; the network is moved back to the previous device.
         """
         target, source = resolve_device(str(device)), self.scorer.device
         if target.type != "cpu" and self.scorer.runner is not None:
@@ -149,26 +160,26 @@ class BagCert(ScoreMapDefense):
         self.scorer.locality_checked = False
 
     def save(self, folder: str | Path, name: str | None = None) -> Path:
-        """Writes a model folder that `load` and every command take, with the rule and the patch as they are now.
+        """Save the model with its current rule and patch to a folder that `load` and all commands accept.
 
-        A loaded model is written as it was loaded. The network of any other is written as a list of operations, as
-        `torch.export` finds them, so that a module of your own needs no code where it is loaded. Geometry is not
-        written: it is derived from the operations at each load.
+        A loaded model is saved with its architecture. Other networks are saved as the list of operations found by
+        `torch.export`, so loading them does not need their code. The geometry is not saved; it is derived from the
+        operations at each load.
 
         Args:
-            folder: made if it is not there; a model in it is replaced.
-            name: of the model, for tables; its own name if it has one.
+            folder: created if it does not exist; an existing model in it is replaced.
+            name: name of the model for tables; defaults to its current name.
 
         Returns:
             The folder.
 
         Raises:
-            UsageError: the network holds an operation that cannot be stored or does not take RGB images, or the patch
-                is a threat model that its notation does not describe, as one with allowed placements.
+            UsageError: the network contains an operation that cannot be saved or does not take RGB images, or the patch
+                cannot be expressed in the patch notation (for example with restricted placements).
             BagcertError: the folder cannot be written.
         """
         if self.scorer.channels == 1:
-            raise UsageError("a model folder is of a network of RGB images, this one takes images of one channel")
+            raise UsageError("a saved model must take RGB images, this one takes images of one channel")
         scorer = self._as_configured()
         facts: dict[str, Any] = {
             "name": name or self.name,
@@ -197,7 +208,7 @@ class BagCert(ScoreMapDefense):
         return Path(folder)
 
     def _as_configured(self) -> RegionScorer | None:
-        """The scorer as the config builds it, before batch norm was folded; None where it is another network."""
+        """The scorer with the layers of the config, before folding batch norm; None if the network was replaced."""
         if self.config is None or self.config.architecture == GRAPH:
             return None
         with torch.device("meta"):
@@ -218,7 +229,7 @@ class BagCert(ScoreMapDefense):
     def _notation(self) -> str:
         threat = PatchThreatModel.parse(self.patch, self.image_size)
         if threat != PatchThreatModel.parse(threat.notation, self.image_size):
-            raise UsageError("this patch cannot be written into a model folder: its notation does not say all of it")
+            raise UsageError("this patch cannot be saved with a model: the patch notation cannot express it")
         return threat.notation
 
 
@@ -236,29 +247,32 @@ def load(
     checked: bool = True,
     backend: str = "torch",
 ) -> BagCert:
-    """A model by shipped name (`default`, `digits`, ...), folder, or hub id (`owner/name`).
+    """Load a model by name (`default`, `digits`, ...), folder, or hub id (`owner/name`).
 
-    Batch norm is folded into the convolutions. Nothing in the model is executed as code.
+    Batch norm is folded into the convolutions. No code from the model is executed.
 
-    That the device counts exactly and that scores outside a patch's reach stand still is measured, the latter once
-    per model, device and dtype (`bagcert.locality`). Where they move a little, scores that could be another integer
-    count for the attacker and certificates are marked `locality: measured`.
+    Loading checks that sums are exact on the device, and measures whether scores outside a patch's reach change, once
+    per model, device and dtype (`bagcert.locality`). If they change slightly, certificates account for the change and
+    are marked `locality: measured`.
 
     Args:
-        name: as above.
+        name: name of a shipped model, path of a model folder, or hub id.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: "float32" or "bfloat16", or torch's own.
-        portable: certificates are to hold as well where the attacked image is seen in another batch size or with
-            another number of threads, whose kernels may round otherwise: 8 times the drift that was measured is guarded
-            against, too. That is an estimate; where you can, certify and deploy in one configuration.
-        checked: False leaves the measurement out, for whoever measures next.
-        backend: what computes the forward pass, on the CPU: torch or onnxruntime; or auto, the faster of those
-            installed. Locality is measured on that backend; heads and rules are the same on all.
+        dtype: "float32" or "bfloat16", or the corresponding `torch.dtype`.
+        portable: whether certificates must also hold if the attacked image is processed with another batch size or
+            number of threads, whose kernels may round differently. Certificates then also account for 8 times the
+            measured drift. This is an estimate; if possible, certify and deploy in the same configuration.
+        checked: if False, skip the measurement of locality. Certificates are then marked `locality: unchecked`.
+        backend: backend of the forward pass: "torch", "onnxruntime" (CPU only), or "auto" for the fastest installed
+            one. Locality is measured on that backend. Heads and rules do not depend on it.
+
+    Returns:
+        The deployed model.
 
     Raises:
-        UsageError: no such model, device, dtype or backend, or its libraries are not installed.
-        UnreadableError: the files are damaged or not what they should be.
-        UnsoundError: on this device sums are not exact, or scores move where they must not.
+        UsageError: unknown model, device, dtype or backend, or a missing library.
+        UnreadableError: the model files are damaged or invalid.
+        UnsoundError: sums are not exact on this device, or scores outside a patch's reach change too much.
     """
     dtype = dtype_name(dtype)
     chosen = fastest_backend(device, dtype) if backend == "auto" else backend
@@ -292,28 +306,28 @@ def load(
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
-    """The name of a dtype given by name or as torch's own.
+    """Normalize a dtype given by name or as `torch.dtype` to its name.
 
     >>> dtype_name(torch.bfloat16), dtype_name("float32")
     ('bfloat16', 'float32')
 
     Raises:
-        UsageError: models do not run in it.
+        UsageError: unsupported dtype.
     """
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if name not in DTYPES:
-        raise UsageError(f"a dtype is one of {', '.join(DTYPES)}; got {name!r}")
+        raise UsageError(f"a dtype must be one of {', '.join(DTYPES)}; got {name!r}")
     return name
 
 
 def shipped_models() -> dict[str, Path]:
-    """The models in the package, by name."""
+    """Folders of the models included in the package, by name."""
     weights = Path(str(resources.files("bagcert"))) / "weights"
     return {path.parent.name: path.parent for path in sorted(weights.glob(f"*/{CONFIG}"))}
 
 
 def list_models() -> list[str]:
-    """The names that `load` takes without a network: the shipped models and their aliases.
+    """List the names of the models included in the package, with their aliases.
 
     >>> list_models()
     ['default', 'cifar10', 'cifar10-cpu', 'digits']
@@ -322,10 +336,10 @@ def list_models() -> list[str]:
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a model named as in `load`; a hub model is downloaded into the hub's cache.
+    """Find the folder of a model by the `name` argument of `load`; hub models are downloaded to the hub's cache.
 
     Raises:
-        UsageError: no such model.
+        UsageError: unknown model.
         UnreadableError: the hub cannot be reached or has no such model.
     """
     shipped = shipped_models()
@@ -335,7 +349,7 @@ def model_folder(name: str | Path) -> Path:
     if os.path.isdir(name):
         return Path(name)
     if os.path.exists(name):
-        raise UsageError(f"{text} is a file; a model is the folder with {WEIGHTS} and {CONFIG}")
+        raise UsageError(f"{text} is a file; give the model folder with {WEIGHTS} and {CONFIG}")
     parts = text.split("/")
     if len(parts) == 2 and all(parts) and not text.startswith((".", "/", "~")):
         return _from_hub(text)
@@ -348,8 +362,8 @@ def _from_hub(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG]))
-    except Exception as error:  # the hub's own, the file system's, and those of whatever HTTP library it uses
+    except Exception as error:  # errors of the hub, the file system or an HTTP library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnreadableError(
-            f"{name!r} is not a folder here, and the hub has no such model within reach: {reason}"
+            f"{name!r} is not a local folder, and it cannot be downloaded from the hub: {reason}"
         ) from None

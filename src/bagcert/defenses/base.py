@@ -1,4 +1,4 @@
-"""The interface of all defenses, and the part that defenses with a score map and a rule have in common."""
+"""Base classes of defenses: the common interface, and defenses that apply a rule to a score map."""
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -16,17 +16,17 @@ from bagcert.threat import PatchLike, PatchThreatModel
 
 
 class Defense(ABC):
-    """A deployed classifier: it predicts and certifies, and neither takes a label.
+    """Base class of all defenses: a deployed classifier with predictions and certificates.
 
-    `certify(images).prediction` equals `predict(images)`, whatever the batch.
+    `certify(images).prediction` equals `predict(images)` for every batch.
 
     Attributes:
-        class_names: one per class index.
-        image_size: (height_px, width_px) it is meant for.
-        rule: the name of the deployed rule.
+        class_names: class names by class index.
+        image_size: (height_px, width_px) of the images for which the network is built.
+        rule: name of the deployed rule.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
-        name: for tables.
-        weights_sha256: of the weights file, for loaded models.
+        name: name of the defense in tables.
+        weights_sha256: SHA-256 of the weights file of a loaded model; empty otherwise.
     """
 
     weights_sha256 = ""
@@ -40,7 +40,7 @@ class Defense(ABC):
     @property
     @abstractmethod
     def guarantee(self) -> str:
-        """What a certificate says: "recovery", "detection", or "none" where nothing is certified."""
+        """Type of guarantee of a certificate: "recovery", "detection", or "none" if nothing is certified."""
 
     @abstractmethod
     def predict(
@@ -51,7 +51,7 @@ class Defense(ABC):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
-        """The class index that the defense answers for each image; arguments as for `certify`."""
+        """Predict the class index of each image; arguments as for `certify`."""
 
     @abstractmethod
     def certify(
@@ -62,25 +62,25 @@ class Defense(ABC):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:
-        """Prediction, proof, margin and worst placement for each image.
+        """Compute prediction, certificate, margin and worst placement of each image.
 
         Args:
             images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
-            patch: an attacker in the notation of `PatchThreatModel.parse`; the deployed patch when absent.
-            rule: the deployed rule when absent.
-            placements: where patches may lie, a boolean [height, width] or a mask image; everywhere when absent.
+            patch: the patch, in the notation of `PatchThreatModel.parse`; default: the deployed patch.
+            rule: name of the rule; default: the deployed rule.
+            placements: where patches may lie: boolean [height, width] or path of a mask image; default: everywhere.
 
         Raises:
-            UsageError: bad images, patch or rule.
+            UsageError: invalid images, patch or rule.
         """
 
     @abstractmethod
     def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
-        """Passes through the network per image, at most."""
+        """Maximum number of forward passes per image, for `certify` or for `predict`."""
 
 
 class Detector(Defense):
-    """A defense that also raises alerts: no attack changes the prediction on a certified image without one."""
+    """Base class of defenses that raise alerts: no attack changes a certified prediction without raising an alert."""
 
     @abstractmethod
     def alert(
@@ -94,10 +94,10 @@ class Detector(Defense):
 
 
 def deployed_or(patch: PatchLike | None, deployed: PatchLike, placements: object) -> PatchLike:
-    """The patch asked about, or else the deployed one.
+    """Return `patch`, or the deployed patch if it is None.
 
     Raises:
-        UsageError: allowed placements beside a threat model, which has its own.
+        UsageError: `placements` is combined with a threat model, which defines its own placements.
     """
     chosen = deployed if patch is None else patch
     if isinstance(chosen, PatchThreatModel) and placements is not None:
@@ -106,25 +106,22 @@ def deployed_or(patch: PatchLike | None, deployed: PatchLike, placements: object
 
 
 class ScoreMapDefense(Defense):
-    """A defense whose predictions and certificates follow from one score map; a subclass computes that map.
-
-    `rule` is a name from `bagcert.rules.RULES`.
-    """
+    """Base class of defenses that apply a rule from `bagcert.rules.RULES` to a score map, computed by the subclass."""
 
     @abstractmethod
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """Integer scores of a batch: uint8 [batch, height, width, 3] or float [batch, 3, height, width] in [0, 1]."""
+        """Compute the score map of images uint8 [batch, height, width, 3] or float [batch, 3, height, width]."""
 
     @property
     def guarantee(self) -> str:
-        """What a certificate of the deployed rule says: "recovery" or "detection"."""
+        """Type of guarantee of the deployed rule: "recovery" or "detection"."""
         return self.named_rule(self.rule).guarantee
 
     def named_rule(self, name: str) -> Rule:
-        """The rule of that name as this defense deploys it.
+        """Look up a rule by name, with the parameters of this defense.
 
         Raises:
-            UsageError: there is none.
+            UsageError: unknown name.
         """
         return get_rule(name)
 
@@ -136,7 +133,7 @@ class ScoreMapDefense(Defense):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
-        """What the deployed rule answers on each image, as in `certify`."""
+        """Predict the class index of each image; arguments as for `certify`."""
         score_map = self.score_map(images)
         return self.named_rule(rule or self.rule).predict(score_map, self.threat(score_map, patch, placements))
 
@@ -148,18 +145,18 @@ class ScoreMapDefense(Defense):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:
-        """Prediction, proof, margin and worst placement for each image.
+        """Compute prediction, certificate, margin and worst placement of each image.
 
-        The certificate is marked `locality: unchecked` where nothing was measured: see `Certificate`.
+        The certificate is marked `locality: unchecked` if locality was not measured; see `Certificate`.
 
         Args:
             images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
-            patch: an attacker in the notation of `PatchThreatModel.parse`; the deployed patch when absent.
-            rule: a name from `bagcert.rules.RULES`; the deployed rule when absent.
-            placements: where patches may lie, a boolean [height, width] or a mask image; everywhere when absent.
+            patch: the patch, in the notation of `PatchThreatModel.parse`; default: the deployed patch.
+            rule: a name from `bagcert.rules.RULES`; default: the deployed rule.
+            placements: where patches may lie: boolean [height, width] or path of a mask image; default: everywhere.
 
         Raises:
-            UsageError: bad images, patch or rule.
+            UsageError: invalid images, patch or rule.
         """
         certificate = self.certify_scores(self.score_map(images), patch, rule=rule, placements=placements)
         if certificate.locality == "exact" and not self.locality_checked:
@@ -168,7 +165,7 @@ class ScoreMapDefense(Defense):
 
     @property
     def locality_checked(self) -> bool:
-        """Whether it is known that scores outside a patch's reach stand still: measured, or true by construction."""
+        """Whether locality is known, by measurement or by construction, so certificates are not marked "unchecked"."""
         return True
 
     def certify_scores(
@@ -179,20 +176,20 @@ class ScoreMapDefense(Defense):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:
-        """Like `certify`, from a score map at hand: further patches and rules cost no forward pass."""
+        """Certify from an existing score map, so that other patches and rules need no further forward pass."""
         return self.named_rule(rule or self.rule).certify(score_map, self.threat(score_map, patch, placements))
 
     def threat(
         self, score_map: ScoreMap, patch: PatchLike | None = None, placements: np.ndarray | str | Path | None = None
     ) -> PatchThreatModel:
-        """The threat model for images of the map's size.
+        """Create the threat model for the image size of a score map.
 
         Raises:
-            UsageError: a patch that is none, or allowed placements beside a threat model that has its own.
+            UsageError: invalid patch, or `placements` combined with a threat model.
         """
         chosen = deployed_or(patch, self.patch, placements)
         return PatchThreatModel.parse(chosen, score_map.grid.image_size, placements)
 
     def forward_passes(self, threat: PatchThreatModel | None = None, certify: bool = True) -> int:
-        """Passes through the network per image."""
+        """Number of forward passes per image."""
         return 1

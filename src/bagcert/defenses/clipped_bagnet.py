@@ -1,12 +1,12 @@
-"""Clipped BagNet: local logits squeezed into a bounded range, so that no region counts for more than any other.
+"""Clipped BagNet: local logits are clipped to a bounded range, which limits the influence of every region.
 
-t = tanh(0.05 z - 1) of every class and region, s = round(1000 (1 + t) / 2) from 0 to 1000, and the rule "vote".
+For every class and region t = tanh(0.05 z - 1) and s = round(1000 (1 + t) / 2), from 0 to 1000. The rule is "vote".
 
 Source: Zhang et al., Clipped BagNet, Deep Learning and Security Workshop 2020.
 Guarantee: that of the rule; "vote" is exact for the sum of the clipped scores.
-Where it differs from the publication: scores are integers, so that sums are exact on any device; every rival class is
-looked at in every window, since the clean runner-up is not always the one a patch can raise most; a tie goes to the
-lowest class index in prediction and certificate alike.
+Differences from the publication: scores are integers, so sums are exact on any device; every other class is considered
+in every window, since the clean runner-up is not always the class that a patch can raise most; ties go to the lowest
+class index in both prediction and certificate.
 """
 
 from functools import cache
@@ -27,16 +27,16 @@ SLOPE, SHIFT = 0.05, 1.0
 
 
 class ClippedBagNet(ScoreMapDefense):
-    """A region scorer whose real scores are clipped by a tanh, deployed with a rule.
+    """Region scorer whose real-valued scores are clipped by a tanh, deployed with a rule.
 
     Args:
-        scorer: the network; its own head is not used. One that `bagcert.load` has measured keeps its tolerance.
+        scorer: the network; its head is not used. The tolerance measured by `bagcert.load` is kept.
         rule: the deployed rule, a name from `bagcert.rules.RULES`.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
-        name: for tables.
+        name: name of the defense in tables.
 
     Raises:
-        UsageError: there is no such rule, or the network pools regions by attention.
+        UsageError: unknown rule, or a network that pools regions by attention.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class ClippedBagNet(ScoreMapDefense):
         return self.scorer.locality_checked
 
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """Scores from 0 to 1000 of a batch, on the scorer's grid for images of this size.
+        """Compute the score map of a batch, with scores from 0 to 1000.
 
         Raises:
-            UsageError: bad images, or too small for the network.
+            UsageError: invalid images, or images too small for the network.
         """
         batch = self.scorer.as_batch(images)
-        grid = self.scorer.grid((batch.shape[2], batch.shape[3]))  # says what an image that is too small lacks
+        grid = self.scorer.grid((batch.shape[2], batch.shape[3]))  # gives a clear error if the image is too small
         z, tolerance = self.scorer.forward_batch(batch), self.scorer.tolerance
         slack = slack_of(z, tolerance, clipped, LEVELS) if tolerance > 0 else None
         return ScoreMap(clipped(z), 0, LEVELS, grid, slack)
 
 
 def clipped(z: Float[Tensor, "batch classes rows cols"]) -> Int[Tensor, "batch classes rows cols"]:
-    """round(1000 (1 + tanh(0.05 z - 1)) / 2) as int16, halves upward, with NaN as 0; never falling where `z` rises.
+    """Compute round(1000 (1 + tanh(0.05 z - 1)) / 2) as int16, rounding halves up; NaN becomes 0. Monotone in `z`.
 
-    It counts how many of the 1000 values of `z` at which the rounded score steps up (in float32) are not above `z`.
-    Comparisons alone: the same on every device, whatever its tanh.
+    The score is the number of thresholds (float32 values of `z` at which the rounded score increases) that are at most
+    `z`. This needs only comparisons, so the result is the same on every device.
 
     >>> clipped(torch.tensor([[[[-1e9, 0.0, 20.0, 1e9, float("nan")]]]])).flatten().tolist()
     [0, 119, 500, 1000, 0]
@@ -82,6 +82,6 @@ def clipped(z: Float[Tensor, "batch classes rows cols"]) -> Int[Tensor, "batch c
 
 @cache
 def _steps() -> np.ndarray:
-    """The float32 [1000] at which a score becomes 1, 2, ... 1000, ascending."""
+    """Thresholds at which the score becomes 1, 2, ... 1000, float32 [1000], ascending."""
     halves = (np.arange(1, LEVELS + 1) - 0.5) / LEVELS
     return ((np.arctanh(2 * halves - 1) + SHIFT) / SLOPE).astype(np.float32)

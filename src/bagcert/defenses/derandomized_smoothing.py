@@ -1,14 +1,14 @@
-"""De-randomized smoothing: one vote per ablated image, of which a patch can change only those that see it.
+"""Derandomized smoothing: a classifier votes on ablated images, and a patch changes only the votes that see it.
 
-Every position keeps one band of columns, band of rows, or block of the image, hides the rest, and lets an ordinary
-classifier vote. The votes are a score map of 0 and 1 over the positions, and bands that wrap around the border are
-incidence like any other, so that every rule applies.
+Each position keeps one band of columns, band of rows, or block of the image and hides the rest. The votes of the
+classifier on these ablated images form a score map of 0 and 1 over the positions. Bands that wrap around the border are
+represented by the incidence matrices of the grid, so every rule applies.
 
 Source: Levine & Feizi, NeurIPS 2020; Salman et al., Smoothed ViT, CVPR 2022 (`votes="argmax"`).
 Guarantee: that of the rule; "levine-feizi" is the published certificate, "vote" certifies at least as much.
-Where it differs from the publications: the positions a patch touches are counted, not taken from (p + k - 1) / stride,
-which is too few where cyclic positions meet at a gap shorter than the stride; every rival class is looked at, not one
-runner-up among equals; ties go to the lowest class index in prediction and certificate alike.
+Differences from the publications: the positions that a patch touches are counted instead of computed as
+(p + k - 1) / stride, which is too small if cyclic positions meet at a gap shorter than the stride; every other class is
+considered instead of one runner-up; ties go to the lowest class index in both prediction and certificate.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,19 +37,19 @@ def ablate(
     ablation: str,
     size_px: int,
 ) -> Float[Tensor, "batch 6 height width"]:
-    """What the classifier sees of each image at one position: `[x, 1 - x]`, zero where hidden.
+    """Ablate each image at one position: `[x, 1 - x]` for kept pixels, zero for hidden pixels.
 
-    So hidden is told from black. Of a hidden pixel nothing is left, not even a NaN.
+    This encoding distinguishes hidden from black pixels. Hidden pixels have no influence on the result, even if NaN.
 
     Args:
-        images: in [0, 1].
-        positions: [first kept row, first kept column] of each image, any integers: they count modulo the side. Bands of
-            columns do not look at the row, nor bands of rows at the column.
+        images: images in [0, 1].
+        positions: [first kept row, first kept column] for each image, modulo the side of the image. Column bands
+            ignore the row, row bands ignore the column.
         ablation: "column", "row" or "block".
-        size_px: how many columns, rows, or both are kept; they wrap around the border.
+        size_px: number of kept columns, rows, or both; kept pixels wrap around the border.
 
     Raises:
-        UsageError: another ablation or size.
+        UsageError: unknown ablation or invalid size.
 
     >>> image = torch.full((1, 3, 1, 4), 0.25)
     >>> ablate(image, torch.tensor([[0, 3]]), "column", 2)[0, [0, 3], 0].tolist()
@@ -66,36 +66,35 @@ def ablate(
 
 
 class DerandomizedSmoothing(ScoreMapDefense):
-    """Any classifier of ablated images as a certified defense: votes of all positions, and a rule that counts them.
+    """Certified defense from a classifier of ablated images: a rule applied to the votes of all positions.
+
+    A vote must not depend on the rest of the batch. The ablated image of a position that the patch does not touch is
+    bit-identical with and without the patch, and `predict` and `certify` compute votes with the same code, in float32
+    and without autocast. However, kernels may round differently for another batch size, which could change a vote near
+    the threshold. With `fixed_batch` every batch has the same shape. If images arrive one by one, set `at_once` to the
+    number of positions. If the kernels of a device treat the rows of a batch differently, use `tolerance`: votes that
+    close to a change count for the attacker, and certificates are marked `locality: measured`.
 
     Args:
-        model: ablated images [batch, 6, height, width] (see `ablate`) to logits [batch, classes]. It is put into eval
-            mode. Its answer on one image must not depend on the others in the batch.
-        class_names: one per logit.
+        model: maps ablated images [batch, 6, height, width] (see `ablate`) to logits [batch, classes]. It is put into
+            eval mode. Its output for one image must not depend on the other images of the batch.
+        class_names: class names by logit index.
         image_size: (height_px, width_px).
-        ablation: what a position keeps: a band of "column"s, of "row"s, or a square "block".
-        size_px: how wide that is.
-        stride: between positions, which start at 0.
-        votes: "threshold", a vote for every class whose softmax is at least `threshold` (several or none), or
-            "argmax", one vote for the largest logit, the lowest index among equals.
-        threshold: above 0, at most 1.
+        ablation: what a position keeps: a band of columns ("column"), a band of rows ("row") or a square ("block").
+        size_px: width of the band, or side of the block.
+        stride: distance between positions in pixels; the first position is 0.
+        votes: "threshold" votes for every class whose softmax is at least `threshold` (several or none). "argmax" votes
+            for the class with the largest logit; ties go to the lowest index.
+        threshold: threshold in (0, 1].
         rule: the deployed rule, a name from `bagcert.rules.RULES`.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
-        name: for tables.
-        at_once: ablated images per pass through the model, which bounds memory.
-        fixed_batch: every pass has exactly `at_once` images, the last filled up with empty ones.
-        tolerance: how far a softmax value may be off when it is computed again.
+        name: name of the defense in tables.
+        at_once: number of ablated images per forward pass; bounds memory.
+        fixed_batch: whether every forward pass has exactly `at_once` images; the last batch is padded.
+        tolerance: bound on the change of a softmax value when it is recomputed.
 
     Raises:
-        UsageError: an argument outside what is said here.
-
-    Can a vote depend on what else is in the batch? The ablated image of a position that the patch does not touch is the
-    same to the last bit, and `predict` and `certify` decide every vote in the same code, in float32 and outside of
-    autocast. But kernels may round differently for another batch size, which could turn a vote at the threshold. With
-    `fixed_batch` no other size occurs (and one shape means one choice of kernel where those are benchmarked); choose
-    `at_once` as the number of positions if images come one by one. What then still moves, if a device's kernels treat
-    rows of a batch differently, is for `tolerance`: votes that near to being another count for the attacker, and
-    certificates are marked `locality: measured`.
+        UsageError: an argument is out of range.
 
     >>> band = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
     >>> defense = DerandomizedSmoothing(band, ("no", "yes"), (8, 8), size_px=2, patch=2)
@@ -143,26 +142,26 @@ class DerandomizedSmoothing(ScoreMapDefense):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         weight = next(self.model.parameters(), None)
         return torch.device("cpu") if weight is None else weight.device
 
     @property
     def positions(self) -> Int[Tensor, "positions 2"]:
-        """[first kept row, first kept column] of every position, in the order of the score map."""
+        """All positions [first kept row, first kept column], in the order of the score map."""
         rows, cols = (torch.arange(count) * self.stride for count in self.grid.map_size)
         return torch.cartesian_prod(rows, cols)
 
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """The votes of a batch: 0 or 1 for each class and position.
+        """Compute the votes of a batch: 0 or 1 for each class and position.
 
         Raises:
-            UsageError: bad images, images of another size, or a model that does not give one logit per class name.
+            UsageError: invalid images, images of another size, or a model that does not return one logit per class.
         """
         batch = as_batch(images)
         if tuple(batch.shape[2:]) != self.image_size:
             expected, found = (f"{size[0]}x{size[1]}" for size in (self.image_size, batch.shape[2:]))
-            raise UsageError(f"positions are laid out for images of {expected} px, got {found} px")
+            raise UsageError(f"this defense is for images of {expected} px, got {found} px")
         scores, slack = [], []
         for logits in self._logits(batch):
             scores.append(self._votes(logits))
@@ -172,15 +171,15 @@ class DerandomizedSmoothing(ScoreMapDefense):
         return ScoreMap(self._as_map(scores, len(batch)), 0, 1, self.grid, loose)
 
     def forward_passes(self, threat: PatchThreatModel | None = None, certify: bool = True) -> int:
-        """Ablated images per image, for prediction and certificate alike."""
+        """Number of ablated images per image, for both prediction and certificate."""
         rows, cols = self.grid.map_size
         return rows * cols
 
     def _logits(self, batch: Float[Tensor, "batch 3 height width"]) -> Iterator[Float[Tensor, "rows classes"]]:
-        """Logits of every ablated image in the order (image, position), a pass at a time."""
+        """Yield the logits of all ablated images in the order (image, position), one forward pass at a time."""
         positions, device = self.positions, self.device
         rows = torch.arange(len(batch) * len(positions))
-        self.model.eval()  # all of it: a batch norm in train mode would make votes depend on each other
+        self.model.eval()  # batch norm in train mode would make votes depend on each other
         for part in rows.split(self.at_once):
             chosen = batch[(part // len(positions)).to(batch.device)].to(device)
             ablated = ablate(chosen, positions[part % len(positions)], self.ablation, self.size_px)
@@ -197,14 +196,14 @@ class DerandomizedSmoothing(ScoreMapDefense):
             yield logits[: len(part)].float()
 
     def _votes(self, logits: Float[Tensor, "rows classes"]) -> Int[Tensor, "rows classes"]:
-        """The one place where votes are decided. A NaN is no vote."""
+        """Compute the votes from logits; used by both `predict` and `certify`. NaN gives no vote."""
         if self.votes == "threshold":
             return (logits.softmax(1) >= self.threshold).to(torch.int16)
         label = lowest_argmax(logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
         return nn.functional.one_hot(label, logits.shape[1]).to(torch.int16)
 
     def _slack(self, logits: Float[Tensor, "rows classes"]) -> Int[Tensor, "rows classes"]:
-        """1 for every vote that could be another if each softmax value were off by at most `tolerance`."""
+        """1 for every vote that could change if each softmax value changes by at most `tolerance`, else 0."""
         softmax = logits.double().softmax(1)
         if self.votes == "threshold":
             steady = (softmax - self.threshold).abs() > self.tolerance
@@ -221,10 +220,10 @@ class DerandomizedSmoothing(ScoreMapDefense):
 
 @lru_cache(maxsize=64)
 def ablation_grid(ablation: str, size_px: int, stride: int, image_size: tuple[int, int]) -> RegionGrid:
-    """Which pixels each position keeps; positions lie at 0, stride, 2 * stride ... on each axis that is ablated.
+    """Grid of the pixels that each position keeps; positions are 0, stride, 2 * stride, ... on each ablated axis.
 
     Raises:
-        UsageError: another ablation, or a size or stride that is not at least 1 and at most the side.
+        UsageError: unknown ablation, or a size or stride outside [1, side of the image].
 
     >>> grid = ablation_grid("column", 19, 10, (224, 224))
     >>> grid.map_size, int(grid.touched_cols(32).sum(1).max())
@@ -244,9 +243,9 @@ def ablation_grid(ablation: str, size_px: int, stride: int, image_size: tuple[in
 
 
 def _kept_px(ablation: str, size_px: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """How many rows and columns a position keeps."""
+    """Number of rows and columns that a position keeps."""
     if ablation not in ABLATIONS:
-        raise UsageError(f"an ablation is one of {', '.join(ABLATIONS)}; got {ablation!r}")
+        raise UsageError(f"an ablation must be one of {', '.join(ABLATIONS)}; got {ablation!r}")
     height, width = image_size
     rows = height if ablation == "column" else size_px
     cols = width if ablation == "row" else size_px

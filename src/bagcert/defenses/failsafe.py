@@ -1,8 +1,8 @@
-"""The runtime promise: act on certified verdicts, fall back on the others.
+"""Runtime use of certificates: use certified predictions, and a fallback for all other images.
 
-"Differs within one patch" is symmetric. So if the image the camera delivers is certified with a label, attacked or
-not, the scene without the patch has that label too: an attacker can take certificates away, but cannot make a
-certified verdict differ from the verdict on the clean scene. See docs/method.md, "What a certificate means at run
+"Differs within one patch" is a symmetric relation. If the image from the camera, attacked or not, is certified with a
+label, then the scene without the patch has the same label. An attacker can prevent certificates, but cannot make a
+certified verdict differ from the prediction on the clean scene. See docs/method.md, "What a certificate means at run
 time".
 """
 
@@ -24,13 +24,13 @@ Fallback = Callable[[np.ndarray | Tensor], Sequence[int | None] | np.ndarray | T
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do about one image.
+    """Verdict for one image.
 
     Attributes:
-        label: class index: the model's where certified, else the fallback's; None where there is neither.
-        certified: whether `label` is the verdict on the clean scene, whatever patch of the threat was stuck on it.
-        margin: of the certificate, in score units; certified exactly where it is >= 0.
-        reason: one sentence for a log.
+        label: class index of the model if certified, otherwise of the fallback; None if there is neither.
+        certified: whether `label` is guaranteed to be the prediction on the clean scene, for any patch of the threat.
+        margin: margin of the certificate in score units; certified if and only if it is >= 0.
+        reason: explanation in one sentence, for logs.
     """
 
     label: int | None
@@ -40,17 +40,18 @@ class Verdict:
 
 
 class FailSafe:
-    """A classifier whose certified verdicts cannot be changed by a patch within `threat`.
+    """Classifier whose certified verdicts cannot be changed by a patch within `threat`.
 
     Args:
-        model: a loaded defense; its network, rule and patch stay fixed from now on.
-        threat: the patch to withstand, in the notation of `PatchThreatModel.parse`; the model's own when absent.
-        fallback: asked for the labels of the images that are not certified, and given just those; None for
-            "no label". Without it they have none.
-        rule: a recovery rule from `bagcert.rules.RULES`; the model's own when absent.
+        model: a loaded defense. Its network, rule and patch must not be changed afterwards.
+        threat: the patch, in the notation of `PatchThreatModel.parse`; default: the deployed patch of the model.
+        fallback: function that receives the images that are not certified and returns a class index or None for each.
+            Without a fallback these images have no label.
+        rule: a recovery rule from `bagcert.rules.RULES`; default: the deployed rule of the model.
 
     Raises:
-        UsageError: a rule or threat there is not, or a detection rule: no alert does not mean the clean verdict.
+        UsageError: invalid rule or threat, or a detection rule, for which the absence of an alert does not imply the
+            clean prediction.
 
     >>> import bagcert, numpy as np
     >>> from bagcert.data import load_dataset
@@ -75,18 +76,20 @@ class FailSafe:
         chosen = get_rule(self.rule)
         if chosen.guarantee != "recovery":
             raise UsageError(
-                f"a fail-safe needs a rule that recovers the answer, and {self.rule!r} only detects attacks: without "
-                "an alert the clean image itself may have raised one"
+                f"a fail-safe needs a recovery rule, and {self.rule!r} only detects attacks: an image without an alert "
+                "may come from a clean scene that raises one"
             )
         PatchThreatModel.parse(self.threat, model.image_size)
 
     def __call__(self, images: np.ndarray | Tensor) -> list[Verdict]:
-        """A verdict for each image: uint8 [batch, height, width, 3] or float [batch, 3, height, width] in [0, 1].
+        """Compute a verdict for each image.
 
-        One image without the batch axis counts as a batch of one, for the fallback as well.
+        Args:
+            images: uint8 [batch, height, width, 3] or float [batch, 3, height, width] in [0, 1]. A single image without
+                the batch axis is treated as a batch of one, also for the fallback.
 
         Raises:
-            UsageError: bad images, or a fallback that does not answer once per image it was given.
+            UsageError: invalid images, or a fallback that does not return one label per image.
         """
         images = with_batch_axis(images)
         certificate = self.model.certify(images, self.threat, rule=self.rule)
@@ -108,11 +111,11 @@ class FailSafe:
         answers = self.fallback(images[doubtful])
         labels = [None if answer is None else int(answer) for answer in answers]
         if len(labels) != len(doubtful):
-            raise UsageError(f"the fallback was given {len(doubtful)} images and answered {len(labels)} times")
+            raise UsageError(f"the fallback received {len(doubtful)} images and returned {len(labels)} labels")
         classes = len(self.model.class_names)
         for label in labels:
             if label is not None and not 0 <= label < classes:
-                raise UsageError(f"the fallback answered {label}; labels are 0 to {classes - 1}, or None")
+                raise UsageError(f"the fallback returned {label}; labels must be 0 to {classes - 1}, or None")
         return labels
 
     def _reason(self, certificate: Certificate, index: int) -> str:

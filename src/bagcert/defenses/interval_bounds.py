@@ -1,13 +1,13 @@
-"""Interval bound propagation against patches: how far can the logits of a small network move?
+"""Interval bound propagation against patches: bounds on the logits of a small network.
 
 Source: Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020; Gowal et al., 2018 (the last layer merged
 into the difference of classes).
 
-Guarantee: recovery. Where the lower bound of z_y - z_c is positive for every other class c and every placement of the
-patch, no content of it changes the prediction y. The bound is incomplete: what it does not certify may be robust.
+Guarantee: recovery. If the lower bound of z_y - z_c is positive for every other class c and every placement of the
+patch, no patch content changes the prediction y. The bound is incomplete: an image that is not certified may be robust.
 
-Different from the publication: every placement is bounded, the last row and column included, several patches and
-shapes as well, and rounding is counted: see `bagcert.defenses.interval_layers`. How such a network is trained is in
+Differences from the publication: every placement is bounded, including the last row and column; several patches and
+shapes are supported; rounding errors are included (`bagcert.defenses.interval_layers`). Training of such networks is in
 `bagcert.training.interval`.
 """
 
@@ -31,26 +31,26 @@ from bagcert.threat import PatchLike, PatchThreatModel
 RULE = "interval-bounds"
 MOST_BOXES = 20_000
 UNITS_PER_LOGIT = 1000
-_LIMIT = 2**53  # of margins: beyond, float64 holds no single units
+_LIMIT = 2**53  # limit of margins; float64 represents every integer up to it
 
 
 class IntervalBounds(PixelDefense):
-    """A small network that certifies itself: intervals of its activations for each placement of the patch.
+    """Certified defense that bounds the activations of a small network for each placement of the patch.
 
-    The network is copied in float64, so that a prediction is rounded by far less than what the bound allows for;
-    weights trained later need a new `IntervalBounds`.
+    The network is copied to float64, where the rounding error of a prediction is far below the error included in the
+    bound. After further training, create a new `IntervalBounds`.
 
     Args:
-        model: `nn.Sequential` of Conv2d, Linear, ReLU, Flatten, AvgPool2d, BatchNorm2d and the package's
-            `Normalize` (Identity and Dropout do nothing), from images [batch, 3, height, width] in [0, 1] to logits.
-        class_names: one per logit.
-        image_size: (height_px, width_px) it is meant for.
+        model: `nn.Sequential` of Conv2d, Linear, ReLU, Flatten, AvgPool2d, BatchNorm2d and the package's `Normalize`
+            (Identity and Dropout have no effect), mapping images [batch, 3, height, width] in [0, 1] to logits.
+        class_names: class names by logit index.
+        image_size: (height_px, width_px) of the images for which the network is built.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
-        name: for tables.
-        batch_size: boxes propagated at once.
+        name: name of the defense in tables.
+        batch_size: number of boxes propagated at once.
 
     Raises:
-        UsageError: a layer that cannot be bounded or has hooks, fewer than two classes, or a patch that does not fit.
+        UsageError: a layer cannot be bounded or has hooks, there are fewer than two classes, or the patch does not fit.
 
     >>> model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
     >>> defense = IntervalBounds(model, ("red", "green", "blue"), (8, 8), patch=2)
@@ -76,7 +76,7 @@ class IntervalBounds(PixelDefense):
             raise UsageError(f"the batch size must be at least 1, got {batch_size}")
         flat_layers(model)
         weight = next(model.parameters(), None)
-        home = "cpu" if weight is None or weight.device.type == "mps" else weight.device  # mps has no float64
+        home = "cpu" if weight is None or weight.device.type == "mps" else weight.device  # mps does not support float64
         exact = deepcopy(model).to(home, torch.float64)
         super().__init__(exact, class_names, image_size, patch=patch, name=name)
         self.layers = flat_layers(exact)
@@ -84,7 +84,7 @@ class IntervalBounds(PixelDefense):
         boxes_of(self.deployed_threat())
 
     def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
-        """One for the answer; for the certificate one more per placement, each of about three plain passes."""
+        """Number of passes per image: one to predict, plus one per placement to certify (each about three passes)."""
         return 1 + (len(boxes_of(threat)) if certify else 0)
 
     def predict(
@@ -95,7 +95,7 @@ class IntervalBounds(PixelDefense):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
-        """The class with the largest logit in float64, the lowest index among equals; whatever the patch.
+        """Predict the class with the largest logit in float64; ties go to the lowest index. `patch` has no influence.
 
         Raises:
             UsageError: as for `certify`.
@@ -112,22 +112,22 @@ class IntervalBounds(PixelDefense):
         placements: np.ndarray | str | Path | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Certificate:
-        """Prediction and proof for each image.
+        """Compute prediction and certificate of each image.
 
-        The margin is floor(1000 * the least lower bound of z_y - z_c), at least 0 where that bound is positive
-        (certified) and at most -1 elsewhere. `worst_placement` is where it is least, the first such placement:
+        The margin is floor(1000 * b) with b the smallest lower bound of z_y - z_c. It is at least 0 if b is positive
+        (certified) and at most -1 otherwise. `worst_placement` is the first placement with the smallest bound,
         [batch, K, 4] for K patches.
 
         Args:
             images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
-            patch: an attacker in the notation of `PatchThreatModel.parse`; the deployed patch when absent.
-            rule: "interval-bounds" or nothing.
+            patch: the patch, in the notation of `PatchThreatModel.parse`; default: the deployed patch.
+            rule: "interval-bounds" or None.
             placements: where patches may lie, as for `BagCert.certify`.
-            on_progress: called with (boxes propagated, boxes in all), over all images.
+            on_progress: called with (number of propagated boxes, total number of boxes) over all images.
 
         Raises:
-            UsageError: bad images or patch, images of a size that the network does not take, another rule, or several
-                patches with more than 20,000 unions of placements.
+            UsageError: invalid images or patch, an unsupported image size, another rule, or more than 20,000
+                placements or unions of placements.
         """
         batch, threat = self._asked(images, patch, rule, placements)
         label = self._labels(batch)
@@ -139,7 +139,7 @@ class IntervalBounds(PixelDefense):
                 image, box = some // len(boxes), some % len(boxes)
                 bounds[some] = self._lower_bounds(batch[image], boxes[box], label[image])
                 on_progress(int(some[-1]) + 1, total)
-        least, at = (-bounds.unflatten(0, (len(batch), len(boxes)))).max(1)  # the first of equals
+        least, at = (-bounds.unflatten(0, (len(batch), len(boxes)))).max(1)  # ties go to the first placement
         units = torch.floor(-least * UNITS_PER_LOGIT).clamp(-_LIMIT, _LIMIT).long()
         certified = least < 0
         margin = torch.where(certified, units.clamp(min=0), units.clamp(max=-1))
@@ -152,7 +152,7 @@ class IntervalBounds(PixelDefense):
         rule: str | None,
         placements: np.ndarray | str | Path | None,
     ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel]:
-        flat_layers(self.classifier.model)  # hooks may have come since
+        flat_layers(self.classifier.model)  # hooks may have been added since construction
         batch, threat = self.check_inputs(images, patch, rule, placements)
         return batch.double(), threat
 
@@ -174,7 +174,7 @@ class IntervalBounds(PixelDefense):
         boxes: Int[Tensor, "rows patches 4"],
         label: Int[Tensor, " rows"],
     ) -> Float[Tensor, " rows"]:
-        """The least of z_y - z_c over all other classes c and contents of the patches, from below."""
+        """Lower bounds of z_y - z_c over all other classes c and all contents of the patches."""
         hidden = covered(boxes, (images.shape[2], images.shape[3]))[:, None]
         box = Box(images.masked_fill(hidden, 0.5), 0.5 * hidden.expand_as(images).double())
         layers, last = last_layer(self.layers)
@@ -185,7 +185,7 @@ class IntervalBounds(PixelDefense):
 
 
 def boxes_of(threat: PatchThreatModel) -> Int[Tensor, "boxes patches 4"]:
-    """`[top, left, height, width]` of the patches of every attack.
+    """All placements of the patches of a threat, each `[top, left, height, width]` in pixels.
 
     Raises:
         UsageError: there are more than 20,000.
@@ -193,4 +193,4 @@ def boxes_of(threat: PatchThreatModel) -> Int[Tensor, "boxes patches 4"]:
     rectangles: list[tuple[int, ...]] = []
     for shape in threat.maximal_shapes:
         rectangles += [(top, left, *shape) for top, left in threat.corners(shape).tolist()]
-    return unions(rectangles, threat.patches, MOST_BOXES, "interval bounds are for few placements and one patch")
+    return unions(rectangles, threat.patches, MOST_BOXES, "interval bounds need few placements and few patches")

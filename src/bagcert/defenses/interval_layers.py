@@ -1,16 +1,16 @@
-"""Layers on boxes: how far the activations of a network can move when its input moves within a box.
+"""Propagation of boxes through layers: bounds on the activations for all inputs within a box.
 
-A box is a centre and a radius per activation, in float64. Affine layers y = A x + b take the centre to A c + b and the
-radius to |A| r, ReLU takes both ends of the interval.
+A box has a center and a radius per activation, in float64. An affine layer y = A x + b maps the center to A c + b and
+the radius to |A| r. ReLU is applied to both ends of the interval.
 
-Rounding. Where n products and a bias are summed in floating point with unit roundoff u, in any order and with or
-without fused operations, the result is off by at most g(n + 1) * (|A| |x| + |b|), where g(k) = k u / (1 - k u)
-(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Each affine layer widens its box by twice
-g(n + 2) * (|A| (|c| + r) + |b|) for the u of float32, 2^-24, and by what underflow may lose. Then the activations as
-computed lie in the boxes as computed:
-- by a plain float32 forward pass that sums products and does not overflow (not through Winograd or FFT, nor TF32);
-- and with a factor of 2^29 to spare by the float64 forward pass that `IntervalBounds.predict` makes, by any algorithm;
-- the second half of the slack outweighs the float64 rounding of centre, radius and slack themselves by as much.
+Rounding: if n products and a bias are summed in floating point with unit roundoff u, in any order and with or without
+fused operations, the error is at most g(n + 1) * (|A| |x| + |b|), where g(k) = k u / (1 - k u) (Higham, Accuracy and
+Stability of Numerical Algorithms, section 3.1). Each affine layer widens its box by twice
+g(n + 2) * (|A| (|c| + r) + |b|) with u = 2^-24 (float32), and by a bound on underflow. The computed activations
+therefore lie in the computed boxes:
+- for a float32 forward pass that sums products and does not overflow (without Winograd, FFT or TF32);
+- for the float64 forward pass of `IntervalBounds.predict` with any algorithm, by a factor of 2^29;
+- the second half of the slack exceeds the float64 rounding of center, radius and slack by the same factor.
 """
 
 from dataclasses import dataclass
@@ -27,43 +27,43 @@ from bagcert.nets.region_scorer import Normalize
 
 _UNIT_ROUNDOFF = 2.0**-24
 _SMALLEST_NORMAL = 2.0**-126
-_IGNORED = (nn.Identity, nn.Dropout, nn.Dropout2d)  # do nothing in eval mode
+_IGNORED = (nn.Identity, nn.Dropout, nn.Dropout2d)  # no effect in eval mode
 _BOUNDED = (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten, nn.AvgPool2d, nn.BatchNorm2d, Normalize)
 
 
 @dataclass(frozen=True, eq=False)
 class Box:
-    """Intervals [center - radius, center + radius] of activations, float64, one box per row."""
+    """Intervals [center - radius, center + radius] of activations in float64, one box per row."""
 
     center: Float[Tensor, "rows *shape"]
     radius: Float[Tensor, "rows *shape"]
 
 
 def flat_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a network in order, nested sequences opened, those without effect left out.
+    """List the layers of a network in order, flattening nested sequences and omitting layers without effect.
 
     Raises:
-        UsageError: not an `nn.Sequential`, a layer whose bound is unknown or that computes something of its own, which
-            is named, or hooks on all modules.
+        UsageError: the network is not an `nn.Sequential`, contains an unsupported or modified layer (named in the
+            message), or hooks are registered for all modules.
     """
     if type(model) is not nn.Sequential:
         raise UsageError(f"interval bounds need the layers in an nn.Sequential, got {type(model).__name__}")
     if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
-        raise UsageError("interval bounds cannot pass hooks that are registered for all modules; they may do anything")
+        raise UsageError("interval bounds do not support hooks that are registered for all modules")
     layers = []
-    for name, layer in model.named_modules(remove_duplicate=False):  # one ReLU may stand at several places
+    for name, layer in model.named_modules(remove_duplicate=False):  # a layer may be used several times
         if reason := _altered(layer) or _unbounded(layer):
             named = f"layer {name} of the network, {' '.join(str(layer).split())}" if name else "the network"
-            raise UsageError(f"interval bounds cannot pass {named}: {reason}")
+            raise UsageError(f"interval bounds do not support {named}: {reason}")
         if type(layer) in _BOUNDED:
             layers.append(layer)
     return layers
 
 
 def _altered(layer: nn.Module) -> str:
-    """Why a layer may compute something else than its type says; empty if it does not."""
+    """Why a layer may compute something other than its type implies; empty if it does not."""
     if layer._forward_hooks or layer._forward_pre_hooks:
-        return "it has hooks, which may do anything"
+        return "it has hooks"
     if parametrize.is_parametrized(layer):
         return "its weights have parametrizations; remove them first, see torch.nn.utils.parametrize"
     replaced = [name for name in vars(layer) if callable(getattr(type(layer), name, None))]
@@ -78,29 +78,29 @@ def _altered(layer: nn.Module) -> str:
 
 
 def _unbounded(layer: nn.Module) -> str:
-    """Why a layer of this type cannot be bounded; empty if it can, or if it does nothing."""
+    """Why a layer cannot be bounded because of its type or options; empty if it can, or if it has no effect."""
     if type(layer) is nn.Sequential or type(layer) in _IGNORED:
         return ""
-    if type(layer) not in _BOUNDED:  # a subclass may do anything
-        return f"there are bounds for {', '.join(kind.__name__ for kind in _BOUNDED)}"
+    if type(layer) not in _BOUNDED:  # exact types, since a subclass may compute something else
+        return f"supported layers are {', '.join(kind.__name__ for kind in _BOUNDED)}"
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-        return "padding must be by zeros"
+        return "padding must be zero padding"
     if isinstance(layer, nn.AvgPool2d) and layer.divisor_override is not None:
         return "the divisor must be the number of pixels"
     if isinstance(layer, nn.BatchNorm2d) and (layer.running_mean is None or layer.running_var is None):
-        return "it has no running statistics, so images of a batch influence each other"
+        return "it has no running statistics, so the images of a batch influence each other"
     if isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) != (1, -1):
         return "it must flatten all but the batch axis"
     return ""
 
 
 def through(layer: nn.Module, box: Box) -> Box:
-    """The box of a layer's outputs for inputs in `box`; a layer of `flat_layers`, in float64 and eval mode."""
+    """Propagate a box through a layer of `flat_layers`, in float64 and eval mode."""
     if isinstance(layer, nn.Flatten):
         return Box(box.center.flatten(1), box.radius.flatten(1))
     if isinstance(layer, nn.ReLU):
         low, high = (box.center - box.radius).clamp(min=0), (box.center + box.radius).clamp(min=0)
-        # Seven roundings to half a unit in the last place are less than 2^-48 of the upper end.
+        # Seven rounding errors of half a unit in the last place are together below 2^-48 of the upper end.
         return Box((low + high) / 2, (high - low) / 2 + high * 2.0**-48)
     reach = box.center.abs() + box.radius
     radius, size = _magnitude(layer, torch.cat([box.radius, reach])).chunk(2)
@@ -109,14 +109,14 @@ def through(layer: nn.Module, box: Box) -> Box:
 
 
 def slack(size: Tensor, terms: int) -> Tensor:
-    """Twice what rounding can change a sum of `terms` products and a bias, where `size` is |A| |x| + |b|."""
+    """Twice the bound on the rounding error of a sum of `terms` products and a bias, with `size` = |A| |x| + |b|."""
     count = terms + 2
     gamma = count * _UNIT_ROUNDOFF / (1 - count * _UNIT_ROUNDOFF)
     return 2 * (gamma * size + count * _SMALLEST_NORMAL)
 
 
 def _magnitude(layer: nn.Module, x: Tensor) -> Tensor:
-    """|A| x for an affine layer, x not negative."""
+    """Compute |A| x for an affine layer and x >= 0."""
     if isinstance(layer, nn.Conv2d):
         return functional.conv2d(x, layer.weight.abs(), None, layer.stride, layer.padding, layer.dilation, layer.groups)
     if isinstance(layer, nn.Linear):
@@ -130,7 +130,7 @@ def _magnitude(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _terms_and_shift(layer: nn.Module) -> tuple[int, Tensor | float]:
-    """How many products an output sums, and |b|, for an affine layer. Normalization counts each of its operations."""
+    """Number of products per output of an affine layer, and |b|. For normalization each operation is counted."""
     if isinstance(layer, nn.Conv2d):
         shift = 0.0 if layer.bias is None else layer.bias.abs()[:, None, None]
         return layer.weight[0].numel(), shift
@@ -155,7 +155,7 @@ def _scale(layer: nn.BatchNorm2d) -> Tensor:
 
 
 def last_layer(layers: list[nn.Module]) -> tuple[list[nn.Module], nn.Linear | None]:
-    """The layers before a final linear layer, and that layer; all of them and None if there is no such layer."""
+    """Split the layers into those before a final linear layer and that layer; (layers, None) if there is none."""
     return (layers[:-1], layers[-1]) if layers and isinstance(layers[-1], nn.Linear) else (layers, None)
 
 
@@ -165,15 +165,15 @@ def margin_bounds(
     bias: Float[Tensor, " classes"] | None,
     label: Int[Tensor, " rows"],
 ) -> Float[Tensor, "rows classes"]:
-    """The least of z_y - z_c for every class c, from below: inf for y itself, -inf where a number overflowed.
+    """Lower bounds of z_y - z_c for every class c: inf for y itself, -inf after an overflow.
 
-    The difference of two logits is one linear function of the last activations, which is bounded as such: an
-    activation that raises both moves neither ahead.
+    The difference of two logits is bounded as one linear function of the last activations. This is tighter than the
+    difference of two bounds, because contributions to both logits cancel.
 
     Args:
-        box: of the activations before the last layer.
-        weight, bias: of the last layer, in the dtype of the box; None is none: then the box is that of the logits.
-        label: y.
+        box: box of the activations before the last layer.
+        weight, bias: weights of the last layer, in the dtype of the box. If `weight` is None, the box contains logits.
+        label: class index y of each row.
     """
     if weight is None:
         weight = torch.eye(box.center.shape[1], dtype=box.center.dtype, device=label.device)

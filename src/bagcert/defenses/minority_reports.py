@@ -1,14 +1,14 @@
-"""Minority Reports: a mask slid over the image detects patches, for any classifier.
+"""Minority Reports: detection of patches by masking every part of the image, for any classifier.
 
 Source: McCoyd et al., Minority Reports Defense, 2020; docs/method.md, "Detection".
 
-Guarantee: detection. If all masked predictions on an image equal the plain one, every attacked version of it keeps
-that prediction or raises the alert: the mask that hides the patch still says what it said. It does not say that an
-image without alert has the label of the clean scene.
+Guarantee: detection. If all masked predictions on an image equal the plain prediction, every attacked version keeps
+that prediction or raises the alert, because the mask that covers the patch gives the same prediction as before. The
+guarantee does not say that an image without an alert has the label of the clean scene.
 
-Different from the publication: its grid of masks leaves out positions at the border, so that a patch in a corner is
-hidden by no mask; here the masks hide every placement, corners included. And the alert needs no voting over
-neighboring masks: one masked prediction that differs, or does not lead beyond rounding, raises it.
+Differences from the publication: its mask grid omits positions at the border, so no mask covers a patch in a corner;
+here the masks cover every placement. There is no voting over neighboring masks: the alert is raised by a single masked
+prediction that differs, or whose lead is within the rounding tolerance.
 """
 
 from collections.abc import Sequence
@@ -30,23 +30,23 @@ RULE = "minority-reports"
 
 
 class MinorityReports(PixelDefense, Detector):
-    """A classifier with an alarm that goes off when hiding some part of the image changes its answer.
+    """Classifier that raises an alert if masking some part of the image changes its prediction.
 
     Args:
-        model: images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; normalization is its own layer.
-            It is put into eval mode.
-        class_names: one per logit.
-        image_size: (height_px, width_px) it is meant for.
+        model: maps images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; it includes its own
+            normalization. It is put into eval mode.
+        class_names: class names by logit index.
+        image_size: (height_px, width_px) of the images for which the network is built.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
-        stride: pixels between masks; masks are `stride - 1` px larger than the patch.
-        name: for tables.
-        fill: what masked pixels become, one value or one per channel: the mean color of the data.
-        batch_size: masked images per forward pass.
-        tolerance: in logits. A masked prediction that leads by less raises the alert, too, since the same masked
-            image may be rounded otherwise in another batch.
+        stride: distance between masks in pixels; masks are `stride - 1` px larger than the patch.
+        name: name of the defense in tables.
+        fill: value of masked pixels, one value or one per channel, typically the mean color of the data.
+        batch_size: number of masked images per forward pass.
+        tolerance: in logits. A masked prediction with a smaller lead also raises the alert, since the same masked
+            image may be rounded differently in another batch.
 
     Raises:
-        UsageError: fewer than two classes, a patch that does not fit, or an argument out of its range.
+        UsageError: fewer than two classes, a patch that does not fit, or an argument out of range.
 
     >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> defense = MinorityReports(model, ("red", "green", "blue"), (8, 8), patch=2, stride=2)
@@ -76,7 +76,7 @@ class MinorityReports(PixelDefense, Detector):
         self.masks(self.deployed_threat())
 
     def masks(self, threat: PatchThreatModel) -> PixelMasks:
-        """The masks against a threat: every one of its patches lies inside one of them.
+        """Build the masks for a threat; every patch of the threat is covered by a mask.
 
         Raises:
             UsageError: more than 3,000 masks.
@@ -84,7 +84,7 @@ class MinorityReports(PixelDefense, Detector):
         return PixelMasks.strided(threat, self.stride)
 
     def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
-        """The most passes that one image costs: one for the answer; one per mask as well for alert or certificate."""
+        """Number of passes per image: one to predict, plus one per mask for alert or certificate."""
         return 1 + (len(self.masks(threat)) if certify else 0)
 
     def predict(
@@ -95,7 +95,7 @@ class MinorityReports(PixelDefense, Detector):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
-        """The plain label, whatever the patch, alert or not; ask `alert` whether to act on it.
+        """Predict without masks; `patch` has no influence. Use `alert` to find out whether the image may be attacked.
 
         Raises:
             UsageError: as for `certify`.
@@ -111,7 +111,7 @@ class MinorityReports(PixelDefense, Detector):
         *,
         placements: np.ndarray | str | Path | None = None,
     ) -> Bool[Tensor, " batch"]:
-        """Does some masked prediction differ from the plain one? True exactly where `certify` does not certify."""
+        """Which images raise the alert: some masked prediction differs. The negation of `certify(...).certified`."""
         return ~self.certify(images, patch, placements=placements).certified
 
     def certify(
@@ -122,25 +122,25 @@ class MinorityReports(PixelDefense, Detector):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:
-        """The plain label, and whether every masked prediction equals it: then no attack changes it without an alert.
+        """Compute the plain prediction and certify it if every masked prediction equals it.
 
-        The margin counts agreement, not scores: 0 where all masks agree (certified), -1 elsewhere.
-        `worst_placement` holds the rectangles of a mask (not a patch), [batch, K, 4] for K patches: the first that
-        disagrees; where certified, the one with the smallest lead. A mask that leaves no pixel agrees with nothing.
+        The margin is 0 if all masks agree (certified) and -1 otherwise. `worst_placement` contains the rectangles of a
+        mask (not of a patch), [batch, K, 4] for K patches: the first mask that disagrees or, for certified images, the
+        mask with the smallest lead. A mask that covers all pixels never agrees.
 
         Args:
             images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
-            patch: what the masks are built for; the deployed patch when absent.
-            rule: "minority-reports" or nothing.
-            placements: where patches may lie, as for `BagCert.certify`; the masks are those of all placements.
+            patch: patch for which the masks are built; default: the deployed patch.
+            rule: "minority-reports" or None.
+            placements: where patches may lie, as for `BagCert.certify`; the masks cover all placements.
 
         Raises:
-            UsageError: bad images or patch, another rule, too many masks, or logits that do not fit the class names.
+            UsageError: invalid images or patch, another rule, too many masks, or logits that do not match the classes.
         """
         batch, threat = self.check_inputs(images, patch, rule, placements)
         device = batch.device
         masks = self.masks(threat).to(device)
-        alone = torch.arange(len(masks), device=device).repeat(2, 1)  # a mask with itself
+        alone = torch.arange(len(masks), device=device).repeat(2, 1)  # each mask paired with itself
         certified, worst = [], []
         with exact_arithmetic(device):
             label = self.classifier.predict(batch)

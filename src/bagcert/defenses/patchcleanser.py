@@ -1,13 +1,13 @@
-"""PatchCleanser: double masking on pixels, for any classifier.
+"""PatchCleanser: double masking of pixels, for any classifier.
 
 Source: Xiang, Mahloujifar, Mittal, PatchCleanser, USENIX Security 2022; docs/method.md, "Double masking".
 
-Guarantee: recovery. If all pairs of masks leave the same label on an image, no patch of the threat changes what the
-defense answers on it: the mask that hides the patch gives the clean label with any second mask.
+Guarantee: recovery. If the masked predictions under all pairs of masks agree on an image, no patch of the threat
+changes the prediction, because the mask that covers the patch gives the clean label together with any second mask.
 
-Different from the publication: masks go in a fixed order and ties to the lowest class; the certificate never sees the
-true label; a pair of masks that leaves no pixel agrees with nothing, nor does, in the certificate, a label whose lead
-is within rounding; several shapes and several patches have unions of mask sets and of masks.
+Differences from the publication: masks are tried in a fixed order; ties go to the lowest class; the certificate does
+not use the true label; a pair of masks that covers all pixels never agrees; in the certificate a label whose lead is
+within the rounding tolerance does not agree either; several shapes and several patches are supported.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,23 +30,23 @@ _TABLE_ELEMENTS = 2**23  # labels of mask pairs held at once in the second round
 
 
 class PatchCleanser(PixelDefense):
-    """A classifier whose answer is what remains when any two masks are laid over the image.
+    """Certified defense that applies double masking to the pixels of an image.
 
     Args:
-        model: images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; normalization is its own layer.
-            It is put into eval mode. Train it with cutout.
-        class_names: one per logit.
-        image_size: (height_px, width_px) it is meant for.
+        model: maps images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; it includes its own
+            normalization. It is put into eval mode. Train it with cutout.
+        class_names: class names by logit index.
+        image_size: (height_px, width_px) of the images for which the network is built.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
-        masks_per_axis: k; k^2 masks for one shape. Fewer and larger masks cost fewer passes and certify less.
-        name: for tables.
-        fill: what masked pixels become, one value or one per channel: the mean color of the data.
-        batch_size: masked images per forward pass.
-        tolerance: in logits. In the certificate a label that leads its runner-up by less agrees with nothing, since
-            the same masked image may be rounded otherwise in another batch.
+        masks_per_axis: k; there are k^2 masks for one shape. Fewer, larger masks need fewer passes and certify less.
+        name: name of the defense in tables.
+        fill: value of masked pixels, one value or one per channel, typically the mean color of the data.
+        batch_size: number of masked images per forward pass.
+        tolerance: in logits. In the certificate a label with a smaller lead over the runner-up does not agree, since
+            the same masked image may be rounded differently in another batch.
 
     Raises:
-        UsageError: fewer than two classes, a patch that does not fit, or an argument out of its range.
+        UsageError: fewer than two classes, a patch that does not fit, or an argument out of range.
 
     >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> defense = PatchCleanser(model, ("red", "green", "blue"), (8, 8), patch=2, masks_per_axis=3)
@@ -76,18 +76,19 @@ class PatchCleanser(PixelDefense):
         self.masks(self.deployed_threat())
 
     def masks(self, threat: PatchThreatModel) -> PixelMasks:
-        """The masks against a threat.
+        """Build the masks for a threat.
 
         Raises:
-            UsageError: several patches lead to more than 3,000 unions of masks.
+            UsageError: more than 3,000 masks, or unions of masks for several patches.
         """
         return PixelMasks.per_axis(threat, self.masks_per_axis)
 
     def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
-        """The most masked images that one image costs.
+        """Maximum number of masked images per image.
 
-        With M masks a certificate takes at most M (M + 1) / 2, one per pair. A prediction takes M where they all
-        agree; in the second round no pair is asked twice, and none of two masks that both give the majority label.
+        With M masks a certificate needs at most M (M + 1) / 2 passes, one per pair. A prediction needs M passes if all
+        masks agree. Otherwise the second round evaluates each pair at most once, and no pair of two masks that both
+        give the majority label.
         """
         count = len(self.masks(threat))
         pairs = count * (count + 1) // 2
@@ -102,9 +103,10 @@ class PatchCleanser(PixelDefense):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
-        """The label all masks agree on; else that of the first disagreer to pass the second round; else the majority.
+        """Predict by double masking.
 
-        Args and errors as for `certify`.
+        The prediction is the label on which all masks agree, otherwise the label of the first disagreeing mask that
+        passes the second round, otherwise the majority label. Arguments and errors are as for `certify`.
         """
         batch, _, masks = self._asked(images, patch, rule, placements)
         with exact_arithmetic(batch.device):
@@ -119,21 +121,21 @@ class PatchCleanser(PixelDefense):
         placements: np.ndarray | str | Path | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Certificate:
-        """Prediction and proof for each image; an image is left alone after its first pair with another label.
+        """Compute prediction and certificate of each image; an image is finished at its first disagreeing pair.
 
-        The margin counts agreement, not scores: 0 where all pairs of masks agree (certified), -1 elsewhere.
-        `worst_placement` holds two masks (not patches), [batch, 2, 4], for K patches [batch, 2K, 4]: the first pair
-        that disagrees (twice the same mask where one alone does); where certified, the pair with the smallest lead.
+        The margin is 0 if all pairs of masks agree (certified) and -1 otherwise. `worst_placement` contains two masks
+        (not patches), [batch, 2, 4], or [batch, 2K, 4] for K patches: the first pair that disagrees (the same mask
+        twice if a single mask disagrees) or, for certified images, the pair with the smallest lead.
 
         Args:
             images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
-            patch: what the masks are built for; the deployed patch when absent.
-            rule: "patchcleanser" or nothing.
-            placements: where patches may lie, as for `BagCert.certify`; the masks are those of all placements.
-            on_progress: called with (pairs of masks settled, pairs in all), over all images.
+            patch: patch for which the masks are built; default: the deployed patch.
+            rule: "patchcleanser" or None.
+            placements: where patches may lie, as for `BagCert.certify`; the masks cover all placements.
+            on_progress: called with (number of finished pairs of masks, total number of pairs) over all images.
 
         Raises:
-            UsageError: bad images or patch, another rule, too many masks, or logits that do not fit the class names.
+            UsageError: invalid images or patch, another rule, too many masks, or logits that do not match the classes.
         """
         batch, threat, masks = self._asked(images, patch, rule, placements)
         count, done = len(masks), 0
@@ -168,7 +170,7 @@ class PatchCleanser(PixelDefense):
     def _predict(
         self, images: Float[Tensor, "batch 3 height width"], masks: PixelMasks
     ) -> tuple[Int[Tensor, " batch"], Int[Tensor, "batch masks"], Float[Tensor, "batch masks"]]:
-        """The answers, and the labels and leads of the first round; -1 is the label of a mask that leaves no pixel."""
+        """Compute the predictions, and labels and leads of the first round; -1 for a mask that covers all pixels."""
         every = torch.arange(len(images), device=images.device).repeat_interleave(len(masks))
         each = torch.arange(len(masks), device=images.device).repeat(len(images))
         label, lead = (part.unflatten(0, (len(images), -1)) for part in self.masked.labels(images, masks, every, each))
@@ -190,13 +192,13 @@ class PatchCleanser(PixelDefense):
         answer: Int[Tensor, " rows"],
         disagrees: Bool[Tensor, "rows masks"],
     ) -> Int[Tensor, " rows"]:
-        """The label of each image's first disagreer whose pairs all agree with it, or else the majority's `answer`."""
+        """The label of the first disagreeing mask whose pairs all agree with it, else the majority label `answer`."""
         count = len(masks)
         table = torch.full((len(images), count, count), -1, dtype=torch.int32, device=images.device)
         table.diagonal(dim1=1, dim2=2).copy_(first)
         while bool(disagrees.any()):
             (image,) = disagrees.any(1).nonzero(as_tuple=True)
-            mask = lowest_argmax(disagrees[image].long())  # the first disagreer left
+            mask = lowest_argmax(disagrees[image].long())  # the first remaining disagreeing mask
             label, known = first[image, mask], table[image, mask]
             fails = ((known >= 0) & (known != label[:, None])).any(1)
             passes = (known == label[:, None]).all(1)
@@ -222,13 +224,13 @@ class PatchCleanser(PixelDefense):
         lead: Float[Tensor, "batch masks"],
         on_progress: Callable[[int], None],
     ) -> tuple[Bool[Tensor, " batch"], Int[Tensor, "batch 2"]]:
-        """Which images keep their label under every pair of masks, and the worst pair of each."""
+        """Determine which images keep their label under every pair of masks, and the worst pair of each image."""
         lead = lead.where(first == label[:, None], -torch.inf)
         fails = ~(lead >= self.masked.tolerance)
         holds = ~fails.any(1)
         worst = torch.where(holds, lowest_argmax(-lead), lowest_argmax(fails.long()))[:, None].repeat(1, 2)
         if bool(masks.completed.any()):
-            # A pair that leaves no pixel agrees with nothing, so nothing is certified.
+            # A pair that covers all pixels never agrees, so no image is certified.
             whole = masks.completing.nonzero()[0].expand(int(holds.sum()), -1)
             worst[holds] = whole
             return torch.zeros_like(holds), worst

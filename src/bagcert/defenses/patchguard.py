@@ -1,9 +1,10 @@
-"""PatchGuard: a region scorer whose classes are each counted without the window that holds most of their evidence.
+"""PatchGuard: a region scorer with robust masking, which masks the window with the most evidence of each class.
 
-Source: Xiang et al., PatchGuard, USENIX Security 2021; the rule and its proof in `bagcert.rules.robust_masking`.
-Guarantee: recovery, a lower bound: no patch of the threat changes the prediction of a certified image.
-Where it differs from the publication: evidence is integers, bounded, so that huge evidence under a patch cannot swallow
-the rest of a float sum; windows are the maximal ones of the threat on any grid; the bound for T > 0 divides by 1 - T.
+Source: Xiang et al., PatchGuard, USENIX Security 2021; rule and proof in `bagcert.rules.robust_masking`.
+Guarantee: recovery: no patch of the threat changes the prediction of a certified image. The margin is a lower bound.
+Differences from the publication: the evidence is a bounded integer, so large evidence under a patch cannot absorb the
+rest of a floating-point sum; the windows are the maximal ones of the threat on any grid; the bound for T > 0 divides by
+1 - T.
 """
 
 from dataclasses import replace
@@ -22,18 +23,17 @@ from bagcert.threat import PatchLike
 
 
 class PatchGuard(ScoreMapDefense):
-    """A region scorer deployed with robust masking.
+    """Region scorer deployed with robust masking.
 
     Args:
-        scorer: the network; its positive scores are the evidence, so its head should be a fixed-point one.
-        threshold: T as an exact fraction: a `Fraction`, an int, or a text such as "1/5". A class's strongest window is
-            left out if it holds more than this share of the class's evidence; 0: always.
-        patch: the deployed patch, in the notation of `PatchThreatModel.parse`; masks are built for it.
-        name: for tables.
+        scorer: the network. Its positive scores are the evidence, so it should have a fixed-point head.
+        threshold: T in [0, 1) as an exact fraction: a `Fraction`, an int, or a string such as "1/5". The strongest
+            window of a class is masked if it holds more than this share of the evidence of the class; 0 masks always.
+        patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
+        name: name of the defense in tables.
 
     Raises:
-        UsageError: the threshold is not such a fraction, at least 0 and below 1; or the network pools regions by
-            attention.
+        UsageError: invalid threshold, or a network that pools regions by attention.
     """
 
     rule = "robust-masking"
@@ -58,11 +58,15 @@ class PatchGuard(ScoreMapDefense):
         return self.scorer.locality_checked
 
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """The scorer's own map. Raises UsageError for bad images."""
+        """Compute the score map of the scorer.
+
+        Raises:
+            UsageError: invalid images.
+        """
         return self.scorer.score_map(images)
 
     def named_rule(self, name: str) -> Rule:
-        """Rules as in `bagcert.rules`, robust masking with this defense's threshold."""
+        """Look up a rule by name; robust masking gets the threshold of this defense."""
         if name != self.rule:
             return get_rule(name)
         return replace(

@@ -1,11 +1,11 @@
-"""PatchGuard++: an alert when the feature map without some window confidently says another class.
+"""PatchGuard++: an alert is raised if masking some window of the feature map confidently gives another class.
 
-Source: Xiang & Mittal, PatchGuard++, 2021; the rule and its proof in `bagcert.rules.confident_detection`.
-Guarantee: detection: every attacked version of a certified image keeps its prediction or raises the alert. It does not
-say that an image without an alert has the label of the clean scene.
-Where it differs from the publication: scores are integers; masks are the maximal windows of the threat, whose last row
-and column of placements are among them; both comparisons with tau are rounded against the defense; an alert on a clean
-image counts against clean accuracy.
+Source: Xiang & Mittal, PatchGuard++, 2021; rule and proof in `bagcert.rules.confident_detection`.
+Guarantee: detection: every attacked version of a certified image keeps its prediction or raises the alert. The
+guarantee does not say that an image without an alert has the label of the clean scene.
+Differences from the publication: scores are integers; masks are the maximal windows of the threat, including the last
+row and column of placements; both comparisons with tau are rounded against the defense; an alert on a clean image
+counts against clean accuracy.
 """
 
 from dataclasses import replace
@@ -25,17 +25,17 @@ from bagcert.threat import PatchLike
 
 
 class PatchGuardPlusPlus(ScoreMapDefense, Detector):
-    """A region scorer deployed with detection by confident masks.
+    """Region scorer deployed with detection by confident masked predictions.
 
     Args:
-        scorer: the network. Real scores are its integers over the scale of its fixed-point head.
-        confidence: tau, at least 0 and below 1: how sure a mask must be to raise the alert. At 0 this is the rule
-            "detection". Higher, fewer images raise the alert and fewer are certified.
-        patch: the deployed patch, in the notation of `PatchThreatModel.parse`; masks are built for it.
-        name: for tables.
+        scorer: the network. Real-valued scores are its integers divided by the scale of its fixed-point head.
+        confidence: tau in [0, 1), the confidence that a masked prediction needs to raise the alert. With 0 this is the
+            rule "detection". With a higher value fewer images raise the alert and fewer are certified.
+        patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
+        name: name of the defense in tables.
 
     Raises:
-        UsageError: tau out of range, or a network that pools regions by attention.
+        UsageError: `confidence` is out of range, or the network pools regions by attention.
     """
 
     rule = "detection"
@@ -57,7 +57,11 @@ class PatchGuardPlusPlus(ScoreMapDefense, Detector):
         return self.scorer.locality_checked
 
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """The scorer's own map. Raises UsageError for bad images."""
+        """Compute the score map of the scorer.
+
+        Raises:
+            UsageError: invalid images.
+        """
         return self.scorer.score_map(images)
 
     def alert(
@@ -67,10 +71,10 @@ class PatchGuardPlusPlus(ScoreMapDefense, Detector):
         *,
         placements: np.ndarray | str | Path | None = None,
     ) -> Bool[Tensor, " batch"]:
-        """Which images raise the alert: some confident mask says another class than `predict`.
+        """Which images raise the alert: some confident masked prediction differs from `predict`.
 
         Raises:
-            UsageError: bad images or patch.
+            UsageError: invalid images or patch.
         """
         score_map = self.score_map(images)
         return alerts(
@@ -78,7 +82,7 @@ class PatchGuardPlusPlus(ScoreMapDefense, Detector):
         )
 
     def named_rule(self, name: str) -> Rule:
-        """Rules as in `bagcert.rules`, detection with this defense's tau."""
+        """Look up a rule by name; detection gets the confidence threshold of this defense."""
         if name != self.rule:
             return get_rule(name)
         return replace(

@@ -1,4 +1,4 @@
-"""What defenses around an ordinary classifier have in common: construction, and reading what they are asked."""
+"""Base class of defenses that wrap an ordinary image classifier."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ from bagcert.threat import PatchLike, PatchThreatModel
 
 
 class PixelDefense(Defense):
-    """A defense around any classifier of images. It has one rule, its own, which need not be named.
+    """Base class of defenses that wrap an image classifier. Each has exactly one rule.
 
     Args:
-        model: images [batch, 3, height, width] in [0, 1] to logits [batch, classes].
-        class_names: one per logit.
-        image_size: (height_px, width_px) it is meant for.
+        model: maps images [batch, 3, height, width] in [0, 1] to logits [batch, classes].
+        class_names: class names by logit index.
+        image_size: (height_px, width_px) of the images for which the network is built.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
-        name: for tables.
+        name: name of the defense in tables.
 
     Raises:
         UsageError: fewer than two classes.
@@ -38,14 +38,14 @@ class PixelDefense(Defense):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return self.classifier.device
 
     def deployed_threat(self) -> PatchThreatModel:
-        """The deployed patch on images of the size that the defense is meant for.
+        """Threat model of the deployed patch for images of size `image_size`.
 
         Raises:
-            UsageError: it does not fit.
+            UsageError: the patch does not fit.
         """
         return PatchThreatModel.parse(self.patch, self.image_size)
 
@@ -56,13 +56,10 @@ class PixelDefense(Defense):
         rule: str | None,
         placements: np.ndarray | str | Path | None,
     ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel]:
-        """The images as the network takes them, on its device, and the threat model for their size.
-
-        Args:
-            images, patch, rule, placements: as for `certify`.
+        """Convert the arguments of `certify` to images on the device of the network and a threat model for their size.
 
         Raises:
-            UsageError: bad images or patch, or another rule.
+            UsageError: invalid images or patch, or another rule.
         """
         if rule not in (None, self.rule):
             raise UsageError(f"this defense has no rule {rule!r}; leave it out, or give {self.rule!r}")

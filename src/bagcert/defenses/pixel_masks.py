@@ -1,8 +1,8 @@
-"""Masks on pixels: few rectangles that hide every patch a threat allows, and the labels of images masked by them.
+"""Pixel masks: sets of rectangles that cover every patch of a threat, and predictions on masked images.
 
-Source: Xiang et al., PatchCleanser, USENIX Security 2022 (the mask sets). Guarantee: every patch of the threat lies
-wholly inside at least one mask of its set, K patches inside one union of K masks. Different from the publication:
-several shapes, several patches, sides that are no multiple of the stride, and duplicates counted once.
+Source: Xiang et al., PatchCleanser, USENIX Security 2022 (mask sets). Guarantee: every patch of the threat is contained
+in at least one mask of the set, and K patches are contained in one union of K masks. Differences from the publication:
+several shapes and patches, sides that are not a multiple of the stride, and no duplicate masks.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ from bagcert.scores import lowest_argmax
 from bagcert.threat import PatchThreatModel
 
 MOST_MASKS = 3_000
-"""Two masks at a time, this many need 4.5 million forward passes per image."""
+"""Limit for the number of masks; all pairs of this many masks need 4.5 million forward passes per image."""
 
 
 def axis_masks(image_px: int, patch_px: int, stride_px: int) -> tuple[list[int], int]:
-    """Where the masks of one axis start, ascending, and their side in pixels.
+    """Start positions of the masks along one axis, ascending, and the side of the masks in pixels.
 
-    With image side n, patch side p and stride s (at most n - p + 1) the side is p + s - 1 and the starts are
-    min(i * s, n - side), duplicates dropped. A patch at j lies in the mask i = floor(j / s).
+    With image side n, patch side p and stride s (at most n - p + 1), the side is p + s - 1 and the starts are
+    min(i * s, n - side) without duplicates. A patch at j is contained in the mask i = floor(j / s).
 
     >>> axis_masks(32, 5, 5)
     ([0, 5, 10, 15, 20, 23], 9)
@@ -40,15 +40,21 @@ def axis_masks(image_px: int, patch_px: int, stride_px: int) -> tuple[list[int],
 
 
 def stride_for(image_px: int, patch_px: int, masks: int) -> int:
-    """The stride at which `masks` masks cover one axis: ceil((n - p + 1) / masks), in pixels."""
+    """Stride in pixels with which `masks` masks cover one axis: ceil((n - p + 1) / masks)."""
     return -(-(image_px - patch_px + 1) // masks)
 
 
 def unions(rectangles: list[tuple[int, ...]], patches: int, most: int, remedy: str) -> Int[Tensor, "unions patches 4"]:
-    """Every union of `patches` rectangles, repetition included, in lexicographic order.
+    """All unions of `patches` rectangles, with repetition, in lexicographic order.
+
+    Args:
+        rectangles: `[top, left, height, width]` in pixels.
+        patches: number of rectangles per union.
+        most: maximum number of unions.
+        remedy: advice at the end of the error message.
 
     Raises:
-        UsageError: more than `most`; the sentence ends in `remedy`.
+        UsageError: there are more than `most` unions.
     """
     count = comb(len(rectangles) + patches - 1, patches)
     if count > most:
@@ -61,7 +67,7 @@ def unions(rectangles: list[tuple[int, ...]], patches: int, most: int, remedy: s
 def covered(
     rectangles: Int[Tensor, "rows rectangles 4"], image_size: tuple[int, int]
 ) -> Bool[Tensor, "rows height width"]:
-    """The pixels under any of a row's rectangles `[top, left, height, width]`."""
+    """Which pixels are covered by at least one of the rectangles `[top, left, height, width]` of each row."""
     top, left, height, width = rectangles[..., None].unbind(2)
     y, x = (torch.arange(side, device=rectangles.device) for side in image_size)
     rows, cols = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
@@ -70,12 +76,12 @@ def covered(
 
 @dataclass(frozen=True, eq=False)
 class PixelMasks:
-    """A set of masks, each the union of as many rectangles as the attacker has patches.
+    """A set of masks; each mask is the union of K rectangles for a threat of K patches.
 
     Attributes:
         image_size: (height_px, width_px).
-        rectangles: `[top, left, height, width]` in pixels of each mask's rectangles; for one patch in the order
-            (shape, top, left), for several in the lexicographic order of that.
+        rectangles: `[top, left, height, width]` in pixels of the rectangles of each mask. For one patch they are sorted
+            by (shape, top, left), for several patches in lexicographic order of these.
     """
 
     image_size: tuple[int, int]
@@ -83,7 +89,7 @@ class PixelMasks:
 
     @classmethod
     def per_axis(cls, threat: PatchThreatModel, masks_per_axis: int) -> "PixelMasks":
-        """PatchCleanser's masks: at most `masks_per_axis` along each axis, for every shape of the threat.
+        """Build the masks of PatchCleanser: at most `masks_per_axis` along each axis, for every shape of the threat.
 
         Raises:
             UsageError: fewer than one mask per axis, or more than 3,000 masks.
@@ -94,7 +100,7 @@ class PixelMasks:
 
     @classmethod
     def strided(cls, threat: PatchThreatModel, stride: int) -> "PixelMasks":
-        """Masks every `stride` pixels and at the far border, each `stride - 1` px larger than the patch it hides.
+        """Build masks at every `stride` pixels and at the far border, each `stride - 1` px larger than the patch.
 
         Raises:
             UsageError: a stride of 0, or more than 3,000 masks.
@@ -105,9 +111,9 @@ class PixelMasks:
 
     @classmethod
     def _of(cls, threat: PatchThreatModel, stride: Callable[[int, int], int], remedy: str) -> "PixelMasks":
-        # Restricted placements get the masks of all placements, so shapes inside others need none of their own.
+        # The masks cover all placements even if placements are restricted, so contained shapes need no masks.
         shapes = PatchThreatModel(threat.image_size, threat.shapes).shapes
-        found: dict[tuple[int, ...], None] = {}  # a set that keeps its order
+        found: dict[tuple[int, ...], None] = {}  # an ordered set
         for shape in shapes:
             axes = [axis_masks(n, p, stride(n, p)) for n, p in zip(threat.image_size, shape, strict=True)]
             (tops, height), (lefts, width) = axes
@@ -115,16 +121,16 @@ class PixelMasks:
         return cls(threat.image_size, unions(list(found), threat.patches, MOST_MASKS, remedy))
 
     def __len__(self) -> int:
-        """How many masks."""
+        """Number of masks."""
         return len(self.rectangles)
 
     def to(self, device: torch.device) -> "PixelMasks":
-        """The same masks on a device."""
+        """Move the masks to a device."""
         return PixelMasks(self.image_size, self.rectangles.to(device))
 
     @cached_property
     def completing(self) -> Bool[Tensor, "masks masks"]:
-        """Pairs of masks that leave no pixel."""
+        """Which pairs of masks cover all pixels."""
         height, width = self.image_size
         areas = self.rectangles[..., 2:].prod(-1).sum(1)
         if 2 * int(areas.max()) < height * width:
@@ -134,27 +140,27 @@ class PixelMasks:
 
     @cached_property
     def whole(self) -> Bool[Tensor, " masks"]:
-        """Masks that leave no pixel."""
+        """Which masks cover all pixels."""
         return self.completing.diagonal()
 
     @cached_property
     def completed(self) -> Bool[Tensor, " masks"]:
-        """Masks that leave no pixel together with some mask."""
+        """Which masks cover all pixels together with some other mask."""
         return self.completing.any(1)
 
 
 class MaskedClassifier:
-    """An ordinary classifier asked about images with masked pixels, in batches of bounded memory.
+    """Evaluates a classifier on masked images in batches of bounded size.
 
     Args:
-        classifier: what is asked.
-        fill: what masked pixels become, one value or one per channel, in [0, 1].
-        batch_size: masked images per forward pass.
-        tolerance: in logits. A masked image counts as agreeing with a label only if that label leads by so much: the
-            same image may be rounded otherwise in another batch.
+        classifier: the classifier.
+        fill: value of masked pixels in [0, 1], one value or one per channel.
+        batch_size: number of masked images per forward pass.
+        tolerance: in logits. A masked image agrees with a label only if the lead of that label is at least the
+            tolerance, since the same image may be rounded differently in another batch.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: an argument is out of range.
     """
 
     def __init__(
@@ -177,9 +183,15 @@ class MaskedClassifier:
         image: Int[Tensor, " rows"],
         *chosen: Int[Tensor, " rows"],
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """Labels of rows of (image, mask, ...), all masks of a row at once, and how far they lead the runner-up.
+        """Compute the labels of masked images and their leads over the runner-up.
 
-        The lowest index wins among equal logits. To be called inside `bagcert.scores.exact_arithmetic`.
+        Ties go to the lowest index. Must be called inside `bagcert.scores.exact_arithmetic`.
+
+        Args:
+            images: images on the device of the classifier.
+            masks: the masks.
+            image: index of the image of each row.
+            chosen: one or more index tensors of masks; all masks of a row are applied together.
         """
         self.classifier.model.eval()
         fill = self.fill.to(images.device)
@@ -200,17 +212,18 @@ class MaskedClassifier:
         pairs: Int[Tensor, "2 pairs"],
         on_progress: Callable[[int], None] = lambda done: None,
     ) -> tuple[Bool[Tensor, " batch"], Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Do all pairs of masks give the label? An image is left alone after its first pair that does not.
+        """Check whether all pairs of masks give the label; an image is finished at its first pair that does not.
 
         Args:
-            images: of one group, on the device of the classifier.
-            label: what each image is to keep.
+            images: images on the device of the classifier.
+            masks: the masks.
+            label: expected label of each image.
             pairs: indices of masks, in the order in which they are tried.
-            on_progress: called with the pairs settled, summed over images; all at once for an image left alone.
+            on_progress: called with the number of finished pairs, summed over images.
 
         Returns:
-            Whether all agree; the first pair that does not, or else the one with the smallest lead; and that lead
-            over the runner-up, -inf for a pair with another label.
+            Whether all pairs agree; the index of the first pair that does not agree, or of the pair with the smallest
+            lead; and the lead of that pair over the runner-up, -inf for a pair with another label.
         """
         count, every = pairs.shape[1], torch.arange(len(images), device=images.device)
         least = torch.full((len(images),), torch.inf, device=images.device)

@@ -1,6 +1,7 @@
-"""Every defense by name: which training its network needs, and how the network is deployed.
+"""Registry of all defenses: the training that their network needs, and how the network is deployed.
 
-A new defense is one file beside this one and one line in `DEFENSES`; a new training is one line in `TRAININGS`.
+To add a defense, add a module to this package and an entry to `DEFENSES`. To add a training, add an entry to
+`TRAININGS`.
 """
 
 from collections.abc import Callable
@@ -24,13 +25,13 @@ from bagcert.nets.region_scorer import RegionScorer
 
 @dataclass(frozen=True)
 class Training:
-    """How the network of a defense is trained, as changes to a recipe.
+    """Training of the network of a defense, as changes to a recipe.
 
     Attributes:
-        sees: "regions" (a small receptive field), "whole" (every region of the network sees the whole image) or
-            "plain" (a network without batch norm and shortcuts, which bounds of its layers need).
-        changes: `section.key=value`; {patch}, {column} and {block} are sizes in pixels.
-        passes: what a training step costs, in steps of plain training; its network is narrower by as much.
+        sees: type of network: "regions" (small receptive field), "whole" (every region sees the whole image) or "plain"
+            (without batch norm and shortcuts, as needed for interval bounds).
+        changes: recipe changes `section.key=value`; {patch}, {column} and {block} are replaced by sizes in pixels.
+        passes: cost of a training step relative to plain training; the network is made narrower accordingly.
     """
 
     sees: Literal["regions", "whole", "plain"]
@@ -60,19 +61,19 @@ TRAININGS: dict[str, Training] = {
     "interval-bounds": Training(
         "plain",
         ("loss.name=interval-bounds", "optimizer.name=adamw", "optimizer.learning_rate=5e-3", "defense.rule=vote"),
-        passes=3,  # the network itself, and center and radius of its boxes
+        passes=3,  # the network, and centers and radii of boxes
     ),
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a defense is built from.
+    """Inputs from which a defense is built.
 
     Attributes:
-        scorer: its trained network.
-        patch: what it is deployed against.
-        column_px, block_px: what an ablation of smoothing keeps.
+        scorer: the trained network.
+        patch: the deployed patch.
+        column_px, block_px: widths in pixels of the column bands and blocks of derandomized smoothing.
     """
 
     scorer: RegionScorer
@@ -82,7 +83,7 @@ class Setting:
 
     @property
     def classifier(self) -> tuple[MeanScores, tuple[str, ...], tuple[int, int]]:
-        """The network as an ordinary classifier, its class names, and the size of its images."""
+        """The network as an image classifier, its class names, and its image size."""
         return MeanScores(self.scorer), self.scorer.class_names, self.scorer.image_size
 
 
@@ -91,9 +92,9 @@ class Entry:
     """A defense of the benchmark.
 
     Attributes:
-        training: the name of its network's training.
-        deploy: from the trained network to the defense.
-        slow: takes so many passes per image that a benchmark looks at a part of the images only.
+        training: name of the training of its network, a key of `TRAININGS`.
+        deploy: builds the defense from the trained network.
+        slow: whether the defense needs so many passes per image that the benchmark uses only part of the images.
     """
 
     training: str
@@ -136,15 +137,15 @@ DEFENSES: dict[str, Entry] = {
 
 
 def list_defenses() -> list[str]:
-    """The names of all defenses that `bagcert benchmark` compares, as in `DEFENSES`."""
+    """List the names of all defenses that `bagcert benchmark` compares."""
     return list(DEFENSES)
 
 
 def get_entry(name: str) -> Entry:
-    """The defense of that name.
+    """Look up a defense by name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: unknown name.
     """
     if name not in DEFENSES:
         raise UsageError(f"unknown defense {name!r}{nearest(name, DEFENSES)}")

@@ -1,4 +1,4 @@
-"""Any ordinary classifier as a defense that defends nothing: what attacks are measured on."""
+"""Undefended baseline: an ordinary classifier with the interface of a defense and no certificates."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ _AT_ONCE = 256
 
 
 class Undefended(Defense):
-    """A plain classifier behind the interface of a defense: it predicts, and certifies nothing.
+    """Ordinary classifier with the interface of a defense. It certifies no image.
 
     Args:
-        model: images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; normalization is its own layer.
-            It is put into eval mode.
-        class_names: one per logit.
-        image_size: (height_px, width_px) it is meant for.
-        name: for tables.
+        model: maps images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; it includes its own
+            normalization. It is put into eval mode.
+        class_names: class names by logit index.
+        image_size: (height_px, width_px) of the images for which the network is built.
+        name: name of the defense in tables.
 
     Raises:
         UsageError: fewer than two classes.
@@ -59,19 +59,19 @@ class Undefended(Defense):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         weight = next(self.model.parameters(), None)
         return torch.device("cpu") if weight is None else weight.device
 
     def forward_passes(self, threat: PatchThreatModel | None = None, certify: bool = True) -> int:
-        """Passes through the network per image."""
+        """Number of forward passes per image."""
         return 1
 
     def logits(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
-        """Logits of images in [0, 1], differentiable.
+        """Compute the logits of images in [0, 1], differentiable.
 
         Raises:
-            UsageError: the model does not give one logit per class name.
+            UsageError: the model does not return one logit per class.
         """
         logits = self.model(images)
         if logits.ndim != 2 or logits.shape[1] != len(self.class_names):
@@ -89,10 +89,10 @@ class Undefended(Defense):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Int[Tensor, " batch"]:
-        """The class with the largest logit, the lowest index among equals; whatever the patch.
+        """Predict the class with the largest logit; ties go to the lowest index. `patch` has no influence.
 
         Raises:
-            UsageError: bad images, or a rule other than "none".
+            UsageError: invalid images, or a rule other than "none".
         """
         if rule not in (None, RULE):
             raise UsageError(f"an undefended classifier has no rule {rule!r}; leave it out, or give {RULE!r}")
@@ -109,12 +109,12 @@ class Undefended(Defense):
         rule: str | None = None,
         placements: np.ndarray | str | Path | None = None,
     ) -> Certificate:
-        """The prediction with no proof at all: nothing is certified, the margin is -1 throughout.
+        """Compute the predictions; no image is certified and all margins are -1.
 
-        `worst_placement` is the first admissible one.
+        `worst_placement` is the first admissible placement.
 
         Raises:
-            UsageError: bad images or patch, or a rule other than "none".
+            UsageError: invalid images or patch, or a rule other than "none".
         """
         batch = as_batch(images)
         prediction = self.predict(batch, rule=rule)

@@ -1,12 +1,13 @@
-"""Locality, measured: does anything outside a patch's reach move when the content under the patch changes?
+"""Measurement of locality: whether scores outside a patch's reach change when the content of the patch changes.
 
-All certificates rest on one fact: outside R(l) the score map stands still. The geometry is derived from the layers
-(`bagcert.nets.receptive_field.derive`); here it is measured on this device and dtype what the arithmetic makes of
-it. See docs/method.md, "Locality is checked".
+All certificates assume that scores outside R(l) do not change. The geometry is derived from the layers
+(`bagcert.nets.receptive_field.derive`). This package measures whether the arithmetic of a device and dtype keeps to it.
+See docs/method.md, "Locality is checked".
 
-Two questions are kept apart. Within one configuration (device, dtype, threads, images per forward pass) a clean image
-and its attacked version meet the same kernels: what moves there is a leak. Across configurations other kernels may
-round otherwise: what moves there is drift. Certificates are of one configuration unless a model is loaded as portable.
+There are two kinds of changes. Within one configuration (device, dtype, threads, images per forward pass), a clean
+image and its attacked version are processed by the same kernels; a change there is a leak. Other configurations may use
+kernels that round differently; a change between configurations is drift. Certificates hold for one configuration unless
+the model is loaded with `portable=True`.
 """
 
 from bagcert.locality.cache import cached_report

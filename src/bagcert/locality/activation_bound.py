@@ -1,8 +1,8 @@
-"""How large a value inside a network can become, whatever the image.
+"""Upper bound on the values inside a network over all images.
 
-Some kernels multiply values they have no use for by zero: bfloat16 convolutions on CPUs read pixels in pairs and pad
-with zero weights. That is exact while values are finite; but 0 * inf is NaN, far from the patch. So where NaN spreads
-beyond the receptive field, no value may ever overflow, and this has to be proved, not sampled.
+Some kernels multiply values outside the receptive field by zero: bfloat16 convolutions on CPUs read pixels in pairs and
+pad with zero weights. This is exact for finite values, but 0 * inf is NaN. If NaN spreads beyond the receptive field on
+a device, certificates are sound only if no value can overflow, which must be proved rather than sampled.
 """
 
 import copy
@@ -19,20 +19,20 @@ from bagcert.nets.region_pyramid import RegionPyramid
 from bagcert.nets.region_resnet import RegionResNet, Residual
 from bagcert.nets.region_scorer import RegionScorer
 
-# Layers for which |out| <= layer with absolute weights (|in|), and modules that only add up and crop what they hold.
+# Layers for which |out| <= layer with absolute weights (|in|), and modules that only add and crop their parts.
 _LAYERS = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity}
 _CONTAINERS = {nn.Sequential, RegionConvNet, RegionPyramid, RegionResNet, Residual, BagNet, Bottleneck}
 
 
 def activation_bound(scorer: RegionScorer) -> float:
-    """A bound on every |value| in the net, for all images in [0, 1]; inf where it is not known.
+    """Bound the absolute value of every number in the network for all images in [0, 1]; inf if no bound is known.
 
-    Values are the normalized image, the output of every layer, and the weights themselves, which bfloat16 may round to
+    The numbers are the normalized image, the output of every layer, and the weights, which bfloat16 may round to
     infinity.
 
-    Guarantee: an upper bound in exact arithmetic, by induction over the layers: with all weights, biases and means
-    made positive, each layer's output on a bound of its input is a bound of its output. Only the layers of the
-    package's own architectures are known.
+    Guarantee: an upper bound in exact arithmetic, by induction over the layers: with the absolute values of all
+    weights, biases and means, a layer maps a bound of its input to a bound of its output. Only layers of the package's
+    own architectures are supported.
     """
     parts = list(scorer.net.modules())
     if any(type(part) not in _LAYERS | _CONTAINERS for part in parts):

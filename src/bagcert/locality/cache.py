@@ -1,8 +1,8 @@
-"""Each model is measured once per machine and configuration; the result is kept in the user's cache folder.
+"""Cache of locality reports in the user's cache folder, per model, machine and configuration.
 
-The cache saves time and decides nothing: an entry that is damaged, of another model, or not what it should be is
-measured again, and a folder that cannot be written costs a measurement at every load. Whoever can write there can
-also write the model's weights, so entries are checked against accidents, not against their owner.
+The cache only saves time. If an entry is damaged, invalid or for another model, the measurement is repeated. If the
+folder is not writable, the model is measured at every load. Entries are checked against accidental damage only: a user
+with write access to the cache could also change the weights of the model.
 """
 
 import hashlib
@@ -29,20 +29,20 @@ from bagcert.nets.cost import update_with_weights
 from bagcert.nets.receptive_field.module_state import is_told_by_text
 from bagcert.nets.region_scorer import RegionScorer
 
-VERSION = 2  # of what is measured; another number makes old entries void
+VERSION = 2  # version of the measurement; increase it to invalidate old entries
 MOST_BYTES = 2**18
 _REPORT = TypeAdapter(LocalityReport)
 
 
 def cached_report(model: Any, thorough: bool = False) -> LocalityReport:
-    """The report of `measure` on a model with its own patch, from the cache or measured now.
+    """Return the report of `measure` for a model and its deployed patch, from the cache if possible.
 
-    A thorough report, which `bagcert doctor` leaves there, stands for a short one. Refusals are not kept, nor anything
-    of nets with layers of the user's own, which may hold more than their weights and description say.
+    A thorough report in the cache, for example from `bagcert doctor`, replaces a short one. Refusals are not cached,
+    nor are reports on networks with custom layers, whose behavior is not determined by their text and weights.
 
     Args:
         model: a defense.
-        thorough: ask for a thorough one.
+        thorough: whether a thorough report is needed.
     """
     folder = cache_folder()
     if folder is None or not _described(model):
@@ -58,7 +58,7 @@ def cached_report(model: Any, thorough: bool = False) -> LocalityReport:
 
 
 def keep(model: Any, report: LocalityReport) -> None:
-    """Writes a report into the cache, whole or not at all; a folder that cannot be written is no error."""
+    """Write a report to the cache atomically; does nothing if the folder is not writable."""
     folder = cache_folder()
     if folder is None or report.consequence == "refused" or not _described(model):
         return
@@ -69,11 +69,11 @@ def keep(model: Any, report: LocalityReport) -> None:
 
 
 def cache_folder() -> Path | None:
-    """$BAGCERT_CACHE, or `bagcert` in the platform's folder for caches; None where there is no home."""
+    """The cache folder: $BAGCERT_CACHE, or `bagcert` in the platform's cache folder; None without a home folder."""
     if own := os.environ.get("BAGCERT_CACHE"):
         return Path(own)
     for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
-        # A relative XDG folder is to be ignored, says its specification.
+        # The XDG specification says that relative paths must be ignored.
         if (base := os.environ.get(variable)) and os.path.isabs(base):
             return Path(base) / "bagcert"
     try:
@@ -84,7 +84,7 @@ def cache_folder() -> Path | None:
 
 
 def report_key(model: Any) -> str:
-    """The hash of all that a measurement depends on: weights, layers, geometry, head, device, arithmetic, libraries."""
+    """Hash of everything a measurement depends on: weights, layers, geometry, head, device, arithmetic, libraries."""
     scorer: RegionScorer = getattr(model, "scorer", model)
     grid = scorer.grid()
     facts = {
@@ -108,7 +108,7 @@ def report_key(model: Any) -> str:
 
 
 def _read(path: Path, key: str) -> LocalityReport | None:
-    """The report kept there, if the file is whole, for this key, and says what a report can say."""
+    """Read a cached report; None if the file is missing, damaged, invalid or has another key."""
     try:
         digest, _, body = read_regular(path, MOST_BYTES).partition(b"\n")
         if digest.decode() != _digest(body.removesuffix(b"\n")):
@@ -132,7 +132,7 @@ def _digest(body: bytes) -> str:
 
 
 def _arithmetic() -> list[str]:
-    """Settings of torch that choose kernels."""
+    """Torch settings that influence the choice of kernels."""
     cudnn: Any = torch.backends.cudnn
     mkldnn: Any = torch.backends.mkldnn
     precisions = [*product_precision(), cudnn.conv.fp32_precision, mkldnn.conv.fp32_precision]
@@ -142,7 +142,7 @@ def _arithmetic() -> list[str]:
 
 @cache
 def _machine(device_type: str) -> list[str]:
-    """The processor: home folders are shared between machines that round otherwise."""
+    """Description of the processor, because home folders can be shared between machines that round differently."""
     found = [platform.machine(), torch.backends.cpu.get_cpu_capability(), platform.processor()]
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""Measuring a region scorer."""
+"""Measurement of the locality of a region scorer."""
 
 import math
 from dataclasses import replace
@@ -19,12 +19,12 @@ from bagcert.nets.receptive_field.probe import probe_grid
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.threat import PatchThreatModel
 
-BATCH_SIZES = (1, 7, 64)  # from the smallest, which has kernels of its own, to one that fills the threads
-MORE_BATCH_SIZES = (2, 8, 16, 33)  # for drift alone
+BATCH_SIZES = (1, 7, 64)  # from 1, which often has special kernels, to one that uses all threads
+MORE_BATCH_SIZES = (2, 8, 16, 33)  # only for drift
 SHORT_BATCH = 16
-SHORT_PIXELS = 2**18  # in the batch of the short check, so that large images do not make loading long
+SHORT_PIXELS = 2**18  # maximum pixels per batch of the short check, so that loading is fast for large images
 RANDOM_PLACES = 4
-MOST_ALONE = 4  # places at which one image alone is attacked by gradient
+MOST_ALONE = 4  # places of the adversarial probe with a batch of one image
 MOST_SHAPES = 3
 
 
@@ -36,26 +36,26 @@ def measure(
     thorough: bool = True,
     seed: int = 0,
 ) -> LocalityReport:
-    """What of a model's score map moves that should stand still, on its device and in its dtype.
+    """Measure the locality of a model on its device and in its dtype.
 
-    Structural: NaN in pixel rows and columns, compared with the declared geometry. Numerical: NaN, random, extreme
-    and adversarial contents under patches at the corners, edges, middle and random places, in several batch sizes;
+    Structural probe: NaN in pixel rows and columns, compared with the declared geometry. Numerical probes: NaN, random,
+    extreme and adversarial contents of patches at the corners, edges, center and random places, in several batch sizes;
     other images in the batch; other batch sizes and numbers of threads.
 
     Args:
-        model: a defense, or a region scorer.
-        patch: the patches to try, in the notation of `PatchThreatModel.parse`; the defense's own when absent, or a
-            quarter of each side.
-        grid: the declared geometry; derived from the layers when absent.
-        images: clean images in [0, 1] to try besides noise and grey.
-        thorough: False is the short check at load: a tenth of the cost, no gradients, no drift.
-        seed: of contents and places.
+        model: a defense or a region scorer.
+        patch: the patches to test, in the notation of `PatchThreatModel.parse`; default: the deployed patch of the
+            defense, or a quarter of each side.
+        grid: the declared geometry; default: derived from the layers.
+        images: clean images in [0, 1] to test in addition to noise and gray.
+        thorough: False selects the short check used at load, with a tenth of the cost and without gradients and drift.
+        seed: random seed of contents and places.
 
     Returns:
-        The report. A network that is not local by its layers gets one that refuses and says why.
+        The report. For a network with a layer that is not local, the report contains the reason for the refusal.
 
     Raises:
-        UsageError: the network cannot be followed, or the patch does not fit.
+        UsageError: the network cannot be traced, or the patch does not fit.
     """
     scorer: RegionScorer = getattr(model, "scorer", model)
     size = scorer.image_size
@@ -97,7 +97,7 @@ def run_probes(
     thorough: bool,
     seed: int = 0,
 ) -> tuple[tuple[Probe, ...], float]:
-    """The numerical probes, and the largest score seen."""
+    """Run the numerical probes; return their results and the largest absolute score of clean images."""
     random = torch.Generator().manual_seed(seed)
     size = backend.grid.image_size
     fixed = backend.batch_size
@@ -122,7 +122,7 @@ def run_probes(
             add({"adversarial": climber.adversarial(batch_size)}, batch_size)
     else:
         add(prober.contents(large, ("mixed", *nan)), large)
-        if not fixed:  # one image is enough to meet the kernels for one image
+        if not fixed:  # also test the kernels for a batch of one image
             add(Prober(backend, clean[1:], places[-1:], random, prober.seen).contents(1, ("mixed", *nan)), 1)
     if large > 1:
         add({"other neighbours": prober.neighbours(large, thorough)}, large)
@@ -133,7 +133,7 @@ def run_probes(
 
 
 def add_drift(prober: Prober, probes: list[Probe], reference: int) -> None:
-    """Other batch sizes than `reference`, other numbers of threads than now."""
+    """Add the drift probes: other batch sizes than `reference`, and other numbers of threads."""
     backend, now = prober.backend, torch.get_num_threads()
     if backend.batch_size is None:
         for batch_size in sorted({*BATCH_SIZES, *MORE_BATCH_SIZES} - {reference}):
@@ -146,7 +146,7 @@ def add_drift(prober: Prober, probes: list[Probe], reference: int) -> None:
 
 
 def _proved_bound(scorer: RegionScorer, declared: RegionGrid) -> float | None:
-    """The activation bound, if the layers themselves are proved to stay within the declared geometry."""
+    """The activation bound if the geometry derived from the layers is within the declared one, else None."""
     try:
         local = declared.covers(scorer.grid())
     except BagcertError:
@@ -156,10 +156,14 @@ def _proved_bound(scorer: RegionScorer, declared: RegionGrid) -> float | None:
 
 
 def require_local(report: LocalityReport, portable: bool = False) -> None:
-    """Refuses a model whose certificates would mean nothing here.
+    """Refuse a model that is not local on this device, so that certificates would not be sound.
+
+    Args:
+        report: the report of the measurement.
+        portable: whether certificates must also hold across configurations.
 
     Raises:
-        UnsoundError: the report says so; the sentence says what moved.
+        UnsoundError: the model is not local; the message contains the reason.
     """
     if report.consequence == "refused":
         raise UnsoundError(f"{report.model} is not local on {report.device} in {report.dtype}: {report.reason}")
@@ -174,10 +178,10 @@ def require_local(report: LocalityReport, portable: bool = False) -> None:
 
 
 def compare_footprint(scorer: RegionScorer, declared: RegionGrid) -> FootprintMatch:
-    """What NaN in each row and column of pixels reaches, against what is declared."""
+    """Compare the regions that NaN in each row and column of pixels reaches with the declared geometry."""
     try:
         measured = probe_grid(scorer, declared.image_size, scorer.channels)
-    except UsageError:  # NaN without NaN in the image: a large weight, say; the numerical probes decide
+    except UsageError:  # NaN without NaN in the image, for example from a large weight; the numerical probes decide
         return "unmeasured"
     if not declared.covers(measured):
         return "larger"
@@ -185,7 +189,7 @@ def compare_footprint(scorer: RegionScorer, declared: RegionGrid) -> FootprintMa
 
 
 def dynamic_quantization(scorer: RegionScorer) -> str:
-    """A reason to refuse where a layer takes its range from the whole map at run time; "" if none does."""
+    """Reason to refuse if a layer is quantized with a range computed from the whole map at run time, else ""."""
     for name, part in scorer.named_modules():
         if "quantized.dynamic" in type(part).__module__:
             return f"{name} ({type(part).__name__}) is quantized dynamically: its range is that of the whole batch"
@@ -193,7 +197,7 @@ def dynamic_quantization(scorer: RegionScorer) -> str:
 
 
 def shapes_for(model: Any, patch: object, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """The largest few shapes of the patch asked for, or of the model's own."""
+    """The largest shapes of `patch`, or of the deployed patch of the model."""
     chosen = patch if patch is not None else getattr(model, "patch", None)
     if chosen is None:
         return ((max(1, size[0] // 4), max(1, size[1] // 4)),)

@@ -1,4 +1,4 @@
-"""Measuring an ONNX file through onnxruntime, against the geometry of the model it was made from."""
+"""Measurement of the locality of an ONNX file with onnxruntime, using the geometry of its original model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,21 +18,21 @@ from bagcert.locality.report import LocalityReport
 from bagcert.locality.target import Backend
 from bagcert.nets.region_scorer import RegionScorer
 
-# Operators whose range or statistics come from the whole tensor at run time.
 MOST_BYTES = 2**31  # an ONNX file cannot be larger
+# Operators whose range or statistics are computed from the whole tensor at run time.
 DYNAMIC = (b"DynamicQuantizeLinear", b"DynamicQuantizeMatMul", b"DynamicQuantizeLSTM", b"MatMulInteger")
 
 
 class OnnxScores:
-    """An ONNX file as a function from images to real-valued score maps.
+    """Function from images to real-valued score maps, computed from an ONNX file.
 
     Args:
-        path: its first input is images, float [batch, 3, height, width] in [0, 1] or uint8 [batch, height, width, 3];
-            its first output of four dimensions is the scores.
+        path: path of the file. The first input must be images, float [batch, 3, height, width] in [0, 1] or uint8
+            [batch, height, width, 3]. The first output with four dimensions must be the scores.
 
     Raises:
         UsageError: onnxruntime is not installed, or the file has no such input or output.
-        UnreadableError: the file is missing or no ONNX model.
+        UnreadableError: the file is missing or not an ONNX model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,23 +56,23 @@ class OnnxScores:
 
     @property
     def quantized_dynamically(self) -> bool:
-        """Does the file name an operator that takes its range from the whole tensor?"""
+        """Whether the file contains an operator whose range is computed from the whole tensor."""
         return any(name in self._model for name in DYNAMIC)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """`z` [batch, classes, rows, cols] of images [batch, 3, height, width] in [0, 1]."""
+        """Compute `z` [batch, classes, rows, cols] for images [batch, 3, height, width] in [0, 1]."""
         feed = images.numpy()
         if self.bytes:
             feed = np.ascontiguousarray(np.rint(feed * 255).astype(np.uint8).transpose(0, 2, 3, 1))
         try:
             (scores,) = self._session.run([self._output], {self._input: feed})
-        except Exception as error:  # onnxruntime has a type of its own for each kind
+        except Exception as error:  # onnxruntime has many exception types
             raise UsageError(f"{self._path} does not run on images {list(feed.shape)}: {_first_line(error)}") from None
         return torch.from_numpy(np.asarray(scores))
 
     @contextmanager
     def threads(self, count: int) -> Iterator[None]:
-        """A session of so many threads inside."""
+        """Context manager that uses a session with `count` threads."""
         before = self._session
         try:
             self._session = self._start(count)
@@ -93,11 +93,17 @@ class OnnxScores:
 def measure_onnx(
     path: Path, model: Any, patch: object = None, images: Tensor | None = None, seed: int = 0
 ) -> LocalityReport:
-    """The numerical probes of `measure` on an ONNX file, with the geometry and head of the model it was made from.
+    """Run the numerical probes of `measure` on an ONNX file, with the geometry and the head of its original model.
+
+    Args:
+        path: the ONNX file.
+        model: the defense or region scorer from which the file was exported.
+        patch, images, seed: as for `measure`.
 
     Raises:
-        UsageError: onnxruntime is not installed; the file takes or returns something else; the patch does not fit.
-        UnreadableError: the file is no ONNX model.
+        UsageError: onnxruntime is not installed, the file has unsuitable inputs or outputs, or the patch does not fit.
+        UnreadableError: the file is not an ONNX model.
+        UnsoundError: the file returns a map of another size than the model.
     """
     scorer: RegionScorer = getattr(model, "scorer", model)
     scores = OnnxScores(path)

@@ -1,4 +1,4 @@
-"""The numerical probes: change what is under a patch, or the configuration, and look at what should stand still."""
+"""Numerical probes of locality: change the content of a patch or the configuration, and compare all other scores."""
 
 import os
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from bagcert.locality.target import Backend, outside
 
 Place = tuple[int, int, int, int]  # top, left, height, width in pixels
 CLIMBS = 8  # steps of the adversarial probe
-STEP = 0.5  # of the range of a pixel
-DRIFT_IMAGES = 32  # for each batch size
-BLOCKS = (1, 2, 4, 8)  # pixels; large sums round most, and these images have the largest
+STEP = 0.5  # step size as a share of the range of a pixel
+DRIFT_IMAGES = 32  # images per batch size
+BLOCKS = (1, 2, 4, 8)  # sides in px of saturated blocks, which give large sums and so large rounding errors
 
 
 @dataclass
 class Change:
-    """The largest change found so far by one probe."""
+    """Largest change found so far by one probe."""
 
     trials: int = 0
     scores: int = 0
@@ -28,13 +28,13 @@ class Change:
     largest_levels: int = 0
 
     def probe(self, name: str, kind: Kind) -> Probe:
-        """What goes into the report."""
+        """Convert to an entry of the report."""
         return Probe(name, kind, self.trials, self.scores, self.largest_z, self.largest_levels)
 
     def compare(self, backend: Backend, before: Tensor, after: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Takes in one batch; returns how much each image moved in all, float64 [batch]."""
+        """Compare the scores of one batch; return the total change per image, float64 [batch]."""
         mask = torch.ones_like(before, dtype=torch.bool) if mask is None else mask.expand_as(before)
-        moved = (before != after) & mask  # NaN has always moved, also where it was NaN before
+        moved = (before != after) & mask  # NaN always counts as changed, even if it was NaN before
         distance = magnitude(after.double() - before.double()).where(moved, 0)
         levels = (backend.head(after).long() - backend.head(before).long()).abs().where(mask, 0)
         self.trials += len(before)
@@ -47,13 +47,14 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Prober:
-    """Probes of one backend on some clean images.
+    """Runs probes of one backend on clean images.
 
     Attributes:
-        images: clean images [images, channels, height, width] in [0, 1], tried in turn.
-        places: where patches lie, tried in turn.
-        random: the source of contents.
-        largest_score: of all clean score maps seen; filled on the way.
+        backend: the backend.
+        images: clean images [images, channels, height, width] in [0, 1], used cyclically.
+        places: placements of patches, used cyclically.
+        random: random generator of contents.
+        seen: largest absolute score of each batch of clean images so far.
     """
 
     backend: Backend
@@ -64,11 +65,11 @@ class Prober:
 
     @property
     def largest_score(self) -> float:
-        """The largest |z| of clean images so far; inf where one of them is not finite."""
+        """Largest |z| of clean images so far; inf if one is not finite."""
         return max(self.seen, default=0.0)
 
     def contents(self, batch_size: int, names: tuple[str, ...]) -> dict[str, Change]:
-        """Every content at every place on every image in turn, in batches of one size; only the patch differs."""
+        """Compare images with and without a patch for every kind of content and every place, in batches of one size."""
         found = {name: Change() for name in names}
         for start in range(0, len(self.places), batch_size):
             clean, places = self._batch(start, batch_size)
@@ -76,7 +77,7 @@ class Prober:
             for name, change in found.items():
                 try:
                     after = self.backend.scores(self._with(clean, places, name))
-                except RuntimeError:  # some quantized layers refuse NaN, which no image holds
+                except RuntimeError:  # some quantized layers reject NaN, which images never contain
                     if name != "NaN":
                         raise
                     continue
@@ -84,10 +85,11 @@ class Prober:
         return {name: change for name, change in found.items() if change.trials}
 
     def adversarial(self, batch_size: int) -> Change:
-        """From the worst of a random and an extreme content a few steps uphill, by gradient or by random search.
+        """Maximize the change outside the reach by a few steps of gradient ascent or random search.
 
-        The step follows the gradient of what moved outside the reach, where there is one that is not zero; otherwise
-        a random part of the content is replaced by its extremes. Only what moves more is kept.
+        The search starts with the worse of a random and an extreme content. Each step follows the gradient of the
+        change if it is not zero; otherwise random pixels are set to extreme values. A step is kept unless the change
+        decreases.
         """
         best = Change()
         for start in range(0, len(self.places), batch_size):
@@ -108,7 +110,10 @@ class Prober:
         return best
 
     def neighbours(self, batch_size: int, thorough: bool) -> Change:
-        """The same image elsewhere in a batch of the same size and beside other images; thorough: also each alone."""
+        """Compare scores of images at other positions in the batch and next to other images.
+
+        If `thorough`, other images at unchanged positions are tested separately.
+        """
         change = Change()
         clean, _ = self._batch(0, batch_size)
         before = self._scores(clean)
@@ -122,7 +127,7 @@ class Prober:
         return change
 
     def batch_size(self, size: int, reference: int) -> Change:
-        """The same images in batches of `size` instead of `reference`, `DRIFT_IMAGES` of them or one batch."""
+        """Compare scores in batches of `size` with those in batches of `reference`, on `DRIFT_IMAGES` or one batch."""
         change = Change()
         clean, _ = self._batch(0, reference)
         before = self._scores(clean)
@@ -133,7 +138,7 @@ class Prober:
         return change
 
     def threads(self, count: int, batch_sizes: tuple[int, ...]) -> Change:
-        """The same batches with so many threads."""
+        """Compare scores with `count` threads with those with the current number."""
         change = Change()
         assert self.backend.threads is not None
         for size in batch_sizes:
@@ -145,7 +150,7 @@ class Prober:
         return change
 
     def _batch(self, start: int, size: int) -> tuple[Tensor, list[Place]]:
-        """Images and places number `start`, ..., `start + size - 1`, each in its own cycle."""
+        """Images and places number `start`, ..., `start + size - 1`, both used cyclically."""
         numbers = range(start, start + size)
         clean = self.images[[n % len(self.images) for n in numbers]]
         return clean, [self.places[n % len(self.places)] for n in numbers]
@@ -156,12 +161,12 @@ class Prober:
         return scores
 
     def _with(self, clean: Tensor, places: list[Place], name: str) -> Tensor:
-        """The images with a content under each patch."""
+        """Apply patches with the named kind of content to the images."""
         if name == "NaN":
             content = torch.full_like(clean, torch.nan)
         elif name == "random":
             content = torch.rand(clean.shape, generator=self.random)
-        else:  # extreme: patches of one color and noise of black and white in turn; mixed: every third is random
+        else:  # extreme: one color or black and white noise, alternating; mixed: every third is random
             content = torch.randint(0, 2, clean.shape, generator=self.random).float()
             content[::2] = content[::2, :, :1, :1]
             if name == "mixed":
@@ -185,12 +190,12 @@ class Prober:
 
 
 def magnitude(values: Tensor) -> Tensor:
-    """Absolute values in float64, with NaN as inf; a file may return whole numbers."""
+    """Absolute values in float64, with NaN as inf. The input can be integers from an ONNX file."""
     return values.double().abs().masked_fill(values.isnan(), torch.inf)
 
 
 def outside_pixels(clean: Tensor, places: list[Place]) -> Tensor:
-    """Boolean [batch, 1, height, width]: what each patch leaves as it is."""
+    """Which pixels lie outside the patch of each image, boolean [batch, 1, height, width]."""
     mask = torch.ones(len(clean), 1, *clean.shape[2:], dtype=torch.bool)
     for k, (top, left, height, width) in enumerate(places):
         mask[k, :, top : top + height, left : left + width] = False
@@ -200,7 +205,7 @@ def outside_pixels(clean: Tensor, places: list[Place]) -> Tensor:
 def places_for(
     image_size: tuple[int, int], shapes: tuple[tuple[int, int], ...], random: torch.Generator, more: int
 ) -> list[Place]:
-    """Corners, the middle of each side and of the image, and `more` random places, for each shape."""
+    """Corners, edge centers, the image center and `more` random places for each shape."""
     found = []
     for height, width in shapes:
         rows, cols = (
@@ -217,14 +222,14 @@ def places_for(
 
 
 def clean_images(image_size: tuple[int, int], channels: int, count: int, random: torch.Generator) -> Tensor:
-    """Noise over the whole range and, in turn, pale grey, whose range a patch widens as quantization would notice."""
+    """Alternate full-range noise and low-contrast gray, whose range a patch extends (for quantization)."""
     images = torch.rand(count, channels, *image_size, generator=random)
     images[1::2] = 0.5 + 0.05 * (images[1::2] - 0.5)
     return images
 
 
 def saturated_images(image_size: tuple[int, int], channels: int, count: int, random: torch.Generator) -> Tensor:
-    """Noise, and in turn blocks of several sizes whose channels are 0 or 1: what rounds most from kernel to kernel."""
+    """Noise and blocks of several sizes with channels 0 or 1, for which rounding differs most between kernels."""
     images = torch.rand(count, channels, *image_size, generator=random)
     for number, side in enumerate(BLOCKS, 1):
         part = images[number :: len(BLOCKS) + 1]
@@ -236,5 +241,5 @@ def saturated_images(image_size: tuple[int, int], channels: int, count: int, ran
 
 
 def thread_counts(current: int) -> list[int]:
-    """1, 2 and as many as there are cores, without the current number."""
+    """Thread counts to test: 1, 2 and the number of cores, without the current count."""
     return sorted({1, 2, os.cpu_count() or 1} - {current})

@@ -1,4 +1,4 @@
-"""What a measurement of locality found, and what follows from it."""
+"""Report of a locality measurement and its consequence for certificates."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,30 +8,31 @@ Consequence = Literal["exact", "guarded", "refused"]
 Kind = Literal["leak", "NaN", "drift"]
 FootprintMatch = Literal["equal", "inside", "larger", "unmeasured"]
 
-# Rounding that mixes neighbours (Winograd in float32) leaks about 1e-6 of the largest score, quantization over the
-# whole map 1e-3 and more.
+# Rounding that mixes neighboring regions (Winograd in float32) leaks about 1e-6 of the largest score; quantization over
+# the whole map leaks 1e-3 and more.
 LEAK_LIMIT = 1e-4
-# bfloat16 keeps 8 bits: another order of summation moves scores by 1/256 of themselves and a little more.
+# bfloat16 has 8 significant bits: another order of summation changes scores by about 1/256 of their value.
 DRIFT_LIMIT = 2e-2
-# float32 and bfloat16 end at 3.4e38; what is left covers the rounding of weights and of sums.
+# float32 and bfloat16 overflow at 3.4e38; the difference covers the rounding of weights and sums.
 OVERFLOW = 1e30
-SAFETY = 4.0  # a measured maximum is no bound
-# Likewise. Searches of up to 60 s for images on which the shipped CIFAR-10 model drifts found 2.1 times what
+SAFETY = 4.0  # a measured maximum is not a proven bound
+# Likewise. Searches of up to 60 s for images on which the shipped CIFAR-10 model drifts found 2.1 times the drift that
 # the probes find.
 DRIFT_SAFETY = 8.0
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One way of provoking a change, and the largest change it provoked where there should be none.
+    """Result of one probe: the largest change of scores that should not change.
 
     Attributes:
-        name: what was done.
-        kind: "leak" within one configuration, "NaN" likewise for patches of NaN, "drift" across configurations.
-        trials: how many images were compared.
-        scores: how many scores were compared, those in reach of the patch left out.
-        largest_z: the largest change of a real-valued score; inf where one became, or ceased to be, NaN or infinite.
-        largest_levels: the largest change of an integer score.
+        name: description of the probe.
+        kind: "leak" within one configuration, "NaN" within one configuration for patches of NaN, or "drift" across
+            configurations.
+        trials: number of compared images.
+        scores: number of compared scores; scores in reach of the patch are excluded.
+        largest_z: largest change of a real-valued score; inf if a score was, became, or ceased to be NaN or infinite.
+        largest_levels: largest change of an integer score.
     """
 
     name: str
@@ -44,24 +45,23 @@ class Probe:
 
 @dataclass(frozen=True)
 class LocalityReport:
-    """What was measured of one model on one device and dtype.
+    """Locality measurement of one model on one device and dtype.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         backend: "torch" or "onnxruntime".
-        device, dtype, threads: where and how.
+        device, dtype, threads: configuration of the measurement.
         image_size: (height_px, width_px).
-        patches: (height_px, width_px) of the patches tried.
-        footprint: what NaN in pixel lines reached, compared with the declared receptive fields.
-        probes: the numerical ones.
-        largest_score: the largest |z| of clean images, the scale that limits refer to; inf where one is not finite.
-        activation_bound: no value in the net exceeds it, whatever the image; None where unknown or not asked for. It
-            is asked for where NaN spreads, or may spread, beyond the receptive fields though the layers are local: see
-            `overflow`.
-        refusal: a reason to refuse whatever the probes say, or "".
-        thorough: all of it, as `bagcert doctor` does, or the short check at load.
-        guardable: whether a rule could count small changes for the attacker. Attention pooling has no worst case that
-            could be named, so that there all that moves is refused.
+        patches: (height_px, width_px) of the tested patches.
+        footprint: regions reached by NaN in pixel rows and columns, compared with the declared receptive fields.
+        probes: results of the numerical probes.
+        largest_score: largest |z| of clean images, to which limits are relative; inf if one is not finite.
+        activation_bound: bound on all values in the network for any image, or None if unknown or not needed. It is
+            needed if NaN spreads beyond the receptive fields although the layers are local: see `cannot_overflow`.
+        refusal: reason to refuse the model regardless of the probes, or "".
+        thorough: whether this is the full measurement, as by `bagcert doctor`, or the short check at load.
+        guardable: whether rules can account for small changes. Attention pooling has no known worst case, so any change
+            is refused.
     """
 
     model: str
@@ -81,61 +81,61 @@ class LocalityReport:
 
     @property
     def leak_z(self) -> float:
-        """The largest change within one configuration; where NaN causes a finite one, that counts as well."""
+        """Largest change within one configuration, including finite changes caused by NaN."""
         finite = [p.largest_z for p in self.probes if p.kind == "NaN" and math.isfinite(p.largest_z)]
         return max(self._largest("leak"), *finite, 0.0)
 
     @property
     def drift_z(self) -> float:
-        """The largest change across configurations."""
+        """Largest change across configurations."""
         return self._largest("drift")
 
     @property
     def leak_levels(self) -> int:
-        """`leak_z` as it arrives in integer scores."""
+        """Largest change of an integer score within one configuration."""
         return max((probe.largest_levels for probe in self.probes if probe.kind == "leak"), default=0)
 
     @property
     def drift_levels(self) -> int:
-        """`drift_z` as it arrives in integer scores."""
+        """Largest change of an integer score across configurations."""
         return max((probe.largest_levels for probe in self.probes if probe.kind == "drift"), default=0)
 
     @property
     def nan_spreads(self) -> bool:
-        """Does NaN in a pixel reach regions that are declared not to see it?"""
+        """Whether NaN in a pixel reaches regions that are declared not to see it."""
         return self.footprint == "larger" or any(
             probe.largest_z == math.inf for probe in self.probes if probe.kind == "NaN"
         )
 
     @property
     def is_finite(self) -> bool:
-        """Are all scores of clean images finite? Otherwise what a patch does to them cannot be told."""
+        """Whether all scores of clean images are finite; otherwise the influence of a patch cannot be measured."""
         return math.isfinite(self.largest_score)
 
     @property
     def cannot_overflow(self) -> bool:
-        """Is it proved that no value in the net becomes infinite or NaN?"""
+        """Whether it is proved that no value in the network becomes infinite or NaN."""
         return self.activation_bound is not None and self.activation_bound < OVERFLOW
 
     @property
     def consequence(self) -> Consequence:
-        """Within one configuration: exact where nothing moved at all, guarded below the limit, else refused."""
+        """Consequence within one configuration: exact if nothing changed, guarded below the limit, else refused."""
         if self.refusal or not self.is_finite or (self.nan_spreads and not self.cannot_overflow):
             return "refused"
         return self._consequence(self.leak_z, LEAK_LIMIT)
 
     @property
     def across_configurations(self) -> Consequence:
-        """The same for a certificate that is to hold where batch sizes or threads are others."""
+        """Consequence for certificates that must hold for other batch sizes and numbers of threads."""
         if self.consequence == "refused":
             return "refused"
         drift = self._consequence(self.drift_z, DRIFT_LIMIT)
         return self.consequence if drift == "exact" else drift
 
     def tolerance(self, portable: bool = False) -> float:
-        """How far `z` may move, for the guard: 4 times the largest leak measured; 0 if none.
+        """Tolerance of `z` for the guard: 4 times the largest measured leak, 0 if there is none.
 
-        Portable: 8 times the largest drift, if that is more. It is an estimate from a few images, not a bound.
+        With `portable`, at least 8 times the largest drift. This is an estimate from a few images, not a bound.
 
         >>> report = LocalityReport("m", "torch", "cpu", "float32", 1, (8, 8), (), "equal", (), 1.0, "", True)
         >>> report.consequence, report.tolerance()
@@ -146,7 +146,7 @@ class LocalityReport:
 
     @property
     def reason(self) -> str:
-        """Why it is refused, in a clause; "" if it is not."""
+        """Reason for a refusal, or "" if the model is not refused."""
         if self.refusal:
             return self.refusal
         if not self.is_finite:
@@ -165,7 +165,7 @@ class LocalityReport:
         return ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON. A change that is not finite is null."""
+        """Convert to a dict for JSON; values that are not finite become None."""
         values = asdict(self)
         values["image_size"] = list(self.image_size)
         values["patches"] = [list(patch) for patch in self.patches]
@@ -184,7 +184,7 @@ class LocalityReport:
         }
 
     def _consequence(self, moved: float, limit: float) -> Consequence:
-        """Of a change, with its limit as a share of the largest score."""
+        """Consequence of a change `moved`, with its limit as a share of the largest score."""
         if moved == 0:
             return "exact"
         return "guarded" if self.guardable and moved <= limit * self.largest_score < math.inf else "refused"

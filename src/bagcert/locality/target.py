@@ -1,4 +1,4 @@
-"""What is measured: images in, real-valued score maps out, on one backend."""
+"""Target of a locality measurement: a backend that maps images to real-valued score maps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,18 +14,19 @@ from bagcert.nets.region_scorer import RegionScorer
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """One deployed way to compute score maps.
+    """A deployed computation of score maps.
 
     Attributes:
-        scores: images float32 [batch, channels, height, width] to `z` [batch, classes, rows, cols] on the CPU, as it
-            is deployed; contents are in [0, 1] or, where `takes_nan`, NaN.
-        head: `z` to integer scores.
+        scores: maps images float32 [batch, channels, height, width] to `z` [batch, classes, rows, cols] on the CPU, as
+            deployed. Pixels are in [0, 1], or NaN if `takes_nan`.
+        head: maps `z` to integer scores.
         grid: the declared geometry.
-        channels: of the images.
-        takes_nan: can an image hold NaN (not one of bytes).
-        gradient: d/d(images) of the sum of `z` weighted by a second tensor; None where there are no gradients.
-        threads: a context in which the backend uses so many threads; None where that cannot be set.
-        batch_size: the only number of images it takes; None for any.
+        channels: number of image channels.
+        takes_nan: whether images can contain NaN (not the case for uint8 images).
+        gradient: gradient with respect to the images of the sum of `z` weighted by a second tensor; None if there are
+            no gradients.
+        threads: context manager that sets the number of threads; None if it cannot be set.
+        batch_size: the only supported batch size; None for any.
     """
 
     scores: Callable[[Tensor], Tensor]
@@ -39,11 +40,15 @@ class Backend:
 
 
 def torch_backend(scorer: RegionScorer, grid: RegionGrid | None = None) -> Backend:
-    """A scorer as it is deployed.
+    """Create the backend of a region scorer as deployed with torch.
 
-    Raises (where `grid` is None):
-        UnsoundError: a layer is not local.
-        UsageError: the network cannot be followed.
+    Args:
+        scorer: the region scorer.
+        grid: the declared geometry; default: derived from the layers.
+
+    Raises:
+        UnsoundError: a layer is not local (only if `grid` is None).
+        UsageError: the network cannot be traced (only if `grid` is None).
     """
 
     def scores(images: Float[Tensor, "batch channels height width"]) -> Tensor:
@@ -77,14 +82,14 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 def precision(scorer: RegionScorer) -> AbstractContextManager[object]:
-    """The autocast a scorer is deployed in, for calls that go around `forward_batch`."""
+    """Autocast context of a deployed scorer, for calls that bypass `forward_batch`."""
     if scorer.autocast_dtype is None:
         return nullcontext()
     return torch.autocast(scorer.device.type, dtype=scorer.autocast_dtype)
 
 
 def outside(grid: RegionGrid, places: list[tuple[int, int, int, int]]) -> Bool[Tensor, "batch 1 rows cols"]:
-    """Which regions no pixel of each [top, left, height, width] reaches."""
+    """Which regions see no pixel of each rectangle [top, left, height, width]."""
     reach = [
         torch.as_tensor(grid.rows_seen[:, top : top + height].any(1))[:, None]
         & torch.as_tensor(grid.cols_seen[:, left : left + width].any(1))

@@ -1,4 +1,4 @@
-"""Region scorers: networks whose every output cell sees one small rectangle of the image."""
+"""Region scorers: networks in which every output cell depends on one small rectangle of the image."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ Build = Callable[..., nn.Module]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A named member of a family of nets.
+    """A named network architecture.
 
     Attributes:
-        build: (classes, width, depth, padded, channels=3) to a module that maps normalized images to region scores.
-        image_size: (height_px, width_px) it is meant for; other sizes work.
-        width, depth: what is used when a recipe does not say.
-        receptive_field_px, stride_px: declared; a test measures them.
-        summary: one line for tables.
+        build: function (classes, width, depth, padded, channels=3) that creates a module from normalized images to
+            region scores.
+        image_size: (height_px, width_px) for which it is designed; other sizes work as well.
+        width, depth: defaults for recipes.
+        receptive_field_px, stride_px: declared geometry; verified by tests.
+        summary: one-line description for tables.
     """
 
     build: Build
@@ -41,7 +42,7 @@ def _require_depth(depth: int, least: int) -> None:
 
 
 def _resnet(stem: tuple[tuple[int, int, float], ...], looks_around: int) -> Build:
-    """`depth` residual blocks, of which `looks_around` evenly spaced ones have a 3x3 kernel."""
+    """Networks with `depth` residual blocks, of which `looks_around` evenly spaced ones have a 3x3 kernel."""
 
     def build(classes: int, width: int, depth: int, padded: bool, channels: int = 3) -> nn.Module:
         _require_depth(depth, max(1, looks_around))
@@ -142,10 +143,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def get_architecture(name: str) -> Architecture:
-    """The named architecture.
+    """Look up an architecture by name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: unknown name.
     """
     if name not in ARCHITECTURES:
         raise UsageError(f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}")

@@ -1,8 +1,7 @@
-"""The trainable form of attention pooling; `frozen` gives the integer readout that certificates use.
+"""Trainable attention pooling. `AttentionReadout.frozen` returns the integer readout used by certificates.
 
-Real values are in units of 1/32 and readout weights in units of 1/128, so that rounding needs no calibration. The
-forward pass rounds as the integer readout does and gradients pass through (straight-through estimator): training sees
-the arithmetic that is deployed.
+Real values are in units of 1/32 and readout weights in units of 1/128, so rounding needs no calibration. The forward
+pass rounds like the integer readout, with straight-through gradients, so training uses the deployed arithmetic.
 """
 
 import math
@@ -17,9 +16,9 @@ from bagcert.aggregation import HIDDEN_UNIT, POOLED_LIMIT, VALUE_LIMIT, WEIGHT_L
 from bagcert.errors import UsageError
 
 UNITS = 32
-"""Integer steps in a value, pooled value or hidden value of 1."""
+"""Number of integer steps per unit of a value, pooled value or hidden value."""
 FIRST_WEIGHT = 16.0
-"""The attention weight that an untrained network gives to a region."""
+"""Initial attention weight of a region in an untrained network."""
 
 
 LARGEST_LOGIT = math.log(WEIGHT_LIMIT)
@@ -36,29 +35,29 @@ class _Rounded(torch.autograd.Function):
 
 
 def rounded(x: Tensor) -> Tensor:
-    """`round(x)` forward, the identity backward; one operation where `x + (x.round() - x).detach()` takes three."""
+    """Round in the forward pass, with the gradient of the identity; faster than `x + (x.round() - x).detach()`."""
     return _Rounded.apply(x)  # type: ignore[no-any-return]
 
 
 def finite(z: Tensor) -> Tensor:
-    """float32 without NaN (0) and infinities (large numbers)."""
+    """Convert to float32, replacing NaN by 0 and infinities by large numbers."""
     return torch.nan_to_num(z.float(), nan=0.0, posinf=1e6, neginf=-1e6)
 
 
 def clipped(x: Tensor, least: int | float, most: int | float) -> Tensor:
-    """`x` within a range forward, the identity backward."""
+    """Clip in the forward pass, with the gradient of the identity."""
     return x.clamp(least, most).detach() + (x - x.detach())
 
 
 class AttentionReadout(nn.Module):
-    """Attention pooling and a small network: a real map [batch, values + heads, rows, cols] to class scores.
+    """Attention pooling and a small network: maps [batch, values + heads, rows, cols] to class scores.
 
     Args:
-        classes: how many.
-        values: channels that are pooled.
-        heads: attention heads, each for `values / heads` of the values.
-        hidden: hidden units after the pooling.
-        map_size: (rows, columns). Each head has a learned bias per region and can so attend to a part of the image.
+        classes: number of classes.
+        values: number of pooled channels.
+        heads: number of attention heads; each pools `values / heads` channels.
+        hidden: number of hidden units after the pooling.
+        map_size: (rows, columns). Each head has a learned bias per region, so it can attend to a part of the image.
     """
 
     def __init__(self, classes: int, values: int, heads: int, hidden: int, map_size: tuple[int, int]) -> None:
@@ -71,15 +70,15 @@ class AttentionReadout(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Channels that the network must have: values, then heads."""
+        """Number of output channels that the network must have: values, then heads."""
         return self.values + self.heads
 
     @torch.no_grad()
     def integers(self, z: Float[Tensor, "batch channels rows cols"]) -> Int[Tensor, "batch channels rows cols"]:
-        """The integer map that rules see, int32: products `e v`, then weights `e`. NaN becomes 0 before the split.
+        """Compute the integer map used by rules, int32: products `e v`, then weights `e`. NaN is first replaced by 0.
 
-        An addition, a multiplication by a power of two, comparisons and products of integers: each integer follows
-        from the scores of its own region alone, whatever a device makes of an exponential.
+        The computation consists of an addition, a multiplication by a power of two, comparisons and integer products.
+        Each integer depends only on the scores of its own region, and not on a device's implementation of exp.
         """
         values, logits = self._split(finite(z))
         values = values.clamp(-VALUE_LIMIT, VALUE_LIMIT).round()
@@ -89,21 +88,21 @@ class AttentionReadout(nn.Module):
         return torch.cat([products.flatten(1, 2), weights], 1).to(torch.int32)
 
     def evidence(self, z: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch channels rows cols"]:
-        """The same map as real numbers, with gradients."""
+        """Compute the map as floats, with gradients, for training."""
         values, logits = self._split(z.float())
         values = rounded(values.clamp(-VALUE_LIMIT, VALUE_LIMIT))
         return self._products(values, rounded(logits.clamp(0, LARGEST_LOGIT).exp()))
 
     def slopes(self, z: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch channels rows cols"]:
-        """The same map without rounding, with gradients also where values or weights are clipped.
+        """Compute the map without rounding, with gradients even where values or weights are clipped.
 
-        For attacks, which must not stop where a network is saturated (Athalye et al., ICML 2018).
+        For attacks, which otherwise fail on saturated networks (Athalye et al., ICML 2018).
         """
         values, logits = self._split(finite(z))
         return self._products(clipped(values, -VALUE_LIMIT, VALUE_LIMIT), clipped(logits, 0.0, LARGEST_LOGIT).exp())
 
     def forward(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch classes"]:
-        """Real class scores from sums of `evidence` over the kept regions."""
+        """Compute real-valued class scores from sums of `evidence` over the kept regions."""
         total = sums[..., : self.values].unflatten(-1, (self.heads, -1))
         mean = total / sums[..., self.values :, None].clamp(min=1)
         pooled = rounded(mean).clamp(-POOLED_LIMIT, POOLED_LIMIT).flatten(-2) / UNITS
@@ -111,14 +110,14 @@ class AttentionReadout(nn.Module):
         return self.second(hidden) + self.skip(pooled)
 
     def soft(self, sums: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch classes"]:
-        """`forward` without rounding and saturation: for attacks, like `slopes`."""
+        """`forward` without rounding and saturation, for attacks; see `slopes`."""
         total = sums[..., : self.values].unflatten(-1, (self.heads, -1))
         pooled = (total / sums[..., self.values :, None].clamp(min=1)).flatten(-2) / UNITS
         return self.second(self.first(pooled).relu()) + self.skip(pooled)
 
     @torch.no_grad()
     def frozen(self) -> AttentionPooling:
-        """The integer readout. Scaling by powers of two and rounding give the same integers on every machine.
+        """Create the integer readout by scaling with powers of two and rounding; identical on every machine.
 
         Raises:
             UsageError: a weight is so large that integer sums would not be exact.
@@ -137,15 +136,15 @@ class AttentionReadout(nn.Module):
         )
 
     def _products(self, values: Tensor, weights: Tensor) -> Tensor:
-        """[batch, values + heads, rows, cols]: values times the weight of their head, then weights."""
+        """Concatenate products of values with the weight of their head, and weights: [batch, values + heads, ...]."""
         products = weights.unsqueeze(2) * values.unflatten(1, (self.heads, -1))
         return torch.cat([products.flatten(1, 2), weights], 1)
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Values in integer units and logarithms of attention weights, neither clipped nor rounded.
+        """Split into values in integer units and logarithms of attention weights, without clipping or rounding.
 
         Raises:
-            UsageError: a map of another size.
+            UsageError: the map has another size.
         """
         if z.shape[2:] != self.position.shape[1:]:
             expected, found = ("x".join(map(str, shape[-2:])) for shape in (self.position.shape, z.shape))
@@ -155,7 +154,7 @@ class AttentionReadout(nn.Module):
 
 @cache
 def weight_steps() -> tuple[float, ...]:
-    """The logarithms at which a rounded weight becomes 2, 3, ... 255, ascending."""
+    """Thresholds of the logarithm at which the rounded weight becomes 2, 3, ... 255, ascending."""
     return tuple(math.log(weight - 0.5) for weight in range(2, WEIGHT_LIMIT + 1))
 
 
@@ -167,13 +166,18 @@ def attention_masking_loss(
     full_weight: float = 0.5,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, " batch"]:
-    """`CE(scores of the kept regions) + full_weight * CE(scores of all regions)`, two windows left out.
+    """Training loss: cross-entropy with two windows masked, plus `full_weight` times cross-entropy on all regions.
 
-    The windows are chosen greedily by the readout: the one without which the cross-entropy of the label is largest,
-    then the next. That takes two readouts per window and no further forward pass.
+    The windows are chosen greedily: first the one whose masking gives the largest cross-entropy, then the next. This
+    needs two readouts per window and no further forward pass.
 
     Args:
+        readout: the readout.
+        z: output of the network.
+        labels: true labels.
         windows: 1 in the regions of each window, 0 elsewhere.
+        full_weight: weight of the second term.
+        label_smoothing: label smoothing of both cross-entropies.
     """
     evidence = readout.evidence(z).flatten(2)
     masks = windows.flatten(1)

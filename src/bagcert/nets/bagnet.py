@@ -1,7 +1,7 @@
-"""BagNets: ResNet-50 with almost all 3x3 convolutions replaced by 1x1.
+"""BagNets: ResNet-50 with most 3x3 convolutions replaced by 1x1 convolutions.
 
 Source: Brendel & Bethge, "Approximating CNNs with bag-of-local-features models", ICLR 2019, section 3.
-The receptive field (9, 17 or 33 px, stride 8) comes from one 3x3 convolution at the start of the first stages.
+The receptive field (9, 17 or 33 px, stride 8) results from one 3x3 convolution at the start of the first stages.
 """
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """1x1, kxk (strided, unpadded), 1x1; the skip path is cropped at the far end to what the kxk leaves."""
+    """Bottleneck block of 1x1, kxk (strided, unpadded) and 1x1 convolutions; the skip path is cropped to fit."""
 
     def __init__(self, inputs: int, width: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -30,21 +30,21 @@ class Bottleneck(nn.Module):
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, inputs, rows, cols] to [batch, 4 * width, ...]."""
+        """Map [batch, inputs, rows, cols] to [batch, 4 * width, ...]."""
         y = self.body(x)
         kept = x if self.skip is None else self.skip(x)
         return self.activation(y + kept[:, :, : y.shape[2], : y.shape[3]])
 
 
 class BagNet(nn.Sequential):
-    """The BagNet of `receptive_field` 9, 17 or 33 px.
+    """BagNet with a receptive field of 9, 17 or 33 px.
 
     Args:
-        classes: output channels.
+        classes: number of output channels.
         width: channels of the first stage (64 in the paper).
-        receptive_field: 9, 17 or 33.
-        depth: how many blocks each stage has, as a share of ResNet-50's 3, 4, 6, 3 (1.0 in the paper).
-        inputs: channels of the image.
+        receptive_field: 9, 17 or 33 px.
+        depth: number of blocks per stage relative to ResNet-50 (3, 4, 6, 3); 1.0 in the paper.
+        inputs: number of image channels.
     """
 
     def __init__(self, classes: int, width: int, receptive_field: int, depth: float = 1.0, inputs: int = 3) -> None:

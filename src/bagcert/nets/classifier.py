@@ -1,4 +1,4 @@
-"""A region scorer read as an ordinary classifier."""
+"""Conversion of region scorers to ordinary classifiers."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -9,9 +9,9 @@ from bagcert.scores import require_sum
 
 
 class MeanScores(nn.Module):
-    """The mean of the region scores as logits: what a linear layer behind global average pooling computes.
+    """Classifier whose logits are the mean of the region scores, as with global average pooling and a linear layer.
 
-    With receptive fields as large as the image this is a residual network like any other.
+    If the receptive fields are as large as the image, this is an ordinary residual network.
 
     Raises:
         UsageError: the network pools regions by attention.
@@ -23,14 +23,14 @@ class MeanScores(nn.Module):
         self.scorer = scorer
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Logits of images in [0, 1]."""
+        """Compute the logits of images in [0, 1]."""
         return self.scorer(images).mean((2, 3))
 
 
 def in_sequence(scorer: RegionScorer) -> nn.Sequential:
-    """What `MeanScores` computes as one sequence of layers, for bounds that go through a network layer by layer.
+    """Convert `MeanScores` to one sequence of layers, for layer-by-layer bounds.
 
-    The mean over regions is taken before the last 1x1 convolution, which is a linear layer then. Weights are copied.
+    The mean over regions is moved before the last 1x1 convolution, which becomes a linear layer. Weights are copied.
 
     Raises:
         UsageError: the network is not a sequence that ends with a 1x1 convolution, or pools regions by attention.

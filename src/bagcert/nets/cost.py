@@ -1,4 +1,4 @@
-"""What a network costs, and the hash that tells its weights from others."""
+"""Computational cost of a network, and hashing of its weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def multiply_adds(build: Callable[[], nn.Module], channels: int, image_size: tuple[int, int]) -> int:
-    """Multiply-adds of one image's pass, counted without weights or memory.
+    """Count the multiply-adds of a forward pass of one image, on the meta device without allocating weights.
 
     Args:
-        build: makes the network.
-        channels: of its input.
+        build: function that creates the network.
+        channels: number of input channels.
         image_size: (height_px, width_px).
 
     >>> multiply_adds(lambda: nn.Conv2d(3, 2, 1), 3, (4, 4))
@@ -25,7 +25,7 @@ def multiply_adds(build: Callable[[], nn.Module], channels: int, image_size: tup
 
 
 def update_with_weights(digest: Any, net: nn.Module) -> None:
-    """Feeds the name, dtype, shape and bytes of every tensor of a network into a `hashlib` object."""
+    """Update a `hashlib` object with the name, dtype, shape and bytes of every tensor of a network."""
     for name, tensor in net.state_dict().items():
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())

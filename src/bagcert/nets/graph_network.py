@@ -1,7 +1,7 @@
-"""A network stored as a list of operations, so that a module of one's own can be saved without its code.
+"""Networks stored as a list of operations, so that custom modules can be saved without their code.
 
-`as_graph` turns a module into such a list with `torch.export`. The list names operations from the fixed table below,
-and nothing else is ever called. It does not hold the geometry, which is derived from the operations at each load.
+`as_graph` converts a module to such a list with `torch.export`. The list may contain only operations from the table
+below; nothing else is ever called. The geometry is not stored; it is derived from the operations at each load.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from bagcert.nets.receptive_field.derive import eval_mode
 
 MOST_STEPS = 10_000
 MOST_VALUES = 1 << 28
-"""Values of one result for one image."""
+"""Limit for the number of values of one result for one image."""
 MOST_VALUES_IN_ALL = 1 << 32
-STORED = "tensors/"  # before the names of tensors; torch allows no dots in them
+STORED = "tensors/"  # prefix of the names of tensors; dots are replaced since torch does not allow them
 
 
 def _layer_norm(
@@ -68,7 +68,7 @@ _NAMED = """abs add amax amin avg_pool2d batch_norm cat clamp clamp_max clamp_mi
 
 
 def _of_torch(name: str) -> Callable[..., Any]:
-    """The function whose arguments are those of the operation of that name that `torch.export` writes."""
+    """The function with the same arguments as the operation of that name in the output of `torch.export`."""
     return next(
         getattr(home, name)
         for home in (torch._C._VariableFunctions, torch._C._nn, torch.Tensor, torch)
@@ -86,7 +86,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {name: _of_torch(name) for name in _
     "softmax": _softmax,
     "unsqueeze": _unsqueeze,
 }
-"""All that a stored network can do."""
+"""All operations of stored networks."""
 
 _SPELLED = {
     "_native_batch_norm_legit_no_training": "batch_norm",
@@ -96,18 +96,18 @@ _SPELLED = {
     "sym_size": "size",
     "view": "reshape",
 }
-"""Names that `torch.export` has for some of them."""
-_SAME = ("clone", "alias", "contiguous", "detach", "dropout", "lift_fresh_copy")  # the value itself, in inference
+"""Other names of some operations in the output of `torch.export`."""
+_SAME = ("clone", "alias", "contiguous", "detach", "dropout", "lift_fresh_copy")  # identity functions in inference
 _OPTIONS = ("alpha", "approximate", "correction", "keepdim", "rounding_mode")
 
 
 class Step(BaseModel):
-    """One operation.
+    """One operation of a network.
 
     Attributes:
         operation: a name from `OPERATIONS`.
-        arguments, options: constants; `{"step": n}` is the result of step n, where 0 is the images and the first
-            operation is 1; `{"tensor": name}` is a weight.
+        arguments, options: constants, `{"step": n}` for the result of step n (0 is the images, 1 the first operation),
+            or `{"tensor": name}` for a weight.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -121,12 +121,12 @@ Side = Annotated[int, Field(ge=0, le=1 << 31)]
 
 
 class NetworkGraph(BaseModel):
-    """The operations of a network, from normalized images to real-valued scores.
+    """Operations of a network, from normalized images to real-valued scores.
 
     Attributes:
-        steps: in the order in which they are computed.
-        parameters, buffers: names and shapes of its tensors, all float32.
-        output: the number of the step whose result is the score map.
+        steps: operations in order of execution.
+        parameters, buffers: names and shapes of the tensors, all float32.
+        output: number of the step whose result is the score map.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -142,9 +142,9 @@ class NetworkGraph(BaseModel):
         tensors = {*self.parameters, *self.buffers}
         for number, step in enumerate(self.steps, 1):
             if step.operation not in OPERATIONS:
-                raise ValueError(f"step {number}: there is no operation {shown(step.operation)!r}")
+                raise ValueError(f"step {number}: unknown operation {shown(step.operation)!r}")
             if unknown := [name for name in step.options if name not in _OPTIONS]:
-                raise ValueError(f"step {number}: there is no option {shown(unknown[0])!r}")
+                raise ValueError(f"step {number}: unknown option {shown(unknown[0])!r}")
             for reference in _references([step.arguments, *step.options.values()]):
                 _check_reference(reference, number, tensors)
         if not 0 < self.output <= len(self.steps):
@@ -172,7 +172,7 @@ def _check_reference(reference: dict[str, Any], number: int, tensors: set[str]) 
 
 
 class GraphNetwork(nn.Module):
-    """A network that computes the steps of a graph. Batch norm is always in eval mode."""
+    """Network that executes the steps of a graph. Batch norm is always in eval mode."""
 
     def __init__(self, graph: NetworkGraph) -> None:
         super().__init__()
@@ -186,19 +186,19 @@ class GraphNetwork(nn.Module):
             for reference in _references([step.arguments, *step.options.values()]):
                 if "step" in reference:
                     uses[reference["step"]] = max(number, uses.get(reference["step"], 0))
-        self._finished: dict[int, list[int]] = {}  # by step, the results that nothing needs afterwards
+        self._finished: dict[int, list[int]] = {}  # by step, the results that are not needed afterwards
         for result, last in uses.items():
             self._finished.setdefault(last, []).append(result)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [batch, channels, height, width] to a map [batch, classes, rows, cols]."""
+        """Map images [batch, channels, height, width] to scores [batch, classes, rows, cols]."""
         return self._computed(images, lambda result: None)
 
     def require_bounded(self, images: Tensor) -> Tensor:
-        """The map of one image on the device "meta", where only shapes are computed.
+        """Execute the graph on the meta device, which computes only shapes, and check the sizes of all results.
 
         Raises:
-            UsageError: the steps do not fit together, or a result would be very large.
+            UsageError: the operations are inconsistent, or a result is too large.
         """
         total = 0
 
@@ -214,10 +214,10 @@ class GraphNetwork(nn.Module):
             out = self._computed(images, count)
         except UsageError:
             raise
-        except Exception as error:  # whatever torch raises for arguments that do not fit
-            raise UsageError(f"its operations do not fit together: {shown(error)}") from error
+        except Exception as error:  # torch raises different exceptions for invalid arguments
+            raise UsageError(f"its operations are inconsistent: {shown(error)}") from error
         if not isinstance(out, Tensor) or out.ndim != 4 or len(out) != len(images):
-            raise UsageError("its output is no map [batch, classes, rows, columns]")
+            raise UsageError("its output is not a map [batch, classes, rows, columns]")
         return out
 
     def _computed(self, images: Tensor, look: Callable[[Any], None]) -> Tensor:
@@ -237,12 +237,12 @@ class GraphNetwork(nn.Module):
         return [self._filled(part, results) for part in value] if isinstance(value, list) else value
 
     def extra_repr(self) -> str:
-        """All that the weights do not say: caches compare networks by their text."""
+        """Description of the graph including its hash, since caches compare networks by their text and weights."""
         return f"{len(self.graph.steps)} operations, sha256 {hashlib.sha256(graph_text(self.graph)).hexdigest()}"
 
 
 def graph_text(graph: NetworkGraph) -> bytes:
-    """The JSON of a graph."""
+    """Serialize a graph to JSON."""
     return graph.model_dump_json().encode()
 
 
@@ -251,15 +251,14 @@ def _stored(name: str) -> str:
 
 
 def as_graph(net: nn.Module, image: tuple[int, int, int]) -> GraphNetwork:
-    """The operations of a network as `torch.export` finds them, with copies of its weights, on the CPU.
+    """Convert a network to a list of operations with `torch.export`, with copies of its weights on the CPU.
 
     Args:
-        net: normalized images to region scores.
-        image: (channels, height, width) it is written for.
+        net: module from normalized images to region scores.
+        image: (channels, height, width) of the example image.
 
     Raises:
-        UsageError: the network cannot be exported, or holds an operation that is not in the table; the sentence
-            names it.
+        UsageError: the network cannot be exported, or contains an operation that is not in `OPERATIONS`.
     """
     if isinstance(net, GraphNetwork):
         return net
@@ -284,8 +283,8 @@ def _exported(net: nn.Module, example: Tensor) -> tuple[NetworkGraph, dict[str, 
         try:
             dynamic = (({0: torch.export.Dim("batch")}),)
             program: Any = torch.export.export(net, (example,), dynamic_shapes=dynamic).run_decompositions({})
-        except Exception as error:  # the exporter raises what it trips over
-            raise UsageError(f"this network cannot be saved, torch.export says: {shown(error)}") from error
+        except Exception as error:  # the exporter raises many exception types
+            raise UsageError(f"this network cannot be saved: torch.export failed: {shown(error)}") from error
     kinds = torch.export.graph_signature.InputKind
     names: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -311,7 +310,7 @@ def _exported(net: nn.Module, example: Tensor) -> tuple[NetworkGraph, dict[str, 
         elif node.op == "call_function":
             _add(node, steps, references)
         else:
-            raise UsageError(f"this network cannot be saved: it holds a {node.op}, which has no place in a graph")
+            raise UsageError(f"this network cannot be saved: it contains a {node.op}, which is not supported")
     return NetworkGraph(steps=steps, output=output, **listed), tensors  # type: ignore[arg-type]
 
 
@@ -322,7 +321,7 @@ def _float32(tensor: Tensor, name: str) -> Tensor:
 
 
 def _add(node: Any, steps: list[Step], references: dict[Any, Any]) -> None:
-    """The step of one exported operation; none where its value is that of its first argument."""
+    """Append the step of one exported operation; operations that return their first argument are skipped."""
     name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
     if name in _SAME:
         references[node] = references[node.args[0]]
@@ -335,7 +334,7 @@ def _add(node: Any, steps: list[Step], references: dict[Any, Any]) -> None:
         return
     name = "item" if name == "getitem" else _SPELLED.get(name, name)
     if name not in OPERATIONS:
-        raise UsageError(f"this network cannot be saved: the operation {name!r} is not among those that can be stored")
+        raise UsageError(f"this network cannot be saved: the operation {name!r} is not supported")
     referenced = partial(_referenced, references=references)
     options = {key: referenced(value) for key, value in node.kwargs.items() if value is not None}
     steps.append(Step(operation=name, arguments=[referenced(value) for value in node.args], options=options))

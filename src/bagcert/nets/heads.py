@@ -1,8 +1,7 @@
-"""Heads: how real scores become the integers that rules see, in which range, and how regions are aggregated.
+"""Heads: conversion of real-valued scores to bounded integers, and aggregation of regions.
 
-A head has a second, differentiable form for training and attacks: the same integers with a slope (straight-through
-estimator; Bengio et al., 2013). All code that needs the range, the integers, the slope or the aggregation of a model
-asks its head, `RegionScorer.form`.
+For training and attacks, every head also has a differentiable form: the same integers with a surrogate gradient
+(straight-through estimator; Bengio et al., 2013). The head of a region scorer is `RegionScorer.form`.
 """
 
 from abc import ABC, abstractmethod
@@ -26,11 +25,11 @@ HEADS: tuple[HeadName, ...] = ("binary", "fixed-point", "attention-pooling")
 
 
 class Head(ABC):
-    """What stands between a network and a rule.
+    """Base class of heads, which convert network outputs to score maps.
 
     Attributes:
-        name: as in recipes and configs.
-        low, high: the range of the integers.
+        name: name in recipes and configs.
+        low, high: range of the integers.
     """
 
     name: ClassVar[HeadName]
@@ -39,84 +38,86 @@ class Head(ABC):
 
     @property
     def pooling(self) -> AttentionPooling | None:
-        """The integer readout of the kept regions; None where class scores are sums over regions."""
+        """Integer readout of the kept regions; None if class scores are sums over regions."""
         return None
 
     @abstractmethod
     def integers(self, z: Float[Tensor, "batch channels rows cols"]) -> Int[Tensor, "batch channels rows cols"]:
-        """The integers that rules see, each a function of the score at its own place. NaN has a value as well."""
+        """Compute the integers used by rules; each depends only on the scores of its own region. NaN is permitted."""
 
     @abstractmethod
     def soft(self, z: Float[Tensor, "batch channels rows cols"], softness: float = 1.0) -> Tensor:
-        """The same map as real numbers, in units of the integers, with a slope also where the integers are clipped.
+        """Compute a real-valued version of the map in integer units, with gradients even where integers are clipped.
 
         Args:
-            softness: width of a step, in units of `z`, for heads with a single step.
+            z: output of the network.
+            softness: width of the soft step in units of `z`, for binary heads.
         """
 
     def straight_through(self, z: Float[Tensor, "batch channels rows cols"], softness: float = 1.0) -> Tensor:
-        """`integers` as floats, with the slope of `soft`."""
+        """Compute `integers` as floats with the gradient of `soft`."""
         soft = self.soft(z, softness)
         return self.integers(z).to(soft.dtype) + (soft - soft.detach())  # in this order the value is exact
 
     def class_scores(self, sums: Float[Tensor, "*batch channels"], regions: int) -> Float[Tensor, "*batch classes"]:
-        """Class scores from sums over kept regions, with a slope; exact where the sums are.
+        """Compute class scores from sums over kept regions, with gradients; exact if the sums are exact.
 
         Args:
-            regions: of the whole map.
+            sums: sums over the kept regions.
+            regions: number of regions of the whole map.
         """
         return sums
 
     def score_map(
         self, scores: Int[Tensor, "batch channels rows cols"], grid: RegionGrid, slack: Tensor | None = None
     ) -> ScoreMap:
-        """Integers of this head with their range, geometry and aggregation."""
+        """Create a score map from integers of this head."""
         return ScoreMap(scores, self.low, self.high, grid, slack, self.pooling)
 
     def slack(self, z: Float[Tensor, "batch channels rows cols"], tolerance: float) -> Tensor | None:
-        """How far each integer may be off where `z` may be off by `tolerance`; None where it may not be at all."""
+        """Bound on the change of each integer if `z` changes by at most `tolerance`; None if `tolerance` is 0."""
         return slack_of(z, tolerance, self.integers, self.high - self.low) if tolerance > 0 else None
 
 
 class BinaryHead(Head):
-    """`[z > 0]`; backward, the slope of the sigmoid."""
+    """Binary head `[z > 0]`, with the gradient of the sigmoid."""
 
     name, low, high = "binary", 0, 1
 
     def integers(self, z: Tensor) -> Tensor:
-        """int16."""
+        """Compute `[z > 0]` as int16."""
         return binarize(z)
 
     def soft(self, z: Tensor, softness: float = 1.0) -> Tensor:
-        """A sigmoid."""
+        """Compute a sigmoid of `z / softness`."""
         return torch.sigmoid(z / softness)
 
 
 @dataclass(frozen=True)
 class FixedPointHead(Head):
-    """`clip(round(z * scale), -2047, 2047)`; backward, the identity."""
+    """Fixed-point head `clip(round(z * scale), -2047, 2047)`, with the gradient of `z * scale`."""
 
     scale: float = 1.0
 
     name, low, high = "fixed-point", -FIXED_POINT_LIMIT, FIXED_POINT_LIMIT
 
     def integers(self, z: Tensor) -> Tensor:
-        """int16."""
+        """Compute the fixed-point scores as int16."""
         return quantize(z, self.scale)
 
     def soft(self, z: Tensor, softness: float = 1.0) -> Tensor:
-        """Scaled; 0 where that is not finite."""
+        """Compute `z * scale`, with 0 for values that are not finite."""
         scaled = z * self.scale
         return torch.where(scaled.isfinite(), scaled, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionHead(Head):
-    """Values and attention weights of every region, for the readout of `bagcert.aggregation`.
+    """Attention-pooling head: values and attention weights of every region; see `bagcert.aggregation`.
 
     Attributes:
-        readout: its trainable form.
-        frozen: its integer form if that is known; made from `readout` otherwise.
+        readout: the trainable readout.
+        frozen: the integer readout if available; otherwise it is created from `readout`.
     """
 
     readout: AttentionReadout
@@ -126,7 +127,7 @@ class AttentionHead(Head):
 
     @cached_property
     def pooling(self) -> AttentionPooling:  # type: ignore[override]
-        """The integer readout, on the device of the weights.
+        """Integer readout, on the device of the weights.
 
         Raises:
             UsageError: a weight is so large that integer sums would not be exact.
@@ -136,25 +137,25 @@ class AttentionHead(Head):
         return self.readout.frozen()
 
     def integers(self, z: Tensor) -> Tensor:
-        """int32."""
+        """Compute products and attention weights as int32."""
         return self.readout.integers(z)
 
     def soft(self, z: Tensor, softness: float = 1.0) -> Tensor:
-        """Products and weights, neither rounded nor clipped."""
+        """Compute products and weights without rounding; clipped values keep their gradient."""
         return self.readout.slopes(z)
 
     def class_scores(self, sums: Tensor, regions: int) -> Tensor:
-        """Integer scores of the readout; backward, the slope of the readout without rounding and saturation."""
+        """Compute integer scores of the readout, with the gradient of the readout without rounding and saturation."""
         with exact_arithmetic(sums.device):
             exact = self.pooling.scores(sums.detach().to(pooling_dtype(regions))).to(sums.dtype)
         soft = self.readout.soft(sums) * (UNITS * HIDDEN_UNIT)
         return exact + (soft - soft.detach())
 
     def slack(self, z: Tensor, tolerance: float) -> None:
-        """None.
+        """Return None; slack is not supported by attention pooling.
 
         Raises:
-            UnsoundError: there is a tolerance, and with it no worst case that this aggregation could name.
+            UnsoundError: `tolerance` is positive; no worst case is known for this aggregation.
         """
         if tolerance > 0:
             raise UnsoundError("attention pooling needs a network whose locality is exact on this device and dtype")
@@ -163,7 +164,7 @@ class AttentionHead(Head):
 def make_head(
     name: HeadName, scale: float = 1.0, readout: AttentionReadout | None = None, frozen: AttentionPooling | None = None
 ) -> Head:
-    """The head of that name."""
+    """Create a head by name."""
     if name == "binary":
         return BinaryHead()
     if name == "fixed-point":
@@ -191,5 +192,5 @@ def check_readout(values: int | None, attention_heads: int | None, hidden: int |
 
 
 def scale_of(z: Iterable[Tensor]) -> float:
-    """The fixed-point scale that makes the largest of some scores the largest integer."""
+    """Fixed-point scale that maps the largest absolute score to the largest integer."""
     return FIXED_POINT_LIMIT / max(1e-6, *(part.abs().max().item() for part in z))

@@ -1,14 +1,14 @@
-"""Plain convolutional nets: convolutions and ReLU alone, whose activations can be bounded layer by layer.
+"""Plain convolutional networks with convolutions and ReLU only, for layer-by-layer bounds.
 
-The layout is that of the small networks of Chiang et al., ICLR 2020, with the mean over regions in place of the first
-fully connected layer, so that images of any size fit.
+The layout follows the small networks of Chiang et al., ICLR 2020, with the mean over regions in place of the first
+fully connected layer, so that images of any size are supported.
 """
 
 from torch import nn
 
 
 class RegionConvNet(nn.Sequential):
-    """Strided convolutions with ReLU, and a 1x1 classifier for every region.
+    """Strided convolutions with ReLU, followed by a 1x1 classifier for every region.
 
     Args:
         classes: output channels.

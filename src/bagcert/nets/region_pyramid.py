@@ -1,4 +1,4 @@
-"""Residual networks that work at fine resolution with few channels before each stride, as ordinary residual nets do."""
+"""Residual networks with few channels at fine resolution before each stride, like ordinary residual networks."""
 
 from torch import nn
 

@@ -1,19 +1,19 @@
-"""Residual nets with small receptive fields: a few convolutions that look around, and 1x1 blocks that think.
+"""Residual networks with small receptive fields: mostly 1x1 convolutions and a few 3x3 convolutions.
 
-The layout is BagCert's (Metzen & Yatsura, ICLR 2021, section 4: ResNet-like blocks in which most 3x3
-convolutions are replaced by 1x1), with the receptive field spelled out by the kernels.
+The layout follows BagCert (Metzen & Yatsura, ICLR 2021, section 4): ResNet-like blocks in which most 3x3 convolutions
+are replaced by 1x1 convolutions. The kernels determine the receptive field.
 """
 
 from torch import Tensor, nn
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> list[nn.Module]:
-    """A convolution and its batch norm, side by side so that they can be folded into one."""
+    """A convolution followed by batch norm, adjacent so that they can be folded into one layer."""
     return [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), nn.BatchNorm2d(outputs)]
 
 
 class Residual(nn.Module):
-    """`relu(x + f(x))` with `f` = kxk convolution, ReLU, 1x1 convolution; without padding `x` is cropped to fit."""
+    """Residual block `relu(x + f(x))` with `f` = kxk convolution, ReLU, 1x1 convolution; unpadded, `x` is cropped."""
 
     def __init__(self, width: int, kernel: int, padded: bool) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Residual(nn.Module):
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, width, rows, cols] to the same, `crop` cells smaller at each side."""
+        """Map [batch, width, rows, cols] to the same shape, smaller by `crop` cells at each side."""
         crop = self.crop
         kept = x[:, :, crop:-crop, crop:-crop] if crop else x
         return self.activation(self.body(x) + kept)
@@ -54,9 +54,9 @@ class RegionResNet(nn.Sequential):
     ) -> None:
         layers: list[nn.Module] = []
         for kernel, stride, share in stem:
-            # The last one hands its channels to the blocks, so it has their width, however small.
+            # The last stem convolution must have the width of the blocks, even if it is small.
             outputs = width if share == 1 else max(8, round(width * share))
-            # An even kernel at stride 1 has no symmetric padding, so it runs without.
+            # An even kernel at stride 1 has no symmetric padding, so it is not padded.
             padding = (kernel - 1) // 2 if padded and (kernel % 2 or stride > 1) else 0
             layers += [*conv_bn(channels, outputs, kernel, stride, padding), nn.ReLU(inplace=True)]
             channels = outputs

@@ -1,4 +1,4 @@
-"""From an image classifier that ends with mean pooling to the region scorer inside it."""
+"""Conversion of image classifiers with mean pooling to networks with one score per region."""
 
 import copy
 from typing import Any
@@ -12,8 +12,7 @@ from bagcert.nets.receptive_field.derive import eval_mode
 from bagcert.nets.receptive_field.operations import LAYERS_NOT_LOCAL
 
 BY_HAND = (
-    "leave pooling and flatten out, and put nn.Conv2d(channels, classes, 1) with the weights of the linear layer in "
-    "their place"
+    "remove pooling and flatten, and replace the linear layer by nn.Conv2d(channels, classes, 1) with the same weights"
 )
 _FLATTENS = (torch.flatten, "flatten", torch.squeeze, "squeeze", "view", "reshape", torch.reshape)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -22,26 +21,24 @@ _MAXIMA = (torch.amax, "amax", torch.max, "max", F.adaptive_max_pool2d, F.max_po
 
 
 def regionalize(module: nn.Module, image_size: tuple[int, int] | None = None) -> nn.Module:
-    """A classifier with mean pooling and a linear layer at its end, without the pooling: one score per region.
+    """Remove the mean pooling at the end of a classifier, so that it returns one score per region and class.
 
-    The linear layer becomes a 1x1 convolution with the same weights. A linear function of a mean is the mean of the
-    linear function, so the mean of the region scores is what the classifier returned, as real numbers. Layers before
-    the pooling stay as they are; whether they are local is checked by `RegionScorer.from_module`.
+    The linear layer becomes a 1x1 convolution with the same weights. A linear function of a mean equals the mean of the
+    linear function, so the mean of the region scores equals the output of the classifier up to rounding. Layers before
+    the pooling are unchanged; `RegionScorer.from_module` checks whether they are local.
 
     Args:
-        module: images [batch, channels, height, width] to class scores [batch, classes]. It can be traced by
-            `torch.fx`, and ends with one pooling to 1x1 (`nn.AdaptiveAvgPool2d(1)`, the mean over rows and columns, or
-            an average over windows of the whole map) between a map and any number of `nn.Flatten`, `nn.Linear` and
-            dropout.
-        image_size: (height_px, width_px); needed only where an average over windows (`nn.AvgPool2d`) has to be seen to
-            cover the whole map.
+        module: maps images [batch, channels, height, width] to class scores [batch, classes]. It must be traceable by
+            `torch.fx` and end with one pooling to 1x1 (`nn.AdaptiveAvgPool2d(1)`, a mean over rows and columns, or an
+            average over windows of the whole map), followed by any number of `nn.Flatten`, `nn.Linear` and dropout.
+        image_size: (height_px, width_px); needed only for `nn.AvgPool2d`, to check that its window is the whole map.
 
     Returns:
-        A copy that returns the map [batch, classes, rows, columns]. It is of the class of `module` where only layers
-        were replaced, otherwise a `torch.fx.GraphModule`. It can be trained.
+        A copy that returns a map [batch, classes, rows, columns] and can be trained. It has the class of `module` if
+        only layers were replaced, and is a `torch.fx.GraphModule` otherwise.
 
     Raises:
-        UnsoundError: the end of the classifier is no mean of region scores; the sentence says why.
+        UnsoundError: the classifier does not end with a mean of region scores; the message gives the reason.
         UsageError: the module cannot be traced, or `image_size` is missing.
 
     >>> classifier = nn.Sequential(nn.Conv2d(3, 8, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
@@ -56,7 +53,7 @@ def regionalize(module: nn.Module, image_size: tuple[int, int] | None = None) ->
     try:
         with eval_mode(copied):
             traced = fx.symbolic_trace(copied)
-    except Exception as error:  # whatever the module does with a tensor that has no values
+    except Exception as error:  # modules may fail in any way on symbolic tensors
         raise UsageError(f"the classifier cannot be traced by torch.fx ({shown(error)}); {BY_HAND}") from error
     end = _End(traced, None if image_size is None else _shapes(traced, module, image_size))
     end.walk()
@@ -68,7 +65,7 @@ def _refuse(why: str) -> Any:
 
 
 def _shapes(traced: fx.GraphModule, module: nn.Module, image_size: tuple[int, int]) -> dict[fx.Node, tuple[int, ...]]:
-    """The shape of every tensor for one image of that size."""
+    """Compute the shape of every tensor for one image of that size."""
     weight = next((p for p in module.parameters() if p.ndim == 4), None)
     if weight is None:
         raise UsageError("the classifier has no convolution to take the number of image channels from")
@@ -90,7 +87,7 @@ def _shapes(traced: fx.GraphModule, module: nn.Module, image_size: tuple[int, in
 
 
 class _End:
-    """The nodes of a traced classifier from its output back to the map that it pools."""
+    """The end of a traced classifier, from the pooled map to the output."""
 
     def __init__(self, traced: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]] | None) -> None:
         self._traced, self._shapes = traced, shapes
@@ -98,7 +95,7 @@ class _End:
         self.removed: list[fx.Node] = []
 
     def walk(self) -> None:
-        """Goes back from the output until all rows and columns are pooled."""
+        """Walk back from the output until rows and columns are pooled."""
         (output,) = (node for node in self._traced.graph.nodes if node.op == "output")
         node = output.args[0]
         pooled: set[int] = set()
@@ -113,10 +110,11 @@ class _End:
             node = node.args[0] if node.args else node.kwargs.get("input")
 
     def _step(self, node: fx.Node, between: bool) -> set[int]:
-        """Which of dimensions 2 and 3 a node pools; keeps what is to be done with it.
+        """Process one node and return which of dimensions 2 and 3 it pools.
 
         Args:
-            between: it stands between the mean over one of them and that over the other.
+            node: the node.
+            between: whether the node lies between the mean over one of the dimensions and the mean over the other.
         """
         layer, name, target = self._layer(node), self._name(node), node.target
         if layer is not None and sum(self._layer(other) is layer for other in self._traced.graph.nodes) > 1:
@@ -133,7 +131,7 @@ class _End:
             if isinstance(layer, nn.Conv2d) and (layer.kernel_size, layer.stride) == ((1, 1), (1, 1)):
                 if layer.padding not in ((0, 0), "valid", "same"):
                     _refuse(f"{name} pads the map")
-                return set()  # works on a mean as on a map
+                return set()  # applies equally to a mean and to a map
         dims = self._pooled_dims(node, layer, name)
         self.removed.append(node)
         return dims
@@ -174,7 +172,7 @@ class _End:
         return _refuse(f"{name} {between}")
 
     def _pools_before(self, node: Any) -> bool:
-        """Is there a pooling on the way from the image to a node?"""
+        """Whether there is a pooling between the image and a node."""
         while isinstance(node, fx.Node) and node.op != "placeholder":
             if isinstance(self._layer(node), nn.AdaptiveAvgPool2d | nn.AvgPool2d) or node.target in _MEANS:
                 return True
@@ -201,7 +199,7 @@ class _End:
         return f"the operation {getattr(node.target, '__name__', node.target)!r}"
 
     def without_pooling(self, copied: nn.Module) -> nn.Module:
-        """The classifier with 1x1 convolutions for its linear layers, and without what was removed."""
+        """Build the classifier with 1x1 convolutions instead of linear layers and without pooling."""
         in_place = all(node.op == "call_module" for node in (*self.removed, *self.linear))
         home = copied if in_place else self._traced
         for node in self.linear:
@@ -221,12 +219,12 @@ class _End:
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Does a node ask for the size of a tensor, and not for its values?"""
+    """Whether a node uses only the size of a tensor."""
     return node.target in ("size", "dim") or (node.target is getattr and node.args[1] in ("shape", "ndim"))
 
 
 def _replace(home: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts a layer in the place of another, under all names that it has."""
+    """Replace a layer under all of its names."""
     old = home.get_submodule(name)
     for parent in list(home.modules()):
         for child in [child for child, found in parent._modules.items() if found is old]:

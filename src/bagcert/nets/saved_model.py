@@ -1,4 +1,4 @@
-"""A model on disk: a folder with `model.safetensors` and `config.json`. Nothing in it is ever executed."""
+"""Saved models: folders with `model.safetensors` and `config.json`. Their content is never executed as code."""
 
 import hashlib
 import json
@@ -22,12 +22,12 @@ from bagcert.nets.region_scorer import RegionScorer, not_finite
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 GRAPH = "graph"
-"""The architecture of a network stored as a list of operations, which is in the metadata of the weights file."""
+"""Architecture name of networks stored as a list of operations in the metadata of the weights file."""
 
 MAX_WEIGHTS_BYTES = 1 << 31
-"""Weights are read into memory as a whole; half a billion float32 values are more than any region scorer needs."""
+"""Limit for the weights file, which is read into memory at once; enough for half a billion float32 values."""
 MAX_CONFIG_BYTES = 1 << 24
-"""100,000 class names and a recipe fit well."""
+"""Limit for the config file; enough for 100,000 class names and a recipe."""
 
 
 def _without_controls(text: str) -> str:
@@ -37,7 +37,7 @@ def _without_controls(text: str) -> str:
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    json.dumps(values, allow_nan=False)  # what is printed as JSON later must not fail then
+    json.dumps(values, allow_nan=False)  # fails now rather than when it is printed as JSON
     return values
 
 
@@ -47,10 +47,10 @@ Pixels = Annotated[int, Field(ge=1, le=16384)]
 
 
 class ModelConfig(BaseModel):
-    """What `config.json` holds: how to build the net, what it is deployed as, and where it comes from.
+    """Content of `config.json`: architecture, deployment and provenance of a model.
 
-    Limits, so that a damaged or hostile file costs no more than an error: width 65536, depth 4096, image sides
-    16384 px, 100000 classes, names of 1000 characters on one line.
+    Limits protect against damaged and hostile files: width 65536, depth 4096, image sides 16384 px, 100000 classes,
+    names of 1000 characters on one line.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -97,25 +97,25 @@ class ModelConfig(BaseModel):
 
     @property
     def ablated(self) -> bool:
-        """Whether the net takes ablated images, as derandomized smoothing makes them."""
+        """Whether the network takes ablated images (derandomized smoothing)."""
         return len(self.mean) == 6
 
     @property
     def readout(self) -> dict[str, int]:
-        """The sizes of the readout, of the head that has one."""
+        """Sizes of the readout; empty for heads without a readout."""
         sizes = {"values": self.values, "attention_heads": self.attention_heads, "hidden": self.hidden}
         return {name: size for name, size in sizes.items() if size is not None}
 
     @property
     def patch_text(self) -> str:
-        """The patch and the image size that its pixels are of."""
+        """The patch with its unit and the image size."""
         return patch_text(self.patch, self.image_size)
 
     def build(self, graph: NetworkGraph | None = None) -> RegionScorer:
-        """The scorer with fresh weights.
+        """Build the region scorer with newly initialized weights.
 
         Args:
-            graph: of the architecture `graph`, and of no other.
+            graph: operations of the network for the architecture `graph`; None for all others.
         """
         readout = None
         if self.values and self.attention_heads and self.hidden:
@@ -140,7 +140,7 @@ class ModelConfig(BaseModel):
         return architecture.build(outputs, self.width, self.depth, self.padded, len(self.mean))
 
     def _map_shape(self, outputs: int, graph: NetworkGraph | None) -> tuple[int, ...]:
-        """[1, channels, rows, columns] of the map for an image of `image_size`, found without memory."""
+        """Shape [1, channels, rows, columns] of the map for an image of `image_size`, computed on the meta device."""
         with torch.device("meta"):
             image = torch.empty(1, len(self.mean), *self.image_size)
             if graph is not None:
@@ -152,7 +152,7 @@ class ModelConfig(BaseModel):
 
 
 def patch_text(patch: str, image_size: Sequence[int]) -> str:
-    """A patch in the notation of `PatchThreatModel.parse` and the size of the images that its pixels are of.
+    """Format a patch with its unit and the size of the images to which its pixels refer.
 
     >>> patch_text("5", (32, 32)), patch_text("2%", (224, 224))
     ('5 px at 32x32', '2% at 224x224')
@@ -161,9 +161,9 @@ def patch_text(patch: str, image_size: Sequence[int]) -> str:
 
 
 def write_model(folder: Path, scorer: RegionScorer, config: ModelConfig) -> None:
-    """Writes both files, each whole or not at all, and never one beside the other of another model.
+    """Write both files of a model atomically, so that files of different models are never combined.
 
-    With the architecture `graph` the network is stored as a list of operations, whatever module it is.
+    With the architecture `graph` any network is stored as a list of operations.
 
     Raises:
         BagcertError: the folder cannot be written, or the weights are not finite.
@@ -183,14 +183,14 @@ def write_model(folder: Path, scorer: RegionScorer, config: ModelConfig) -> None
 
 
 def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
-    """A trained scorer in eval mode, and its config.
+    """Read a model: the region scorer in eval mode, and its config.
 
-    The geometry is derived from the layers or operations; the files say nothing of it.
+    The geometry is not stored in the files; it is derived from the layers or operations.
 
     Raises:
-        UnreadableError: a file is missing, truncated or not what it should be; tensors are missing, extra,
-            of another shape, not finite, or of a readout whose integer sums would not be exact; the normalization is
-            not that of the config; a variance is negative.
+        UnreadableError: a file is missing, truncated or invalid; tensors are missing, unknown, of another shape or
+            dtype, or not finite; integer sums of the readout would not be exact; the normalization differs from that of
+            the config; a variance is negative.
     """
     config = read_config(folder)
     path = folder / WEIGHTS
@@ -201,10 +201,10 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
         raise UnreadableError(f"the model folder {folder} has no {WEIGHTS}") from None
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # the library's own, and whatever a dtype leads to that it or torch does not have
-        raise UnreadableError(f"{path} is not a whole safetensors file: {shown(error)}") from None
+    except Exception as error:  # errors of the library, and those of unsupported dtypes
+        raise UnreadableError(f"{path} is not a valid safetensors file: {shown(error)}") from None
     try:
-        # Shapes first, without memory: the config may claim more than the file has.
+        # Build on the meta device first, since the config may describe a larger network than the file contains.
         graph = _read_graph(path, content) if config.architecture == GRAPH else None
         with torch.device("meta"):
             scorer = config.build(graph)
@@ -247,7 +247,7 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
 
 
 def _read_graph(path: Path, content: bytes) -> NetworkGraph:
-    """The operations in the metadata of a safetensors file, whose header was found whole."""
+    """Read the operations from the metadata of a safetensors file whose header was already validated."""
     (size,) = struct.unpack("<Q", content[:8])
     metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
     if GRAPH not in metadata:
@@ -259,7 +259,7 @@ def _read_graph(path: Path, content: bytes) -> NetworkGraph:
 
 
 def first_line(error: Exception) -> str:
-    """What is wrong in one line; of pydantic's errors the first."""
+    """Format an error in one line; for pydantic, only its first error."""
     if isinstance(error, ValidationError):
         found = error.errors()[0]
         return shown(": ".join([*filter(None, [".".join(map(str, found["loc"]))]), found["msg"].lower()]))
@@ -267,17 +267,17 @@ def first_line(error: Exception) -> str:
 
 
 def normalization(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[float]]:
-    """What the tensors say of `mean` and `std` where the config, in float32, says otherwise; {} where they agree."""
+    """`mean` and `std` of the tensors where they differ from the config in float32; empty if they agree."""
     found = {name: tensors[f"normalize.{name}"].flatten().tolist() for name in ("mean", "std")}
     stated = {"mean": config.mean, "std": config.std}
     return {name: own for name, own in found.items() if own != torch.tensor(stated[name], dtype=torch.float32).tolist()}
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The config of a model folder.
+    """Read the config of a model folder.
 
     Raises:
-        UnreadableError: it is missing or not valid.
+        UnreadableError: the config is missing or invalid.
     """
     path = folder / CONFIG
     try:
@@ -295,5 +295,5 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def weights_sha256(folder: Path) -> str:
-    """The hash of the weights file, which names a model in records."""
+    """SHA-256 of the weights file, which identifies a model in records."""
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()

@@ -81,7 +81,7 @@ class TestLoad:
 
     @pytest.mark.parametrize("dtype", ["float16", "int8", ""])
     def test_other_dtypes_are_refused(self, folder, dtype):
-        with pytest.raises(UsageError, match="a dtype is one of float32, bfloat16"):
+        with pytest.raises(UsageError, match="a dtype must be one of float32, bfloat16"):
             load(folder, device="cpu", dtype=dtype)
 
     @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
@@ -103,7 +103,7 @@ class TestLoad:
 
     def test_a_file_is_not_a_model(self, folder):
         with pytest.raises(
-            UsageError, match=r"is a file; a model is the folder with model.safetensors and config.json"
+            UsageError, match=r"is a file; give the model folder with model.safetensors and config.json"
         ):
             load(folder / WEIGHTS)
 
@@ -118,7 +118,7 @@ class TestLoad:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read once, at import
         monkeypatch.chdir(tmp_path)
         with pytest.raises(
-            UnreadableError, match="'nobody/nothing' is not a folder here, and the hub has no"
+            UnreadableError, match="'nobody/nothing' is not a local folder, and it cannot be downloaded"
         ) as caught:
             load("nobody/nothing")
         assert len(str(caught.value).splitlines()) == 1

@@ -331,7 +331,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"ablation": "diagonal"}, "an ablation is one of column, row, block; got 'diagonal'"),
+            ({"ablation": "diagonal"}, "an ablation must be one of column, row, block; got 'diagonal'"),
             ({"size_px": 0}, "a column of 0 px does not fit into an image of 6x7 px"),
             ({"size_px": 8}, "a column of 8 px does not fit"),
             ({"ablation": "block", "size_px": 7}, "a block of 7 px does not fit"),
@@ -353,7 +353,7 @@ class TestRefusals:
 
     def test_images_and_models(self, images):
         defense = DerandomizedSmoothing(mixed_model(), NAMES, SIZE)
-        with pytest.raises(UsageError, match="laid out for images of 6x7 px, got 7x6 px"):
+        with pytest.raises(UsageError, match="this defense is for images of 6x7 px, got 7x6 px"):
             defense.predict(images.transpose(0, 1, 3, 2))
         with pytest.raises(UsageError, match=r"must give \[batch, 2\] logits"):
             DerandomizedSmoothing(mixed_model(), ("a", "b"), SIZE).predict(images)

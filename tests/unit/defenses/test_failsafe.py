@@ -131,7 +131,7 @@ def test_detection_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answers", "message"), [([], "answered 0 times"), ([7], "labels are 0 to 2"), ([-1], "labels are 0 to 2")]
+    ("answers", "message"), [([], "returned 0 labels"), ([7], "labels must be 0 to 2"), ([-1], "labels must be 0 to 2")]
 )
 def test_a_fallback_must_answer_with_labels(answers: list, message: str) -> None:
     grey = np.full((1, 8, 8, 3), 100, np.uint8)

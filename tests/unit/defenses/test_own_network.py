@@ -221,7 +221,7 @@ def test_dtypes_by_name_or_as_torchs_own(folder, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", torch.float16, torch.int8, "torch.bfloat16x"])
 def test_other_dtypes_are_refused(folder, dtype):
-    with pytest.raises(UsageError, match="a dtype is one of float32, bfloat16"):
+    with pytest.raises(UsageError, match="a dtype must be one of float32, bfloat16"):
         load(folder, dtype=dtype)
 
 

@@ -445,7 +445,7 @@ def test_values_kept_outside_the_network_do_not_reach_the_next_image():
         return y + other
 
     KEPT.clear()
-    with pytest.raises(UsageError, match=r"lost their way|kept from another image"):
+    with pytest.raises(UsageError, match=r"whose origin cannot be traced|kept from another image"):
         derive_grid(Net(tail), (8, 8))
 
 

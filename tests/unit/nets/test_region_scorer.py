@@ -123,7 +123,7 @@ class TestInputs:
 
     def test_images_too_small_for_the_network_are_refused_in_a_sentence(self):
         scorer = RegionScorer(nn.Conv2d(3, 3, 5), NAMES, SIZE)
-        with pytest.raises(UsageError, match="cannot be followed on an image of 3x4x9"):
+        with pytest.raises(UsageError, match="cannot be traced on an image of 3x4x9"):
             scorer.score_map(torch.rand(1, 3, 4, 9))
 
     def test_grey_images(self):

@@ -131,7 +131,7 @@ class TestWeights:
         written(tmp_path)
         content = (tmp_path / WEIGHTS).read_bytes()
         (tmp_path / WEIGHTS).write_bytes(content[:kept])
-        with pytest.raises(UnreadableError, match="not a whole safetensors file"):
+        with pytest.raises(UnreadableError, match="not a valid safetensors file"):
             read_model(tmp_path)
 
     @pytest.mark.parametrize("content", ["pickle", "torch.save", "zip", "text", "huge header"])
@@ -149,7 +149,7 @@ class TestWeights:
         else:
             pieces = {"zip": b"PK\x03\x04" + bytes(100), "text": b"not weights\n" * 20, "huge header": b"\xff" * 64}
             path.write_bytes(pickle.dumps(Trap()) if content == "pickle" else pieces[content])
-        with pytest.raises(UnreadableError, match="not a whole safetensors file"):
+        with pytest.raises(UnreadableError, match="not a valid safetensors file"):
             read_model(tmp_path)
         assert not traces.exists()
 
@@ -199,7 +199,7 @@ class TestConfig:
             ({"mean": [0.5, float("nan"), 0.5]}, "mean.1: input should be a finite number"),
             ({"mean": [0.5]}, "mean: list should have at least 3 items"),
             ({"std": [0.5, 0.0, 0.5]}, "std.1: input should be greater than 0"),
-            ({"std": [0.5] * 4}, "mean and std have three values .* got 3 and 4"),
+            ({"std": [0.5] * 4}, "mean and std must have three values .* got 3 and 4"),
             ({"class_names": ["one"]}, "class_names: list should have at least 2 items"),
             ({"class_names": "cats"}, "class_names: input should be a valid list"),
             ({"class_names": ["x"] * 100_001}, "class_names: list should have at most 100000 items"),
@@ -399,7 +399,7 @@ class TestHostile:
         written(tmp_path)
         content = (tmp_path / WEIGHTS).read_bytes()
         (tmp_path / WEIGHTS).write_bytes(length.to_bytes(8, "little") + content[8:])
-        with pytest.raises(UnreadableError, match="not a whole safetensors file"):
+        with pytest.raises(UnreadableError, match="not a valid safetensors file"):
             read_model(tmp_path)
 
     def test_facts_that_cannot_be_printed_as_json_are_refused(self, tmp_path):

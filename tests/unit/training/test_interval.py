@@ -84,7 +84,7 @@ def test_training_on_it_raises_the_bounds():
 
 def test_other_networks_are_refused():
     residual = RegionScorer(get_architecture("resnet-rf3").build(3, 8, 1, True), NAMES, SIZE)
-    with pytest.raises(UsageError, match="interval bounds cannot pass layer"):
+    with pytest.raises(UsageError, match="interval bounds do not support layer"):
         loss(residual)
     strange = RegionScorer(nn.Sequential(nn.Conv2d(3, 3, 3)), NAMES, SIZE)
     with pytest.raises(UsageError, match="ends with a 1x1 convolution"):

@@ -1,1 +1,1 @@
-"""What each region of a score map sees: derived from the layers, and measured."""
+"""Receptive fields of the regions of a score map, derived from the layers and measured."""

@@ -1,14 +1,15 @@
-"""The receptive fields of a network, derived from its layers.
+"""Derivation of the receptive fields of a network from its layers.
 
-The network runs on an image that remembers: every tensor on the way carries which image rows each of its rows depends
-on, and likewise for columns (docs/method.md, "Score map"). Each operation is looked up in a table of what it does to
-those two tables. What is not in the table is refused by name: a certificate may rest only on operations that are known
-to be local. Shapes are real, so padding, ceil_mode and control flow that depends on sizes need no special care.
+The network is executed on a tracked image. Every tensor computed from it carries a footprint: the image rows on which
+each of its rows depends, and the same for columns (docs/method.md, "Score map"). A table defines the effect of each
+torch operation on footprints. Operations that are not in the table are refused, since certificates may only rely on
+operations that are known to be local. The shapes are real, so padding, ceil_mode and control flow that depends on sizes
+need no special treatment.
 
-Then the network runs again, as in use: on other images, in batches of other sizes, in another memory layout. Each time
-it has to do the same, with the same operands but the image: `bagcert.nets.receptive_field.passes`. So control flow that
-depends on pixel values or on the batch is refused, as are networks that change from call to call
-(`bagcert.nets.receptive_field.module_state`).
+The network is then executed again on other images, with other batch sizes and with another memory layout. Each time it
+must execute the same operations with the same operands, apart from the image (`bagcert.nets.receptive_field.passes`).
+Control flow that depends on pixel values or on the batch is therefore refused, as are networks that change from call to
+call (`bagcert.nets.receptive_field.module_state`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,12 +29,12 @@ from bagcert.nets.receptive_field.module_state import ModuleState
 from bagcert.nets.receptive_field.operations import GIVEN_SIZES, HANDLERS, LAYERS_NOT_LOCAL, tells_no_values
 from bagcert.nets.receptive_field.passes import LOST, OTHERWISE, FromImage, Pass, Steps, leaves
 
-_ONE_AT_A_TIME = RLock()  # two passes through one network would see each other's hooks as its changes
-_IMAGES = 2  # in most passes: two, so that regrouping a batch shows in the shapes
+_ONE_AT_A_TIME = RLock()  # concurrent passes would see each other's hooks as changes of the network
+_IMAGES = 2  # batch size of most passes; with two images, regrouping a batch is visible in the shapes
 
 
 class _Watched(Tracked):
-    """A tensor whose functions go through `_interpret`, also where no mode is active, as in another thread."""
+    """Tracked tensor whose functions are interpreted even if no mode is active, for example in another thread."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,7 +45,7 @@ class _Watched(Tracked):
 
 
 class _Functions(TorchFunctionMode):
-    """Every torch function of one pass: with tracked tensors it is interpreted, with others of the image refused."""
+    """Intercepts the torch functions of one pass: interprets tracked tensors and refuses lost values of the image."""
 
     def __init__(self, run: Pass, steps: Steps) -> None:
         super().__init__()
@@ -64,23 +65,23 @@ class _Functions(TorchFunctionMode):
 def derive_grid(
     module: nn.Module, image_size: tuple[int, int], channels: int = 3, batch_sizes: Sequence[int] = (1, 3)
 ) -> RegionGrid:
-    """Which pixels each cell of a network's output map can depend on, from its layers alone.
+    """Derive from the layers of a network which pixels each cell of its output map can depend on.
 
     Args:
-        module: images [batch, channels, height, width] to a map [batch, classes, rows, columns]. It runs in eval
-            mode, on several images, and is left as it was.
+        module: maps images [batch, channels, height, width] to a map [batch, classes, rows, columns]. It is executed in
+            eval mode, and its state is restored afterwards.
         image_size: (height_px, width_px).
-        channels: of the image.
-        batch_sizes: the network has to compute the same for batches of two images and of these sizes.
+        channels: number of image channels.
+        batch_sizes: batch sizes, in addition to two, for which the network must compute the same.
 
     Returns:
-        The grid; where branches of different geometry meet, the smallest product of rows and columns that
-        covers them.
+        The grid. If branches of different geometry are combined, the grid is the smallest product of rows and columns
+        that covers them.
 
     Raises:
-        UnsoundError: a layer is not local, or not known to be; the sentence names it.
-        UsageError: the network cannot be followed (unsupported layer, control flow on pixel values, something
-            that changes from call to call, an output that is no map), or does not run on such an image.
+        UnsoundError: a layer is not local, or not known to be local; the message names it.
+        UsageError: the network cannot be traced (unsupported layer, control flow that depends on pixel values, state
+            that changes from call to call, or an output that is not a map), or does not run on such an image.
 
     >>> grid = derive_grid(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 4, stride=2)), (32, 32))
     >>> grid.map_size, grid.receptive_field
@@ -90,23 +91,23 @@ def derive_grid(
     shape, random = (_IMAGES, channels, *image_size), torch.Generator().manual_seed(0)
     noise = torch.rand(shape, generator=random)
     with _ONE_AT_A_TIME, torch.no_grad(), eval_mode(module), _Passes(module) as passes:
-        # NaN marks what comes from the image, should it lose its footprint on the way.
+        # NaN marks values of the image in case a tensor loses its footprint.
         grid = passes.follow(torch.full(shape, torch.nan).to(parameter))
         for image in (torch.zeros(shape), torch.ones(shape), noise, (noise - 0.5) * 1e30):
             passes.repeat(image.to(parameter))
         for number, images in enumerate(batch_sizes):
             image = torch.rand((images, *shape[1:]), generator=random).to(parameter)
-            layout = torch.channels_last if number else torch.contiguous_format  # as `RegionScorer` gives them
+            layout = torch.channels_last if number else torch.contiguous_format  # the layouts that `RegionScorer` uses
             passes.require_same_grid(image.contiguous(memory_format=layout), grid)
         passes.require_settled(noise.to(parameter), grid)
     return grid
 
 
 class _Passes:
-    """The passes through one network: each starts from the state that it was in, and it is left in that state.
+    """Passes through one network, each starting from its original state, which is restored at the end.
 
-    At its first call a network may prepare something, such as a weight from its parts, provided that it is the same
-    for every image and that later calls change nothing.
+    A network may initialize state in its first call, such as a weight computed from parts, if that state is the same
+    for every image and later calls do not change it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -127,7 +128,7 @@ class _Passes:
         self._hooks.close()
 
     def follow(self, image: Tensor) -> RegionGrid:
-        """The first pass; all that is computed from the image is kept to compare with."""
+        """Run the first pass with a tracked image and record its operations for comparison."""
         grid = _grid_of(self._pass(image, self._dispatched, self._called))
         if self._before.changed() is not None:
             self._after = ModuleState(self._module)
@@ -135,19 +136,19 @@ class _Passes:
         return grid
 
     def repeat(self, image: Tensor) -> None:
-        """A pass of an ordinary tensor, as in use."""
+        """Run a pass with an ordinary tensor, as in deployment."""
         self._pass(image, self._dispatched, None)
         self._require_state()
 
     def require_same_grid(self, image: Tensor, grid: RegionGrid) -> None:
-        """A pass with another number of images, or another layout."""
+        """Run a pass with another batch size or memory layout and check that the grid is the same."""
         found = _grid_of(self._pass(image, None, self._called))
         self._require_state()
         if not (grid.covers(found) and found.covers(grid)):
-            raise UsageError("the network cannot be followed: its geometry depends on the number of images")
+            raise UsageError("the network cannot be traced: its geometry depends on the number of images")
 
     def require_settled(self, image: Tensor, grid: RegionGrid) -> None:
-        """Does a network that changed at its first call stand still at the second?"""
+        """Check that a network that changed in its first call does not change in the second."""
         if self._after is not self._before:
             self._after.restore()
             self.require_same_grid(image, grid)
@@ -157,18 +158,18 @@ class _Passes:
         if self._after is not self._before or changed is not None:
             self._before.restore()
         if changed is not None:
-            raise UsageError(f"the network cannot be followed: it changes {changed!r} from call to call")
+            raise UsageError(f"the network cannot be traced: it changes {changed!r} from call to call")
 
     def _require_same_map(self, run: Pass, out: Any, called: Steps | None) -> None:
-        """Is what the network returns the result of the same operation each time?"""
+        """Check that the output of the network is the result of the same operation in each pass."""
         self.layers.clear()
         with torch._C.DisableTorchFunction():
             for steps, operands in ((run.steps, run.described(out)), (called, list(map(_described, leaves(out))))):
                 if steps and steps.add("return", operands, run.batch):
-                    raise UsageError(f"the network cannot be followed: what it returns {OTHERWISE}")
+                    raise UsageError(f"the network cannot be traced: its output {OTHERWISE}")
 
     def _pass(self, image: Tensor, dispatched: Steps | None, called: Steps | None) -> Any:
-        """What the network returns; `called`: the image is tracked."""
+        """Run a pass and return the output of the network; the image is tracked if `called` is given."""
         self.layers.clear()
         self.run = run = Pass(len(image), self.layers, dispatched)
         run.memory.add(image)
@@ -184,7 +185,7 @@ class _Passes:
                         out = self._module(tracked)
                 else:
                     out = self._module(image)
-            if run.failure:  # the network has caught it
+            if run.failure:  # the network caught the exception
                 raise run.failure
             self._require_same_map(run, out, called)
         except Exception as raised:
@@ -192,7 +193,7 @@ class _Passes:
             if isinstance(error, BagcertError):
                 raise error from None
             size = "x".join(map(str, image.shape[1:]))
-            raise UsageError(f"the network cannot be followed on an image of {size}: {error}") from error
+            raise UsageError(f"the network cannot be traced on an image of {size}: {error}") from error
         finally:
             run.over = True
         return out
@@ -212,7 +213,7 @@ def _grid_of(out: Any) -> RegionGrid:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule is in the mode it was in."""
+    """Context manager for eval mode; restores the mode of every submodule."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()
@@ -224,14 +225,14 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _named_layers(module: nn.Module, passes: _Passes) -> Iterator[None]:
-    """Keeps in `passes.layers` which layers are being called."""
+    """Context manager that records the layers being called in `passes.layers`."""
     with ExitStack() as hooks:
         for name, part in module.named_modules():
             layer = Layer.of(name, part)
             if isinstance(part, torch.jit.ScriptModule):
-                raise UsageError(f"{layer.text} is TorchScript, which cannot be followed; give the module it came from")
+                raise UsageError(f"{layer.text} is TorchScript, which cannot be traced; use the original module")
             if type(part).__name__ == "OptimizedModule":
-                raise UsageError(f"{layer.text} is compiled, which cannot be followed; give the module it came from")
+                raise UsageError(f"{layer.text} is compiled, which cannot be traced; use the original module")
             naming = _Naming(passes, layer)
             enter = part.register_forward_pre_hook(naming.enter, prepend=True)
             leave = part.register_forward_hook(naming.leave)
@@ -241,7 +242,7 @@ def _named_layers(module: nn.Module, passes: _Passes) -> Iterator[None]:
 
 
 class _Naming:
-    """The hooks of one layer, for the thread that follows; it has no `__dict__`, so it is no state of the network."""
+    """Hooks of one layer for the tracing thread. It has no `__dict__`, so it is not part of the network's state."""
 
     __slots__ = ("_layer", "_passes", "_thread")
 
@@ -249,7 +250,7 @@ class _Naming:
         self._passes, self._layer, self._thread = passes, layer, get_ident()
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
-        """Before the layer is called."""
+        """Hook before the layer is called."""
         if get_ident() == self._thread:
             self._passes.layers.append(self._layer)
             for kind, reason in LAYERS_NOT_LOCAL.items():
@@ -257,13 +258,13 @@ class _Naming:
                     self._passes.run.fail(UnsoundError(f"{self._layer.text} is not local: {reason}"))
 
     def leave(self, *call: Any) -> None:
-        """After it."""
+        """Hook after the layer is called."""
         if get_ident() == self._thread:
             self._passes.layers.pop()
 
 
 def _interpret(run: Pass, steps: Steps | None, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Runs one torch function and works out the footprint of what comes out."""
+    """Execute one torch function and compute the footprint of its result."""
     call = Call(run, func, args, kwargs)
     try:
         return _interpreted(call, steps)
@@ -275,7 +276,7 @@ def _interpreted(call: Call, steps: Steps | None) -> Any:
     run, args = call.run, call.args
     handler = HANDLERS.get(call.func)
     if handler is None:
-        call.refuse("it is not among the operations that are known to be")
+        call.refuse("it is not among the operations that are known to be local")
     if run.over or any(tensor.run is not run for tensor in call.tracked):
         call.unsupported("is given values that the network has kept from another image")
     if call.kwargs.get("out") is not None or (call.in_place and not isinstance(args[0], Tracked)):
@@ -292,7 +293,7 @@ def _interpreted(call: Call, steps: Steps | None) -> Any:
     several = isinstance(call.out, tuple | list)
     parts = list(call.out) if several else [call.out]
     parts = [_track(call, part, prints[i] if isinstance(prints, list) else prints) for i, part in enumerate(parts)]
-    return type(call.out)(parts) if several else parts[0]  # named tuples of max(dim) stay what they are
+    return type(call.out)(parts) if several else parts[0]  # keeps named tuples, as of max(dim)
 
 
 def _described(leaf: Any) -> Any:
@@ -303,12 +304,12 @@ def _described(leaf: Any) -> Any:
 
 def _track(call: Call, result: Any, footprint: Footprint) -> Tracked:
     if not isinstance(result, Tensor):
-        call.unsupported("returns no tensor")
+        call.unsupported("does not return a tensor")
     sizes = (call.run.batch, len(footprint.rows), len(footprint.cols))
     if tuple(result.shape[dim] for dim in footprint.dims) != sizes:
         call.unsupported(f"returns {list(result.shape)} where another size was derived")
-    if isinstance(result, Tracked):  # written in place, or handed through
-        # What shares its memory would change as well, without its footprint.
+    if isinstance(result, Tracked):  # written in place, or returned unchanged
+        # Tensors that share its memory would change as well, but their footprints would not.
         if result.aliased and not footprint.same(result.footprint):
             call.unsupported("writes into a tensor that shares its memory; write it out of place")
         result.footprint, result.number = footprint, call.run.next_number()

@@ -1,4 +1,4 @@
-"""What a tensor depends on, and one call of a torch function with such tensors."""
+"""Footprints of tensors, and calls of torch functions with tracked tensors."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,10 +19,10 @@ _CURE = "; where a classifier ends so, bagcert.regionalize(module) makes a regio
 
 @dataclass(frozen=True, eq=False)
 class Footprint:
-    """What a tensor depends on.
+    """The image rows and columns on which a tensor depends.
 
     Attributes:
-        dims: which dimensions of the tensor are the batch, the rows and the columns.
+        dims: dimensions of the tensor that are the batch, the rows and the columns.
         rows: boolean [tensor rows, image height].
         cols: boolean [tensor columns, image width].
     """
@@ -32,7 +32,7 @@ class Footprint:
     cols: np.ndarray
 
     def map(self, dim: int, change: Callable[[np.ndarray], np.ndarray]) -> "Footprint":
-        """The footprint after `change` of the table that belongs to dimension `dim`, if one does."""
+        """Apply `change` to the table of dimension `dim`; other dimensions are ignored."""
         if dim == self.dims[ROW]:
             return replace(self, rows=change(self.rows))
         if dim == self.dims[COL]:
@@ -40,12 +40,12 @@ class Footprint:
         return self
 
     def moved(self, to: Callable[[int], int]) -> "Footprint":
-        """The same tables, with dimension `d` of the tensor at `to(d)`."""
+        """Move dimension `d` of the tensor to `to(d)`; the tables are unchanged."""
         batch, row, col = self.dims
         return replace(self, dims=(to(batch), to(row), to(col)))
 
     def same(self, other: "Footprint") -> bool:
-        """Equal in every table."""
+        """Whether dimensions and tables are equal."""
         return (
             self.dims == other.dims and np.array_equal(self.rows, other.rows) and np.array_equal(self.cols, other.cols)
         )
@@ -53,26 +53,26 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Layer:
-    """How messages name a layer, and whether it is one of torch's own, whose name says all."""
+    """Description of a layer for messages, and whether it is a layer of torch."""
 
     text: str
     of_torch: bool
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> "Layer":
-        """The layer that the network holds under `name`, "" for the network itself."""
+        """Describe the layer with the given name in the network; "" is the network itself."""
         kind = type(module)
         text = f"layer {name!r} ({kind.__name__})" if name else f"the network ({kind.__name__})"
         return cls(text, kind.__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential))
 
 
 class Tracked(Tensor):
-    """A tensor with a footprint, from the image or computed from it."""
+    """Tensor with a footprint: the image or a tensor computed from it."""
 
     footprint: Footprint
-    run: "Pass"  # the forward pass that it belongs to
-    number: int  # of the operation in that pass that it comes from
-    aliased: bool  # other tensors may share its memory
+    run: "Pass"  # the forward pass to which it belongs
+    number: int  # number of the tensor within the pass
+    aliased: bool  # whether other tensors may share its memory
 
 
 class Call:
@@ -88,40 +88,40 @@ class Call:
 
     @cached_property
     def out(self) -> Any:
-        """The real result; computed once, after the handler has made sure that it may be."""
+        """The result of the function, computed on first access, after the checks of the handler."""
         return self.func(*self.args, **self.kwargs)
 
     def print_of(self, value: Any) -> Footprint:
-        """The footprint of an argument that has to be the only one that comes from the image."""
+        """The footprint of an argument, which must be the only argument computed from the image."""
         if not isinstance(value, Tracked) or len(self.tracked) > 1:
             self.unsupported("takes weights, statistics or sizes from the image")
         return value.footprint
 
     def plain_print_of(self, value: Any) -> Footprint:
-        """Likewise, in the layout [batch, channels, rows, columns]."""
+        """As `print_of`, for an argument in the layout [batch, channels, rows, columns]."""
         footprint = self.print_of(value)
         if value.ndim != 4 or footprint.dims != (0, 2, 3):
             self.unsupported("works on a map that is not [batch, channels, rows, columns]")
         return footprint
 
     def refuse(self, reason: str) -> NoReturn:
-        """The operation reaches across the map."""
+        """Refuse the operation because it is not local."""
         self.run.refuse(self.name, reason + (_CURE if self.name in _ENDS else ""))
 
     def unsupported(self, reason: str) -> NoReturn:
-        """The operation may be local, but cannot be derived."""
+        """Refuse the operation because it is not supported, although it may be local."""
         self.run.unsupported(self.name, reason)
 
     @property
     def in_place(self) -> bool:
-        """By torch's naming: `add_`, `__iadd__`."""
+        """Whether the function works in place, by torch's naming conventions (`add_`, `__iadd__`)."""
         if self.name.startswith("__"):
             return self.name == "__setitem__" or (self.name[2] == "i" and hasattr(Tensor, f"__{self.name[3:]}"))
         return self.name.endswith("_")
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested arguments."""
+    """Yield the tensors in nested arguments."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):

@@ -1,8 +1,8 @@
-"""What a network keeps between calls: found, compared and put back.
+"""Snapshot, comparison and restoration of the state that a network keeps between calls.
 
-All that its modules hold is walked: attributes, buffers and weights, attributes of their classes, lists, sets and
-dicts, what functions have enclosed, generators of random numbers. What it keeps elsewhere, as in global variables, is
-not seen.
+The state includes everything reachable from its modules: attributes, buffers and weights, class attributes, lists, sets
+and dicts, closures of functions, and random number generators. State elsewhere, such as global variables, is not
+detected.
 """
 
 from collections import deque
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 _DEEPEST = 8
-_LONGEST = 10_000  # longer containers are compared, but what they hold is not walked
+_LONGEST = 10_000  # the items of longer containers are not visited
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """One thing that can change, with a copy of its content."""
+    """One mutable object with a copy of its content."""
 
     name: str
     content: Any
@@ -34,7 +34,7 @@ class _Kept:
 
 
 class ModuleState:
-    """The state of a network as it is now.
+    """Snapshot of the state of a network.
 
     Args:
         module: the network.
@@ -51,12 +51,12 @@ class ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self._kept: list[_Kept] = []
-        self._seen: dict[int, object] = {}  # holds the objects, so that no id is used again
-        with torch._C.DisableTorchFunction():  # it may hold tensors that are being followed
+        self._seen: dict[int, object] = {}  # keeps the objects alive, so that ids are not reused
+        with torch._C.DisableTorchFunction():  # the state may contain tracked tensors
             self._walk("", module, 0)
 
     def changed(self) -> str | None:
-        """The name of the first thing that is not as it was; None if all is."""
+        """Name of the first object that changed since the snapshot, or None."""
         with torch._C.DisableTorchFunction():
             for kept in self._kept:
                 now = kept.read()
@@ -65,7 +65,7 @@ class ModuleState:
         return None
 
     def restore(self) -> None:
-        """Puts everything back that is not as it was."""
+        """Restore everything that changed since the snapshot."""
         with torch._C.DisableTorchFunction():
             for kept in self._kept:
                 if not _same(kept.content, kept.read()):
@@ -83,7 +83,7 @@ class ModuleState:
 
 
 def _access(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
-    """How the content of a thing is copied, and how it is written back; None if it has none of its own."""
+    """Functions that copy and restore the content of an object; None if it has no mutable content."""
     if isinstance(value, Tensor):
         return lambda: value.detach().clone(), lambda old: _write_tensor(value, old)
     if isinstance(value, np.ndarray):
@@ -108,7 +108,7 @@ def _access(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | N
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a thing holds, with a name for each part that has one."""
+    """Yield the parts of an object with their names; "" for parts without a name."""
     if isinstance(value, dict):
         for key, held in list(value.items())[:_LONGEST]:
             yield key if isinstance(key, str) and key not in ("_buffers", "_parameters", "_modules") else "", held
@@ -134,7 +134,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _changed_key(old: Any, new: Any) -> str:
-    """Which key of a dict, empty for others."""
+    """The first changed key of a dict; "" for other objects."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return ""
     keys = [*old, *(key for key in new if key not in old)]
@@ -173,7 +173,7 @@ def _write_class(kind: type, old: dict[str, Any]) -> None:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Equal contents: tensors, arrays and simple values by value, everything else by identity."""
+    """Whether contents are equal: tensors, arrays and simple values by value, everything else by identity."""
     if old is new:
         return True
     if type(old) is not type(new):
@@ -194,11 +194,10 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def is_told_by_text(module: nn.Module) -> bool:
-    """Do the text and the weights of a network say all that it computes, so that a cache may compare networks by them?
+    """Whether a network is fully determined by its text and weights, so that caches can compare networks by them.
 
-    They do for layers of torch and of this package. They do not for layers of the user's own, nor for traced and
-    scripted networks, whose code is not in their text, nor where hooks or a `forward` of a single layer's own change
-    what a layer computes.
+    This holds for layers of torch and of this package. It does not hold for custom layers, for traced and scripted
+    networks, whose text does not contain their code, or for layers with hooks or a replaced `forward`.
 
     >>> is_told_by_text(nn.Conv2d(3, 8, 3)), is_told_by_text(torch.fx.symbolic_trace(nn.Conv2d(3, 8, 3)))
     (True, False)

@@ -1,7 +1,7 @@
-"""What each torch operation does to footprints: the table of what is known to be local, and of what is not.
+"""Effect of torch operations on footprints, including operations that are known not to be local.
 
-A handler takes the call and the arguments of the operation, and returns the footprint of the result, a list with
-one for each result, or None if the result says nothing of pixel values.
+A handler receives the call and the arguments of the operation. It returns the footprint of the result, a list of
+footprints for several results, or None if the result does not depend on pixel values.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ _Prints = Footprint | list[Footprint] | None
 
 
 def _pointwise(call: Call, *args: Any, **kwargs: Any) -> _Prints:
-    """Each value depends on the values at its place: the union over the operands, broadcast."""
+    """Elementwise operations: the union of the broadcast footprints of the operands."""
     if not isinstance(call.out, Tensor):  # `where` with a condition alone
         call.unsupported("returns no tensor of the same size")
     ndim, shape = call.out.ndim, call.out.shape
@@ -41,12 +41,12 @@ def _expand(call: Call, *args: Any, **kwargs: Any) -> _Prints:
 
 
 def _same(call: Call, input: Any, *args: Any, **kwargs: Any) -> _Prints:
-    """The values stay where they are, whatever the other arguments."""
+    """Operations that keep all values at their positions."""
     return input.footprint if isinstance(input, Tracked) else None
 
 
 def tells_no_values(call: Call, *args: Any, **kwargs: Any) -> _Prints:
-    """Sizes, types and constants: no pixel values."""
+    """Operations that return sizes, types or constants rather than pixel values."""
     if len(call.tracked) > 1 or not isinstance(args[0] if args else kwargs.get("input"), Tracked):
         call.unsupported("fills a tensor with a value of the image")
     return None
@@ -152,7 +152,7 @@ def _windows(
     dilation: tuple[int, ...],
     before: tuple[int, ...],
 ) -> _Prints:
-    """Output `a` of an axis sees inputs `stride*a - before + dilation*k` for k < kernel, those that exist."""
+    """Windowed operations: output `a` of an axis sees inputs `stride*a - before + dilation*k` for k < kernel."""
     footprint = call.plain_print_of(input)
     tables = []
     for axis, seen in enumerate((footprint.rows, footprint.cols)):
@@ -177,9 +177,9 @@ def _pad(call: Call, input: Any, pad: Any, mode: str = "constant", value: Any = 
         if dim == footprint.dims[0] and any(sides):
             call.unsupported("pads the batch")
         if mode == "circular" and min(sides) < 0:
-            # Where one side is cropped and the other padded, torch leaves memory as it was; its content is anything.
+            # If one side is cropped and the other padded, torch leaves part of the result uninitialized.
             call.unsupported("crops by circular padding")
-        # torch itself says which position each padded one is a copy of; -1 is none.
+        # Pad the positions with torch to find the source of each padded position; -1 stands for none.
         positions = torch.arange(input.shape[dim], dtype=torch.float64)[None, None]
         fill = {"value": -1} if mode == "constant" else {}
         source = F.pad(positions, sides, mode=mode, **fill)[0, 0].long().numpy()
@@ -202,7 +202,7 @@ def _getitem(call: Call, input: Any, index: Any) -> _Prints:
     at = items.index(...)
     items[at : at + 1] = [slice(None)] * rest
     position, result = 0, footprint
-    order: list[int] = []  # for each dimension of the result the one it comes from, or -1
+    order: list[int] = []  # source dimension of each dimension of the result, or -1
     for item in items:
         if item is None:
             order.append(-1)
@@ -219,7 +219,7 @@ def _getitem(call: Call, input: Any, index: Any) -> _Prints:
 
 
 def _pieces(call: Call, input: Any, *args: Any, **kwargs: Any) -> _Prints:
-    """Runs of rows, columns or channels; torch itself says which positions go where."""
+    """Operations that return slices of rows, columns or channels; applied to positions to find where each one goes."""
     footprint, several = call.print_of(input), isinstance(call.out, tuple | list)
     parts = list(call.out) if several else [call.out]
     prints = [footprint] * len(parts)
@@ -255,12 +255,12 @@ def _table(value: Tensor, axis: int, dim: int, pixels: int) -> np.ndarray:
 
 
 def _over(call: Call, input: Any, dims: Any) -> _Prints:
-    """Values along some dimensions are combined; these are gone afterwards, or kept."""
+    """Reductions over some dimensions, which are removed or kept with size 1."""
     footprint = call.print_of(input)
     dims = dims if isinstance(dims, tuple | list) else () if dims is None else (dims,)
-    if any(type(dim) is not int for dim in dims):  # `std(True)` is no dimension
+    if any(type(dim) is not int for dim in dims):  # the argument of `std(True)` is not a dimension
         call.unsupported("is given something other than the numbers of dimensions")
-    dims = dims or range(input.ndim)  # none is all
+    dims = dims or range(input.ndim)  # no dimension means all
     over = {dim % input.ndim for dim in dims}
     if over & set(footprint.dims[1:]):
         call.refuse("it combines the values of all positions, so that every region sees every pixel")
@@ -299,7 +299,7 @@ def _transpose(call: Call, input: Any, dim0: int, dim1: int) -> _Prints:
 
 
 def _reshape(call: Call, input: Any, *shape: Any, **options: Any) -> _Prints:
-    """Only channels may be regrouped, as in a channel shuffle."""
+    """Reshaping, which may only regroup channels, as in a channel shuffle."""
     footprint, old, new = call.print_of(input), input.shape, call.out.shape
     inner = (0, input.ndim - 2, input.ndim - 1)
     if footprint.dims != inner or len(new) < 3 or new[0] != old[0] or new[-2:] != old[-2:]:
@@ -373,7 +373,7 @@ _TABLE: dict[Callable[..., _Prints], str] = {
 
 
 def _spellings(name: str) -> Iterator[Any]:
-    """Every torch function and method of that name: plain, in place, as an operator and as an attribute."""
+    """Yield every torch function and method of that name: plain, in place, operator and attribute."""
     for spelled in (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__"):
         for home in (torch, Tensor, F, torch._C._nn, torch._C._VariableFunctions, torch.special):
             found = getattr(home, spelled, None)
@@ -386,4 +386,4 @@ def _spellings(name: str) -> Iterator[Any]:
 HANDLERS: dict[Any, Callable[..., _Prints]] = {
     func: handler for handler, names in _TABLE.items() for name in names.split() for func in _spellings(name)
 }
-GIVEN_SIZES = {_reshape, _expand}  # they may be given the number of images
+GIVEN_SIZES = {_reshape, _expand}  # their arguments may contain the number of images

@@ -1,9 +1,9 @@
-"""One forward pass under watch: which memory holds values of the image, and which operations they enter.
+"""Taint tracking of one forward pass: which memory contains values of the image, and which operations use them.
 
-Every operation of torch is seen as it is dispatched, whatever the way in: functions, methods, `vmap`, scripts, tensors
-that came back through DLPack. An operation that is given values of the image taints what it returns or writes.
-Its other operands, of any type, have to be the same for every image (`Steps`): if they are not, the image has found a
-way around, or decides what is computed.
+Every torch operation is intercepted at dispatch, regardless of how it is called (functions, methods, `vmap`, scripts,
+tensors imported through DLPack). The results and outputs of an operation with image values are tainted as well. All
+other operands must be the same for every image (`Steps`). Otherwise image values have bypassed the tracking, or
+determine what is computed.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bagcert.errors import BagcertError, UnsoundError, UsageError
 from bagcert.nets.receptive_field.footprint import Layer, tensors_in
 
-LOST = "is given values of the image that have lost their way (or weights that are NaN)"
+LOST = "uses values of the image whose origin cannot be traced (or weights that are NaN)"
 _DECIDES = "lets values of the image decide what is computed"
 OTHERWISE = (
-    "is not computed each time: the network chooses by values of the image, by the number of images or their layout in "
-    "memory, or changes from call to call"
+    "is not computed in every pass: the network depends on values of the image, on the number of images or on their "
+    "layout in memory, or changes from call to call"
 )
 _ATEN = torch.ops.aten
 _SHAPES_ONLY = {_ATEN.zeros_like, _ATEN.ones_like, _ATEN.full_like, _ATEN.empty_like, _ATEN.new_zeros, _ATEN.new_ones}
@@ -30,26 +30,26 @@ _SIMPLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device
 
 
 class ImageMemory:
-    """Which memory holds values that come from the image."""
+    """Tracks which memory contains values computed from the image."""
 
     def __init__(self) -> None:
-        self._blocks: dict[int, tuple[StorageWeakRef, int]] = {}  # by address; the end of each
+        self._blocks: dict[int, tuple[StorageWeakRef, int]] = {}  # by start address; with end address
 
     def add(self, tensor: Tensor) -> None:
-        """From now on the memory of this tensor holds such values."""
+        """Mark the memory of a tensor."""
         storage = tensor.untyped_storage()
         if storage.nbytes():
             self._blocks[storage.data_ptr()] = StorageWeakRef(storage), storage.data_ptr() + storage.nbytes()
 
     def holds(self, tensor: Tensor) -> bool:
-        """Does this tensor lie there? What has no memory of its own, such as inside `vmap`, is taken to."""
+        """Whether a tensor overlaps marked memory; True for tensors without memory, such as inside `vmap`."""
         try:
             storage = tensor.untyped_storage()
             start = storage.data_ptr()
         except (RuntimeError, NotImplementedError):
             return True
         for begin, (reference, end) in list(self._blocks.items()):
-            if reference.expired():  # the memory may belong to others by now
+            if reference.expired():  # the memory may have been reused
                 del self._blocks[begin]
             elif begin < start + storage.nbytes() and start < end:
                 return True
@@ -58,12 +58,12 @@ class ImageMemory:
 
 @dataclass(frozen=True)
 class FromImage:
-    """What `Steps` keeps of an operand that comes from the image."""
+    """Description of an operand computed from the image, as stored by `Steps`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    source: int  # the number of the operation that it comes from
-    batch_dim: int | None = None  # which dimension may be of another size in another pass
+    source: int  # number of the operation that computed it
+    batch_dim: int | None = None  # dimension whose size may differ between passes
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class _Step:
 
 
 class Steps:
-    """What is computed from the image, in order: the first pass fills it, later passes have to do the same.
+    """Sequence of operations on image values: recorded in the first pass and compared in all later passes.
 
     Args:
-        constants: weights and buffers, which are not copied.
+        constants: ids of weights and buffers, which are not copied.
     """
 
     def __init__(self, constants: set[int]) -> None:
@@ -87,21 +87,21 @@ class Steps:
         self._begun = False
 
     def begin(self) -> None:
-        """A pass begins."""
+        """Begin a pass."""
         self._next = 0 if self._begun else None
         self._begun = True
 
     def add(self, operation: Any, operands: list[Any], batch: int, sizes_may_differ: bool = False) -> str | None:
-        """One operation more.
+        """Record an operation in the first pass, or compare it with the recorded one in a later pass.
 
         Args:
-            operation: what is called.
-            operands: all of them, of the image's as `FromImage`.
-            batch: images in this pass.
-            sizes_may_differ: integers may be the number of images, as in the arguments of `view`.
+            operation: the called function.
+            operands: all operands; those computed from the image as `FromImage`.
+            batch: number of images in this pass.
+            sizes_may_differ: whether integers may be the number of images, as in the arguments of `view`.
 
         Returns:
-            What is wrong with it, None in the first pass and where nothing is.
+            A description of the difference, or None if there is none.
         """
         found = _Step(operation, tuple(operands), batch)
         if self._next is None:
@@ -125,7 +125,7 @@ class Steps:
 
 
 def leaves(value: Any) -> list[Any]:
-    """The parts of nested arguments, and how many there are at each level."""
+    """Flatten nested arguments to a list that also contains the length of each level."""
     found: list[Any] = []
     _gather(value, found)
     return found
@@ -149,7 +149,7 @@ def _gather(value: Any, found: list[Any]) -> None:
 
 
 def _equal(a: Any, b: Any, images: int, other_images: int, sizes_may_differ: bool) -> bool:
-    """The same operand in two passes with `images` and `other_images` images; NaN equals nothing, itself included."""
+    """Whether operands of two passes with `images` and `other_images` images are equal; NaN is not equal to NaN."""
     if type(a) is not type(b) and not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
     if isinstance(a, FromImage):
@@ -168,7 +168,7 @@ def _equal_tensors(a: Tensor, b: Tensor, images: int, other_images: int) -> bool
         return False
     for dim, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)):
         if m != n:
-            # One slice per image, such as zeros to pad with: the same for all, or the place in the batch counts.
+            # One slice per image, such as zeros for padding. It must be the same for all positions in the batch.
             if (m, n) != (images, other_images):
                 return False
             first = a.narrow(dim, 0, 1)
@@ -179,12 +179,12 @@ def _equal_tensors(a: Tensor, b: Tensor, images: int, other_images: int) -> bool
 
 
 class Pass(TorchDispatchMode):
-    """One forward pass, on `batch` images.
+    """Intercepts the dispatched operations of one forward pass.
 
     Args:
-        batch: images in it.
-        layers: the layers being called, innermost last, kept up to date by others.
-        steps: what earlier passes have done, or None where only functions are compared.
+        batch: number of images.
+        layers: the layers being called, innermost last; updated by the caller.
+        steps: recorded operations of earlier passes, or None if dispatched operations are not compared.
     """
 
     def __init__(self, batch: int, layers: list[Layer], steps: Steps | None) -> None:
@@ -197,34 +197,34 @@ class Pass(TorchDispatchMode):
         self.over = False
 
     def next_number(self) -> int:
-        """A number for a tensor that is tracked."""
+        """Next number of a tracked tensor."""
         self._tracked += 1
         return self._tracked
 
     def subject(self, name: str) -> str:
-        """How messages name an operation: by the layer alone where it is one of torch's own."""
+        """Name of an operation in messages; only the layer if it is a torch layer."""
         if not self.layers:
             return name.strip("_")
         layer = self.layers[-1]
         return layer.text if layer.of_torch else f"{name.strip('_')} in {layer.text}"
 
     def refuse(self, name: str, reason: str) -> NoReturn:
-        """The operation reaches across the map."""
+        """Refuse an operation because it is not local."""
         self.fail(UnsoundError(f"{self.subject(name)} is not local: {reason}"))
 
     def unsupported(self, name: str, reason: str) -> NoReturn:
-        """The operation may be local, but cannot be derived."""
+        """Refuse an operation because it is not supported, although it may be local."""
         self.fail(UsageError(f"{self.subject(name)} is not supported: it {reason}"))
 
     def fail(self, error: Exception) -> NoReturn:
-        """Raises; the error stands even if the network catches it."""
+        """Raise an error, and store it in case the network catches it."""
         if not isinstance(self.failure, BagcertError):
             self.failure = error
         raise error
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """A hook of torch: with True it would import the compiler, which takes seconds."""
+        """Hook of torch; returning True would import the compiler, which takes seconds."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -242,7 +242,7 @@ class Pass(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             self.unsupported(name, _DECIDES)
         if func.overloadpacket is _ATEN.copy_ and isinstance(operands[2], Tensor):
-            operands[2] = FromImage(tuple(operands[2].shape), operands[2].dtype, -1)  # it is written, not read
+            operands[2] = FromImage(tuple(operands[2].shape), operands[2].dtype, -1)  # only written
         if self.steps and (wrong := self.steps.add(func, operands, self.batch)):
             self.unsupported(name, wrong)
         out = func(*args, **kwargs)
@@ -260,7 +260,7 @@ class Pass(TorchDispatchMode):
         return out
 
     def described(self, value: Any) -> list[Any]:
-        """The parts of nested arguments, of tensors that come from the image only what `Steps` compares."""
+        """Flatten nested arguments, replacing tensors with image values by `FromImage`."""
         return [
             FromImage(tuple(leaf.shape), leaf.dtype, self._sources.get(_place(leaf), 0))
             if isinstance(leaf, Tensor) and self.memory.holds(leaf)
@@ -270,5 +270,5 @@ class Pass(TorchDispatchMode):
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies."""
+    """Identify the memory region and layout of a tensor."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()

@@ -1,10 +1,10 @@
-"""The receptive fields of a network, measured.
+"""Measurement of the receptive fields of a network.
 
-Two independent probes (docs/method.md, "Locality is checked"). Structural: NaN in the pixels of a
-row or column; the regions that become NaN are its true footprint, whatever the weights, since 0 * NaN is NaN.
-Numerical: change everything under a patch; bits outside its declared reach must not move. The first asks what
-the network computes, the second whether this backend's arithmetic keeps to it (Winograd and FFT convolutions,
-which mix beyond the receptive field, fail both).
+There are two independent probes (docs/method.md, "Locality is checked"). The structural probe sets the pixels of a row
+or column to NaN. The regions that become NaN are the true footprint for any weights, since 0 * NaN is NaN. The
+numerical probe changes all pixels of a patch; no bit outside the declared reach may change. The first probe tests the
+network, the second the arithmetic of the backend. Winograd and FFT convolutions mix values beyond the receptive field
+and fail both.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,15 +29,15 @@ CONTENTS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What the two probes found.
+    """Results of the structural and the numerical probe.
 
     Attributes:
-        nan_footprint_inside: no region became NaN that was declared not to see the pixel; False is never
-            returned, `check_locality` raises instead.
-        largest_leak: the largest change of an output outside the declared reach of a patch, in units of the
-            output; 0.0 means that every such bit stood still, inf that one was, became or ceased to be NaN.
-        measured: the measured grid; None where the cheaper check, which only says yes or no, was enough.
-        patches: how many patches with contents were tried.
+        nan_footprint_inside: whether only regions declared to see a pixel became NaN. Always True, because
+            `check_locality` raises an error otherwise.
+        largest_leak: largest change of an output outside the declared reach of a patch, in units of the output; 0.0 if
+            no bit changed, inf if an output was, became or ceased to be NaN.
+        measured: the measured grid, or None if the cheaper yes/no check sufficed.
+        patches: number of tested combinations of patch and content.
     """
 
     nan_footprint_inside: bool
@@ -54,23 +54,22 @@ def probe_grid(
     batch_size: int = 64,
     as_is: bool = False,
 ) -> RegionGrid:
-    """Which pixel rows and columns each region depends on, measured by height + width images with NaN in them.
+    """Measure which pixel rows and columns each region depends on, with height + width images that contain NaN.
 
-    Exact for networks that hand NaN on, as convolutions, poolings and activations of torch do. What hides it
-    (`nan_to_num`, comparisons with one value for "false") is seen only by the numerical probe. An output of
-    integers or booleans, such as a binary head's, is compared with that of the image without NaN instead, which
-    may miss pixels that happen not to matter.
+    The result is exact for networks that propagate NaN, as the convolutions, poolings and activations of torch do.
+    Operations that hide NaN (`nan_to_num`, comparisons) are detected only by the numerical probe. Integer and boolean
+    outputs are compared with the output for the image without NaN, which may miss pixels without influence on it.
 
     Args:
-        module: images [batch, channels, height, width] to a map [batch, classes, rows, columns].
+        module: maps images [batch, channels, height, width] to a map [batch, classes, rows, columns].
         image_size: (height_px, width_px).
-        channels: of the image.
-        device: where to measure; None is where the module is. The module is not moved: it must be there.
-        batch_size: images per forward pass.
-        as_is: measure in the mode the module is in, train mode included, rather than in eval mode.
+        channels: number of image channels.
+        device: device of the images; default: the device of the module. The module is not moved.
+        batch_size: number of images per forward pass.
+        as_is: whether to measure in the current mode of the module instead of eval mode.
 
     Raises:
-        UsageError: the output is not one map, or is NaN without any NaN in the image.
+        UsageError: the output is not a single map, or is NaN without NaN in the image.
     """
     height, width = image_size
     image = _random_image(module, channels, image_size, device, torch.Generator().manual_seed(0))
@@ -107,23 +106,23 @@ def check_locality(
     patch: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> ProbeReport:
-    """Measures a network against a declared grid.
+    """Check a network against a declared grid with the structural and the numerical probe.
 
-    The structural probe takes whichever is fewer forward passes: one per pixel row and column (`probe_grid`), or
-    one per region row and column, with NaN in all that the regions in it are declared not to see.
+    The structural probe uses the variant with fewer images: one per pixel row and column (`probe_grid`), or one per
+    region row and column, with NaN in all pixels that the regions of that row or column are declared not to see.
 
     Args:
         module, image_size, channels, device, batch_size, as_is: as for `probe_grid`.
-        declared: the grid that certificates would rest on.
-        patch: (height_px, width_px) of the patches of the numerical probe; None is a quarter of each side. They
-            lie in the four corners, in the middle and at three random places, with three contents each.
-        seed: of contents and places.
+        declared: the grid on which certificates are based.
+        patch: (height_px, width_px) of the patches of the numerical probe; default: a quarter of each side. They are
+            placed in the corners, in the center and at three random places, with three contents each.
+        seed: random seed of contents and places.
 
     Returns:
-        The report. Whether a numerical leak is acceptable is for the caller to decide.
+        The report. The caller decides whether a numerical leak is acceptable.
 
     Raises:
-        UnsoundError: a region depends on a pixel outside its declared receptive field; the sentence names both.
+        UnsoundError: a region depends on a pixel outside its declared receptive field; the message names both.
         UsageError: as for `probe_grid`.
     """
     if declared.image_size != tuple(image_size):
@@ -159,7 +158,7 @@ def _sees_more(
     batch_size: int,
     as_is: bool,
 ) -> bool:
-    """Does any region depend on what it is declared not to see, or is the map of another size?"""
+    """Whether a region depends on pixels that it is declared not to see, or the map has another size."""
     image = _random_image(module, channels, declared.image_size, device, torch.Generator().manual_seed(0))
     with _undisturbed(module, as_is):
         plain = _forward(module, image)[0]
@@ -173,7 +172,7 @@ def _sees_more(
                 )
                 out = _forward(module, batch, plain.shape)
                 changed = out.isnan() if plain.dtype.is_floating_point else out != plain
-                for k, line in enumerate(changed):  # of each image the one line of regions it is about
+                for k, line in enumerate(changed):  # only the row or column of regions tested by this image
                     if line.select(1 + axis, start + k).any():
                         return True
     return False
@@ -205,7 +204,7 @@ def _largest_leak(
     random: torch.Generator,
     batch_size: int,
 ) -> float:
-    """The largest change outside the reach of a patch of `shape`, over all `places`."""
+    """Largest change outside the reach of a patch of `shape`, over all `places`."""
     touched_rows, touched_cols = declared.touched_rows(shape), declared.touched_cols(shape)
     leak = 0.0
     for start in range(0, len(places), batch_size):
@@ -215,21 +214,21 @@ def _largest_leak(
         for k, (top, left) in enumerate(here):
             under = after[k, :, top : top + shape[0], left : left + shape[1]]
             under.copy_(content(under, random))
-        # The same batch size and place in the batch, so that only the patch can make a difference.
+        # Same batch size and position in the batch, so that only the patch can cause a difference.
         out_before = _forward(module, before)
         out_after = _forward(module, after, out_before.shape[1:])
         _require_map_size(tuple(out_before.shape[2:]), declared)
         reach = np.stack([np.outer(touched_rows[top], touched_cols[left]) for top, left in here])
         outside = ~torch.as_tensor(reach, device=out_before.device)[:, None].expand_as(out_before)
         a, b = out_before[outside].double(), out_after[outside].double()
-        moved = a != b  # NaN has always moved, also where it was NaN before
+        moved = a != b  # NaN always counts as changed, even if it was NaN before
         if moved.any():
             leak = max(leak, float((a - b)[moved].abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()))
     return leak
 
 
 def _places(image_size: tuple[int, int], shape: tuple[int, int], random: torch.Generator) -> list[tuple[int, int]]:
-    """(top, left) of patches in the corners, in the middle and at three random places, each once."""
+    """(top, left) of patches in the corners, in the center and at three random places, without duplicates."""
     room = (image_size[0] - shape[0], image_size[1] - shape[1])
     if min(room) < 0 or min(shape) < 1:
         raise UsageError(f"a patch of {shape} px does not fit into an image of {tuple(image_size)} px")
@@ -247,7 +246,7 @@ def _random_image(
     device: torch.device | str | None,
     random: torch.Generator,
 ) -> Tensor:
-    """One image [1, channels, height, width] in [0, 1] of the type and on the device of the module's weights."""
+    """Random image [1, channels, height, width] in [0, 1] with the dtype and device of the module's weights."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.rand(1, channels, *image_size, generator=random).to(device or weight.device, weight.dtype)
 
@@ -258,7 +257,7 @@ def _require_map_size(found: tuple[int, ...], declared: RegionGrid) -> None:
 
 
 def _forward(module: nn.Module, images: Tensor, expected: torch.Size | None = None) -> Tensor:
-    """The map of some images, [classes, rows, columns] of each as `expected`."""
+    """Compute the map of images and check its shape; `expected` is [classes, rows, columns]."""
     out = module(images)
     if not isinstance(out, Tensor) or out.ndim != 4 or len(out) != len(images):
         found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -273,7 +272,7 @@ def _forward(module: nn.Module, images: Tensor, expected: torch.Size | None = No
 
 @contextmanager
 def _undisturbed(module: nn.Module, as_is: bool) -> Iterator[None]:
-    """No gradients, the wanted mode, and afterwards buffers (running statistics, which NaN would spoil) as before."""
+    """Context manager without gradients, by default in eval mode; restores buffers, which NaN could corrupt."""
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         with torch.no_grad(), nullcontext() if as_is else eval_mode(module):

@@ -1,6 +1,6 @@
-"""Backends: other runtimes for the forward pass. They turn images into real-valued scores; heads and rules stay ours.
+"""Backends: alternative runtimes for the forward pass, from images to real-valued scores.
 
-Adding one is one file and one line in `RUNNERS`.
+Heads and rules do not depend on the backend. To add a backend, add a module and a line in `RUNNERS`.
 """
 
 from pathlib import Path
@@ -23,18 +23,18 @@ BACKENDS = ("torch", *RUNNERS)
 
 
 def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder: Path | None = None) -> Runner | None:
-    """What computes the scores of a region scorer on a backend; None for torch, which is the scorer itself.
+    """Create the runner of a region scorer for a backend; None for torch, which needs no runner.
 
-    The weights are copied: what happens to the scorer later does not reach the runner.
+    The weights are copied, so later changes of the scorer do not affect the runner.
 
     Args:
         name: one of `BACKENDS`.
-        scorer: a region scorer, on the CPU.
-        dtype: None is float32.
-        folder: where graphs are kept between processes; None keeps none.
+        scorer: a region scorer on the CPU.
+        dtype: must be None (float32) except for torch.
+        folder: folder in which graphs are cached between processes; None disables the cache.
 
     Raises:
-        UsageError: no such backend; its libraries are not installed; another dtype than float32, or another device.
+        UsageError: unknown backend, missing libraries, or an unsupported dtype or device.
     """
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}{nearest(name, BACKENDS)}")
@@ -48,16 +48,16 @@ def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder:
 
 
 def installed_backends() -> list[str]:
-    """The backends whose libraries are there, torch first."""
+    """List the backends whose libraries are installed, torch first."""
     runners = [name for name, runner in RUNNERS.items() if installed(runner.libraries)]
     return ["torch", *runners]
 
 
 def fastest_backend(device: str = "auto", dtype: str = "float32") -> str:
-    """The backend to take where none is asked for: onnxruntime if it is installed, else torch.
+    """Fastest installed backend: onnxruntime for float32 on the CPU if installed, otherwise torch.
 
-    Only in float32 on a machine without an accelerator; elsewhere torch. benchmarks/backends.py measures the speed, and
-    that certificates stay what they are.
+    The device "auto" counts as CPU only if there is no accelerator. benchmarks/backends.py measures the speed and
+    compares the certificates.
     """
     if dtype != "float32" or device not in ("auto", "cpu"):
         return "torch"

@@ -349,7 +349,7 @@ def test_values_that_lose_their_footprint_are_found():
 
     with pytest.raises((UsageError, UnsoundError)):
         derive_grid(Call(lambda x: x + torch.vmap(lambda image: image.mean() + image)(x)), (8, 8))
-    with pytest.raises(UsageError, match="lost their way"):
+    with pytest.raises(UsageError, match="whose origin cannot be traced"):
         derive_grid(Call(lambda x: x + Escape.apply(x).roll(3, 2)), (8, 8))
 
 
