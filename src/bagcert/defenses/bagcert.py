@@ -330,7 +330,7 @@ def list_models() -> list[str]:
     """List the names of the models included in the package, with their aliases.
 
     >>> list_models()
-    ['default', 'cifar10', 'cifar10-cpu', 'digits']
+    ['default', 'cifar10', 'cifar10-cpu', 'cifar10-small', 'digits']
     """
     return [*ALIASES, *shipped_models()]
 
