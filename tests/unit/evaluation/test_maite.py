@@ -51,7 +51,7 @@ def accuracies(model, data, batch=7):
 @pytest.mark.parametrize("source", ["digits", "resized"])
 def test_accuracies_are_those_of_evaluate(source, rule, defense, request):
     images = request.getfixturevalue(source)
-    row = evaluate(defense, images, ["2"], [rule]).info.results[0]
+    row = evaluate(defense, images, patches=["2"], rules=[rule]).info.results[0]
     found = accuracies(Model(defense, 2, rule), Dataset(images, defense))
     assert found["images"] == 60
     assert found["certified_accuracy"] == pytest.approx(row.certified_accuracy)
