@@ -1,8 +1,8 @@
-"""From a part of the data to its rows: what a model says of each image, or why it says nothing.
+"""Certification of one part of the data: returns one row per image, with an error column.
 
-The same function on every engine. Every forward pass has the same number of images, the last one filled up: kernels
-differ between batch sizes, and so may the last bit of a score. Rows then depend on the images alone, not on how many
-there are, on which worker did them, or on what was done before a restart.
+All engines use the same worker. Every forward pass has the same batch size; the last batch is padded. The last bit of a
+score may depend on the batch size, so this makes the rows independent of the number of images, the worker, and
+restarts.
 """
 
 import os
@@ -26,7 +26,7 @@ from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 
 MOST_SCORES = 1 << 24
-"""Scores that are kept for one call of the rules."""
+"""Maximum number of scores to collect for one call of the rules."""
 
 RESULT = pa.struct(
     [
@@ -56,19 +56,19 @@ SCHEMA = pa.schema(
         ("worker", pa.string()),
     ]
 )
-"""One row per image; docs/many_images.md says what each column means."""
+"""One row per image; docs/many_images.md describes the columns."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every image; all a worker needs beside its parts.
+    """The settings of a run, which a worker needs in addition to its parts.
 
     Attributes:
         model, device, dtype, portable, backend: as for `bagcert.defenses.bagcert.load`.
-        weights_sha256: what that model must have.
+        weights_sha256: expected hash of the model's weights.
         patches, rules: at least one of each.
         placements: a mask image, readable for every worker.
-        fit: how images of another size reach the network.
+        fit: resizing mode for images of other sizes.
         batch_size: images per forward pass.
     """
 
@@ -87,7 +87,7 @@ class Question:
 
 @dataclass(frozen=True)
 class _Input:
-    """An image on its way: what is kept of it, so that no photo is held longer than it takes to decode it."""
+    """An image in process: its network input and what its row needs. The decoded photo is not kept."""
 
     size_px: tuple[int, int]
     orientation: int
@@ -96,14 +96,14 @@ class _Input:
 
 
 class Worker:
-    """Holds one loaded model and certifies parts with it.
+    """Certifies parts with one loaded model.
 
     Args:
-        question: what is asked.
-        model: the one that it names, where it is loaded already.
+        question: settings of the run.
+        model: the model of `question`, if it is already loaded.
 
     Raises:
-        UnsoundError: the model that is found under that name here has other weights.
+        UnsoundError: the model with this name has different weights on this machine.
     """
 
     def __init__(self, question: Question, model: BagCert | None = None) -> None:
@@ -121,12 +121,12 @@ class Worker:
         self._reader = PartReader()
 
     def certify(self, parts: Sequence[Part]) -> Iterator[pa.Table]:
-        """The rows of each part, by SCHEMA. An image that cannot be certified is a row with its error.
+        """Iterates over the rows of each part, by SCHEMA. An image that cannot be certified is a row with its error.
 
-        A part is read while the one before it is computed, where that takes other means than computing does.
+        The next part is prefetched while the current one is computed, if reading does not compete with computing.
 
         Raises:
-            BagcertError: the store does not answer; the data was changed.
+            BagcertError: the store does not respond, or the data changed.
         """
         read = (self._reader.read(part, self._prepare) for part in parts)
         if any(part.remote for part in parts) or self.model.scorer.device.type != "cpu":
@@ -160,7 +160,7 @@ class Worker:
         return _Input(found.stored_size, found.orientation, pixels_sha256(found.pixels), pixels)
 
     def _scored(self, good: dict[int, _Input]) -> Iterator[tuple[list[int], ScoreMap]]:
-        """Score maps of all images, in as few pieces as memory allows: rules are faster on many images at once."""
+        """Computes score maps, in as few pieces as memory allows: rules are faster on many images at once."""
         numbers, size = list(good), self.question.batch_size
         some: list[int] = []
         maps: list[ScoreMap] = []
@@ -175,7 +175,7 @@ class Worker:
                 some, maps = [], []
 
     def _said(self, inputs: Sequence[_Input], scores: ScoreMap) -> list[dict[str, Any]]:
-        """What each image's row holds of the verdict. Photos with the same windows share the rule."""
+        """Returns the verdict columns of each image's row. Photos with the same windows are certified together."""
         said: list[dict[str, Any]] = [{"results": []} for _ in inputs]
         shapes = [(found.size_px, found.orientation) for found in inputs]
         fitting: list[tuple[list[int], ScoreMap, list[PatchThreatModel]]] = []
@@ -205,7 +205,7 @@ class Worker:
     def _certify(
         self, some: Sequence[tuple[list[int], ScoreMap, list[PatchThreatModel]]], said: Sequence[dict[str, Any]]
     ) -> None:
-        """Adds the results of each rule against each patch: (positions in `said`, their score map, threats)."""
+        """Adds the results of each rule and patch for groups of (positions in `said`, score map, threats)."""
         for rule in self.question.rules:
             for column, patch in enumerate(self.question.patches):
                 maps, threats = [score_map for _, score_map, _ in some], [threats[column] for _, _, threats in some]
@@ -215,12 +215,12 @@ class Worker:
                         said[i]["results"].append(_result(record, patch))
 
     def _threats(self, size: tuple[int, int]) -> list[PatchThreatModel]:
-        """One for each patch, for images of this size."""
+        """Returns the threat model of each patch for images of this size."""
         return [PatchThreatModel.parse(patch, size, self.question.placements) for patch in self.question.patches]
 
 
 def _result(record: Record, patch: str) -> dict[str, Any]:
-    """Windows of a worst placement are a list of one or more, whatever the rule."""
+    """Returns the result columns of one rule and patch. Worst placements are always a list of windows."""
     place = record.worst_placement
     several = bool(place) and isinstance(place[0], list)
     return {**asdict(record), "patch": patch, "worst_placement": place if several else [place]}
