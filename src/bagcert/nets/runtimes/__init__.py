@@ -1,6 +1,6 @@
-"""Backends: other runtimes for the forward pass. They turn images into real-valued scores; heads and rules stay ours.
+"""Backends: runtimes for the forward pass. They compute real-valued scores; heads and rules always run in this package.
 
-Adding one is one file and one line in `RUNNERS`.
+To add a backend, add a module and an entry in `RUNNERS`.
 """
 
 from pathlib import Path
@@ -23,15 +23,15 @@ BACKENDS = ("torch", *RUNNERS)
 
 
 def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder: Path | None = None) -> Runner | None:
-    """What computes the scores of a region scorer on a backend; None for torch, which is the scorer itself.
+    """Returns the runner that computes the scores of a region scorer on a backend; None for torch.
 
-    The weights are copied: what happens to the scorer later does not reach the runner.
+    The weights are copied: later changes of the scorer do not affect the runner.
 
     Args:
         name: one of `BACKENDS`.
         scorer: a region scorer, on the CPU.
         dtype: None is float32.
-        folder: where graphs are kept between processes; None keeps none.
+        folder: cache folder for graphs; None for no cache.
 
     Raises:
         UsageError: no such backend; its libraries are not installed; another dtype than float32, or another device.
@@ -48,16 +48,16 @@ def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder:
 
 
 def installed_backends() -> list[str]:
-    """The backends whose libraries are there, torch first."""
+    """Returns the backends whose libraries are installed, torch first."""
     runners = [name for name, runner in RUNNERS.items() if installed(runner.libraries)]
     return ["torch", *runners]
 
 
 def fastest_backend(device: str = "auto", dtype: str = "float32") -> str:
-    """The backend to take where none is asked for: onnxruntime if it is installed, else torch.
+    """Returns the backend for `auto`: onnxruntime if it is installed, else torch.
 
-    Only in float32 on a machine without an accelerator; elsewhere torch. benchmarks/backends.py measures the speed, and
-    that certificates stay what they are.
+    onnxruntime is only chosen for float32 on a machine without an accelerator. benchmarks/backends.py measures the
+    speed, and checks that certificates do not change.
     """
     if dtype != "float32" or device not in ("auto", "cpu"):
         return "torch"

@@ -1,4 +1,4 @@
-"""What every backend has in common: sessions by image size and number of threads."""
+"""Base class of backends: caches sessions by image size and number of threads."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,17 +20,17 @@ Session = Callable[[np.ndarray], np.ndarray]
 class Runner(ABC):
     """The forward pass of one network on one backend, in float32.
 
-    It uses as many threads as torch does at the time of the call, so that what measures torch with other numbers of
-    threads measures this as well. A session is started when it is first needed.
+    It uses as many threads as torch at the time of the call, so that measurements with different thread counts also
+    cover the backend. Sessions are started on first use.
 
     Args:
-        net: images in [0, 1] to `z`, from `inference_copy`.
-        folder: where graphs are kept between processes; None keeps none.
+        net: maps images in [0, 1] to `z`, from `inference_copy`.
+        folder: cache folder for graphs; None for no cache.
 
     Attributes:
-        name: of the backend.
+        name: name of the backend.
         libraries: the packages it needs.
-        extra: what brings them, as in `pip install "bagcert[...]"`.
+        extra: extra that installs them, as in `pip install "bagcert[...]"`.
 
     Raises:
         UsageError: a library is missing.
@@ -48,10 +48,10 @@ class Runner(ABC):
 
     @abstractmethod
     def start(self, image: tuple[int, int, int], threads: int) -> Session:
-        """A session for images of [channels, height, width], of any number at once."""
+        """Starts a session for images of [channels, height, width], with any batch size."""
 
     def __call__(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
-        """`z` in float32 of a batch on the CPU."""
+        """Computes `z` in float32 for a batch on the CPU."""
         channels, height, width = images.shape[1:]
         key = (channels, height, width, torch.get_num_threads())
         if key not in self._sessions:
@@ -59,5 +59,5 @@ class Runner(ABC):
         return torch.from_numpy(self._sessions[key](np.ascontiguousarray(images.numpy())))
 
     def versions(self) -> dict[str, str]:
-        """Of the libraries that the scores depend on."""
+        """Returns the versions of libraries that the scores depend on."""
         return {name: metadata.version(name) for name in self.libraries}

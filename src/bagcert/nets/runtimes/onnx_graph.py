@@ -1,4 +1,4 @@
-"""A network as other runtimes take it: a plain copy on the CPU, and its ONNX graph."""
+"""Conversion of a network for other runtimes: an inference copy on the CPU, and its ONNX graph."""
 
 import copy
 import hashlib
@@ -18,31 +18,31 @@ from bagcert.io.files import read_regular, write_atomically
 from bagcert.nets.cost import update_with_weights
 from bagcert.nets.receptive_field.module_state import is_told_by_text
 
-OPSET = 18  # understood by every runtime since 2023
+OPSET = 18  # supported by every runtime since 2023
 INPUT = "images"
 REAL_SCORES = "z"
 MOST_BYTES = 2**31  # an ONNX file cannot be larger
-LIBRARIES = ("onnx", "onnxscript")  # what `to_onnx` needs
+LIBRARIES = ("onnx", "onnxscript")  # libraries of `to_onnx`
 
-_GRAPHS: dict[str, bytes] = {}  # of this process: writing one takes seconds
+_GRAPHS: dict[str, bytes] = {}  # cache of this process: exporting a graph takes seconds
 
 
 def inference_copy(scorer: Any) -> nn.Module:
-    """Images in [0, 1] to `z`: the normalization and the network of a region scorer, copied, for inference alone."""
+    """Copies normalization and network of a region scorer for inference; maps images in [0, 1] to `z`."""
     net = nn.Sequential(copy.deepcopy(scorer.normalize), copy.deepcopy(scorer.net))
     net = net.cpu().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return net.eval().requires_grad_(False)
 
 
 def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[str], batch: int | None = None) -> Any:
-    """The ONNX graph of a module that takes `images` float32 [batch, channels, height, width].
+    """Exports a module that takes `images`, float32 [batch, channels, height, width], as an ONNX graph.
 
-    It holds standard operators and weights, and nothing of the machine it was made on.
+    The graph contains standard operators and weights, and no information about the machine.
 
     Args:
         image: (channels, height, width).
         outputs: a name for each output.
-        batch: how many images it takes at once; None for any number.
+        batch: batch size; None for any batch size.
 
     Returns:
         An `onnx.ModelProto`.
@@ -64,7 +64,7 @@ def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[st
                 dynamo=True,
                 verbose=False,
             )
-        except Exception as error:  # the exporter wraps whatever it trips over
+        except Exception as error:  # the exporter raises many kinds of errors
             raise UsageError(f"this network cannot be written as ONNX: {shown(error)}") from error
     assert program is not None
     model = program.model_proto
@@ -73,15 +73,14 @@ def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[st
 
 
 def graph_of(net: nn.Module, image: tuple[int, int, int], folder: Path | None = None) -> bytes:
-    """The ONNX file of a network whose one output is `z`: written once per process; with a folder, once per machine.
+    """Returns the ONNX file of a network with the output `z`, cached per process, and per machine with a folder.
 
-    The folder saves the seconds that writing takes and decides nothing: a file there that is damaged is written again,
-    and a folder that cannot be written is no error.
+    The folder only saves time: a damaged file in it is replaced, and a folder that cannot be written is not an error.
 
     Args:
         net: from `inference_copy`.
         image: (channels, height, width).
-        folder: where files are kept.
+        folder: cache folder.
     """
     key = network_key(net, image)
     if key is None:
@@ -99,7 +98,7 @@ def graph_of(net: nn.Module, image: tuple[int, int, int], folder: Path | None = 
 
 
 def network_key(net: nn.Module, *more: object) -> str | None:
-    """The hash of a network's layers and weights; None where the network may compute more than these say."""
+    """Returns a hash of a network's layers and weights; None if they may not determine what the network computes."""
     if not is_told_by_text(net):
         return None
     versions = [metadata.version(name) for name in ("bagcert", "torch", *LIBRARIES)]
@@ -109,7 +108,7 @@ def network_key(net: nn.Module, *more: object) -> str | None:
 
 
 def _kept(path: Path) -> bytes | None:
-    """A whole file that was kept there."""
+    """Reads a cached file, if it is complete."""
     try:
         content = read_regular(path, MOST_BYTES)
     except OSError:
@@ -123,7 +122,7 @@ def _digest(content: bytes) -> bytes:
 
 
 class _Named(nn.Module):
-    """Gives the input its name, whatever the module calls it."""
+    """Wrapper that sets the name of the input, independent of the module's parameter name."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -134,7 +133,7 @@ class _Named(nn.Module):
 
 
 def _forget_origin(model: Any) -> None:
-    """Drops what the exporter notes of source files and their places on this machine."""
+    """Removes the exporter's notes about source files and paths on this machine."""
     del model.metadata_props[:]
     model.doc_string = ""
     graphs = [model.graph, *model.functions]
@@ -152,7 +151,7 @@ def _forget_origin(model: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter's notes about its own insides away from users."""
+    """Silences the exporter's internal log messages."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
