@@ -36,7 +36,7 @@ class DataSection(_Section):
 
     name: str = Field(default="digits", description="a data set's name, path or URL; `--data` replaces it")
     validation: float = Field(
-        default=0.1, gt=0, lt=1, description="share of the training set held out, unless the data has a folder `val`"
+        default=0.1, gt=0, lt=1, description="share of the training set to hold out, unless the data has a folder `val`"
     )
     split_seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the choice of held-out images")
     groups: str | None = Field(
