@@ -41,8 +41,9 @@ class DataSection(_Section):
     split_seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the choice of held-out images")
     groups: str | None = Field(
         default=None,
-        description="groups of images to keep on one side of the validation split: `prefix` (files of a class folder whose "
-        "names agree up to the last `_`, `-`, `.` or space), or a file with a line `class/file,group` for each image",
+        description="groups of images to keep on one side of the validation split: `prefix` (files of a class folder "
+        "whose names agree up to the last `_`, `-`, `.` or space), or a file with a line `class/file,group` for each "
+        "image",
     )
     class_names: str | None = Field(
         default=None, description="a file with a line `folder: name` for each class folder to be shown under that name"
