@@ -117,7 +117,7 @@ def test_an_explanation_is_a_picture_with_the_margin_in_words(tmp_path: Path) ->
     (verdict,) = Record.each(model.certify_scores(certificate_map(model, photo)))
     write_explanation(model, photo, verdict, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    assert f"{abs(verdict.margin):,} units" in sentence(verdict)
+    assert f"{abs(verdict.margin):,} score units" in sentence(verdict)
 
 
 def certificate_map(model: object, photo: Photo) -> object:
