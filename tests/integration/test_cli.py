@@ -91,7 +91,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained = run(*arguments)
     assert trained.code == 0, trained
     assert trained.out == (
-        f"The model is in {folder / 'model'}. To evaluate: bagcert evaluate {folder / 'model'} --data {folder / 'data'}\n"
+        f"The model is in {folder / 'model'}. "
+        f"To evaluate: bagcert evaluate {folder / 'model'} --data {folder / 'data'}\n"
     )
     epochs = [line.split(":")[0] for line in trained.err.splitlines() if line.startswith("epoch ")]
     assert epochs == ["epoch 1/2", "epoch 2/2"]
