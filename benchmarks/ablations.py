@@ -1,4 +1,4 @@
-"""One change against a recipe at a time, judged on the held-out part of the training set.
+"""Ablations: one change of a recipe at a time, evaluated on the held-out split of the training set.
 
     python benchmarks/ablations.py --data data/cifar10 --epochs 3 --out results/ablations/cifar10-cpu.json
 
@@ -27,7 +27,7 @@ ROWS = Path(__file__).with_name("ablations.toml")
 
 
 def main() -> None:
-    """Trains and judges what is missing, writing after each row."""
+    """Trains and evaluates missing rows, and writes the results after each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="cifar10-cpu")
     parser.add_argument("--data", default="data/cifar10")

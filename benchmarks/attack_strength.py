@@ -1,4 +1,4 @@
-"""How strong the gradient attack is: on an ordinary CNN trained on the same data, which nothing defends.
+"""Strength of the gradient attack, measured on an undefended CNN that was trained on the same data.
 
     python benchmarks/attack_strength.py --data data/cifar10 --limit 500 --out results/attacks/undefended.json
 

@@ -1,4 +1,4 @@
-"""Images per second on every installed backend and dtype, and whether their certificates are torch's.
+"""Images per second on every installed backend and dtype, and whether their certificates equal those of torch.
 
 A backend that changes scores outside a patch's reach is refused when it loads, and stands under `refused`.
 

@@ -1,4 +1,4 @@
-"""How time and memory grow with images, classes, image size, patches asked at once, threads and workers.
+"""Growth of time and memory with images, classes, image size, number of patches, threads and workers.
 
     python benchmarks/cost_growth.py --out results/speed/cost-growth.json
 

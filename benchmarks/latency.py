@@ -1,4 +1,4 @@
-"""How long one image takes to a verdict: percentiles at batch 1 for the fail-safe component.
+"""Latency of a verdict for one image: percentiles at batch size 1 for the fail-safe component.
 
 python benchmarks/latency.py --data data/cifar10 --out results/speed/latency.json
 """

@@ -1,4 +1,4 @@
-"""Very many images on Ray Data with a worker killed on the way: is anything lost or doubled, and how fast is it?
+"""Certification of very many images on Ray Data while a worker is killed: speed, and check for lost or repeated rows.
 
 CIFAR-10's files are served, again and again until there are as many images as asked for, by moto's S3 on the loopback
 (or read from a folder with --here). The same images then go through the local engine, and all rows are compared.
@@ -48,7 +48,7 @@ def main() -> None:
     ):
 
         def kill(done: int, total: int) -> None:
-            """Kills, the hard way, the worker of the first part that came back, when a third is done."""
+            """Kills the worker of the first finished part with SIGKILL when a third is done."""
             if not killed and done >= total / 3:
                 rows = next(iter(read_rows(Path(name) / "ray", ["worker"])))
                 os.kill(int(rows["worker"][0].as_py().rpartition(":")[2]), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Photos of hundreds of sizes against the same photos at one size: seconds of `evaluate` and of `certify --data`.
+"""Speed on photos of hundreds of sizes compared with the same photos at one size, for `evaluate` and `certify --data`.
 
 Makes smooth random photos whose sizes are spread like those of traffic signs (25 to 266 px, median about 43), once as
 they are and once brought to the size of the network's input. Also checks that the records of the mixed photos are those

@@ -1,4 +1,4 @@
-"""One recipe rehearsed on random images: seconds per step, memory, arithmetic, and how long the whole would take.
+"""Rehearsal of a recipe on random images: seconds per step, memory, FLOPs, and an estimate of the whole training.
 
     python benchmarks/rehearse.py imagenet-bagcert --classes 1000 --batch-size 4 8 --steps 4
 

@@ -1,4 +1,4 @@
-"""What the rules cost beside the forward pass, at 10 to 1,000 classes and 32 to 224 pixels.
+"""Cost of the rules relative to the forward pass, for 10 to 1,000 classes and 32 to 224 pixels.
 
     python benchmarks/rule_cost.py --out results/speed/rule-cost.json
 

@@ -1,4 +1,4 @@
-"""How near the forward pass and double masking come to what this machine can do: measured seconds over a bound.
+"""Distance of forward pass and double masking from the limits of this machine: measured seconds over a lower bound.
 
     python benchmarks/speed_limit.py --data data/cifar10 --out results/speed/limit.json
 
@@ -55,7 +55,7 @@ GOAL = 1.5
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """Returns the time in seconds after all work on the device is finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -323,7 +323,7 @@ def main() -> None:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Returns the name of the processor, if the system provides it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""The definitions of the design notes in plain numpy loops, sharing no code with the package.
+"""Reference implementation of the definitions in docs/method.md, in numpy loops that share no code with the package.
 
 Slow and literal on purpose. A map is an integer array [classes, rows, cols]; a mask is a boolean [rows, cols].
 """

@@ -1,4 +1,4 @@
-"""The plot of `results/benchmark`: certified accuracy against speed, as SVG. The same rows give the same text."""
+"""The plot of `results/benchmark`: certified accuracy against speed, as SVG. The output is deterministic."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def benchmark_plot(results: Path, patch: str) -> str:
 
 
 def _point(row: dict[str, Any], x: float, y: Any, taken: list[tuple[float, float, float]]) -> list[str]:
-    """An interval, a point, and a label that covers no other."""
+    """Draws an interval, a point, and a label that does not overlap others."""
     color, middle = COLORS[row["guarantee"]], y(100 * row["certified_accuracy"])
     low, high = (y(100 * value) for value in row["interval95"]["certified_accuracy"])
     fill = "#fff" if row["guarantee"] == "detection" else color

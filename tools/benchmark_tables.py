@@ -60,7 +60,7 @@ def _speed(value: float) -> str:
 
 
 def _ratios(rows: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
-    """How many times as many images per second BagCert certifies."""
+    """Returns the ratios of BagCert's certified images per second to those of other defenses."""
     patch = max((patch for _, patch in rows), key=int)
 
     def ratio(ours: str, theirs: str, what: str) -> str:
@@ -81,12 +81,12 @@ def _ratios(rows: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
 
 
 def published_rows(results: Path) -> list[dict[str, Any]]:
-    """Figures of other publications."""
+    """Returns the published results of other defenses."""
     return json.loads((results / "published.json").read_text(encoding="utf-8"))["results"]
 
 
 def published_table(results: Path) -> list[str]:
-    """Figures of other publications, in their settings."""
+    """Returns a table of published results of other defenses, with their settings."""
     lines = [
         "| data | image, px | pre-training | patch | patch pasted | defense | clean | certified | source |",
         "|---|---|---|---|---|---|---|---|---|",

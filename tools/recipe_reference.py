@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md from the models of recipes. With --check: exits with 1 where the file is out of date."""
+"""Generates docs/recipes.md from the recipe classes. With --check, exits with 1 if the file is out of date."""
 
 import sys
 import types
@@ -25,7 +25,7 @@ TABLE = ["| key | values | default | meaning |", "|---|---|---|---|"]
 
 
 def reference() -> str:
-    """The page, in Markdown."""
+    """Renders the page in Markdown."""
     lines = [HEAD, "Shipped recipes: " + ", ".join(f"`{name}`" for name in shipped_recipes()) + ".", ""]
     lines += [
         "| key | values | default | meaning |",
@@ -67,7 +67,7 @@ def _values(field) -> str:
 
 
 def vars_of(constraint):
-    """The one number of a bound."""
+    """Returns the number in a bound."""
     return next((getattr(constraint, name) for name in ("ge", "gt", "le", "lt") if hasattr(constraint, name)), None)
 
 
@@ -76,7 +76,7 @@ def _bound(value) -> str:
 
 
 def _without_none(kind):
-    """The type beside None, without the validators around it."""
+    """Returns the type without None and without validators."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(each for each in typing.get_args(kind) if each is not type(None))
     while typing.get_origin(kind) is typing.Annotated:
@@ -85,7 +85,7 @@ def _without_none(kind):
 
 
 def _plain(text: str) -> str:
-    """A cell: outside of backticks nothing in it is markup."""
+    """Escapes Markdown in a table cell, except inside backticks."""
     parts = " ".join(text.split()).replace("|", "\\|").split("`")
     escaped = [
         part if i % 2 else "".join(f"\\{sign}" if sign in "*_<>[]#" else sign for sign in part)
@@ -95,7 +95,7 @@ def _plain(text: str) -> str:
 
 
 def main() -> int:
-    """Writes or checks."""
+    """Writes or checks the page."""
     page = reference()
     if "--check" in sys.argv[1:]:
         if FILE.exists() and FILE.read_text(encoding="utf-8") == page:

@@ -1,4 +1,4 @@
-"""Writes the figures of README.md and docs/results.md, and the plot beside them, from `results/`.
+"""Generates the result tables of README.md and docs/results.md, and the plot, from `results/`.
 
 With --check nothing is written; the exit code is 1 if a file is out of date.
 
@@ -85,7 +85,7 @@ def summary_table() -> list[str]:
 
 
 class Reach:
-    """How many regions a patch reaches in the shipped models."""
+    """Number of regions that a patch affects in the shipped models."""
 
     def __init__(self) -> None:
         self._grids: dict[str, Any] = {}

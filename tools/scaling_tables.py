@@ -1,4 +1,4 @@
-"""Writes the tables of docs/scaling.md from `results/`. With --check, only says whether they are up to date.
+"""Generates the tables of docs/scaling.md from `results/`. With --check, only checks whether they are up to date.
 
 python tools/scaling_tables.py
 """
@@ -127,7 +127,7 @@ def _number(value: float) -> str:
 
 
 def rehearsals(results: Path) -> list[str]:
-    """What training by a recipe takes: measured here, and on several accelerators."""
+    """Renders the cost of training from a recipe: measured here, and estimated for several accelerators."""
     runs = [run for path in sorted((results / "rehearsals").glob("*.json")) if (run := load(path)) is not None]
     if not runs:
         return missing("benchmarks/rehearse.py")
@@ -159,7 +159,7 @@ def rehearsals(results: Path) -> list[str]:
 
 
 def limit(results: Path) -> list[str]:
-    """Forward pass and rule over what the machine can do; what each way to run the network brings."""
+    """Renders forward pass and rule relative to the limits of the machine, and the speed of each implementation."""
     run = load(results / "speed" / "limit.json")
     if run is None:
         return missing("benchmarks/speed_limit.py")
@@ -215,7 +215,7 @@ def _speed(row: dict[str, Any]) -> str:
 
 
 def many(results: Path) -> list[str]:
-    """What a run over very many images found, a worker of which was killed."""
+    """Renders the results of a run over very many images in which a worker was killed."""
     run = load(results / "speed" / "many_images.json")
     if run is None:
         return missing("benchmarks/many_images.py")
@@ -239,7 +239,7 @@ PARTS = {"growth": growth, "projection": projection, "rehearsals": rehearsals, "
 
 
 def render(page: str, results: Path) -> str:
-    """The page with every part between its marks written anew."""
+    """Returns the page with the generated part between each pair of markers replaced."""
     for name, part in PARTS.items():
         begin, end = BEGIN.format(name), END.format(name)
         start, stop = page.index(begin) + len(begin), page.index(end)

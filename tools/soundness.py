@@ -1,4 +1,4 @@
-"""Measures what `results/soundness.json` says: how often certificates, rules and loaders were tried, and what gave way.
+"""Measures `results/soundness.json`: how many certificates, rules and loaders were tested, and how many tests failed.
 
     python tools/soundness.py                      # every part
     python tools/soundness.py mutants faults       # these parts; the others keep their last figures
@@ -60,7 +60,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def gave_way(document: Any, names: tuple[str, ...]) -> int:
-    """How much stands under these names, anywhere in the document."""
+    """Sums the values with these names anywhere in the document."""
     if isinstance(document, list):
         return sum(gave_way(item, names) for item in document)
     if not isinstance(document, dict):
@@ -72,7 +72,7 @@ def gave_way(document: Any, names: tuple[str, ...]) -> int:
 
 
 def measure(part: str) -> dict[str, Any]:
-    """Runs one part; its document, with the command and the seconds it took."""
+    """Runs one part; returns its document with the command and the duration."""
     command, names = PARTS[part]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
@@ -99,7 +99,7 @@ def measure(part: str) -> dict[str, Any]:
 
 
 def mended() -> list[dict[str, str]]:
-    """The wrong certificates that were found and mended, from the table in SECURITY.md."""
+    """Reads the fixed causes of wrong certificates from the table in SECURITY.md."""
     section = (ROOT / "SECURITY.md").read_text().split("## Wrong certificates found and mended")[1].split("\n## ")[0]
     heading, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in (heading, *rows)]
@@ -107,7 +107,7 @@ def mended() -> list[dict[str, str]]:
 
 
 def main() -> int:
-    """Measures the parts that were asked for and keeps the rest."""
+    """Measures the requested parts and keeps the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}")
     parts = parser.parse_args().parts or list(PARTS)

@@ -150,5 +150,5 @@ def test_an_unknown_name_is_answered_with_the_nearest():
     assert get_architecture("bagnet17") is ARCHITECTURES["bagnet17"]
     with pytest.raises(UsageError, match="did you mean resnet-rf10s2"):
         get_architecture("resnet-rf10-s2")
-    with pytest.raises(UsageError, match=r"there are .*bagnet33"):
+    with pytest.raises(UsageError, match=r"choose from .*bagnet33"):
         get_architecture("zzz")

@@ -37,7 +37,7 @@ def test_a_second_time_nothing_is_left_to_do(photos: Path) -> None:
     assert json.loads(run(*command(photos, "--json")).out)["certified_now"] == 0
     table = run(*command(photos))
     assert "5 images, 0 with errors" in table.out
-    assert "0 of them now" in table.out
+    assert "0 certified now" in table.out
 
 
 def test_a_bad_image_is_counted_and_the_exit_code_says_so(photos: Path) -> None:

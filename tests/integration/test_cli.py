@@ -91,7 +91,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained = run(*arguments)
     assert trained.code == 0, trained
     assert trained.out == (
-        f"The model is in {folder / 'model'}: bagcert evaluate {folder / 'model'} --data {folder / 'data'}\n"
+        f"The model is in {folder / 'model'}. "
+        f"To evaluate: bagcert evaluate {folder / 'model'} --data {folder / 'data'}\n"
     )
     epochs = [line.split(":")[0] for line in trained.err.splitlines() if line.startswith("epoch ")]
     assert epochs == ["epoch 1/2", "epoch 2/2"]
@@ -346,7 +347,7 @@ def test_train_starts_from_a_model_and_names_its_own_folder(
     options = ("--init", home / "model", "--set", "train.epochs=1", "--limit", "50", "--device", "cpu")
     result = run("train", home / "tiny.toml", "--data", home / "data", *options)
     assert result.code == 0, result
-    assert result.out.startswith("The model is in runs/tiny: ")
+    assert result.out.startswith("The model is in runs/tiny. ")
     assert (tmp_path / "runs" / "tiny" / "model.safetensors").exists()
 
 

@@ -91,7 +91,7 @@ def test_a_record_of_a_part_of_the_image_says_so(home: Path, tmp_path: Path) -> 
     assert words in err
     code, _, err = run("certify", home / "photos", *options, "--record", old, "--resume")
     assert code == 2
-    assert words.replace("version 1 ", "of version 1, which ") in err
+    assert words.replace("version 1 ", "record version 1, which ") in err
     record["verdict"]["margin"] += 1
     code, _, err = run("verify", write(tmp_path / "forged.jsonl", [record]))
     assert code == 4
@@ -153,7 +153,7 @@ def test_a_run_resumed_leaves_the_same_bytes(home: Path, tmp_path: Path) -> None
     assert "already exists; use --resume" in err
     code, out, err = run(*certify, "--resume")
     assert code == 0
-    assert "held 1 of 3 images already" in err
+    assert "already held 1 of 3 images" in err
     assert len(json.loads(out)["results"]) == 2
     assert path.read_bytes() == whole
     code, out, _ = run(*certify, "--resume")
@@ -186,7 +186,7 @@ def test_a_resumed_run_certifies_an_image_that_is_not_the_recorded_one(
     whole = record.read_bytes()
     code, out, err = run(*certify, "--resume")
     assert (code, out, record.read_bytes()) == (0, "", whole)
-    assert "held 1 of 1 images already" in err
+    assert "already held 1 of 1 images" in err
 
 
 def test_a_killed_run_is_completed(home: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Certifying image files in this process, one after the other."""
+"""Certification of image files in this process, one after the other."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +19,17 @@ from bagcert.threat import PatchThreatModel, check_notation
 
 @dataclass(frozen=True)
 class FileVerdict:
-    """What a model says of one image file. Sizes and placements are in pixels of the file as stored.
+    """The result for one image file. Sizes and placements are in pixels of the file as stored.
 
     Attributes:
         source: the file.
         size_px: [height, width] as stored.
         exif_orientation: 1 (upright) to 8.
-        prediction, class_name: by the first rule and patch asked for.
-        largest_certified_px: side of the largest square that the deployed defence certifies, 0 if none. A
-            double-masking defence is built for one patch; it certifies that size and all smaller ones.
-        largest_certifiable_px: side of the largest square for which a defence built for it would certify the
-            same answer.
+        prediction, class_name: prediction of the first requested rule and patch.
+        largest_certified_px: side of the largest square patch that the deployed defense certifies, 0 if none. A
+            double-masking defense is built for one patch; it certifies that size and all smaller ones.
+        largest_certifiable_px: side of the largest square patch for which a defense built for it would certify the
+            same prediction.
         results: one per rule and patch.
     """
 
@@ -45,7 +45,7 @@ class FileVerdict:
 
 @dataclass(frozen=True)
 class FileError:
-    """A file that could not be certified, and why."""
+    """A file that could not be certified, and the reason."""
 
     source: str
     error: str
@@ -53,7 +53,7 @@ class FileError:
 
 
 def image_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files named, and the images anywhere below the folders named, sorted within each folder.
+    """Lists the given files and all images below the given folders, sorted within each folder.
 
     Raises:
         UnreadableError: a folder holds no images.
@@ -79,13 +79,14 @@ def certify_files(
     placements: str | Path | None = None,
     record: RecordFile | None = None,
 ) -> Iterator[FileVerdict | FileError]:
-    """A verdict per file; a file that cannot be read gives an error in its place and the rest go on.
+    """Certifies files and iterates over one verdict per file, or an error for a file that cannot be read.
 
-    So does, among several files, an image too small for a patch. With `record`, an image it holds already, by name
-    and pixels, is left out, and the certificates of every other are in it before the verdict is given.
+    With several files, an image that is too small for a patch is also an error of that file. With `record`, images
+    that the record already holds (same name and pixels) are skipped, and certificates are written to it before the
+    verdict is returned.
 
     Raises:
-        UsageError: a patch outside the notation, an unknown rule; a patch that does not fit into the only image.
+        UsageError: an invalid patch, an unknown rule, or a patch that does not fit into the only image.
         BagcertError: the record cannot be written.
     """
     preprocessing = Preprocessing(model.image_size, fit)
@@ -118,7 +119,7 @@ def certify_photo(
     placements: str | Path | None = None,
     record: RecordFile | None = None,
 ) -> FileVerdict:
-    """The verdict on one photo, against each patch by each rule; also put into `record`."""
+    """Certifies one photo with each rule against each patch, and appends the certificates to `record`."""
     geometry = preprocessing.geometry(photo.stored_size, photo.orientation)
     score_map = geometry.score_map(model.score_map(preprocessing.apply(photo)[None]))
     results: list[Record] = []

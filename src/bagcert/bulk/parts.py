@@ -1,6 +1,6 @@
-"""The images of a data source in parts, each small enough to be done again, in an order that never changes.
+"""Division of a data source into parts, in a fixed order. A part is the unit of work that is repeated after a failure.
 
-Of image files only names are looked at, of Parquet files only the footer.
+Listing reads only the names of image files and the footers of Parquet files.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ class Part:
     Attributes:
         number: 0, 1, 2, ... within the run.
         first: the number of its first image within the run.
-        files: image files, empty for rows.
-        shard: the Parquet file, as it was listed; None for files.
-        start, stop: its rows.
+        files: image files; empty for rows of a Parquet file.
+        shard: the Parquet file, as listed; None for image files.
+        start, stop: range of rows of the Parquet file.
     """
 
     number: int
@@ -54,11 +54,11 @@ class Part:
 
     @property
     def remote(self) -> bool:
-        """Is it read over a network?"""
+        """Returns whether the part is read over a network."""
         return is_address(self.files[0] if self.shard is None else self.shard.path)
 
     def sources(self) -> list[str]:
-        """What each image is called: its file, or `file.parquet#row`."""
+        """Returns the name of each image: its file, or `file.parquet#row`."""
         if self.shard is None:
             return list(self.files)
         return [f"{self.shard.path}#{row}" for row in range(self.start, self.stop)]
@@ -71,7 +71,7 @@ class Work:
     Attributes:
         parts: in order.
         fingerprint: a hash of the names and states of all files.
-        class_names: what Parquet files say their labels mean; empty if they do not say.
+        class_names: class names in the Parquet files; empty if there are none.
     """
 
     parts: tuple[Part, ...]
@@ -84,16 +84,16 @@ class Work:
 
 
 def list_work(data: str, part_size: int, limit: int | None = None) -> Work:
-    """The parts of a data source.
+    """Lists the parts of a data source.
 
     Args:
         data: as in `bagcert.data.storage.list_files`.
-        part_size: most images in a part.
-        limit: the first so many images only; no Parquet file beyond them is opened.
+        part_size: maximum number of images in a part.
+        limit: use the first `limit` images only; Parquet files beyond them are not opened.
 
     Raises:
-        UnreadableError: no images; a Parquet file that cannot be read as one, or has no images.
-        UsageError: a part size or limit below 1; Parquet files whose labels mean different things.
+        UnreadableError: no images, or a Parquet file that is invalid or has no images.
+        UsageError: a part size or limit below 1, or Parquet files with different class names.
     """
     if part_size < 1 or (limit is not None and limit < 1):
         raise UsageError(f"a part size and a limit must be at least 1 image, got {part_size} and {limit}")
@@ -136,17 +136,17 @@ def list_work(data: str, part_size: int, limit: int | None = None) -> Work:
 
 
 class PartReader:
-    """Reads parts. The last row group stays in memory, for parts that share one."""
+    """Reads parts. Caches the last row group, for consecutive parts that share it."""
 
     def __init__(self) -> None:
         self._kept: tuple[Stored, int, list[bytes | None], list[int | None]] | None = None
         self._sizes: tuple[Stored, list[int]] | None = None
 
     def read(self, part: Part, prepare: Callable[[PhotoOrError], object]) -> tuple[list, list[int | None]]:
-        """What `prepare` makes of each image or its error, in threads, and the labels, None where there is none.
+        """Reads the images of a part in threads and applies `prepare` to each; returns them (or errors) and the labels.
 
         Raises:
-            BagcertError: the store does not answer, or a Parquet file is not the one that was listed.
+            BagcertError: the store does not respond, or a Parquet file changed after it was listed.
         """
         if part.shard is None:
 
@@ -159,8 +159,8 @@ class PartReader:
             try:
                 encoded, labels = self._rows(part.shard, part.start, part.stop)
             except UnreadableError as error:
-                lost = error  # the name `error` ends with this clause
-                # A file that is gone or changed ends the run; one that is there and broken costs its own rows.
+                lost = error  # Python deletes `error` at the end of this clause
+                # A missing or changed file ends the run; a broken one only gives its own rows an error.
                 if state_of(part.shard.path) != part.shard.state:
                     raise BagcertError(f"{part.shard.path} was changed while it was in use") from None
 
@@ -217,7 +217,7 @@ def _sizes(file: pq.ParquetFile, shard: Stored) -> list[int]:
 
 
 def _groups(sizes: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(row group, first, last) of the row groups that hold rows start to stop; the last two within the group."""
+    """Iterates over the row groups of rows start to stop, as (row group, first row, end row) within the group."""
     begin = 0
     for group, size in enumerate(sizes):
         if begin < stop and start < begin + size:
@@ -226,7 +226,7 @@ def _groups(sizes: list[int], start: int, stop: int) -> Iterator[tuple[int, int,
 
 
 def _read_rows(shard: Stored, group: int) -> tuple[list[bytes | None], list[int | None]]:
-    """Encoded images and labels of a row group; a value that is repeated is held once."""
+    """Reads encoded images and labels of a row group. Repeated values are stored once."""
     with reading(shard.path, FORM), opened(shard.path) as raw:
         if state_of(shard.path) != shard.state:
             raise UnreadableError(f"{shard.path} was changed while it was in use")

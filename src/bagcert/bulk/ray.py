@@ -1,7 +1,7 @@
-"""Certifying parts on Ray Data: a pool of actors, each with one loaded model.
+"""Certification of parts with Ray Data: a pool of actors, each with one loaded model.
 
-Rows come back to the process that asked, which alone writes files; so workers need to see the data and the model, and
-nothing else. What a killed worker had begun is done again by another, and each part is taken once.
+Rows are returned to the calling process, which is the only one to write files. Workers only need access to the data and
+the model. The unfinished part of a killed worker is repeated by another one, and each part is used once.
 """
 
 import logging
@@ -19,17 +19,17 @@ from bagcert.errors import BagcertError, UnreadableError, UnsoundError, UsageErr
 from bagcert.io.optional import require
 
 MOST_BLOCKS = 10_000
-"""Above as many parts, several go to a worker at a time, so that Ray keeps no list of millions."""
+"""Above this number of parts, a worker gets several at a time, so that Ray does not track millions of tasks."""
 OBJECT_STORE_BYTES = 1 << 28
-"""Parts and rows are small; a third of the memory, which Ray would take, is not needed."""
+"""Parts and rows are small, so this is less than Ray's default of a third of the memory."""
 MOST_RETRIES = 5
-"""So often is a part tried again after its worker died: one that kills every worker must come to an end."""
+"""Number of retries of a part after its worker died: a part that kills every worker must not run forever."""
 
 _ERRORS = {kind.__name__: kind for kind in (BagcertError, UnreadableError, UnsoundError, UsageError)}
 
 
 class _Actor:
-    """A `Worker` for Ray Data, which hands over columns; errors come back as rows, for Ray would print them."""
+    """A `Worker` for Ray Data, which passes columns. Errors are returned as rows, because Ray would print them."""
 
     def __init__(self, job: CertifyJob) -> None:
         self._job = job
@@ -43,7 +43,7 @@ class _Actor:
                 if self._worker is None:
                     self._worker = Worker(self._job)
                 sink = pa.BufferOutputStream()
-                (table,) = self._worker.certify([pickle.loads(part)])  # of our own making, further below
+                (table,) = self._worker.certify([pickle.loads(part)])  # raised by this package, see below
                 with pa.ipc.new_stream(sink, table.schema) as stream:
                     stream.write_table(table)
                 rows = sink.getvalue().to_pybytes()
@@ -57,14 +57,14 @@ class _Actor:
 def run_parts(
     job: CertifyJob, parts: Sequence[Part], workers: int | None
 ) -> Generator[tuple[int, pa.Table], None, None]:
-    """(index, rows) of each part, as they come.
+    """Certifies parts on Ray and iterates over (index, rows) of each part, in order of completion.
 
-    Uses the Ray that this process is connected to, or else the cluster in RAY_ADDRESS, or else starts one here and
-    ends it afterwards.
+    Uses the current Ray connection of this process, else the cluster in RAY_ADDRESS, else a local Ray that is started
+    and shut down by this function.
 
     Raises:
-        UsageError: Ray is not installed; more workers than the cluster can hold.
-        BagcertError: what a worker raised, or a part whose workers die again and again.
+        UsageError: Ray is not installed, or more workers than the cluster has room for.
+        BagcertError: an error of a worker, or a part whose workers die repeatedly.
     """
     ray = require("ray", "ray", "--engine ray")
     require("ray.data", "ray", "--engine ray")
@@ -125,4 +125,4 @@ def _stream(ray: Any, job: CertifyJob, parts: Sequence[Part], workers: int | Non
                 raise _ERRORS.get(row["kind"], BagcertError)(row["error"])
             yield int(row["index"]), pa.ipc.open_stream(row["rows"]).read_all()
     except ray.exceptions.RayError as error:
-        raise BagcertError(f"Ray gave up: {shown(error)}; the same command goes on") from None
+        raise BagcertError(f"Ray failed: {shown(error)}; rerun the same command to resume") from None

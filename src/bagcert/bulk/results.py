@@ -1,4 +1,4 @@
-"""The folder of a run over many images: what was asked, and one Parquet file per part that is done."""
+"""The result folder of a run over many images: a description of the run, and one Parquet file per finished part."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ from bagcert.records import wilson_interval
 from bagcert.threat import MAX_MASK_BYTES
 
 RUN = "_run.json"
-"""With an underscore, so that readers of a folder of Parquet files leave it out."""
+"""The underscore makes readers of Parquet folders ignore the file."""
 OLD_RUN = "run.json"
 RUN_VERSION = 1
 MAX_RUN_BYTES = 1 << 24
@@ -29,7 +29,7 @@ KEY = b"bagcert"
 
 
 def run_identity(model: BagCert, job: CertifyJob, work: Work, **choices: Any) -> dict[str, Any]:
-    """All that the rows of a run depend on: model, data and mask by their hashes, choices as they are.
+    """Describes everything that the rows of a run depend on: hashes of model, data and mask, and all options.
 
     Raises:
         UnreadableError: the mask of allowed placements cannot be read.
@@ -61,15 +61,15 @@ def run_identity(model: BagCert, job: CertifyJob, work: Work, **choices: Any) ->
 
 
 class ResultFolder:
-    """What is done of a run, and where the rest goes. One process writes into it.
+    """The result folder of a run. Only one process may write to it.
 
     Args:
-        folder: new, empty, or that of the same run.
-        run: as from `run_identity`.
+        folder: a new or empty folder, or the folder of the same run.
+        run: description of the run, from `run_identity`.
 
     Raises:
-        UsageError: it holds another run, or something else.
-        BagcertError: it cannot be written.
+        UsageError: the folder holds another run or other files.
+        BagcertError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class ResultFolder:
             names = [RUN if name == OLD_RUN else name for name in names]
         if RUN in names:
             there = read_run(folder)
-            for name in (*run, *there):  # what was asked stands before what follows from it
+            for name in (*run, *there):  # name the first difference: later ones may follow from it
                 if there.get(name) != run.get(name):
                     raise UsageError(
                         f"{folder} holds the results of another run: its {_words(name)} "
@@ -96,17 +96,17 @@ class ResultFolder:
             raise UsageError(f"the folder {folder} holds other files and no {RUN}; choose another --out")
         else:
             write_atomically(folder / RUN, (json.dumps(run, indent=2) + "\n").encode())
-        for name in names:  # of a run that was killed while it wrote
+        for name in names:  # left by a run that was killed while writing
             stem, _, letters = name.rpartition(".")
             if stem.startswith(".part-") and stem.endswith(".parquet") and len(letters) == RANDOM_LETTERS:
                 (folder / name).unlink(missing_ok=True)
 
     def path(self, part: Part) -> Path:
-        """Where the rows of a part are."""
+        """Returns the file for the rows of a part."""
         return self.folder / _file_name(part.number)
 
     def holds(self, part: Part) -> bool:
-        """Are the rows of this part there, all of them, and of this run?"""
+        """Returns whether the folder holds all rows of this part of this run."""
         try:
             with open_regular(self.path(part)) as raw, pq.ParquetFile(raw) as file:
                 if not _is_of(file, self._mark) or file.metadata.num_rows != len(part):
@@ -116,10 +116,10 @@ class ResultFolder:
             return False
 
     def write(self, part: Part, table: pa.Table) -> None:
-        """Writes the rows of a part, whole or not at all.
+        """Writes the rows of a part atomically.
 
         Raises:
-            BagcertError: they cannot be written, or are not one for each image of the part.
+            BagcertError: the rows cannot be written, or are not exactly one per image of the part.
         """
         numbers = table["number"].to_pylist()
         if numbers != _numbers(part):
@@ -132,7 +132,7 @@ class ResultFolder:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What was asked in a run.
+    """Reads the description of a run.
 
     Raises:
         UnreadableError: there is no run in the folder, or its description is damaged.
@@ -143,7 +143,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _rename(folder: Path) -> None:
-    """Gives the description of a run of an older version its name of now."""
+    """Renames the description of a run from an older version."""
     try:
         (folder / OLD_RUN).rename(folder / RUN)
     except OSError as error:
@@ -163,10 +163,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of a run, part after part, in the order of the data; files that are none of its parts are left out.
+    """Iterates over the rows of a run, part by part, in the order of the data. Skips other files in the folder.
 
     Raises:
-        UnreadableError: as `read_run`; a file of rows is damaged, or its images do not follow those before it.
+        UnreadableError: as for `read_run`, or a file of rows is damaged or out of sequence.
     """
     run = read_run(folder)
     mark, last = _mark(run), -1
@@ -190,7 +190,7 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa
 
 @dataclass
 class PatchSummary:
-    """Of one rule against one patch: how many images are certified; the accuracies are None without labels."""
+    """Counts for one rule and one patch. The accuracies are None without labels."""
 
     rule: str
     patch: str
@@ -202,13 +202,13 @@ class PatchSummary:
 
 
 def summarize(folder: Path) -> dict[str, Any]:
-    """Counts over the rows of a run, read from its files.
+    """Summarizes a run from its files.
 
-    Shares are of all images that could be certified. Accuracies are counted where every image has a label, and the
-    data gives the labels the model's class names, or none.
+    Shares are relative to the images without an error. Accuracies are computed if every image has a label, and the data
+    has the model's class names or none.
 
     Raises:
-        UnreadableError: as `read_run` and `read_rows`.
+        UnreadableError: as for `read_run` and `read_rows`.
     """
     run = read_run(folder)
     rows = [PatchSummary(rule, patch) for rule in run["rules"] for patch in run["patches"]]
@@ -246,7 +246,7 @@ def summarize(folder: Path) -> dict[str, Any]:
 
 
 def _mark(run: dict[str, Any]) -> bytes:
-    """What stands in each part of a run and in no other file."""
+    """Returns the metadata that identifies the parts of a run."""
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest().encode()
 
 
@@ -259,7 +259,7 @@ def _file_name(number: int) -> str:
 
 
 def _numbers(part: Part) -> list[int]:
-    """Those of its images within the run."""
+    """Returns the numbers of the part's images within the run."""
     return list(range(part.first, part.first + len(part)))
 
 

@@ -1,4 +1,4 @@
-"""Certifying the images of a whole data source, into a folder that a run can go on with after any kill."""
+"""Certification of a whole data source into a folder, from which an interrupted run can be resumed."""
 
 import os
 import time
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 PartTables = Generator[tuple[int, pa.Table], None, None]
 
 PART_SIZE = 1000
-"""Images per part: what a kill costs at most, and some seconds of work for one core."""
+"""Images per part: the number recomputed after an interruption at most; some seconds of work for one core."""
 BATCH_SIZE = 100
 
 
 def run_here(job: CertifyJob, parts: Sequence[Part], workers: int | None) -> PartTables:
-    """(index, rows) of each part, one after the other, with all threads of this process."""
+    """Certifies parts in this process, with all its threads, and iterates over (index, rows) of each."""
     if workers not in (None, 1):
         raise UsageError(f"the local engine is one worker, got {workers}; --engine ray takes more")
     yield from enumerate(Worker(job).certify(parts))
 
 
 def run_on_ray(job: CertifyJob, parts: Sequence[Part], workers: int | None) -> PartTables:
-    """(index, rows) of each part, as they come, from actors of Ray Data."""
+    """Certifies parts with Ray Data and iterates over (index, rows) of each, in order of completion."""
     from bagcert.bulk.ray import run_parts
 
     return run_parts(job, parts, workers)
@@ -46,7 +46,7 @@ ENGINES: dict[str, Callable[[CertifyJob, Sequence[Part], int | None], PartTables
     "local": run_here,
     "ray": run_on_ray,
 }
-"""Where parts are certified: (job, parts, number of workers) -> (index, rows), each part once, in any order."""
+"""Engines: (job, parts, number of workers) -> (index, rows) of each part, in any order."""
 
 
 def certify_many(
@@ -68,16 +68,16 @@ def certify_many(
     backend: str = "torch",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Certifies every image of `data` that `out` does not hold yet.
+    """Certifies every image of `data` that is not yet in `out`.
 
     Args:
         data: a folder, file, glob or URL of images or Parquet files.
-        out: a folder for `_run.json` and one Parquet file per part; rows as in `bagcert.bulk.worker.SCHEMA`.
+        out: a folder for `_run.json` and one Parquet file per part, with rows as in `bagcert.bulk.worker.SCHEMA`.
         model, device, dtype, portable, backend: as for `load`.
-        patches, rules: the model's own when empty; sizes in pixels of each image as stored.
+        patches, rules: by default those of the model; sizes in pixels of each image as stored.
         engine: a name in ENGINES.
-        limit: the first so many images in the order of the data.
-        workers: how many at once; by default one, and on Ray one per core or GPU of the cluster.
+        limit: certify the first `limit` images only.
+        workers: number of workers; by default one, and on Ray one per core or GPU of the cluster.
         placements, fit: as for `bagcert.bulk.files.certify_files`.
         batch_size: images per forward pass.
         part_size: images per part.
@@ -88,9 +88,9 @@ def certify_many(
 
     Raises:
         UsageError: an unknown engine, rule or patch; `out` holds another run.
-        UnreadableError: the data as a whole cannot be read; single images are rows with their error.
-        BagcertError: a store does not answer, workers died again and again, `out` cannot be written. Whatever was
-            done is kept, and the same call goes on.
+        UnreadableError: the data cannot be read at all. Unreadable images are rows with an error.
+        BagcertError: a store does not respond, workers died repeatedly, or `out` cannot be written. Finished parts are
+            kept, and the same call resumes the run.
     """
     if engine not in ENGINES:
         raise UsageError(f"an engine is {' or '.join(ENGINES)}, got {engine!r}")

@@ -1,8 +1,8 @@
-"""From a part of the data to its rows: what a model says of each image, or why it says nothing.
+"""Certification of one part of the data: returns one row per image, with an error column.
 
-The same function on every engine. Every forward pass has the same number of images, the last one filled up: kernels
-differ between batch sizes, and so may the last bit of a score. Rows then depend on the images alone, not on how many
-there are, on which worker did them, or on what was done before a restart.
+All engines use the same worker. Every forward pass has the same batch size; the last batch is padded. The last bit of a
+score may depend on the batch size, so this makes the rows independent of the number of images, the worker, and
+restarts.
 """
 
 import os
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bagcert.scores import ScoreMap
 
 MOST_SCORES = 1 << 24
-"""Scores that are kept for one call of the rules."""
+"""Maximum number of scores to collect for one call of the rules."""
 
 RESULT = pa.struct(
     [
@@ -58,7 +58,7 @@ SCHEMA = pa.schema(
         ("worker", pa.string()),
     ]
 )
-"""One row per image; docs/many_images.md says what each column means."""
+"""One row per image; docs/many_images.md describes the columns."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class CertifyJob:
 
     Attributes:
         model, device, dtype, portable, backend: as for `bagcert.defenses.bagcert.load`.
-        weights_sha256: what that model must have.
+        weights_sha256: expected hash of the model's weights.
         patches, rules: at least one of each.
         placements: a mask image, readable for every worker.
-        fit: how images of another size reach the network.
+        fit: resizing mode for images of other sizes.
         batch_size: images per forward pass.
     """
 
@@ -89,7 +89,7 @@ class CertifyJob:
 
 @dataclass(frozen=True)
 class _Input:
-    """An image on its way: what is kept of it, so that no photo is held longer than it takes to decode it."""
+    """An image in process: its network input and what its row needs. The decoded photo is not kept."""
 
     size_px: tuple[int, int]
     orientation: int
@@ -98,14 +98,14 @@ class _Input:
 
 
 class Worker:
-    """Holds one loaded model and certifies parts with it.
+    """Certifies parts with one loaded model.
 
     Args:
         job: what is asked.
         model: the one that it names, where it is loaded already.
 
     Raises:
-        UnsoundError: the model that is found under that name here has other weights.
+        UnsoundError: the model with this name has different weights on this machine.
     """
 
     def __init__(self, job: CertifyJob, model: BagCert | None = None) -> None:
@@ -121,12 +121,12 @@ class Worker:
         self._reader = PartReader()
 
     def certify(self, parts: Sequence[Part]) -> Iterator[pa.Table]:
-        """The rows of each part, by SCHEMA. An image that cannot be certified is a row with its error.
+        """Iterates over the rows of each part, by SCHEMA. An image that cannot be certified is a row with its error.
 
-        A part is read while the one before it is computed, where that takes other means than computing does.
+        The next part is prefetched while the current one is computed, if reading does not compete with computing.
 
         Raises:
-            BagcertError: the store does not answer; the data was changed.
+            BagcertError: the store does not respond, or the data changed.
         """
         read = (self._reader.read(part, self._prepare) for part in parts)
         if any(part.remote for part in parts) or self.model.scorer.device.type != "cpu":
@@ -220,7 +220,7 @@ class Worker:
 
 
 def _result(record: Record, patch: str) -> dict[str, Any]:
-    """Windows of a worst placement are a list of one or more, whatever the rule."""
+    """Returns the result columns of one rule and patch. Worst placements are always a list of windows."""
     place = record.worst_placement
     several = bool(place) and isinstance(place[0], list)
     return {**asdict(record), "patch": patch, "worst_placement": place if several else [place]}

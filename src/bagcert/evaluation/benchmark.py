@@ -1,8 +1,8 @@
-"""Certified defences side by side: trained on the same data with the same budget, measured in the same run.
+"""Benchmark of certified defenses: same training data and budget, evaluated in the same run.
 
-Every training step costs the same and every network sees the same number of training images, so that accuracies differ
-by method and not by means; what a defence costs when it is deployed stands beside its accuracy. There is one JSON per
-defence and patch, and beside it the records of its images. What is there already is kept, so that a run can be resumed.
+Every training step costs the same and every network sees the same number of training images, so that differences in
+accuracy are due to the method. The cost of deployment is reported with the accuracy. Writes one JSON file per defense
+and patch, and the records of its images. Existing files are kept, so that a run can be resumed.
 """
 
 import json
@@ -38,21 +38,22 @@ from bagcert.training.recipe import Recipe, load_recipe
 
 MAX_RESULT_BYTES = 1 << 20
 BATCH = 100
-TIMED = 200  # images whose prediction alone is timed where a defence is slow; its answers are those of the certificates
+TIMED = 200  # images on which the prediction of a slow defense is timed; its predictions come from the certificates
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Which networks a benchmark trains, and how long.
+    """The networks that a benchmark trains, and the training budget.
 
     Attributes:
-        recipe: what all trainings change.
-        regions, whole, plain: (architecture, depth) of networks with small receptive fields, of those that see the
-            whole image, and of those whose layers can be bounded.
-        multiply_adds: of one pass of every network, or of what a training step makes in its place; widths follow.
-        epochs: of every training.
-        column_px, block_px: what ablations of smoothing keep.
-        some: how many images defences that need many passes are measured on.
+        recipe: base recipe of all trainings.
+        regions, whole, plain: (architecture, depth) of networks with small receptive fields, of networks that see the
+            whole image, and of networks for interval bounds.
+        multiply_adds: MACs of one forward pass of every network, or of the passes that a training step uses in its
+            place; determines the widths.
+        epochs: number of epochs of every training.
+        column_px, block_px: sizes of the ablations that randomized smoothing keeps.
+        some: number of images on which defenses with many forward passes are evaluated.
     """
 
     recipe: str
@@ -76,18 +77,18 @@ LARGE = Networks(
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One defence against one patch, as its JSON holds it.
+    """Results of one defense against one patch, as in its JSON file.
 
     Attributes:
         guarantee: "recovery", "detection" or "none".
-        clean_accuracy: share of images answered rightly; of a detector, rightly and without an alert.
-        certified_accuracy: share of images answered rightly and certified.
-        images: how many were looked at; `limit` and `subset_seed` say which.
-        multiply_adds: of one pass of its network.
-        forward_passes: per image, at most, to `predict` and to `certify`.
-        images_per_second: measured, to `predict` and to `certify`.
-        peak_memory_mib: the most memory the process held while the defence ran.
-        training: the name of its network's training, which others may share; `training_seconds` it took.
+        clean_accuracy: share of images classified correctly; for a detector, correctly and without an alert.
+        certified_accuracy: share of images classified correctly and certified.
+        images: number of images, chosen by `limit` and `subset_seed`.
+        multiply_adds: MACs of one forward pass of its network.
+        forward_passes: maximum number per image, for `predict` and for `certify`.
+        images_per_second: measured speed of `predict` and of `certify`.
+        peak_memory_mib: peak memory of the process while the defense ran.
+        training: name of the training of its network, which defenses may share; it took `training_seconds`.
     """
 
     defense: str
@@ -118,7 +119,7 @@ class BenchmarkRow:
     schema_version: int = field(default=SCHEMA_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, the schema version first; without notes where there are none."""
+        """Returns a JSON-serializable dictionary that starts with the schema version. Empty notes are omitted."""
         values = asdict(self)
         if not self.notes:
             del values["notes"]
@@ -141,20 +142,20 @@ def benchmark(
     device: str = "auto",
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[BenchmarkRow]:
-    """Trains what is missing in `out`, measures every defence against every patch, and gives the rows.
+    """Trains missing networks in `out`, evaluates every defense against every patch, and returns the rows.
 
     Args:
         data: a data set as in `bagcert.data.load_dataset`, with a training and a test split.
         out: for `<defense>-<patch>.json`, their records, and the trained networks under `networks`.
         patches: squares, in the notation of `PatchThreatModel.parse`. Networks are trained once, against the largest.
         defenses: names from `DEFENSES`; all of them when empty.
-        limit, train_limit: at most so many images to test and train on, see `ImageSet.take`.
-        epochs, multiply_adds: of each training and of each pass, in place of what suits the size of the images.
-        seed: of trainings, and of the choice of images for slow defences.
-        on_progress: called with (what is being done, done, in all).
+        limit, train_limit: maximum number of test and training images, see `ImageSet.take`.
+        epochs, multiply_adds: epochs of each training and MACs of each pass; by default depending on the image size.
+        seed: random seed of trainings and of the choice of images for slow defenses.
+        on_progress: called with (current step, done, total).
 
     Raises:
-        UsageError: an unknown defence, a patch that does not fit, or results in `out` that belong to another benchmark.
+        UsageError: an unknown defense, a patch that does not fit, or results in `out` that belong to another benchmark.
     """
     entries = {name: get_entry(name) for name in defenses or DEFENSES}
     if not patches:
@@ -204,7 +205,7 @@ def recipe_for(
     epochs: int | None = None,
     multiply_adds: int | None = None,
 ) -> Recipe:
-    """The recipe of a training: its changes, and a width at which one pass costs what every other network's does."""
+    """Returns the recipe of a training, with a width at which one forward pass has the MACs of the benchmark."""
     how = TRAININGS[training]
     architecture, depth = {"regions": networks.regions, "whole": networks.whole, "plain": networks.plain}[how.sees]
     sizes = {"patch": patch_px, "column": networks.column_px, "block": networks.block_px}
@@ -230,7 +231,7 @@ def recipe_for(
 def width_for(
     architecture: str, depth: int, classes: int, channels: int, size: tuple[int, int], multiply_adds: int
 ) -> int:
-    """The width, a multiple of 4, whose pass is nearest to so many multiply-adds."""
+    """Returns the width, a multiple of 4, whose forward pass is closest to the given number of MACs."""
 
     def cost(width: int) -> int:
         return cost_of(architecture, depth, classes, channels, size, width)
@@ -242,24 +243,24 @@ def width_for(
 
 
 def cost_of(architecture: str, depth: int, classes: int, channels: int, size: tuple[int, int], width: int) -> int:
-    """Multiply-adds of one pass, without weights or memory."""
+    """Returns the MACs of one forward pass, without allocating weights."""
     build = get_architecture(architecture).build
     return multiply_adds(lambda: build(classes, width, depth, True, channels), channels, size)
 
 
 def _notes(source: ImageSet, images: ImageSet, count: int) -> list[str]:
-    """What belongs to a row's figures: that the images tested or trained on are only some."""
+    """Returns the notes of a row: whether only some of the images were used for testing or training."""
     some = [f"tested on {count:,} of these {len(images):,} images, drawn at random"] if count < len(images) else []
     return [f"tested on {note}" for note in images.notes] + [f"trained on {note}" for note in source.notes] + some
 
 
 def _some(count: int, most: int, seed: int) -> np.ndarray:
-    """The numbers of at most so many images, drawn at random, in order."""
+    """Draws the numbers of at most `most` images at random, sorted."""
     return np.sort(np.random.default_rng(seed).permutation(count)[:most])
 
 
 def _kept(path: Path, asked: dict[str, Any]) -> BenchmarkRow | None:
-    """The row of an earlier run of the same benchmark, if there is one."""
+    """Reads the row of an earlier run of the same benchmark, if there is one."""
     try:
         row = _ROW.validate_json(read_regular(path, MAX_RESULT_BYTES))
     except FileNotFoundError:
@@ -280,8 +281,8 @@ def _kept(path: Path, asked: dict[str, Any]) -> BenchmarkRow | None:
 def _trained(
     recipe: Recipe, folder: Path, source: ImageSet, device: str, on_progress: Callable[[str, int, int], None]
 ) -> Path:
-    """The folder of the trained network; an unfinished training goes on."""
-    resume = (folder / CHECKPOINT).exists()  # an unfinished training has a model as well: that of its last validation
+    """Returns the folder of the trained network. Trains it if needed, and resumes an unfinished training."""
+    resume = (folder / CHECKPOINT).exists()  # an unfinished training also has a model, from its last validation
     if resume or not (folder / CONFIG).exists():
         what = f"training {recipe.name}"
         train(
@@ -302,7 +303,7 @@ def _measured(
     limit: int | None,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[BenchmarkRow, bytes]:
-    """One defence against one patch on the chosen images: its row, and its records as JSONL."""
+    """Evaluates one defense against one patch on the chosen images; returns its row, and its records as JSONL."""
     entry = get_entry(name)
     scorer, config = read_model(folder)
     scorer.fold_batch_norm().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -374,7 +375,7 @@ def _measured(
 
 @contextmanager
 def _peak_memory() -> Iterator[list[int]]:
-    """A list whose one entry is the most memory in MiB that the process held meanwhile, looked at every 20 ms."""
+    """Context manager that yields a list with the peak memory of the process in MiB, sampled every 20 ms."""
     process, peak, done = psutil.Process(), [0], threading.Event()
 
     def watch() -> None:

@@ -1,6 +1,6 @@
-"""Do two evaluations of the same images differ? Paired tests, and the images that changed.
+"""Comparison of two evaluations of the same images: paired tests, and the images that changed.
 
-Two runs on the same images are not two samples: what counts are the images on which they disagree. Sources: McNemar,
+Two runs on the same images are not independent samples; only images on which they disagree matter. Sources: McNemar,
 Psychometrika 1947 (the exact form is the binomial test on the discordant pairs); Efron & Tibshirani 1993, chapter 13
 (percentile bootstrap over images).
 """
@@ -23,11 +23,11 @@ class PairedTest:
 
     Attributes:
         measure: "clean" or "certified" accuracy.
-        first, second: of each run.
+        first, second: accuracy of each run.
         difference: second minus first.
-        interval95: of the difference, percentile bootstrap over images.
-        only_first, only_second: how many images only one of them has right (and certified).
-        p_value: of McNemar's exact test that neither is better, two-sided.
+        interval95: confidence interval of the difference, from a percentile bootstrap over images.
+        only_first, only_second: number of images that only one run classifies correctly (and certifies).
+        p_value: p-value of McNemar's exact two-sided test of no difference.
     """
 
     measure: str
@@ -45,11 +45,11 @@ class Comparison:
     """Two runs, one rule against one threat each.
 
     Attributes:
-        rules, threat: what is compared.
-        images: how many are in both.
-        tests: of clean and certified accuracy.
-        changed: a dictionary for each image on which the runs differ: its `index`, `label`, and of each run
-            `prediction` and `certified`, as pairs.
+        rules, threat: rule of each run, and threat.
+        images: number of images in both runs.
+        tests: tests of clean and certified accuracy.
+        changed: for each image on which the runs differ, a dictionary with `index`, `label`, and pairs `prediction` and
+            `certified` of both runs.
     """
 
     rules: tuple[str, str]
@@ -76,13 +76,13 @@ def compare(
     """Compares one row of one evaluation with one row of another, over the images in both.
 
     Args:
-        first, second: records as `read_image_records` gives them.
-        rules: of each run; may be left out where a run has only one against the threat.
-        threat: as the records name it; may be left out where the runs have only one in common.
-        seed: of the bootstrap.
+        first, second: records from `read_image_records`.
+        rules: rule of each run; optional if a run has only one for the threat.
+        threat: threat as in the records; optional if the runs have only one in common.
+        seed: random seed of the bootstrap.
 
     Raises:
-        UsageError: the runs have no image in common, disagree on a label, or several rows could be meant.
+        UsageError: the runs have no image in common, disagree on a label, or the choice of rows is ambiguous.
     """
     threat = _threat(first, second, threat)
     columns = [_column(run, rule, threat, name) for run, rule, name in zip((first, second), rules, _NAMES, strict=True)]
@@ -96,7 +96,7 @@ def compare(
                 f"image {one.index} has the label {one.label} in one run and {other.label} in the other: these are not "
                 "the same images"
             )
-        names = one.source, other.source  # one may have been read from a folder a level higher
+        names = one.source, other.source  # the data folder of one run may be a parent of the other's
         if all(names) and not (names[0].endswith(names[1]) or names[1].endswith(names[0])):
             raise UsageError(
                 f"image {one.index} is {shown(names[0])} in one run and {shown(names[1])} in the other: these are not "
@@ -149,11 +149,11 @@ def _column(run: Sequence[ImageRecord], rule: str | None, threat: str, name: str
 
 
 def _test(measure: str, good: np.ndarray, seed: int) -> PairedTest:
-    """Both runs' successes, boolean [images, 2]."""
+    """Tests the successes of both runs, boolean [images, 2]."""
     count = len(good)
     only_first, only_second = (int((good[:, i] & ~good[:, 1 - i]).sum()) for i in (0, 1))
     discordant = only_first + only_second
-    # A resample of images is a draw of how many of each kind it holds.
+    # Resampling images is a multinomial draw of the counts of each kind.
     kinds = np.array([only_first, only_second, count - discordant]) / count
     draws = np.random.default_rng(seed).multinomial(count, kinds, RESAMPLES)
     low, high = np.percentile((draws[:, 1] - draws[:, 0]) / count, [2.5, 97.5])
@@ -170,7 +170,7 @@ def _test(measure: str, good: np.ndarray, seed: int) -> PairedTest:
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
-    """McNemar's exact test, two-sided: of n fair coins, the chance of a split at least as uneven as the one seen.
+    """Computes the p-value of McNemar's exact two-sided test: a binomial test with p = 1/2 on the discordant pairs.
 
     >>> mcnemar_p_value(0, 5), mcnemar_p_value(3, 3)
     (0.0625, 1.0)

@@ -35,9 +35,9 @@ LIBRARIES = ("bagcert", "torch", "numpy", "pillow")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: the summary, a record per image, and the images left out because they are damaged.
+    """The result of an evaluation: summary, one record per image, and the errors of unreadable images.
 
-    `gallery` holds pictures of some images, None where none were asked for.
+    `gallery` holds pictures of some images; None if they were not requested.
     """
 
     info: RunInfo
@@ -65,30 +65,31 @@ def evaluate(
     gallery: bool = False,
     largest: bool = False,
 ) -> Evaluation:
-    """Evaluates every rule against every patch from one forward pass per image.
+    """Evaluates every rule against every patch with one forward pass per image.
 
-    An image that cannot be read is left out, counted in `RunInfo.unreadable` and named in `Evaluation.errors`.
+    An image that cannot be read is skipped, counted in `RunInfo.unreadable` and named in `Evaluation.errors`.
 
     Args:
-        model: a loaded defence.
+        model: a loaded defense.
         data: a data set, or its name as in `bagcert.data.load_dataset`.
-        patches, rules: the model's own when empty. Sizes are in pixels of the data set's images.
-        limit: at most so many images, see `ImageSet.take`.
+        patches, rules: by default those of the model. Sizes are in pixels of the data set's images.
+        limit: maximum number of images, see `ImageSet.take`.
         batch_size: images per forward pass.
         placements: a mask image of allowed placements.
-        fit: how images of another size reach the network, "squash" or "center-crop".
-        repeat: whole passes; reported seconds are medians.
-        model_seconds: already spent on loading the model, counted under `seconds.load`.
-        on_progress: called with (images done, images in all).
-        log: a file for the records of each batch as soon as they are known, see `bagcert.evaluation.journal`.
-        resume: go on after the last whole batch in `log`; figures and records are those of a run that was never
-            interrupted, and so are the seconds, which are kept with each batch.
-        largest: also find the largest certifiable square of each image, see `ImageRecord`.
-        gallery: also keep pictures of some images, which are read once more in the end.
+        fit: resizing mode for images of other sizes, "squash" or "center-crop".
+        repeat: number of passes over the data; reported seconds are medians.
+        model_seconds: time for loading the model, added to `seconds.load`.
+        on_progress: called with (images done, images in total).
+        log: a file to which the records of each batch are appended, see `bagcert.evaluation.journal`.
+        resume: resume after the last complete batch in `log`. Results, records and seconds are those of an
+            uninterrupted run.
+        largest: also find the largest certifiable square patch of each image, see `ImageRecord`.
+        gallery: also keep pictures of some images, which are read again at the end.
 
     Raises:
-        UsageError: classes of the data that the model does not know; a patch that does not fit; a `log` of another run.
-        UnreadableError: the data set as a whole, or every image in it, or the mask, cannot be read.
+        UsageError: a class of the data that the model does not know, a patch that does not fit, or a `log` of another
+            run.
+        UnreadableError: the data set, all of its images, or the mask cannot be read.
     """
     if batch_size < 1 or repeat < 1:
         raise UsageError(f"batch size and repeat must be at least 1, got {batch_size} and {repeat}")
@@ -192,13 +193,10 @@ def _remarks(model: BagCert, rows: Sequence[Row]) -> list[str]:
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Writes the JSON, and beside it `*.csv`, `*.records.jsonl` and `*.gallery.npz`.
+    """Writes the JSON file, and next to it `*.csv`, `*.records.jsonl` and `*.gallery.npz`.
 
-    These are its rows as a table, one line per image, and pictures of some images.
-
-    Each is written whole or not at all; an older gallery is removed where there is none now.
-
-    The log of the run has then done its work and is removed, last of all.
+    These hold the rows as a table, one line per image, and pictures of some images. Each file is written atomically. An
+    older gallery is removed if there is no new one. Finally the log of the run is removed.
 
     Raises:
         BagcertError: a file cannot be written.
@@ -218,10 +216,9 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
 
 
 def labels_for(model: BagCert, images: ImageSet) -> np.ndarray:
-    """The labels of a data set as the model's class indices, matched by name, or by number where data has no names.
+    """Converts the labels of a data set to class indices of the model, by name, or by number if the data has no names.
 
-    The names of the class folders that the model was trained on are known as well, where it shows its classes under
-    other names.
+    If the model has display names, the names of the class folders that it was trained on match as well.
 
     Raises:
         UsageError: a class the model does not know.
@@ -249,7 +246,7 @@ def labels_for(model: BagCert, images: ImageSet) -> np.ndarray:
 
 
 def versions(model: BagCert | None = None) -> dict[str, str]:
-    """The libraries a figure depends on; those of the model's backend among them."""
+    """Returns the versions of libraries that results depend on, including those of the model's backend."""
     own = {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}}
     runner = None if model is None else model.scorer.runner
     return own if runner is None else {**own, **runner.versions()}
@@ -258,7 +255,7 @@ def versions(model: BagCert | None = None) -> dict[str, str]:
 def _row(setting: RulePatch, records: Sequence[ImageRecord], column: int, seconds: float) -> Row:
     """The figures of one setting, from the records alone."""
     results = [record.results[column] for record in records]
-    # One patch size means the same in every image; a percentage does not where images differ in size.
+    # A patch in percent has a different size in px in images of different sizes.
     sizes = {tuple(result.patch) if result.patch else None for result in results}
     single = sizes.pop() if len(sizes) == 1 else None
     count = len(records)

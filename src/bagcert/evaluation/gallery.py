@@ -1,8 +1,8 @@
-"""The gallery of an evaluation: which images are kept as pictures, and what is drawn of each.
+"""The gallery of an evaluation: a selection of images with the votes of their regions.
 
-The choice follows from the records alone, so that a resumed run keeps the same pictures. Verdicts are those of the
-records; the votes are computed again for the few images chosen, and may differ by a rounding from those of the
-evaluation, whose batches were larger: they illustrate, and prove nothing.
+The selection depends only on the records, so that a resumed run keeps the same pictures. Verdicts are taken from the
+records. The votes are recomputed for the selected images; because the batch size differs, they may differ from those of
+the evaluation by rounding. They are for illustration only.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ from bagcert.threat import PatchThreatModel
 def chosen(
     records: Sequence[ImageRecord], most: int = MOST_PICTURES, deployed: Sequence[str] | None = None
 ) -> list[int]:
-    """Positions in `records` of the images to show, ascending: a spread over what the telling rule and patch gave.
+    """Selects the images to show, as ascending positions in `records`.
 
-    A third each right and certified, right only, and wrong, evenly over the margins within each; where a kind has
-    fewer, the others get its room.
+    A third each is correct and certified, correct only, and wrong under the representative rule and patch, spread
+    evenly over the margins. If a kind has fewer images, the others get more.
 
     >>> chosen([])
     []
@@ -61,16 +61,16 @@ def make_gallery(
     most: int = MOST_PICTURES,
     deployed: Sequence[str] | None = None,
 ) -> Gallery:
-    """Pictures of some images of an evaluation, by one further forward pass over them.
+    """Creates the gallery of an evaluation, with another forward pass over the selected images.
 
     Args:
-        model, images, placements, fit: as they were evaluated.
-        records: of the evaluation.
-        most: how many pictures, at most 32.
-        deployed: the model's own [rule, patch], see `headline_column`.
+        model, images, placements, fit: as for the evaluation.
+        records: records of the evaluation.
+        most: number of pictures, at most 32.
+        deployed: the model's [rule, patch], see `headline_column`.
 
     Raises:
-        UnreadableError: an image that was readable no longer is.
+        UnreadableError: an image can no longer be read.
     """
     preprocessing = Preprocessing(model.image_size, fit)
     some = [records[position] for position in chosen(records, min(most, MOST_PICTURES), deployed)]
@@ -114,7 +114,7 @@ def picture(
     verdict: Record,
     placements: str | Path | None = None,
 ) -> Picture:
-    """One picture from the network's own score map [1, classes, rows, cols] and the verdict to show.
+    """Creates one picture from the network's score map [1, classes, rows, cols] and the verdict to show.
 
     Args:
         pixels: uint8 [height, width, 3], the photo upright and small.
@@ -169,11 +169,11 @@ def photo_picture(
 
 
 def votes(net_map: ScoreMap, prediction: int, rival: int) -> np.ndarray:
-    """What is drawn of each region: its scores of two classes, int16 [2, rows, cols], clipped.
+    """Returns the scores of each region for two classes, int16 [2, rows, cols], clipped.
 
-    Of a model that pools regions by attention these are the class scores of its readout if this region alone were
-    kept, in units of 128. They say what a region speaks for, not how much it counts beside the others, and do not add
-    up to the class scores of the image.
+    For a model with attention pooling, these are the class scores of its readout if only this region were kept, in
+    units of 128. They show which class a region supports, but not its weight among the regions, and do not add up to
+    the class scores of the image.
     """
     found = net_map[:1].region_scores[0, [prediction, rival]].cpu().numpy()
     if net_map.readout is not None:
@@ -182,14 +182,14 @@ def votes(net_map: ScoreMap, prediction: int, rival: int) -> np.ndarray:
 
 
 def runner_up(score_map: ScoreMap, prediction: int) -> int:
-    """Of one image: the class with the largest score apart from `prediction`, the lowest among equals."""
+    """Returns the class with the largest score other than `prediction`; the lowest index among ties."""
     sums = score_map.class_scores[0].clone()
     sums[prediction] = sums.min() - 1
     return int(sums.max(0).indices)
 
 
 def edges(seen: np.ndarray) -> list[float]:
-    """Where regions are drawn along an axis: half-way between the centers of what neighbours see.
+    """Returns the edges at which regions are drawn along an axis: midway between the centers of adjacent footprints.
 
     Args:
         seen: boolean [regions, pixels], as in `RegionGrid`.
@@ -202,7 +202,7 @@ def edges(seen: np.ndarray) -> list[float]:
         raise UsageError(f"a map of {regions} regions along an axis is too large to draw; the limit is {MOST_REGIONS}")
     first, last = seen.argmax(1), pixels - seen[:, ::-1].argmax(1)
     centers = (first + last) / 2
-    # Clipping at the border and wrap-around move centers; the step between the middle ones is that of the map.
+    # Clipping at the border and wrap-around shift centers; the middle ones have the true stride of the map.
     if regions < 2 or (np.diff(centers) <= 0).any():
         return np.linspace(0, pixels, regions + 1).tolist()
     middle = (centers[1:] + centers[:-1]) / 2
@@ -212,7 +212,7 @@ def edges(seen: np.ndarray) -> list[float]:
 
 
 def turned(box: Sequence[int], stored_size: tuple[int, int], orientation: int) -> tuple[int, int, int, int]:
-    """A placement [top, left, height, width] in pixels of a stored photo, in those of the photo turned upright.
+    """Converts a placement [top, left, height, width] from pixels of the stored photo to those of the upright photo.
 
     >>> turned([0, 0, 1, 2], (10, 20), 6)
     (0, 9, 2, 1)
@@ -227,7 +227,7 @@ def turned(box: Sequence[int], stored_size: tuple[int, int], orientation: int) -
 
 
 def thumbnail(pixels: np.ndarray, most: int = MOST_SIDE_PX) -> np.ndarray:
-    """uint8 [height, width, 3] with no side above `most` px."""
+    """Shrinks uint8 [height, width, 3] so that no side is longer than `most` px."""
     if max(pixels.shape[:2]) <= most:
         return pixels
     small = Image.fromarray(pixels)

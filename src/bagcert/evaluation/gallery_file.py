@@ -1,9 +1,8 @@
-"""`*.gallery.npz`: pictures of some images of an evaluation, and what each of their regions votes for.
+"""The file `*.gallery.npz`: pictures of some images of an evaluation, and the votes of their regions.
 
 The file holds `about`, JSON as bytes, and for picture i `image_i`, uint8 [height, width, 3], and `votes_i`, int16
-[2, rows, cols]: the scores of the prediction and of its runner-up. Nothing in it is pickled, and it is read by this
-module's own checks: names, dtypes and shapes are those that `about` leads to expect, and sizes are bounded before
-anything is decompressed.
+[2, rows, cols]: the scores of the prediction and of its runner-up. The file contains no pickles. The reader checks
+names, dtypes and shapes against `about`, and limits sizes before it decompresses anything.
 """
 
 import io
@@ -23,16 +22,16 @@ from bagcert.io.files import open_regular, write_atomically
 MOST_PICTURES = 32
 MOST_SIDE_PX = 256
 MOST_REGIONS = 1024
-"""Per axis: a 1000x1000 map is more than any shipped network gives."""
+"""Limit per axis. No shipped network has a map larger than 1000x1000."""
 MAX_BYTES = 1 << 27
-"""Of the file, and of all that is in it once decompressed: 128 MiB, for 32 pictures with maps of 1000x1000 regions."""
+"""Limit on the file and on its decompressed content: 128 MiB, enough for 32 pictures with 1000x1000 regions."""
 
 Edges = Annotated[list[float], Field(min_length=2, max_length=MOST_REGIONS + 1)]
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One image of an evaluation, turned upright as a viewer shows it.
+    """One image of an evaluation, with the EXIF orientation applied.
 
     Attributes:
         index: its number in the data set.
@@ -94,12 +93,12 @@ class _File(BaseModel):
 
 
 def gallery_path(results: Path) -> Path:
-    """Where the gallery of an evaluation is whose results are at `results`."""
+    """Returns the path of the gallery that belongs to the results file `results`."""
     return results.with_suffix(".gallery.npz")
 
 
 def gallery_bytes(gallery: Gallery) -> bytes:
-    """The content of the file; the same gallery gives the same bytes."""
+    """Serializes a gallery. The same gallery gives the same bytes."""
     pictures = []
     arrays: dict[str, np.ndarray] = {}
     for number, picture in enumerate(gallery.pictures):
@@ -115,19 +114,19 @@ def gallery_bytes(gallery: Gallery) -> bytes:
 
 
 def write_gallery(gallery: Gallery, path: Path) -> None:
-    """Writes the file whole or not at all.
+    """Writes a gallery file atomically.
 
     Raises:
-        BagcertError: it cannot be written.
+        BagcertError: the file cannot be written.
     """
     write_atomically(path, gallery_bytes(gallery))
 
 
 def read_gallery(path: Path) -> Gallery:
-    """What `write_gallery` wrote.
+    """Reads a gallery file.
 
     Raises:
-        UnreadableError: it cannot be read, is larger than 128 MiB in the file or decompressed, or is not a gallery.
+        UnreadableError: the file cannot be read, is larger than 128 MiB (also decompressed), or is not a gallery.
     """
     try:
         with open_regular(path, MAX_BYTES) as file, zipfile.ZipFile(file) as parts:
@@ -140,7 +139,7 @@ def read_gallery(path: Path) -> Gallery:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UnreadableError(f"{path} is not a gallery: {where}: {shown(first['msg'].lower())}") from None
-    except Exception as error:  # a damaged archive can fail in many ways, of the zip, deflate and npy readers
+    except Exception as error:  # the zip, deflate and npy readers raise many kinds of errors for damaged files
         raise UnreadableError(f"{path} is not a gallery: {shown(error or type(error).__name__)}") from None
 
 
@@ -164,7 +163,7 @@ def _ascending(edges: list[float]) -> bool:
 
 
 def _array(parts: zipfile.ZipFile, name: str, dtype: type, shape: tuple[int, ...] | None) -> np.ndarray:
-    """One array, read by its header only after dtype and shape are what they must be. `shape` None: any vector."""
+    """Reads one array, after checking dtype and shape in its header. `shape` None: a vector of any length."""
     content = io.BytesIO(parts.read(f"{name}.npy"))
     if np.lib.format.read_magic(content) != (1, 0):
         raise ValueError(f"{name} is not an array of npy version 1.0")

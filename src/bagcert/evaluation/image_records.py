@@ -1,4 +1,4 @@
-"""Reading back the records of an evaluation, a line per image, as `bagcert evaluate --out` writes them."""
+"""Reader of the records of an evaluation, one line per image, as written by `bagcert evaluate --out`."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -10,16 +10,16 @@ from bagcert.io.files import open_regular
 from bagcert.records import ImageRecord
 
 MAX_LINE_BYTES = 1 << 24
-"""Some 50,000 verdicts on one image; a longer line is no record."""
+"""Limit on the length of a line, enough for about 50,000 verdicts on one image."""
 
 _RECORD = TypeAdapter(ImageRecord)
 
 
 def read_image_records(path: Path) -> list[ImageRecord]:
-    """The records of a `*.records.jsonl`, in the order of the data set.
+    """Reads a `*.records.jsonl` file, in the order of the data set.
 
     Raises:
-        UnreadableError: it cannot be read, a line is damaged, or its images do not follow one another.
+        UnreadableError: the file cannot be read, a line is damaged, or its images are out of order.
     """
     records: list[ImageRecord] = []
     try:

@@ -1,7 +1,7 @@
-"""The records of an evaluation while it runs: a line per batch, so that a killed run goes on after the last whole one.
+"""The log of a running evaluation: one line per batch, from which an interrupted run is resumed.
 
-The first line says what is evaluated; a run goes on only with the same. Lines are appended, so a kill leaves
-whole ones and at most one without its end, which is dropped.
+The first line describes the evaluation; only a run with the same description can be resumed. Lines are appended, so a
+killed process leaves at most one incomplete line, which is dropped.
 """
 
 import hashlib
@@ -25,18 +25,18 @@ from bagcert.threat import MAX_MASK_BYTES
 
 FORMAT = 1
 MAX_LINE_BYTES = 1 << 28
-"""A batch of 100,000 images with ten verdicts each; a longer line is no batch."""
+"""Limit on the length of a line, enough for a batch of 100,000 images with ten verdicts each."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass gave.
+    """The results of one forward pass.
 
     Attributes:
-        records: of consecutive images of the data, at least one.
-        errors: (number, sentence) of the images before the last of these that could not be read.
-        seconds: of the forward pass, then of each rule against each patch.
-        resized: whether some of the images have another size than the network's input.
+        records: records of consecutive images of the data, at least one.
+        errors: (image number, message) of the unreadable images before the last of these.
+        seconds: time of the forward pass, then of each rule and patch.
+        resized: whether the size of some images differs from the network's input.
     """
 
     records: list[ImageRecord]
@@ -49,12 +49,12 @@ _BATCH = TypeAdapter(Batch)
 
 
 def log_path(path: Path) -> Path:
-    """Where the records of an evaluation grow while it runs, for results that go to `path`."""
+    """Returns the path of the log that belongs to the results file `path`."""
     return path.with_suffix(".records.jsonl.partial")
 
 
 def run_identity(model: BagCert, images: ImageSet, placements: str | Path | None, **choices: Any) -> dict[str, Any]:
-    """All that the records of an evaluation depend on: model, data and mask by their hashes, choices as they are.
+    """Describes everything that the records depend on: hashes of model, data and mask, and all options.
 
     Raises:
         UnreadableError: the mask of allowed placements cannot be read.
@@ -77,10 +77,10 @@ def run_identity(model: BagCert, images: ImageSet, placements: str | Path | None
 
 
 def described_mask(placements: str | Path | None) -> dict[str, str] | None:
-    """The name and the hash of a mask image; None without one.
+    """Returns the name and the hash of a mask image; None without one.
 
     Raises:
-        UnreadableError: it cannot be read.
+        UnreadableError: the mask cannot be read.
     """
     if placements is None:
         return None
@@ -92,27 +92,27 @@ def described_mask(placements: str | Path | None) -> dict[str, str] | None:
 
 
 class EvaluationLog:
-    """A file of batches that grows while an evaluation runs.
+    """The log file of an evaluation, to which batches are appended.
 
     Args:
-        path: of the file.
-        run: what is evaluated, and how: all that the records depend on, as plain data; `patches` and `rules` among it.
-        resume: go on with a file that is there, if one is.
+        path: path of the file.
+        run: description of everything the records depend on, as plain data, including `patches` and `rules`.
+        resume: resume from an existing file, if there is one.
 
     Attributes:
-        batches: those of an earlier run, whole and in order.
+        batches: complete batches of an earlier run, in order.
 
     Raises:
-        UsageError: a file is there and `resume` was not asked for, or it belongs to another run.
-        UnreadableError: the file is damaged otherwise than by a missing end.
-        BagcertError: it cannot be written.
+        UsageError: the file exists without `resume`, or it belongs to another run.
+        UnreadableError: the file is damaged other than by an incomplete last line.
+        BagcertError: the file cannot be written.
     """
 
     def __init__(self, path: Path, run: dict[str, Any], resume: bool) -> None:
         self.path = path
         self.batches: list[Batch] = []
         header = json.loads(json.dumps({"format": FORMAT, **run}))
-        self._head = _line(header)  # goes with the first batch: a run that fails before it leaves no file
+        self._head = _line(header)  # written with the first batch, so that a run that fails earlier leaves no file
         self._file: io.FileIO | None = None
         if os.path.lexists(path):
             if not resume:
@@ -122,30 +122,30 @@ class EvaluationLog:
             self._open(self._read(header))
 
     def append(self, batch: Batch) -> None:
-        """Adds a batch.
+        """Appends a batch.
 
         Raises:
-            BagcertError: it cannot be written; what is there stays whole.
+            BagcertError: the batch cannot be written. The file stays valid.
         """
         file = self._file or self._open(0)
         rest = self._head + _line(asdict(batch))
         self._head = b""
         try:
-            while rest:  # a disk that fills up takes a part
+            while rest:  # a full disk may accept only a part
                 rest = rest[file.write(rest) :]
         except OSError as error:
             raise self._unwritable(error) from None
 
     def close(self) -> None:
-        """Ends the writing; the file stays until the evaluation has been written as a whole."""
+        """Closes the file. It is kept until the results of the evaluation are written."""
         if self._file:
             self._file.close()
 
     def _open(self, whole: int) -> io.FileIO:
-        """The file, cut to its whole lines."""
+        """Opens the file and truncates it to its complete lines."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: what could not be written must not be tried again on closing.
+            # Unbuffered, so that closing does not retry a failed write.
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
             self._file.truncate(whole)
         except OSError as error:
@@ -158,7 +158,7 @@ class EvaluationLog:
         return BagcertError(f"{self.path} cannot be written: {error.strerror or error}")
 
     def _read(self, header: dict[str, Any]) -> int:
-        """Takes the batches of an earlier run; gives the length of the whole lines in bytes."""
+        """Reads the batches of an earlier run; returns the length of the complete lines in bytes."""
         whole, number = 0, 0
         try:
             with open_regular(self.path) as file:
@@ -192,7 +192,7 @@ class EvaluationLog:
                 )
 
     def _take(self, batch: Batch, header: dict[str, Any]) -> None:
-        """Adds a batch if it may follow those before it."""
+        """Adds a batch of an earlier run, if it continues the earlier ones."""
         last = self.batches[-1].records[-1].index if self.batches else -1
         numbers = [record.index for record in batch.records]
         if not numbers or not all(a < b for a, b in pairwise([last, *numbers, header["images"]])):

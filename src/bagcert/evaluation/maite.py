@@ -1,11 +1,11 @@
-"""Models, data sets and certified accuracy under the protocols of MAITE, for image classification.
+"""MAITE adapters: models, data sets and certified accuracy, for image classification.
 
 MAITE (https://github.com/mit-ll-ai-technology/maite) defines protocols for test and evaluation. They are structural, so
-nothing of it is imported here; `pip install "bagcert[maite]"` brings its tasks, such as `maite.tasks.evaluate`.
+MAITE is not imported here; `pip install "bagcert[maite]"` installs its tasks, such as `maite.tasks.evaluate`.
 
-A metric of MAITE sees predictions and labels only, so a prediction has to say whether it is certified: it is a vector
-with one value per class, 1 at the predicted class or 2 where the prediction is certified, and 0 elsewhere. The largest
-value is at the predicted class, as metrics of others expect.
+A MAITE metric receives only predictions and labels, so predictions encode certification: a prediction is a vector with
+one value per class, which is 0 except at the predicted class, where it is 2 if the prediction is certified and else 1.
+Its argmax is the predicted class, as other metrics expect.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,15 +30,15 @@ ANSWERED, CERTIFIED = 1.0, 2.0
 
 
 class Model:
-    """A defense as a MAITE model: images to vectors that say what is predicted, and whether it is certified.
+    """A defense as a MAITE model, which returns vectors that encode the prediction and whether it is certified.
 
-    With a rule that detects, an image that is not certified raises the alert. Clean accuracy counts its prediction, as
-    `bagcert evaluate` does.
+    With a detection rule, an image that is not certified raises the alert. Clean accuracy counts its prediction, as in
+    `bagcert evaluate`.
 
     Args:
-        defense: such as `bagcert.load` returns.
-        patch, rule: as for `certify`; the deployed ones when absent. Pixels are those of the images given.
-        fit: how images of another size are resized, as for `Preprocessing`.
+        defense: a defense, for example from `bagcert.load`.
+        patch, rule: as for `certify`; by default the deployed ones. Sizes are in pixels of the input images.
+        fit: resizing mode for images of other sizes, as for `Preprocessing`.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Model:
         self.metadata = {"id": defense.name, "index2label": dict(enumerate(defense.class_names))}
 
     def __call__(self, batch: Sequence[Any], /) -> Sequence[np.ndarray]:
-        """One vector, float32 [classes], for each image.
+        """Returns one vector, float32 [classes], for each image.
 
         Args:
-            batch: images of [3, height, width], uint8 of any size, or float in [0, 1] of the model's size.
+            batch: images of shape [3, height, width]: uint8 of any size, or float in [0, 1] of the model's size.
 
         Raises:
             UsageError: another layout, dtype or range.
@@ -88,7 +88,7 @@ class Dataset:
 
     Args:
         images: from `bagcert.data.load_dataset`.
-        model: whose classes the labels are of, matched by name; the image set's own when absent.
+        model: model to whose classes the labels are matched by name; by default, the labels of the image set.
 
     Raises:
         UsageError: a class the model does not know.
@@ -101,15 +101,15 @@ class Dataset:
         self.metadata = {"id": f"{images.name}:{images.split}", "index2label": dict(enumerate(names))}
 
     def __len__(self) -> int:
-        """How many images."""
+        """Returns the number of images."""
         return len(self._images)
 
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """(image, label, metadata) of one image, which is upright.
+        """Returns (image, label, metadata) of one image, with the EXIF orientation applied.
 
         Raises:
             IndexError: there is no such image.
-            UnreadableError: it cannot be read.
+            UnreadableError: the image cannot be read.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.metadata['id']} has {len(self)} images, there is no image {index}")
@@ -123,7 +123,7 @@ class Dataset:
 class CertifiedAccuracy:
     """A MAITE metric: clean and certified accuracy of the vectors that `Model` returns.
 
-    `compute` gives both, each with Wilson's 95 % interval, and the number of images.
+    `compute` returns both, each with a 95 % Wilson interval, and the number of images.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class CertifiedAccuracy:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all images."""
+        """Resets the counts."""
         self._images = self._right = self._certified = 0
 
     def update(
@@ -156,10 +156,10 @@ class CertifiedAccuracy:
             self._certified += right and most == CERTIFIED
 
     def compute(self) -> dict[str, Any]:
-        """The accuracies.
+        """Returns the accuracies.
 
         Raises:
-            UsageError: no image was counted.
+            UsageError: no images were counted.
         """
         if not self._images:
             raise UsageError("there is no accuracy of no images")

@@ -1,4 +1,4 @@
-"""Which images of a data set are evaluated: not those the model was trained on, unless they are asked for by name."""
+"""Selection of the images to evaluate. Training images of the model are excluded unless requested by split name."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from bagcert.errors import BagcertError, UsageError
 from bagcert.nets.saved_model import ModelConfig
 
 HELD_OUT = "held-out"
-"""The name under which the images that were held out of the training set can be asked for as a split."""
+"""The split name of the images that were held out of the training set."""
 
 
 def select_images(
@@ -24,20 +24,20 @@ def select_images(
     limit: int | None = None,
     resize: Preprocessing | None = None,
 ) -> ImageSet:
-    """The images to evaluate a model on; their notes say how they were chosen.
+    """Selects the images to evaluate a model on; their notes describe the selection.
 
-    A data set without splits that the model was trained on gives the images that were held out of the training. A split
-    that was trained on is given as it is, with a note.
+    If the model was trained on a data set without splits, the images held out of the training are selected. A split
+    that was trained on is returned unchanged, with a note.
 
     Args:
-        config: of the model; None where nothing is known of its training.
+        config: config of the model; None if its training is unknown.
         data: as in `bagcert.data.load_dataset`.
-        split: which part; `held-out` is what was held out of the training split.
-        limit: at most so many of them.
-        resize: how every image is brought to one size first; None leaves them as they are.
+        split: the split; `held-out` for the images held out of the training split.
+        limit: maximum number of images.
+        resize: preprocessing that resizes every image first; None for no resizing.
 
     Raises:
-        UsageError: the held-out images are asked for, and it is not known which these are.
+        UsageError: the held-out images are requested but unknown.
     """
     if split == HELD_OUT:
         images = load_dataset(data, "train")
@@ -62,22 +62,22 @@ def select_images(
 
 
 def trained_on(config: ModelConfig | None, images: ImageSet) -> np.ndarray | bool:
-    """Which of the images a model was trained on, by its config: boolean [images], or whether it may have been on some.
+    """Returns which images the model was trained on, boolean [images], or whether it may have been trained on some.
 
-    The config names the training data by the last part of its path, and says how many images were trained on. The
-    division is repeated, and trusted where both agree. Where only one agrees the answer is True.
+    The config holds the last part of the path of the training data, and the number of training images. The split is
+    recomputed, and used if both match. If only one of them matches, the result is True.
     """
     if config is None or images.split not in ("train", "all"):
         return False
     section, known = config.recipe.get("data"), config.provenance
     count, limit = known.get("training_images"), known.get("limit")
     same_name = known.get("data") == Path(images.name).name
-    if limit is not None and images.is_grouped:  # older versions took the first of them
+    if limit is not None and images.is_grouped:  # older versions used the first images
         return same_name
     try:
         numbered = replace(images, rows=np.arange(len(images)), notes=())
         training, _ = numbered.take(limit).split_off(section["validation"], section["split_seed"])  # type: ignore[index]
-    except (BagcertError, KeyError, TypeError, ValueError):  # what a config holds besides the network is free
+    except (BagcertError, KeyError, TypeError, ValueError):  # the provenance in a config is not validated
         return same_name
     if type(count) is not int or len(training) != count:
         return same_name
@@ -89,7 +89,7 @@ def trained_on(config: ModelConfig | None, images: ImageSet) -> np.ndarray | boo
 
 
 def brought_to(images: ImageSet, preprocessing: Preprocessing | None) -> ImageSet:
-    """The images turned upright and resized, with a note that says so; as they are without `preprocessing`."""
+    """Applies the EXIF orientation and resizes the images, and adds a note; unchanged without `preprocessing`."""
     if preprocessing is None:
         return images
     height, width = preprocessing.size
@@ -99,7 +99,7 @@ def brought_to(images: ImageSet, preprocessing: Preprocessing | None) -> ImageSe
 
 @dataclass(frozen=True, eq=False)
 class _Resized:
-    """A source of images, each brought to the network's size."""
+    """An image source that resizes each image to the network's input size."""
 
     source: Any
     preprocessing: Preprocessing
@@ -109,14 +109,14 @@ class _Resized:
         return Photo(self.preprocessing.apply(photo), source=photo.source)
 
     def __getattr__(self, name: str) -> Any:
-        """`fingerprint` and `block_of`, where the source has them."""
+        """Forwards `fingerprint` and `block_of` to the source, if it has them."""
         if name.startswith("_") or name in ("source", "preprocessing"):  # also while it is unpickled
             raise AttributeError(name)
         return getattr(self.source, name)
 
 
 def _rest(config: ModelConfig, images: ImageSet, trained: np.ndarray) -> ImageSet:
-    """The images that were not trained on."""
+    """Returns the images that were not trained on."""
     rest = images.subset(np.flatnonzero(~trained))
     note = (
         f"the {len(rest):,} images that were held out when {config.name} was trained on the other "

@@ -1,7 +1,7 @@
-"""Attention pooling as tensor operations that any runtime has: the evidence map, and double masking with a readout.
+"""Attention pooling in basic tensor operations: the evidence map, and double masking with a readout.
 
-They give the integers of `bagcert.nets.attention_pooling` and the answers of `bagcert.rules.attention_masking`. All
-pairs of masks are tried for every image, each once.
+The integers equal those of `bagcert.nets.attention_pooling`, and the verdicts equal those of
+`bagcert.rules.attention_masking`. Every pair of masks is tried once for every image.
 """
 
 import math
@@ -21,11 +21,11 @@ from bagcert.rules import get_rule
 from bagcert.threat import PatchThreatModel
 
 QUOTIENTS = 1024
-"""How many divisions a runtime has to round correctly before it certifies anything."""
+"""Number of test divisions that a runtime must round correctly before it certifies anything."""
 
 
 class EvidenceMap(nn.Module):
-    """`AttentionReadout.integers` in float32: real scores to products and attention weights."""
+    """`AttentionReadout.integers` in float32: converts real-valued scores to products and attention weights."""
 
     shift: Tensor
     steps: Tensor
@@ -37,7 +37,7 @@ class EvidenceMap(nn.Module):
         self.register_buffer("steps", torch.tensor(weight_steps(), dtype=torch.float32))
 
     def forward(self, z: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch channels rows cols"]:
-        """A weight is one more than the number of steps that its logarithm reaches."""
+        """Returns the evidence map. A weight is one plus the number of thresholds that its logarithm reaches."""
         z = finite(z)
         values = (z[:, : self.values] * UNITS).clamp(-float(VALUE_LIMIT), float(VALUE_LIMIT)).round()
         logits = z[:, self.values :] + self.shift
@@ -50,7 +50,7 @@ class AttentionMaskingModule(RuleModule):
     """Double masking with a readout for every pair of masks (docs/method.md, "Attention pooling").
 
     Args:
-        inside: which regions each mask holds.
+        inside: the regions of each mask.
         readout: the integer readout.
     """
 
@@ -68,7 +68,7 @@ class AttentionMaskingModule(RuleModule):
         count, regions = inside.shape
         self.readout, self.dtype = readout, pooling_dtype(regions)
         self.rounds = TwoRounds(inside, readout.classes)
-        # Each mask with itself, then all pairs of two masks; and where each ordered pair is among them.
+        # Each mask with itself, then all pairs of two masks; and the index of each ordered pair among them.
         first, second = np.triu_indices(count, 1)
         first, second = (np.concatenate([np.arange(count), part]) for part in (first, second))
         pairs = np.empty((count, count), dtype=np.int64)
@@ -82,10 +82,10 @@ class AttentionMaskingModule(RuleModule):
         rows, quotients = known_quotients(readout)
         self.register_buffer("rows", rows.to(self.dtype))
         self.register_buffer("quotients", quotients.to(self.dtype))
-        readout.scores(torch.ones(1, readout.channels, dtype=self.dtype))  # it converts its weights once, here
+        readout.scores(torch.ones(1, readout.channels, dtype=self.dtype))  # converts its weights once
 
     def forward(self, evidence: Float[Tensor, "batch channels regions"]) -> Answer:
-        """Label by both rounds; the margin is over single masks, and over all pairs if every single mask agrees."""
+        """Returns label and margin; the margin is over single masks, and over all pairs if all single masks agree."""
         evidence = evidence.to(self.dtype)
         kept = self.outside[self.first] * self.outside[self.second]
         scores = self.readout.scores(kept @ evidence.mT)  # [batch, pairs, classes]
@@ -102,14 +102,14 @@ class AttentionMaskingModule(RuleModule):
         return label, self.rounds.limit(torch.where(single >= 0, lead.amin(1), single))
 
     def computes(self, one: Float[Tensor, "batch 1 1"]) -> Bool[Tensor, " batch"]:
-        """Does this runtime round known quotients to the integers that are right?"""
+        """Returns whether this runtime rounds known quotients correctly."""
         return torch.eq(self.readout.pooled(self.rows * one), self.quotients).flatten(1).float().amin(1) > 0
 
 
 def attention_rule(
     rule: str, grid: RegionGrid, threat: PatchThreatModel, readout: AttentionPooling
 ) -> AttentionMaskingModule:
-    """The rule for a threat and a readout.
+    """Creates the rule for a threat and a readout.
 
     Raises:
         UsageError: a rule that cannot be exported, or too many masks.
@@ -138,7 +138,7 @@ def attention_rule(
 def known_quotients(
     readout: AttentionPooling,
 ) -> tuple[Int[Tensor, "rows channels"], Int[Tensor, "rows values"]]:
-    """Sums of values and weights whose quotients are half-integers or next to one, and the rounded quotients."""
+    """Returns sums of values and weights with quotients at or next to half-integers, and the rounded quotients."""
     draw, each = random.Random(0), readout.values // readout.heads
     rows, quotients = [], []
     for _ in range(-(-QUOTIENTS // readout.values)):
@@ -155,7 +155,7 @@ def known_quotients(
 
 
 def rounded_quotient(total: int, weight: int) -> int:
-    """The integer nearest to total / weight, the even one of two.
+    """Rounds total / weight to the nearest integer, half to even.
 
     >>> [rounded_quotient(total, 2) for total in (-3, -1, 1, 3, 5)]
     [-2, 0, 0, 2, 2]

@@ -1,4 +1,4 @@
-"""An exported file is believed only after it was run: what it answers against what the package's own rules answer."""
+"""Checks of an exported file: its results are compared with those of the package's rules."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,20 +21,20 @@ from bagcert.threat import PatchThreatModel
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 """Images, or `z`, float32 to label, certified, margin, scores (and `z` where it is an output)."""
 
-MOST_MOVED = 1e-2  # of all scores may be the next integer: another order of summation at a rounding boundary
+MOST_MOVED = 1e-2  # share of scores that may differ by one: summation order matters at a rounding boundary
 RANDOM_MAPS = 48
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was compared.
+    """Result of the comparison.
 
     Attributes:
-        maps: made-up score maps (ties, counting, the ends of the range, noise), all answered like the rules.
-        images: run through the whole file; each answer is that of the rules on the file's own scores.
-        scores_moved: share of scores that are one integer beside torch's.
-        same_verdicts: images whose label, certificate and margin are those of torch.
-        certified: images among them with a certificate.
+        maps: number of synthetic score maps (ties, counting, range limits, noise); all results agree with the rules.
+        images: number of images run through the whole file; all results agree with the rules on the file's scores.
+        scores_moved: share of scores that differ by one from torch's.
+        same_verdicts: number of images whose label, certificate and margin equal those of torch.
+        certified: number of certified images among them.
     """
 
     maps: int
@@ -45,13 +45,13 @@ class Check:
 
 
 def check_rule(run: Run, module: CertifiedModule, scorer: RegionScorer, threat: PatchThreatModel) -> int:
-    """Made-up scores through the head and the rule of the file.
+    """Checks the head and the rule of the file on synthetic scores.
 
     Returns:
-        How many maps.
+        The number of maps.
 
     Raises:
-        UnsoundError: an answer is not that of the package's rule.
+        UnsoundError: a result differs from the package's rule.
     """
     z = made_up(module, scorer)
     found = run(z.numpy())
@@ -65,15 +65,15 @@ def check_rule(run: Run, module: CertifiedModule, scorer: RegionScorer, threat: 
 def check_images(
     run: Run, images: Tensor, module: CertifiedModule, scorer: RegionScorer, threat: PatchThreatModel, quantized: bool
 ) -> Check:
-    """Images through the whole file, all at once and one by one, and some that are none.
+    """Checks the whole file on images, batched and one by one, and on images with invalid values.
 
     Args:
         run: the file with `z` among its outputs.
         images: float [images, channels, height, width] in [0, 1].
-        quantized: the scores are meant to be others than torch's; only the proof is checked.
+        quantized: the scores are expected to differ from torch's; only the rule is checked.
 
     Raises:
-        UnsoundError: an answer is not that of the package's rule on the file's scores, the scores are not torch's, or
+        UnsoundError: a result differs from the package's rule on the file's scores, the scores differ from torch's, or
             an image with values outside [0, 1] is certified.
     """
     found = run(images.numpy())
@@ -101,7 +101,7 @@ def check_images(
 
 
 def made_up(module: CertifiedModule, scorer: RegionScorer) -> Tensor:
-    """Real-valued scores that try a rule: ties, counting, the ends of the range, what is not a number, noise."""
+    """Creates real-valued scores to test a rule: ties, counting, range limits, NaN and infinity, noise."""
     random = torch.Generator().manual_seed(0)
     if scorer.readout is not None:
         return _made_up_evidence(scorer.readout, random)
@@ -120,18 +120,18 @@ def made_up(module: CertifiedModule, scorer: RegionScorer) -> Tensor:
     odd[:, 0, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])[torch.arange(classes) % 4]
     maps = [flat, first, last, *counted, odd]
     for number in range(RANDOM_MAPS):
-        reach = (1, 3, 40, module.high)[number % 4]  # small numbers tie often
+        reach = (1, 3, 40, module.high)[number % 4]  # small numbers often tie
         one = torch.randint(-reach, reach + 1, shape, generator=random).float()
         favored = int(torch.randint(0, classes, (), generator=random))
         one[favored] += reach * (number % 3) / 2
-        if number % 5 == 0:  # two classes alike
+        if number % 5 == 0:  # two identical classes
             one[(favored + 1) % classes] = one[favored]
         maps.append(one)
     return torch.stack(maps) / (1.0 if module.binary else module.scale)
 
 
 def _made_up_evidence(readout: AttentionReadout, random: torch.Generator) -> Tensor:
-    """Real-valued scores that try attention pooling: regions alike, a few that outweigh the others, the limits."""
+    """Creates real-valued scores to test attention pooling: equal regions, a few dominant regions, range limits."""
     channels, size = readout.channels, tuple(readout.position.shape[1:])
     values, shift = readout.values, readout.position.detach() + math.log(FIRST_WEIGHT)
     flat, odd = torch.zeros(channels, *size), torch.zeros(channels, *size)
@@ -139,7 +139,7 @@ def _made_up_evidence(readout: AttentionReadout, random: torch.Generator) -> Ten
     maps = [flat, odd, torch.full_like(flat, torch.inf), torch.full_like(flat, -torch.inf)]
     for number in range(RANDOM_MAPS):
         reach = (2, 20, 150, VALUE_LIMIT)[number % 4]
-        most = (1, 2, 16, WEIGHT_LIMIT)[number // 4 % 4]  # small sums of weights often give quotients with a half
+        most = (1, 2, 16, WEIGHT_LIMIT)[number // 4 % 4]  # small sums of weights often give half-integer quotients
         common = torch.randint(-reach, reach + 1, (values, 1, 1), generator=random)
         content = common + torch.randint(-reach, reach + 1, (values, *size), generator=random)
         weights = torch.randint(1, most + 1, (readout.heads, *size), generator=random)
@@ -152,7 +152,7 @@ def _made_up_evidence(readout: AttentionReadout, random: torch.Generator) -> Ten
 
 
 def _levels(scores: np.ndarray, scorer: RegionScorer) -> np.ndarray:
-    """Integers that one rounding moves by 1 at most: the scores; with a readout, values and attention weights."""
+    """Returns the integers that rounding changes by at most 1: scores, or with a readout, values and weights."""
     if scorer.readout is None:
         return scores
     weights = scores[:, scorer.readout.values :]
@@ -183,12 +183,12 @@ def _compare(
 def _expected(
     scores: Tensor, z: Tensor | None, module: CertifiedModule, scorer: RegionScorer, threat: PatchThreatModel
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Label, certified and margin by the package's rule; `z` says what the tolerance does, where there is one."""
+    """Computes label, certified and margin with the package's rule; `z` is used for the tolerance, if there is one."""
     rule = get_rule(module.rule.name)
     found = rule.certify(scorer.form.score_map(scores.long(), scorer.grid()), threat)
     margin = found.margin
     if module.tolerance > 0 and z is not None:
-        # The guard of `bagcert.rules.guard` on the worst map that the module itself states.
+        # The guard of `bagcert.rules.guard`, on the worst map that the module computes.
         worst = ScoreMap(module.worst(z, found.prediction.float()).long(), module.low, module.high, scorer.grid())
         second = rule.certify(worst, threat)
         margin = torch.where(second.prediction == found.prediction, second.margin, margin.clamp(max=-1))

@@ -1,4 +1,4 @@
-"""ONNX graphs as data: what they say of themselves, some of their outputs, the part behind the network."""
+"""Operations on ONNX graphs: metadata, selection of outputs, and extraction of the part after the network."""
 
 import json
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from bagcert.proofs.record import geometry_fields, threat_fields
 from bagcert.threat import PatchThreatModel
 
 INSIDE = (REAL_SCORES, IN_RANGE)
-"""What a checked graph has among its outputs beside those of the file."""
+"""Additional output of a graph under test."""
 
 
 def metadata(
     model: BagCert, module: CertifiedModule, threat: PatchThreatModel, quantization: str = "none"
 ) -> dict[str, str]:
-    """What a file says of itself: texts and numbers as they are, everything else as JSON."""
+    """Returns the metadata of a file: text and numbers as they are, everything else as JSON."""
     pooling = model.scorer.form.pooling
     sizes = {"classes": pooling.classes, "values": pooling.values, "heads": pooling.heads} if pooling else None
     return {
@@ -41,7 +41,7 @@ def metadata(
 
 
 def with_metadata(model: Any, values: dict[str, str]) -> Any:
-    """The same graph with these texts in its metadata, and a name."""
+    """Returns the graph with these metadata and a name."""
     model = _copied(model)
     model.graph.name = "bagcert"
     model.producer_name, model.producer_version = "bagcert", __version__
@@ -52,7 +52,7 @@ def with_metadata(model: Any, values: dict[str, str]) -> Any:
 
 
 def with_outputs(model: Any, names: Sequence[str]) -> Any:
-    """The same graph with only these outputs, and only the nodes they need."""
+    """Returns the graph with only these outputs, and only the nodes they need."""
     model = _copied(model)
     outputs = {output.name: output for output in model.graph.output}
     del model.graph.output[:]
@@ -62,7 +62,7 @@ def with_outputs(model: Any, names: Sequence[str]) -> Any:
 
 
 def behind_network(model: Any) -> Any:
-    """Head, rule and proof of a checked graph by themselves, node by node the same: `INSIDE` in, `OUTPUTS` out."""
+    """Extracts the head and the rule of a graph, with unchanged nodes: from `INSIDE` to `OUTPUTS`."""
     model = _copied(model)
     outputs = {output.name: output for output in model.graph.output}
     del model.graph.input[:]
@@ -75,9 +75,9 @@ def behind_network(model: Any) -> Any:
 
 
 def rule_nodes(model: Any) -> list[str]:
-    """The names of all nodes that use `z`, directly or not, and of the node that makes it: not to be quantized."""
+    """Returns the names of the node that computes `z` and of all nodes that depend on it; they are not quantized."""
     after, names = {REAL_SCORES}, []
-    for node in model.graph.node:  # in an order in which each comes after what it uses
+    for node in model.graph.node:  # in topological order
         if after & set(node.input):
             after |= set(node.output)
             names.append(node.name)
@@ -87,7 +87,7 @@ def rule_nodes(model: Any) -> list[str]:
 
 
 def _prune(model: Any) -> None:
-    """Drops nodes and constants that no output needs."""
+    """Removes nodes and constants that no output needs."""
     graph = model.graph
     given = {value.name for value in graph.input}
     needed = {output.name for output in graph.output}

@@ -1,7 +1,7 @@
-"""Static quantization of the network to 8 bits; the head, the rule and the proof stay as they are.
+"""Static quantization of the network to 8 bits. The head and the rule are not quantized.
 
-The ranges are constants found on calibration images. Dynamic quantization takes its range over the whole tensor at run
-time, so that a patch moves every score, and is never used.
+The ranges are constants, computed on calibration images. Dynamic quantization is never used: it computes the ranges
+from the whole tensor at run time, so that a patch would change every score.
 """
 
 import logging
@@ -21,13 +21,13 @@ BATCH = 32
 
 
 class _Images:
-    """Calibration images in batches, as the quantizer asks for them."""
+    """Data reader that passes calibration images to the quantizer in batches."""
 
     def __init__(self, images: Tensor) -> None:
         self._batches = iter(images.split(BATCH))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next batch, None at the end."""
+        """Returns the next batch; None at the end."""
         batch = next(self._batches, None)
         return None if batch is None else {INPUT: batch.numpy()}
 
@@ -36,12 +36,12 @@ class _Images:
 
 
 def quantized(model: Any, images: Tensor, folder: Path) -> Any:
-    """The graph with every convolution but the last in 8 bits, per channel.
+    """Quantizes every convolution except the last one to 8 bits, per channel.
 
     Args:
         model: a graph with `z` among its outputs.
         images: calibration images, float [images, channels, height, width] in [0, 1].
-        folder: for files on the way.
+        folder: folder for temporary files.
 
     Raises:
         UsageError: there is nothing to quantize, or onnxruntime cannot.
@@ -67,14 +67,14 @@ def quantized(model: Any, images: Tensor, folder: Path) -> Any:
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=kept,
             )
-    except Exception as error:  # onnxruntime raises whatever it trips over
+    except Exception as error:  # onnxruntime raises many kinds of errors
         raise UsageError(f"onnxruntime cannot quantize this network: {shown(error)}") from error
     return onnx.load(str(after))
 
 
 @contextmanager
 def _no_advice() -> Iterator[None]:
-    """Keeps onnxruntime's advice to optimize the graph first to itself: that would take the rule's nodes along."""
+    """Silences onnxruntime's advice to optimize the graph first, which would also change the nodes of the rule."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

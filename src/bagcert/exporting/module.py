@@ -1,4 +1,4 @@
-"""A network, its head, a rule and the proof as one module: what is exported."""
+"""The exported module: network, head, rule and certification."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +16,7 @@ from bagcert.threat import PatchThreatModel
 
 OUTPUTS = ("label", "certified", "margin", "scores")
 LARGEST = torch.finfo(torch.float32).max
-ROUNDING = 2.0**-20  # of a score; several times what rounding z, its product with the scale and a sum can do
+ROUNDING = 2.0**-20  # in score units; several times the rounding error of z, its product with the scale, and a sum
 
 Decision = tuple[
     Int[Tensor, " batch"], Bool[Tensor, " batch"], Int[Tensor, " batch"], Int[Tensor, "batch classes rows cols"]
@@ -24,23 +24,23 @@ Decision = tuple[
 
 
 class CertifiedModule(nn.Module):
-    """Images in [0, 1] to label, certified, margin and scores, as a deployed defense gives them.
+    """Maps images in [0, 1] to label, certified, margin and scores, like the deployed defense.
 
-    Proof and prediction are formed in float32 from whole numbers below 2^24. A runtime that does not count those
-    exactly (one that computes in bfloat16, say) certifies nothing: beside the other sums two just below 2^24 are formed
-    that differ by one, and where their difference is not one the margin is -2^24. So it is for images that are not in
-    [0, 1], see `image_range`. Attention pooling forms sums over more than 128 regions in float64 below 2^53, and a
-    runtime must round known quotients correctly as well.
+    Label and margin are computed in float32 from integers below 2^24. A runtime that does not represent these exactly
+    (for example, one that computes in bfloat16) certifies nothing: the graph also computes two sums just below 2^24
+    that differ by one, and if their difference is not one, the margin is -2^24. The margin is also -2^24 for images
+    that are not in [0, 1], see `image_range`. Attention pooling computes sums over more than 128 regions in float64
+    below 2^53, and the runtime must also round known quotients correctly.
 
     Args:
         scorer: the network, with its head and geometry; its weights are copied.
         rule: vote or double-masking.
         threat: the deployed patch.
-        tolerance: how far `z` may move outside a patch's reach, counted for the attacker as `bagcert.rules.guard` does;
-            0 where nothing moves.
+        tolerance: maximum change of `z` outside a patch's footprint, which counts for the attacker as in
+            `bagcert.rules.guard`; 0 if locality is exact.
 
     Raises:
-        UsageError: a rule that cannot be exported, sums that float32 does not hold, too many windows.
+        UsageError: a rule that cannot be exported, sums too large for float32, or too many windows.
     """
 
     large: Tensor
@@ -74,14 +74,14 @@ class CertifiedModule(nn.Module):
         self.image_range = ImageRange()
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Tensor, ...]:
-        """`decide` for images in [0, 1], no certificate for others; the real-valued scores, and which images are so."""
+        """Runs `decide`, without certificates for images out of range; also returns `z` and the range check."""
         z, in_range = self.net(images), self.image_range(images)
         label, _, margin, scores = self.decide(z)
         margin = self.image_range.refuse(margin, in_range)
         return label, margin >= 0, margin, scores, z, in_range
 
     def decide(self, z: Float[Tensor, "batch classes rows cols"]) -> Decision:
-        """Label, certified, margin and integer scores from real-valued scores."""
+        """Computes label, certified, margin and integer scores from real-valued scores."""
         scores = self.head(z)
         levels = scores.flatten(2) if self.evidence is not None else scores.flatten(2) - self.low
         label, margin = self.rule(levels)
@@ -100,12 +100,12 @@ class CertifiedModule(nn.Module):
         return torch.where(z.isnan(), float(self.low), self._scaled(z)).round()
 
     def worst(self, z: Tensor, label: Tensor) -> Tensor:
-        """Every score as bad for the label as the tolerance allows: its own lower, all others higher."""
+        """Returns the worst scores for the label within the tolerance: its own lower, all others higher."""
         if self.binary:
             room = self.tolerance * (1 + ROUNDING) + z.abs() * ROUNDING
             below, above = (z - room > 0).float(), (z + room > 0).float()
         else:
-            # Beyond twice the range nothing within the tolerance can come back into it, and room stays finite.
+            # Clip at twice the range: values beyond it cannot return within the tolerance, and room stays finite.
             wide = (z * self.scale).clamp(2.0 * self.low, 2.0 * self.high)
             room = self.tolerance * self.scale * (1 + ROUNDING) + wide.abs() * ROUNDING
             below, above = ((wide + room * sign).round().clamp(self.low, self.high) for sign in (-1, 1))
@@ -116,11 +116,11 @@ class CertifiedModule(nn.Module):
         return torch.where(own, scores - slack, scores + slack).clamp(self.low, self.high)
 
     def _scaled(self, z: Tensor) -> Tensor:
-        """Clipped before it is rounded, which is the same, since the limits are whole."""
+        """Scales and clips scores. Clipping before rounding is equivalent, since the limits are integers."""
         return (z * self.scale).clamp(float(self.low), float(self.high))
 
     def _counts(self, levels: Float[Tensor, "batch classes regions"]) -> Bool[Tensor, " batch"]:
-        """Does this runtime form sums just below the limit exactly? Of numbers that it cannot know beforehand."""
+        """Returns whether this runtime computes sums just below the limit exactly, from inputs unknown in advance."""
         ones = (levels[:, -1:] >= 0).to(self.large.dtype)  # levels and attention weights are never negative
         known = ones * self.large
         by_sum, by_product = known.sum(2), (known @ self.ones)[..., 0]

@@ -1,4 +1,4 @@
-"""The rules as tensor operations that any runtime has: sums, products, comparisons, maxima.
+"""The rules in basic tensor operations: sums, products, comparisons, maxima.
 
 They say what `bagcert.rules` say, in float32 on whole numbers below 2^24, so that every sum is exact in any order.
 `bagcert.exporting.attention` has those for attention pooling. The windows are constants. Nothing is sorted and no index
@@ -18,28 +18,28 @@ from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
 from bagcert.threat import PatchThreatModel
 
-EXACT = 2**24  # float32 holds every whole number below this
-MOST_MIB = 32  # of the largest tensor for one image, and of the windows
+EXACT = 2**24  # float32 represents all integers below this exactly
+MOST_MIB = 32  # limit on the largest tensor per image, and on the windows
 
 Levels = Float[Tensor, "batch classes regions"]
 Answer = tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]
 
 
 def lowest_largest(values: Float[Tensor, "batch classes *more"]) -> Float[Tensor, "batch *more"]:
-    """The index of the largest value along dimension 1, the lowest among equals."""
+    """Returns the index of the largest value along dimension 1; the lowest index among ties."""
     index = torch.arange(values.shape[1], dtype=torch.float32).view(-1, *[1] * (values.ndim - 2))
     best = values == values.amax(1, keepdim=True)
     return torch.where(best, index, float(values.shape[1])).amin(1)
 
 
 class RuleModule(nn.Module):
-    """A rule in its place in the graph: what a head gives to label and margin, both whole numbers [batch].
+    """A rule in the graph: maps the output of a head to label and margin, both integers [batch].
 
     Args:
-        classes: how many.
+        classes: number of classes.
 
     Attributes:
-        dtype: what its sums are formed in.
+        dtype: data type of its sums.
     """
 
     name: str
@@ -51,17 +51,17 @@ class RuleModule(nn.Module):
         self.register_buffer("index", torch.arange(classes, dtype=torch.float32))
 
     def own(self, values: Tensor, label: Float[Tensor, " batch"]) -> Tensor:
-        """values[b, label[b]] with the class dimension kept: a sum of which one term is not zero."""
+        """Returns values[b, label[b]] with the class dimension kept, as a sum with one nonzero term."""
         chosen = (self.index == label[:, None]).float()
         return (values * chosen.view(*chosen.shape, *[1] * (values.ndim - 2))).sum(1, keepdim=True)
 
     def smallest(self, lead: Float[Tensor, "batch classes"], label: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The smallest lead over another class, less what the tie rule takes."""
+        """Returns the smallest lead over another class, minus the correction of the tie rule."""
         lead = lead - (self.index < label[:, None]).float()
         return torch.where(self.index == label[:, None], float(EXACT), lead).amin(1)
 
     def computes(self, one: Float[Tensor, "batch 1 1"]) -> Bool[Tensor, " batch"]:
-        """Does this runtime compute what the rule needs besides sums? `one` is 1, which the runtime cannot know."""
+        """Returns whether this runtime computes the rule's other operations correctly; `one` is 1, not a constant."""
         return one[:, 0, 0] > 0
 
 
@@ -69,13 +69,13 @@ class SumModule(RuleModule):
     """A rule for class scores that are sums over regions.
 
     Args:
-        inside: which regions each window holds.
-        classes: how many.
+        inside: the regions of each window.
+        classes: number of classes.
         span: levels lie within [0, span].
-        patches: how many at once.
+        patches: number of simultaneous patches.
 
     Raises:
-        UsageError: its sums reach 2^24, or it takes more memory than `MOST_MIB`.
+        UsageError: its sums reach 2^24, or it needs more memory than `MOST_MIB`.
     """
 
     inside: Tensor
@@ -88,7 +88,7 @@ class SumModule(RuleModule):
         self.register_buffer("inside", torch.from_numpy(inside.astype(np.float32)))
 
     def require_exact(self, most: int) -> None:
-        """Refuses where a sum can reach 2^24, `most` being the largest class sum."""
+        """Refuses a rule whose sums can reach 2^24; `most` is the largest class sum."""
         largest = (1 + 2 * self.patches) * most + 1
         if largest >= EXACT:
             raise UsageError(
@@ -97,7 +97,7 @@ class SumModule(RuleModule):
             )
 
     def require_memory(self, classes: int, windows: int, regions: int) -> None:
-        """Refuses what is too large for a graph."""
+        """Refuses a rule that is too large for a graph."""
         each = max(classes, regions) * windows
         if each * 4 > MOST_MIB * 2**20:
             raise UsageError(
@@ -112,7 +112,7 @@ class VoteModule(SumModule):
     name = "vote"
 
     def forward(self, levels: Levels) -> Answer:
-        """Label by the class sums; margin = min over c of T_c - (the largest window damages) - 1[c < label]."""
+        """Returns the label by class sums, and margin = min over c of T_c - (largest window damages) - 1[c < label]."""
         total = levels.sum(2)
         label = lowest_largest(total)
         sums = levels @ self.inside.T
@@ -123,15 +123,15 @@ class VoteModule(SumModule):
 
 
 class TwoRounds(nn.Module):
-    """The double-masking prediction from the labels of all single masks and of all pairs.
+    """Computes the double-masking prediction from the labels of all single masks and of all pairs.
 
     Args:
-        inside: which regions each mask holds.
-        classes: how many.
+        inside: the regions of each mask.
+        classes: number of classes.
 
     Attributes:
-        labelled: some mask leaves a region.
-        completes: some pair of masks leaves none.
+        labelled: whether some mask leaves a region.
+        completes: whether some pair of masks leaves no region.
     """
 
     index: Tensor
@@ -154,7 +154,7 @@ class TwoRounds(nn.Module):
     def forward(
         self, single: Float[Tensor, "batch masks"], pairs: Float[Tensor, "batch masks masks"]
     ) -> Float[Tensor, " batch"]:
-        """The label of both rounds, where some mask leaves a region."""
+        """Returns the label after both rounds, if some mask leaves a region."""
         first = torch.where(self.has_label, single, -1.0)
         votes = (first[:, None, :] == self.index[:, None]).float().sum(2)
         majority = lowest_largest(votes)
@@ -166,14 +166,14 @@ class TwoRounds(nn.Module):
         return torch.where(at < len(self.order), dissent, majority)
 
     def limit(self, margin: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The margin; -1 at most where some pair of masks leaves no region."""
+        """Returns the margin, limited to -1 if some pair of masks leaves no region."""
         return margin.clamp(max=-1.0) if self.completes else margin
 
 
 class DoubleMaskingModule(SumModule):
     """Double masking (docs/method.md, "Double masking"); the same as `bagcert.rules.double_masking`.
 
-    Every pair of masks is tried for every class: windows x windows x classes numbers per image.
+    Every pair of masks is tried for every class: windows x windows x classes values per image.
     """
 
     name = "double-masking"
@@ -185,7 +185,7 @@ class DoubleMaskingModule(SumModule):
         self.register_buffer("outside", torch.from_numpy((~inside).astype(np.float32)))
 
     def require_exact(self, most: int) -> None:
-        """The largest number is a difference of two class sums, and one."""
+        """Refuses sums that reach 2^24. The largest value is a difference of two class sums plus one."""
         if 2 * most + 1 >= EXACT:
             raise UsageError(
                 f"sums of the {self.name} rule can reach {2 * most + 1:,} here, and float32 is exact below {EXACT:,} "
@@ -193,7 +193,7 @@ class DoubleMaskingModule(SumModule):
             )
 
     def require_memory(self, classes: int, windows: int, regions: int) -> None:
-        """All pairs at once."""
+        """Refuses a rule whose pairs of masks are too large for a graph."""
         mib = 4 * classes * windows * max(windows, regions) / 2**20
         if mib > MOST_MIB:
             raise UsageError(
@@ -202,7 +202,7 @@ class DoubleMaskingModule(SumModule):
             )
 
     def forward(self, levels: Levels) -> Answer:
-        """Label by both rounds; margin = the smallest lead of that label outside any two masks."""
+        """Returns the label after both rounds, and margin = the smallest lead of that label outside any two masks."""
         # What each pair of masks leaves of each class: [batch, classes, first mask, second mask]
         left = (levels[:, :, None, :] * self.outside) @ self.outside.T
         if self.rounds.labelled:
@@ -214,14 +214,14 @@ class DoubleMaskingModule(SumModule):
 
 
 RULE_MODULES: dict[str, type[SumModule]] = {module.name: module for module in (VoteModule, DoubleMaskingModule)}
-"""The rules a graph can hold, by name."""
+"""The rules that can be exported, by name."""
 
 
 def rule_module(rule: str, grid: RegionGrid, threat: PatchThreatModel, classes: int, span: int) -> RuleModule:
-    """The rule for a threat, its windows as constants.
+    """Creates the rule for a threat, with its windows as constants.
 
     Raises:
-        UsageError: a rule that cannot be exported, sums that float32 does not hold, too many windows.
+        UsageError: a rule that cannot be exported, sums too large for float32, or too many windows.
     """
     if rule not in RULE_MODULES:
         raise UsageError(f"the rule {rule} cannot be exported; {' and '.join(RULE_MODULES)} can")
@@ -230,20 +230,20 @@ def rule_module(rule: str, grid: RegionGrid, threat: PatchThreatModel, classes: 
 
 
 def masks(grid: RegionGrid, threat: PatchThreatModel, numbers: int) -> Bool[np.ndarray, "masks regions"]:
-    """What the attacked patches may hide: all windows, or for K patches all unions of K windows.
+    """Returns the masks of a threat: all windows, or for K patches all unions of K windows.
 
     Args:
-        numbers: how many a graph holds for each pair of masks.
+        numbers: number of values that a graph holds for each pair of masks.
 
     Raises:
-        UsageError: several patches lead to more unions than a graph can hold.
+        UsageError: several patches give too many unions for a graph.
     """
     windows = _windows(grid, threat)
     return windows if threat.patches == 1 else _unions(windows, threat, numbers)
 
 
 def _windows(grid: RegionGrid, threat: PatchThreatModel) -> Bool[np.ndarray, "windows regions"]:
-    """The windows in the order of `RegionGrid.windows`."""
+    """Returns the windows in the order of `RegionGrid.windows`."""
     parts = [
         (block.rows[:, None, :, None] & block.cols[None, :, None, :])[block.keep] for block in grid.windows(threat)
     ]
@@ -253,7 +253,7 @@ def _windows(grid: RegionGrid, threat: PatchThreatModel) -> Bool[np.ndarray, "wi
 def _unions(
     windows: Bool[np.ndarray, "windows regions"], threat: PatchThreatModel, numbers: int
 ) -> Bool[np.ndarray, "unions regions"]:
-    """All unions of as many windows as there are patches, in the order of `bagcert.rules.union_masking`."""
+    """Returns all unions of one window per patch, in the order of `bagcert.rules.union_masking`."""
     count = comb(len(windows) + threat.patches - 1, threat.patches)
     if 4 * numbers * count**2 > MOST_MIB * 2**20:
         raise UsageError(

@@ -1,15 +1,15 @@
-"""VNN-LIB properties: one image and one place of the patch, for verifiers of neural networks outside this package.
+"""VNN-LIB properties for one image and one patch placement, for external neural network verifiers.
 
-A property comes as two files. The ONNX file takes one image [1, channels, height, width] and gives a number for each
-class, the largest of which is the deployed answer:
+A property consists of two files. The ONNX file takes one image [1, channels, height, width] and returns a number for
+each class, the largest of which belongs to the deployed prediction:
 
-- `vote` and `levine-feizi`: the sum of the integer region scores, less `c / 2^k` for class c, so that among equal sums
-  the lowest class index is the largest.
-- `double-masking`: 1 for the class that the defense answers, 0 for the others. Its answer on an attacked image is not
-  the largest sum, so a property about sums would not be what the certificate promises.
+- `vote` and `levine-feizi`: the sum of the integer region scores, minus `c / 2^k` for class c, so that the lowest class
+  index wins ties.
+- `double-masking`: 1 for the predicted class, 0 for the others. The prediction on an attacked image need not have the
+  largest sum, so a property about sums would not correspond to the certificate.
 
 The VNN-LIB file fixes every pixel outside the patch, leaves those under it free in [0, 1], and asserts that some other
-class reaches the answer. So `sat` is a broken certificate, and `unsat` is what a certificate promises.
+class reaches the value of the prediction. `sat` means a broken certificate; `unsat` confirms the certificate.
 
 Source: Demarchi et al., "Supporting standardization of neural networks verification with VNNLIB and CoCoNet", 2023.
 """
@@ -41,7 +41,7 @@ FILLS = 32
 
 
 class ClassSums(nn.Module):
-    """Images to sums of integer region scores, equal ones told apart as the tie rule does."""
+    """Maps images to sums of integer region scores, with ties resolved by the tie rule."""
 
     less: Tensor
 
@@ -56,19 +56,19 @@ class ClassSums(nn.Module):
         self.register_buffer("less", torch.arange(classes) / steps)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """The largest number is that of the answer."""
+        """Returns one number per class; the largest belongs to the prediction."""
         return self.inner.head(self.inner.net(images)).flatten(2).sum(2) - self.less
 
 
 class Answers(nn.Module):
-    """Images to 1 for the class that double masking answers, and 0 for the others."""
+    """Maps images to 1 for the class that double masking predicts, and 0 for the others."""
 
     def __init__(self, model: BagCert, threat: PatchThreatModel) -> None:
         super().__init__()
         self.inner = CertifiedModule(model.scorer, "double-masking", threat)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """One number is 1."""
+        """Returns one number per class; that of the prediction is 1."""
         label, *_ = self.inner.decide(self.inner.net(images))
         return (self.inner.rule.index == label[:, None]).float()
 
@@ -81,22 +81,22 @@ def write_property(
     patch: PatchLike | None = None,
     rule: str | None = None,
 ) -> int:
-    """Writes `out`, an ONNX file, and beside it the `.vnnlib` file that says what may happen under one patch.
+    """Writes `out`, an ONNX file, and next to it the `.vnnlib` file with the property for one patch placement.
 
     Args:
-        model: on the CPU, float32.
+        model: a float32 model on the CPU.
         image: one image of the model's size, uint8 [height, width, 3] or float [3, height, width] in [0, 1].
         placement: (top, left, height, width) of the patch in pixels.
         out: the `.onnx` file.
-        patch, rule: what is deployed; the model's own when absent. `placement` must be a patch of it.
+        patch, rule: the deployed patch and rule; by default those of the model. `placement` must match the patch.
 
     Returns:
-        The answer on the image, which the property is about.
+        The prediction on the image, which the property is about.
 
     Raises:
-        UsageError: a library is missing; a rule whose answer is no matter of a class; another patch than the defense
-            is built for; more than one image, or one of another size; a graph that cannot be written.
-        UnsoundError: the file answers otherwise than the model.
+        UsageError: a missing library, a rule without a property, a placement that is not a patch of the defense, more
+            than one image, an image of another size, or a graph that cannot be written.
+        UnsoundError: the results of the file differ from those of the model.
     """
     require_installed(["onnxruntime", *LIBRARIES], "onnx", "writing a VNN-LIB property")
     rule = rule or model.rule
@@ -130,11 +130,11 @@ def property_lines(
     classes: int,
     label: int,
 ) -> list[str]:
-    """The assertions: bounds of every input, and that another class reaches the answer."""
+    """Iterates over the assertions: bounds of every input, and that another class reaches the prediction."""
     top, left, height, width = placement
     free = np.zeros(image.shape, dtype=bool)
     free[:, top : top + height, left : left + width] = True
-    exact = image.astype(np.float64)  # whose decimals are read back as the same float32
+    exact = image.astype(np.float64)  # shortest decimals that are read back as the same float32
     lower, upper = (np.where(free, limit, exact).ravel() for limit in (0.0, 1.0))
     lines = [f"(declare-const X_{k} Real)" for k in range(image.size)]
     lines += [f"(declare-const Y_{c} Real)" for c in range(classes)]
@@ -145,7 +145,7 @@ def property_lines(
 
 
 def _decimal(value: float) -> str:
-    """Without an exponent, which some readers of VNN-LIB do not know."""
+    """Formats a number without an exponent, which some VNN-LIB parsers do not support."""
     return np.format_float_positional(value, trim="0")
 
 
@@ -175,7 +175,7 @@ def _compared(
     threat: PatchThreatModel,
     rule: str,
 ) -> int:
-    """The answer on the image, after comparing the file with the rule on it and on random contents of the patch."""
+    """Returns the prediction on the image, after comparing file and rule on it and on random patch contents."""
     top, left, height, width = placement
     random = torch.Generator().manual_seed(0)
     images = pixels.repeat(FILLS + 1, 1, 1, 1)
@@ -193,6 +193,6 @@ def _compared(
         score_map: ScoreMap = form.score_map(scores, model.scorer.grid())
         expected.append(int(get_rule(rule).predict(score_map, threat)))
     answers = np.argmax(np.stack(found), 1)
-    if answers[0] != expected[0] or (answers != expected).sum() > 1:  # one may lie at a rounding boundary
+    if answers[0] != expected[0] or (answers != expected).sum() > 1:  # allows for one score at a rounding boundary
         raise UnsoundError("the file of the property answers otherwise than the model; it would be wrong")
     return expected[0]

@@ -1,4 +1,4 @@
-"""Writing a file: export, measure, compare, and only then write."""
+"""Export of a model to an ONNX file: build the graph, measure locality, compare with the package's rules, write."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,11 +32,11 @@ CHECK_BATCH = 64
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images for static quantization: those at even places find the ranges, the others measure what it costs.
+    """Images for static quantization: even-numbered ones calibrate the ranges, the others measure the accuracy loss.
 
     Attributes:
         images: [images, channels, height, width] in [0, 1], at least two.
-        labels: as the model's class indices.
+        labels: class indices of the model.
     """
 
     images: Float[Tensor, "images channels height width"]
@@ -45,15 +45,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what was found out on the way.
+    """The written files, and the results of the checks.
 
     Attributes:
         files: the ONNX file first.
-        metadata: as in the files.
-        locality: what moved outside a patch's reach, in onnxruntime: exact or guarded.
-        leak_z: by how much at most.
-        check: in onnxruntime, the made-up maps included.
-        accuracy: of the float32 and the int8 file on the same images, clean and certified; None without int8.
+        metadata: metadata of the files.
+        locality: exact or guarded, as measured in onnxruntime.
+        leak_z: largest change of `z` outside a patch's footprint.
+        check: results of the comparison in onnxruntime.
+        accuracy: clean and certified accuracy of the float32 and the int8 file on the same images; None without int8.
     """
 
     files: list[str]
@@ -64,7 +64,7 @@ class Exported:
     accuracy: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Returns a JSON-serializable dictionary."""
         return asdict(self)
 
 
@@ -79,26 +79,26 @@ def export(
     calibration: Calibration | None = None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Exported:
-    """Writes a model with a rule and its proof as ONNX, after comparing what the file answers with the package's rules.
+    """Exports a model with its rule and certification to ONNX, after comparing the file with the package's rules.
 
-    Compared are label, certified and margin on made-up scores (ties, counting, the ends of the range, noise) and on
-    images; scores with torch's, which may differ by one where z lies at a rounding boundary, since other kernels sum in
-    another order; and locality, as `bagcert doctor` measures it. Where it is not exact, the file holds the guard.
+    The comparison covers label, certified and margin on synthetic scores (ties, counting, range limits, noise) and on
+    images. Scores are compared with torch's; they may differ by one at a rounding boundary, because other kernels sum
+    in another order. Locality is measured as by `bagcert doctor`; if it is not exact, the file includes the guard.
 
     Args:
-        model: on the CPU, float32.
+        model: a float32 model on the CPU.
         out: the `.onnx` file.
-        patch, rule, placements: what to deploy; the model's own when absent.
-        images: real images to compare on, besides random ones.
+        patch, rule, placements: what to deploy; by default as for the model.
+        images: images to compare on, in addition to random ones.
         calibration: quantize the network to 8 bits with these images.
-        on_step: called with what is being done.
+        on_step: called with the name of each step.
 
     Returns:
-        What was written and found.
+        The written files, and the results of the checks.
 
     Raises:
-        UsageError: a library is missing; a rule or network that cannot be exported; a patch that does not fit.
-        UnsoundError: a check failed; nothing is written.
+        UsageError: a missing library, a rule or network that cannot be exported, or a patch that does not fit.
+        UnsoundError: a check failed. Nothing is written.
         BagcertError: a file cannot be written.
     """
     require_installed(["onnxruntime", *LIBRARIES], "onnx", "exporting")
@@ -138,7 +138,7 @@ def export(
 
 @dataclass
 class _Build:
-    """Makes graphs with `z` among their outputs, quantized where that is asked for."""
+    """Builds graphs with `z` among their outputs, quantized if requested."""
 
     model: BagCert
     threat: PatchThreatModel
@@ -167,7 +167,7 @@ class _Build:
 
 
 def accuracy(run: Run, images: Tensor, labels: np.ndarray) -> dict[str, float]:
-    """Clean and certified accuracy of a file on labelled images."""
+    """Measures clean and certified accuracy of a file on labeled images."""
     right = proved = 0
     for start in range(0, len(images), CHECK_BATCH):
         part = slice(start, start + CHECK_BATCH)
@@ -178,14 +178,14 @@ def accuracy(run: Run, images: Tensor, labels: np.ndarray) -> dict[str, float]:
 
 
 def _samples(model: BagCert, images: Tensor | None) -> Tensor:
-    """Random images, and real ones where there are any."""
+    """Returns random images, and the given ones if there are any."""
     shape = (RANDOM_IMAGES, model.scorer.channels, *model.image_size)
     random = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)) / 255
     return random if images is None else torch.cat([images.cpu().float(), random])
 
 
 def _function(model: Any) -> Run:
-    """A graph as a function, through onnxruntime."""
+    """Returns a function that runs a graph in onnxruntime."""
     session = onnx_session(model.SerializeToString(), torch.get_num_threads())
     name, *others = [each.name for each in session.get_inputs()]
 
@@ -197,7 +197,7 @@ def _function(model: Any) -> Run:
 
 
 def _same(final: bytes, graph: Any, samples: Tensor) -> None:
-    """The file itself answers as the graph that was checked."""
+    """Checks that the final file gives the same results as the graph that was checked."""
     session = onnx_session(final, torch.get_num_threads())
     found, checked = session.run(None, {INPUT: samples.numpy()}), _function(graph)(samples.numpy())
     for name, here, there in zip(OUTPUTS, found, checked, strict=False):

@@ -1,1 +1,1 @@
-"""Publishing: what a model says about itself, and how it reaches the Hugging Face hub."""
+"""Publishing of models on the Hugging Face hub, with a model card."""

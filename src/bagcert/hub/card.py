@@ -1,4 +1,4 @@
-"""The card of a model on the hub: what was proved of it, against whom, and what no certificate covers."""
+"""The model card on the hub: measured results, threat model and limitations."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from bagcert.rules import get_rule
 
 RESULTS = "results.json"
 MAX_RESULTS_BYTES = 1 << 22
-MOST_CLASS_NAMES = 50  # of those that are listed
+MOST_CLASS_NAMES = 50
 MOST_CHARACTERS = 200  # of one name
 
 CITATION = """\
@@ -35,24 +35,24 @@ CITATION = """\
   booktitle = {USENIX Security Symposium},
   year      = {2022}
 }"""
-"""What CITATION.cff says, as BibTeX; a test compares the two."""
+"""The content of CITATION.cff as BibTeX; a test compares the two."""
 
 LIMITS = """\
-- Images that are not certified. Each image is certified or not; ask `certify` for it.
-- Changes of the whole picture: blur, noise, lighting, JPEG compression after the patch is there.
-- What a sticker does to the camera: sizes are in pixels of the image file, after lens, exposure and focus.
-- A patch larger than the one certified against, or more patches at once.
-- Whether the answer is right: a certificate says that a patch cannot change it. "Certified" in the table counts only
-  images whose answer is right as well.
+- Images that are not certified. Each image is certified or not; call `certify` to find out.
+- Changes of the whole image: blur, noise, lighting, or JPEG compression after the patch was applied.
+- Effects of a physical patch on the camera: sizes are in pixels of the image file, after lens, exposure and focus.
+- A patch larger than the certified size, or more patches at once.
+- Wrong predictions: a certificate states that a patch cannot change the prediction, not that it is correct. "Certified"
+  in the table counts only images that are also classified correctly.
 - Another defense: other weights, another rule, or masks built for another patch.
-- Availability: an attacker can take a certificate away, so plan for images without one."""
+- Availability: an attacker can prevent an image from being certified, so plan for images without a certificate."""
 
 
 def read_results(folder: Path, weights_sha256: str) -> RunInfo | None:
-    """The evaluation kept beside the weights, None where there is none.
+    """Reads the evaluation next to the weights; None if there is none.
 
     Raises:
-        UnreadableError: it is not what `bagcert evaluate --out` writes, or is one of other weights.
+        UnreadableError: the file was not written by `bagcert evaluate --out`, or belongs to other weights.
     """
     path = folder / RESULTS
     try:
@@ -83,18 +83,18 @@ def read_results(folder: Path, weights_sha256: str) -> RunInfo | None:
 
 
 def model_card(config: ModelConfig, weights_sha256: str, results: RunInfo | None, repo_id: str) -> str:
-    """The README.md of a hub repository, in Markdown.
+    """Renders the README.md of a hub repository, in Markdown.
 
-    Names come out of files and may be hostile: each stands in a code span, on one line, where nothing is markup.
+    Names come from files and are untrusted: each is put into a code span on one line, where markup has no effect.
 
     Args:
-        config: of the model.
-        weights_sha256: of its weights.
-        results: what was measured of it; None is said plainly.
-        repo_id: `owner/name`, checked before.
+        config: config of the model.
+        weights_sha256: hash of its weights.
+        results: measured results; with None, the card states that there are none.
+        repo_id: `owner/name`, already validated.
 
     Raises:
-        UsageError: the config names a rule there is not.
+        UsageError: the config names an unknown rule.
     """
     height, width = config.image_size
     rule = get_rule(config.rule)
@@ -107,21 +107,22 @@ def model_card(config: ModelConfig, weights_sha256: str, results: RunInfo | None
         "---\nlibrary_name: bagcert\npipeline_tag: image-classification\ntags:\n- adversarial-patch\n"
         "- certified-robustness\n- image-classification\n---",
         f"# {code(config.name)}",
-        "An image classifier with a certified defense against adversarial patches: for each image it answers, and "
-        f"proves, or does not, that no patch can change the answer. {len(config.class_names):,} classes, images of "
+        "An image classifier with a certified defense against adversarial patches. It predicts a class for each image "
+        "and certifies, if possible, that no patch can change the prediction. "
+        f"{len(config.class_names):,} classes, images of "
         f"{height}x{width} px (others are resized), architecture {code(config.architecture)}, rule "
         f"{code(config.rule)}.{_readout(config)}",
         f"## Measured\n\n{_measured(results, repo_id, config)}",
         "## Threat model\n\n"
-        f"The attacker replaces all pixels of one patch, {code(config.patch_text)} as this model is deployed, at any "
-        "place, by anything, knowing the model; nothing else changes. Sizes in pixels are those of the image that the "
-        "network sees; on an image of another size ask for a patch in pixels of that image. A certificate covers "
-        "every smaller patch and a sticker of any form inside that rectangle. If an image is "
+        f"The attacker knows the model and replaces all pixels of one patch, {code(config.patch_text)} as this model "
+        "is deployed, at any position, with any content. The other pixels do not change. Sizes are in pixels of the "
+        "network's input; for an image of another size, give the patch in pixels of that image. A certificate covers "
+        "all smaller patches and patches of any shape inside that rectangle. If an image is "
         f"certified, {promise}: {rule.summary}.",
         f"## What no certificate covers\n\n{LIMITS}",
         f"## Training\n\n{_training(config)}",
         "## Use\n\n```python\nimport bagcert\n\n"
-        f'model = bagcert.load("{repo_id}")  # safetensors and JSON; nothing in it is run as code\n'
+        f'model = bagcert.load("{repo_id}")  # safetensors and JSON; no code is executed\n'
         "certificate = model.certify(images)     # uint8 [images, height, width, 3]\n"
         "certificate.prediction, certificate.certified, certificate.margin\n```\n\n"
         f"```sh\nbagcert certify photo.jpg --model {repo_id}\nbagcert doctor {repo_id}\n```\n\n"
@@ -133,7 +134,7 @@ def model_card(config: ModelConfig, weights_sha256: str, results: RunInfo | None
 
 
 def code(text: object, in_table: bool = False) -> str:
-    r"""A text as a code span of Markdown, where nothing in it is markup, a link or HTML.
+    r"""Formats a text as a Markdown code span, in which markup, links and HTML have no effect.
 
     >>> print(code("cat"), code("a`b"), code("<b>\n|", in_table=True))
     `cat` `` a`b `` `<b>?\|`
@@ -155,15 +156,15 @@ def _readout(config: ModelConfig) -> str:
         return ""
     return (
         f" Class scores are not sums over regions: {config.attention_heads} attention heads pool {config.values} "
-        f"values of every region, and a readout of {config.hidden} hidden units makes class scores of them."
+        f"values of every region, and a readout with {config.hidden} hidden units computes class scores from them."
     )
 
 
 def _measured(results: RunInfo | None, repo_id: str, config: ModelConfig) -> str:
     if results is None or not results.results:
         return (
-            "**Nothing was measured of this model: no results come with it.** Whoever uses it should evaluate it on "
-            f"images of their own: `bagcert evaluate {repo_id} --data FOLDER`."
+            "**This model has not been evaluated: it comes without results.** Evaluate it on your own images: "
+            f"`bagcert evaluate {repo_id} --data FOLDER`."
         )
     height, width = config.image_size
     lines = [
@@ -176,10 +177,10 @@ def _measured(results: RunInfo | None, repo_id: str, config: ModelConfig) -> str
         limit = f" ({code('; '.join(results.notes))})"
     unreadable = f"; {results.unreadable:,} could not be read" if results.unreadable else ""
     return (
-        "\n".join(lines) + "\n\nClean: the share of images answered rightly. Certified: the share answered rightly "
-        "*and* proved to stay so under any patch of that size, anywhere; a lower bound of the accuracy under attack. "
-        f"Sizes are in pixels of the images of the data, before they are resized to {height}x{width} px. "
-        f"Intervals are Wilson's. Measured on {results.images:,} images{limit} of {code(results.data)}, split "
+        "\n".join(lines) + "\n\nClean: the share of images classified correctly. Certified: the share of images "
+        "classified correctly *and* certified against any patch of that size, anywhere; a lower bound of the accuracy "
+        f"under attack. Sizes are in pixels of the dataset's images, before they are resized to {height}x{width} px. "
+        f"Intervals are Wilson intervals. Measured on {results.images:,} images{limit} of {code(results.data)}, split "
         f"{code(results.split)}{unreadable}, on {code(results.device)} in {code(results.dtype)}."
     )
 

@@ -1,4 +1,4 @@
-"""What a model is: geometry, size, cost, provenance, and what was measured of it."""
+"""Description of a model: geometry, size, cost, provenance, and measured results."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -11,14 +11,14 @@ from bagcert.nets.saved_model import WEIGHTS, read_model, weights_sha256
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A model's facts, ready for JSON.
+    """Describes a model as a JSON-serializable dictionary.
 
-    `multiply_adds` are those of one image of the model's size; `results` are the rows of the evaluations kept
-    beside the weights.
+    `multiply_adds` are the MACs for one image of the model's size. `results` are the rows of the evaluation next to the
+    weights.
 
     Raises:
         UsageError: no such model.
-        UnreadableError: its files are damaged, or the evaluation beside the weights is of other weights.
+        UnreadableError: its files are damaged, or the evaluation next to the weights belongs to other weights.
     """
     folder = model_folder(name)
     scorer, config = read_model(folder)

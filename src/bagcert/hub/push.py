@@ -1,6 +1,6 @@
-"""Publishing a model on the Hugging Face hub: the files of its folder that are known, and a card made from them.
+"""Publishing of a model on the Hugging Face hub: the known files of its folder, and a generated model card.
 
-What is published can be loaded by `bagcert.load("owner/name")`.
+Published models can be loaded with `bagcert.load("owner/name")`.
 """
 
 import json
@@ -35,17 +35,17 @@ _REPO_ID = re.compile(f"{_PART}/{_PART}")
 
 
 def prepare(model: str | Path, repo_id: str) -> dict[str, bytes]:
-    """What would be uploaded: contents by file name.
+    """Collects the files to upload, as contents by file name.
 
-    Weights and config, the recipe, training log and results where there are any, and a card. Each is checked to be
-    what its name says, and no other file of the folder is touched.
+    These are weights and config, recipe, training log and results if present, and a card. Each file is validated. Other
+    files of the folder are ignored.
 
     Args:
         model: a shipped model, a model folder, or a hub id.
         repo_id: `owner/name` on the hub.
 
     Raises:
-        UsageError: no such model, or a name the hub does not take.
+        UsageError: no such model, or an invalid hub id.
         UnreadableError: a file is missing, damaged, too large, or belongs to another model.
     """
     check_repo_id(repo_id)
@@ -69,11 +69,11 @@ def prepare(model: str | Path, repo_id: str) -> dict[str, bytes]:
 
 
 def write(files: Mapping[str, bytes], folder: Path) -> None:
-    """Writes what would be uploaded into a folder, which is new or empty.
+    """Writes the files to upload to a new or empty folder.
 
     Raises:
-        UsageError: the folder holds something already.
-        BagcertError: it cannot be written.
+        UsageError: the folder is not empty.
+        BagcertError: the folder cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already; what would be uploaded goes into a new or empty folder")
@@ -82,19 +82,19 @@ def write(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def push(files: Mapping[str, bytes], repo_id: str, private: bool = False) -> str:
-    """Uploads to a repository of the hub, which is made if there is none, in one commit.
+    """Uploads files to a repository of the hub in one commit. Creates the repository if needed.
 
     Args:
         files: from `prepare`.
         repo_id: `owner/name`.
-        private: of a new repository; one that is there stays as it is.
+        private: create a new repository as private. An existing repository is not changed.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        UsageError: the hub does not take the name.
-        BagcertError: the hub refuses or is out of reach.
+        UsageError: invalid hub id.
+        BagcertError: the hub refuses the upload or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -114,7 +114,7 @@ def push(files: Mapping[str, bytes], repo_id: str, private: bool = False) -> str
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuses what the hub would, before any work.
+    """Validates a hub id.
 
     Raises:
         UsageError: not `owner/name` of letters, digits, and single `-`, `_` and `.` inside.

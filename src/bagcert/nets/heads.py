@@ -188,7 +188,7 @@ def check_readout(values: int | None, attention_heads: int | None, hidden: int |
             f"got {values}, {attention_heads} and {hidden}"
         )
     if ablated:
-        raise ValueError("attention pooling is for whole images; a network of ablated images has another head")
+        raise ValueError("attention pooling cannot be used with ablated images; choose another head")
 
 
 def scale_of(z: Iterable[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""A page to try a model on: the exported model in the browser, a patch to drag, the verdict beside it.
+"""A web page to try a model: the exported model in the browser, a patch to drag, and the verdict.
 
-The model runs in the browser by a vendored runtime; the server only hands out files, and only to this machine.
+The model runs in the browser with a vendored runtime. The server only serves files, and only to this machine.
 """

@@ -1,4 +1,4 @@
-"""A few pictures to start with, as PNG files of the size of the network's input."""
+"""Sample images for the page, as PNG files of the network's input size."""
 
 import io
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ DIGITS = tuple(str(digit) for digit in range(10))
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture.
+    """One sample image.
 
     Attributes:
-        name: in plain words, for its button.
-        png: the file.
+        name: label of its button.
+        png: content of the PNG file.
     """
 
     name: str
@@ -29,15 +29,15 @@ class Sample:
 
 
 def sample_pictures(model: BagCert, data: str | None = None) -> list[Sample]:
-    """The first picture of each of the first classes of a data set, at most eight; made-up ones without data.
+    """Returns the first image of each class of a data set, at most eight; generated images without data.
 
     Args:
-        model: gives the size.
-        data: as for `load_dataset`; by default the digits, which come with a dependency, for a model of the digits.
+        model: the model, which determines the image size.
+        data: as for `load_dataset`; by default the digits for a model trained on digits.
 
     Raises:
         UsageError: no such data.
-        UnreadableError: a picture that cannot be read.
+        UnreadableError: an image cannot be read.
     """
     if data is None and tuple(model.class_names) == DIGITS:
         data = "digits"
@@ -51,13 +51,13 @@ def sample_pictures(model: BagCert, data: str | None = None) -> list[Sample]:
 
 
 def first_of_each_class(images: ImageSet) -> list[int]:
-    """Indices of the first image of each class, in the order of the classes, at most eight; no choice by result."""
+    """Returns the index of the first image of each class, at most eight. The choice does not depend on results."""
     _, first = np.unique(images.labels, return_index=True)
     return [int(i) for i in first[:MOST]]
 
 
 def made_up(height: int, width: int) -> dict[str, UInt8[np.ndarray, "height width rgb"]]:
-    """Pictures that need no data: they show how a patch acts, not how good a model is."""
+    """Generates images without data. They show the effect of a patch, not the quality of a model."""
     row, col = np.mgrid[:height, :width] / max(height, width)
     side = np.minimum(height, width) / max(height, width)
     disc = (row - row.max() / 2) ** 2 + (col - col.max() / 2) ** 2 < (side / 3) ** 2

@@ -1,7 +1,6 @@
-"""A server for a handful of files held in memory, on the loopback address alone.
+"""HTTP server for a few in-memory files, on the loopback address only.
 
-A request names a key of a dictionary or gets 404: no path of a request ever reaches the file system, so there is
-nothing to traverse and no folder to list.
+A request path is looked up in a dictionary and never reaches the file system, so path traversal is impossible.
 """
 
 import errno
@@ -16,7 +15,7 @@ from bagcert.errors import BagcertError, UsageError
 LOOPBACK = "127.0.0.1"
 IDLE_SECONDS = 30
 
-# WebAssembly counts as evaluation of code; everything else comes from this server or from pictures the user chose.
+# WebAssembly needs wasm-unsafe-eval. Everything else comes from this server, or is an image that the user chose.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -29,9 +28,9 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Embedder-Policy": "require-corp",  # browsers give the runtime shared memory under these two only
+    "Cross-Origin-Embedder-Policy": "require-corp",  # with the line above: enables shared memory for the runtime
 }
-"""Sent with every answer, refusals included."""
+"""Headers of every response, including errors."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Resource:
     """One file of the page.
 
     Attributes:
-        content_type: as in the header of that name.
-        body: its bytes.
+        content_type: value of the Content-Type header.
+        body: content of the file.
     """
 
     content_type: str
@@ -48,18 +47,17 @@ class Resource:
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves resources to this machine; `serve_forever` runs it, `server_close` frees the port.
+    """Serves resources to this machine. `serve_forever` runs the server, `server_close` frees the port.
 
-    Requests under another host name are refused, so that a page elsewhere cannot reach in by a name of its own that
-    leads to the loopback address.
+    Requests with another host name are refused, which prevents DNS rebinding attacks by other web pages.
 
     Args:
-        resources: path, such as `/page.js`, to file; `/` is the start page.
-        port: 0 for any free one.
+        resources: path, such as `/page.js` -> file; `/` is the start page.
+        port: port number, or 0 for a free port.
 
     Raises:
-        UsageError: no such port, or it is taken or reserved.
-        BagcertError: the loopback address cannot be listened on.
+        UsageError: an invalid port, or a port that is in use or reserved.
+        BagcertError: the server cannot listen on the loopback address.
     """
 
     daemon_threads = True
@@ -77,24 +75,24 @@ class PageServer(ThreadingHTTPServer):
             raise BagcertError(f"cannot listen on {LOOPBACK}: {error.strerror or error}") from error
 
     def server_bind(self) -> None:
-        """Without the look-up of a host name that the standard library makes here."""
+        """Binds the socket without the host name lookup of the standard library."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = LOOPBACK, self.server_address[1]
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """Returns the URL of the page."""
         return f"http://{LOOPBACK}:{self.server_port}/"
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """What the header `Host` may say."""
+        """Returns the accepted values of the header `Host`."""
         names = (LOOPBACK, "localhost")
         return (*(f"{name}:{self.server_port}" for name in names), *(names if self.server_port == 80 else ()))
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """GET and HEAD of the resources."""
+    """Handles GET and HEAD requests for the resources."""
 
     server: PageServer
     protocol_version = "HTTP/1.1"
@@ -115,11 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse_method  # noqa: N815  # noqa: N815  # the library's names
 
     def _resource(self) -> Resource | None:
-        """Answers with the headers of what was asked for, or with a refusal and None."""
+        """Sends the headers of the requested resource and returns it, or sends an error and returns None."""
         if self.headers.get("Host", "").lower() not in self.server.hosts:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST)
             return None
-        # Taken as it came, undecoded: the paths of the page need no escapes.
+        # The path is not decoded: the paths of the page need no escapes.
         resource = self.server.resources.get(self.path.split("?", 1)[0])
         if resource is None:
             self._refuse(HTTPStatus.NOT_FOUND)
@@ -131,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         return resource
 
     def _refuse(self, status: HTTPStatus, headers: Mapping[str, str] | None = None) -> None:
-        """Only a status and its name; the connection ends, since a body may be on its way."""
+        """Sends an error status and closes the connection, since the request may have an unread body."""
         body = f"{status.value} {status.phrase}\n".encode()
         self.close_connection = True
         self.send_response(status)
@@ -150,4 +148,4 @@ class _Handler(BaseHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing: the command line is for the user."""
+        """Discards log messages, to keep the terminal clean."""

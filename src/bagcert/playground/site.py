@@ -1,4 +1,4 @@
-"""All files of the page for one model, in memory: what is shipped, the exported model, and what is known of it."""
+"""The files of the page for one model, in memory: static files, the exported model, and its description."""
 
 import json
 import tempfile
@@ -27,7 +27,7 @@ CONTENT_TYPES = {
     ".wasm": "application/wasm",
     ".onnx": "application/octet-stream",
 }
-"""By the ending of a name; browsers refuse scripts and WebAssembly of another type."""
+"""Content types by file extension. Browsers refuse scripts and WebAssembly of another type."""
 
 
 def build_site(
@@ -37,19 +37,19 @@ def build_site(
     data: str | None = None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Resource]:
-    """The resources of `PageServer` for a model.
+    """Creates the resources of `PageServer` for a model.
 
-    The model is exported, which compares it with the package's own rules first.
+    Exports the model, which also compares the exported file with the package's rules.
 
     Args:
-        model: on the CPU, float32.
-        patch, rule: what to deploy; the model's own when absent.
-        data: where the sample pictures come from, as for `load_dataset`; by default the digits for a model of the
-            digits, and made-up pictures for any other.
-        on_step: called with what is being done.
+        model: a float32 model on the CPU.
+        patch, rule: what to deploy; by default those of the model.
+        data: source of the sample images, as for `load_dataset`; by default the digits for a model trained on digits,
+            and generated images for any other.
+        on_step: called with the name of each step.
 
     Raises:
-        UsageError: a library is missing; a rule or network that cannot be exported; bad patch or data.
+        UsageError: a missing library, a rule or network that cannot be exported, or an invalid patch or data set.
         UnsoundError: a check of the export failed.
     """
     samples = sample_pictures(model, data)
@@ -73,14 +73,14 @@ def build_site(
 
 
 def page_facts(metadata: dict[str, str]) -> dict[str, Any]:
-    """What an exported file says of itself, as the page takes it."""
+    """Converts the metadata of an exported file to the description that the page reads."""
     structured = ("threat", "class_names", "image_size", "geometry", "readout")
     plain = ("model", "rule", "patch", "weights_sha256", "bagcert_version")
     return {name: metadata[name] for name in plain} | {name: json.loads(metadata[name]) for name in structured}
 
 
 def content_type(path: str) -> str:
-    """By the ending of the name.
+    """Returns the content type of a path by its extension.
 
     >>> content_type("/page.js")
     'text/javascript; charset=utf-8'
@@ -89,7 +89,7 @@ def content_type(path: str) -> str:
 
 
 def static_files() -> Iterator[tuple[str, bytes]]:
-    """The shipped files of the page: path and content.
+    """Reads the static files of the page, as path and content.
 
     Raises:
         BagcertError: the package was installed without them.

@@ -1,1 +1,1 @@
-"""Reports of evaluations: data objects first, then figures, then one HTML page; and one image explained."""
+"""Reports of evaluations as HTML pages and figures, and visual explanations of single images."""

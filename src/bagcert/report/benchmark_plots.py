@@ -1,4 +1,4 @@
-"""The plots of a benchmark: certified accuracy against clean accuracy, against speed, and against patch size."""
+"""Plots of a benchmark: certified accuracy against clean accuracy, speed, and patch size."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def draw(rows: "Sequence[BenchmarkRow]", out: Path) -> list[Path]:
-    """Writes `certified-clean.png`, `certified-speed.png` and `certified-patch.png` into `out`; needs matplotlib."""
+    """Writes `certified-clean.png`, `certified-speed.png` and `certified-patch.png` to `out`. Needs matplotlib."""
     names = list(dict.fromkeys(row.defense for row in rows))
     patches = list(dict.fromkeys(row.patch for row in rows))
     written = []
@@ -35,7 +35,7 @@ def draw(rows: "Sequence[BenchmarkRow]", out: Path) -> list[Path]:
 def _points(
     axes: Any, rows: "Sequence[BenchmarkRow]", names: Sequence[str], panel: "Callable[[Any, BenchmarkRow], float]"
 ) -> None:
-    """One point per defence, with its 95 % interval; hollow where the guarantee is detection only."""
+    """Draws one point per defense, with its 95 % interval; hollow if the defense only detects attacks."""
     for row in rows:
         low, high = row.interval95["certified_accuracy"]
         value = row.certified_accuracy

@@ -1,4 +1,4 @@
-"""Matplotlib, asked for only where a picture is drawn; it draws into memory, so no screen is needed."""
+"""Figures with matplotlib, which is imported on first use. Draws in memory, without a display."""
 
 import io
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def figure(width: float, height: float) -> "Figure":
-    """An empty figure, sizes in inches.
+    """Creates an empty figure; sizes in inches.
 
     Raises:
-        UsageError: matplotlib is not installed; names the extra that installs it.
+        UsageError: matplotlib is not installed. The message names the extra to install.
     """
     require("matplotlib", "report", "drawing")
     from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ def figure(width: float, height: float) -> "Figure":
 
 
 def drawn(picture: Any, kind: str) -> bytes:
-    """A figure as the bytes of a PNG or PDF, the same each time."""
+    """Renders a figure as PNG or PDF. The bytes are deterministic."""
     buffer = io.BytesIO()
     metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
     picture.savefig(buffer, format=kind, dpi=200, metadata=metadata)

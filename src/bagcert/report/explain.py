@@ -1,4 +1,4 @@
-"""One photo explained: its region map, where a patch comes closest to changing the answer, and by how much it fails."""
+"""Explanation of one photo: the votes of its regions, the worst-case patch placement, and the margin."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +22,12 @@ MOST_SIDE = 1024
 def write_explanation(
     picture: "Picture", class_names: Sequence[str], verdict: "Record", source: str, path: Path
 ) -> None:
-    """Draws a photo and its region map side by side, and writes them as PNG.
+    """Draws a photo and its region map side by side and writes them as PNG.
 
     Args:
-        picture: from `bagcert.evaluation.gallery.photo_picture`.
-        class_names: those of the model.
-        verdict: the one that the picture shows.
-        source: where the photo came from; its name is in the title.
-        path: of the PNG file.
+        model, fit, placements: as for the certification of the photo.
+        photo: the photo as stored; it is drawn upright.
+        verdict: result of one rule and patch for this photo.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -51,24 +49,24 @@ def _draw(drawing: Any, found: "Picture", names: Sequence[str], verdict: "Record
     mesh = right.pcolormesh(found.col_edges, found.row_edges, net, cmap="RdBu", vmin=-peak, vmax=peak)
     bar = drawing.colorbar(mesh, ax=right, shrink=0.8)
     answer, rival = (_plain(names[index]) for index in (found.prediction, found.runner_up))
-    bar.set_label(f"votes for {answer} less votes for {rival}")
+    bar.set_label(f"votes for {answer} minus votes for {rival}")
     for axes in (left, right):
         axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal", xlabel="px")
         for top, start, tall, wide in found.worst_placements:
-            for color, thickness in (("black", 4), (YELLOW, 2)):  # seen on dark and on light
+            for color, thickness in (("black", 4), (YELLOW, 2)):  # visible on dark and light backgrounds
                 axes.add_patch(Rectangle((start, top), wide, tall, fill=False, edgecolor=color, linewidth=thickness))
-    left.set_title("outlined: where a patch comes closest", fontsize="medium")
-    right.set_title("what each region votes for", fontsize="medium")
+    left.set_title("outlined: worst-case patch placement", fontsize="medium")
+    right.set_title("votes of the regions", fontsize="medium")
     drawing.suptitle(f"{_plain(Path(source).name)}: {answer}, {sentence(verdict)}")
 
 
 def sentence(verdict: "Record") -> str:
-    """What a verdict says, with the margin, in words."""
+    """Describes a verdict and its margin in words."""
     against = f"a patch of {in_unit(verdict.threat, 'of the photo')} ({verdict.rule})"
     if verdict.certified:
-        return f"certified against {against}\nthe answer holds by {verdict.margin:,} units of score in the worst case"
-    return f"not certified against {against}\n{-verdict.margin:,} units of score are missing in the worst case"
+        return f"certified against {against}\nworst-case lead of the prediction: {verdict.margin:,} score units"
+    return f"not certified against {against}\n{-verdict.margin:,} score units short of a certificate in the worst case"
 
 
 def _plain(text: str) -> str:
-    return shown(text, 60).replace("$", r"\$")  # which would begin a formula
+    return shown(text, 60).replace("$", r"\$")  # $ would start a formula

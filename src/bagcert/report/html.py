@@ -1,4 +1,4 @@
-"""The report as one HTML file that refers to nothing outside itself. All text from files is escaped."""
+"""The report as one self-contained HTML file. All text from files is escaped."""
 
 from collections.abc import Sequence
 from html import escape
@@ -32,16 +32,16 @@ MOST_CLASSES_LISTED = 100
 
 
 def write_report(inputs: Inputs, path: Path, title: str | None = None) -> None:
-    """Writes the page whole or not at all.
+    """Writes the page atomically.
 
     Raises:
-        BagcertError: it cannot be written.
+        BagcertError: the page cannot be written.
     """
     write_atomically(path, render(inputs, title).encode())
 
 
 def render(inputs: Inputs, title: str | None = None) -> str:
-    """The page as text. The same inputs give the same page."""
+    """Renders the page as text. The same inputs give the same page."""
     template = Template((resources.files("bagcert.report") / "template.html").read_text(encoding="utf-8"))
     sections = [_curves(inputs.runs)] if inputs.runs else []
     sections += [_run(run) for run in inputs.runs]
@@ -52,30 +52,30 @@ def render(inputs: Inputs, title: str | None = None) -> str:
 
 
 def _headline(runs: Sequence[Run]) -> str:
-    """The figures of every run in sentences."""
+    """Summarizes the results of every run in sentences."""
     sentences = []
     for run in runs:
         info = run.info
         best = info.results[run.headline]
         low, high = (100 * bound for bound in best.interval95["certified_accuracy"])
-        promise = "never changes the answer" if best.rule != "detection" else "never changes it without an alert"
+        promise = "cannot change the prediction" if best.rule != "detection" else "cannot change it without an alert"
         sentences.append(
             f'<p class="headline"><b>{best.certified_accuracy:.1%}</b> of {info.images:,} images of '
-            f"{escape(info.data)} are answered rightly by {escape(info.model)} with a proof that "
+            f"{escape(info.data)} are classified correctly by {escape(info.model)} with a certificate: "
             f"{escape(attacker(best.threat, info.pixels))}, {promise}, whatever it shows "
             f"(rule {escape(best.rule)}, 95 % interval {low:.1f} to {high:.1f} %). "
-            f"{best.clean_accuracy:.1%} are answered rightly without an attack.</p>{_notes(info)}"
+            f"{best.clean_accuracy:.1%} are classified correctly without an attack.</p>{_notes(info)}"
         )
     return "\n".join(sentences)
 
 
 def _notes(info: RunInfo) -> str:
-    """What belongs to the figures of a run, such as that its images are a sample."""
+    """Renders the notes of a run, such as that its images are a sample."""
     return "".join(f'<p class="note">Note: {escape(note)}.</p>' for note in info.notes or ())
 
 
 def attacker(threat: str, pixels: str = "") -> str:
-    """A threat as records name it, in words; `pixels` as in `RunInfo`.
+    """Describes a threat from a record in words; `pixels` as in `RunInfo`.
 
     >>> attacker("5"), attacker("2*3 within the allowed placements")
     ('one patch of 5 px, anywhere', '2 patches of 3 px, within the allowed placements')
@@ -112,7 +112,7 @@ def _run(run: Run) -> str:
     info = run.info
     parts = [f"<h2>{escape(info.model)} on {escape(info.data)}</h2>", _asked(info), _table(info)]
     if run.records is None:
-        missing = "Per-class figures, margins and pictures need the records that bagcert evaluate --out writes beside."
+        missing = "Per-class results, margins and pictures need the records file of bagcert evaluate --out."
         return "<section>" + "".join(parts) + f'<p class="note">{missing}</p></section>'
     shown = info.results[run.headline]
     what = f"{escape(shown.rule)}, {escape(attacker(shown.threat, info.pixels))}"
@@ -120,8 +120,7 @@ def _run(run: Run) -> str:
     histogram = svg.histogram(edges, groups, KIND_STYLES, "margin")
     parts += [
         f"<h3>Margins <small>{what}</small></h3>{histogram}{svg.legend(KINDS, KIND_STYLES)}"
-        '<p class="note">How many units of score the answer holds by in the worst case; below 0, how many are missing. '
-        "Certified from 0 on.</p>",
+        '<p class="note">Worst-case lead of the prediction in score units. Certified if at least 0.</p>',
         f"<h3>Accuracy per class <small>{what}</small></h3>{_per_class(run)}",
         f"<h3>Confusion <small>{what}, no attack</small></h3>{_confusion(run)}",
     ]
@@ -132,21 +131,21 @@ def _run(run: Run) -> str:
             f"{svg.histogram(edges, groups, KIND_STYLES[::2], 'side of a square, px')}"
             f"{svg.legend(list(groups), KIND_STYLES[::2])}"
             f'<p class="note">Of {len(sides):,} images: {escape(spread(run.records, info.pixels))}. It is the largest '
-            "square for which a double-masking defence built for it certifies the same answer.</p>"
+            "square patch for which a double-masking defense built for it certifies the same prediction.</p>"
         )
     if pictures := gallery(run):
         parts.append(
             f"<h3>Pictures <small>{what}</small></h3>"
-            '<p class="note">Left the image; its largest certified square patch in the lower left corner, '
-            "to scale; outlined, where a patch comes closest to changing the answer (two windows for double masking). "
-            "Right, what each region votes for: <span class='for'>the answer</span> or "
-            f"<span class='against'>its runner-up</span>.</p>{pictures}"
+            '<p class="note">Left: the image, with its largest certified square patch in the lower left corner, '
+            "to scale, and the worst-case patch placement outlined (two windows for double masking). "
+            "Right: the votes of the regions for <span class='for'>the prediction</span> or "
+            f"<span class='against'>the runner-up</span>.</p>{pictures}"
         )
     return f"<section>{''.join(parts)}</section>"
 
 
 def _asked(info: RunInfo) -> str:
-    """What was asked and on what."""
+    """Renders the settings of a run."""
     limit = "" if info.limit is None else f", --limit {info.limit}" if info.notes else f", the first {info.limit:,}"
     unreadable = f", {info.unreadable:,} unreadable left out" if info.unreadable else ""
     seconds = info.seconds
@@ -205,7 +204,7 @@ def _per_class(run: Run) -> str:
 
 
 def _confusion(run: Run) -> str:
-    """A matrix, or the most frequent confusions where there are too many classes for one."""
+    """Renders a confusion matrix, or a list of the most frequent confusions if there are many classes."""
     classes, counts = confusion(run, run.headline)
     if len(classes) > MOST_CLASSES_IN_MATRIX:
         wrong = [(int(counts[i, j]), i, j) for i, j in zip(*np.nonzero(counts), strict=True) if i != j]

@@ -1,4 +1,4 @@
-"""The gallery of a report: each image beside the votes of its regions, with patches drawn to scale."""
+"""The gallery of a report: images next to the votes of their regions, with patches drawn to scale."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from bagcert.report.summary import KINDS, Run, kind_of
 
 
 def gallery(run: Run) -> str:
-    """The pictures of a run as HTML, by kind; empty where the run has none."""
+    """Renders the pictures of a run as HTML, grouped by kind; empty if there are none."""
     if run.gallery is None or not run.gallery.pictures:
         return ""
     records = {record.index: record for record in run.records or ()}
@@ -43,13 +43,13 @@ def _card(run: Run, picture: Picture, record: ImageRecord) -> str:
     return (
         f'<figure class="card"><div class="pair">{_image(picture)}{_votes(picture, answer, rival)}</div><figcaption>'
         f"<b>{escape(answer)}</b>{truth}, not {escape(rival)} <small>{name}</small><br>{missing}; "
-        f"{largest}; a defence built for its largest patch: up to {picture.largest_certifiable_px} {unit}"
+        f"{largest}; a defense built for its largest patch: up to {picture.largest_certifiable_px} {unit}"
         f'<ul class="verdicts">{verdicts}</ul></figcaption></figure>'
     )
 
 
 def _image(picture: Picture) -> str:
-    """The image, the worst placement outlined, the largest certified square in its lower left corner, to scale."""
+    """Renders the image with the worst placement outlined and the largest certified square at the lower left."""
     height, width = picture.size_px
     side = picture.largest_certified_px
     square = f'<rect class="largest" x="0" y="{height - side}" width="{side}" height="{side}"/>' if side else ""
@@ -61,7 +61,7 @@ def _image(picture: Picture) -> str:
 
 
 def _votes(picture: Picture, answer: str, rival: str) -> str:
-    """Votes for the prediction less those for the runner-up, where each region lies in the image."""
+    """Renders the votes for the prediction minus those for the runner-up, at the positions of the regions."""
     height, width = picture.size_px
     net = picture.votes[0].astype(int) - picture.votes[1]
     peak = max(1, int(np.abs(net).max()))
@@ -72,7 +72,7 @@ def _votes(picture: Picture, answer: str, rival: str) -> str:
         for col, (left, right) in enumerate(zip(picture.col_edges, picture.col_edges[1:], strict=False))
         if net[row, col]
     )
-    label = escape(f"votes for {answer} less votes for {rival}")
+    label = escape(f"votes for {answer} minus votes for {rival}")
     return (
         f'<svg class="picture votes" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{cells}'
         f"{_boxes(picture)}</svg>"
@@ -83,7 +83,7 @@ def _boxes(picture: Picture) -> str:
     return "".join(
         f'<rect class="{style}" x="{left}" y="{top}" width="{width}" height="{height}"/>'
         for top, left, height, width in picture.worst_placements
-        for style in ("halo", "worst")  # seen on dark and on light
+        for style in ("halo", "worst")  # visible on dark and light backgrounds
     )
 
 

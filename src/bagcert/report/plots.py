@@ -12,9 +12,9 @@ COLORS = ("#25804a", "#d99a1c", "#c23b4a")
 
 
 def write_plots(inputs: Inputs, folder: Path) -> list[Path]:
-    """Writes `certified-patch`, `margins-N` and `training-N`, each as .png and .pdf; gives their paths.
+    """Writes `certified-patch`, `margins-N` and `training-N`, each as .png and .pdf; returns their paths.
 
-    N counts runs from 1. Margins are of a run's first rule and patch.
+    N is the number of the run, from 1.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -37,7 +37,7 @@ def write_plots(inputs: Inputs, folder: Path) -> list[Path]:
 
 
 def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # which would begin a formula
+    return text.replace("$", r"\$")  # $ would start a formula
 
 
 def _against_patch(runs: list[Run]) -> Any:

@@ -1,4 +1,4 @@
-"""What a report is made of: evaluations and training runs as read from their files, and the figures drawn of them."""
+"""The data of a report: evaluations and training runs read from files, and statistics computed from them."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ _RUN = TypeAdapter(RunInfo)
 
 
 def patch_title(patches: Iterable[str]) -> str:
-    """Over patches as written: with their unit where all share it.
+    """Returns the axis title for patches, with the unit if all share it.
 
     >>> patch_title(["5", "2x8"]), patch_title(["5", "1%"])
     ('patch, px', 'patch')
@@ -34,13 +34,13 @@ def patch_title(patches: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation: its results, and its records and gallery where they lie beside them.
+    """One evaluation: its results, and its records and gallery if they exist.
 
     Attributes:
-        path: of the results.
-        info: what they say.
-        records: one per image, or None.
-        gallery: or None.
+        path: path of the results file.
+        info: content of the results file.
+        records: one record per image, or None.
+        gallery: pictures of some images, or None.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def headline(self) -> int:
-        """The row to show where only one is, as `headline_column`: the model's own, or the first that certifies."""
+        """Returns the index of the representative row, see `headline_column`."""
         rows = self.info.results
         asked = [[row.rule, row.threat] for row in rows]
         if self.info.deployed in asked:
@@ -58,14 +58,14 @@ class Run:
         return next((column for column, row in enumerate(rows) if row.certified_share > 0), 0)
 
     def class_name(self, index: int) -> str:
-        """By the gallery, which names the classes; the number where there is none."""
+        """Returns the name of a class from the gallery; without a gallery, its number."""
         names = self.gallery.class_names if self.gallery else ()
         return names[index] if index < len(names) else str(index)
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training run: its name, the recipe, and a dictionary of numbers for each validation."""
+    """A training run: its name, recipe, and a dictionary of metrics for each validation."""
 
     path: Path
     name: str
@@ -73,7 +73,7 @@ class Training:
     points: list[dict[str, float]]
 
     def curve(self, key: str, share: bool = False) -> list[tuple[float, float]]:
-        """(epoch, value) wherever both were written; with `share` in percent."""
+        """Returns (epoch, value) of a metric for all epochs that have it; in percent with `share`."""
         return [
             (point["epoch"], point[key] * (100 if share else 1))
             for point in self.points
@@ -83,14 +83,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All a report is made of, in the order given."""
+    """The inputs of a report, in the given order."""
 
     runs: list[Run]
     trainings: list[Training]
 
 
 def read_inputs(paths: Sequence[Path]) -> Inputs:
-    """Results files, and run or model folders with their metrics and `results.json`.
+    """Reads results files, and the metrics and `results.json` of run or model folders.
 
     Raises:
         UsageError: no path, or a folder that holds neither metrics nor results.
@@ -114,10 +114,10 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
 
 
 def read_run(path: Path) -> Run:
-    """The results of an evaluation, and its records and gallery if they lie beside them.
+    """Reads the results of an evaluation, and its records and gallery if they exist.
 
     Raises:
-        UnreadableError: one of the files is damaged, or they do not belong together.
+        UnreadableError: a file is damaged, or the files do not belong together.
     """
     info = _info(path)
     beside = path.with_suffix(".records.jsonl")
@@ -137,7 +137,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_training(folder: Path) -> Training:
-    """The metrics of a run folder, with name and recipe of its config if training has come to its end.
+    """Reads the metrics of a run folder, and name and recipe from its config if training is finished.
 
     Raises:
         UnreadableError: a file is damaged.
@@ -160,7 +160,7 @@ def read_training(folder: Path) -> Training:
 
 
 def per_class(run: Run, column: int) -> list[dict[str, Any]]:
-    """By class index: how many images it has, and how many are right, and right and certified, in one row."""
+    """Counts for each class the images, the correct ones, and the correct and certified ones, in one row."""
     found: dict[int, list[int]] = {}
     for record in run.records or ():
         verdict, counts = record.results[column], found.setdefault(record.label, [0, 0, 0])
@@ -173,7 +173,7 @@ def per_class(run: Run, column: int) -> list[dict[str, Any]]:
 
 
 def confusion(run: Run, column: int) -> tuple[list[int], np.ndarray]:
-    """The classes that occur, and the counts [label, prediction] among them."""
+    """Computes the confusion matrix: the classes that occur, and the counts [label, prediction]."""
     pairs = [(record.label, record.results[column].prediction) for record in run.records or ()]
     classes = sorted({each for pair in pairs for each in pair})
     place = {label: i for i, label in enumerate(classes)}
@@ -184,7 +184,7 @@ def confusion(run: Run, column: int) -> tuple[list[int], np.ndarray]:
 
 
 def kind_of(record: ImageRecord, column: int) -> str:
-    """Which of `KINDS` an image is in one row."""
+    """Returns the kind of an image in one row, one of `KINDS`."""
     verdict = record.results[column]
     if verdict.prediction != record.label:
         return KINDS[2]
@@ -192,7 +192,7 @@ def kind_of(record: ImageRecord, column: int) -> str:
 
 
 def margins(run: Run, column: int, bins: int = 30) -> tuple[list[float], dict[str, list[int]]]:
-    """Edges of bins and, for each of `KINDS`, how many images have a margin in each; one edge is 0."""
+    """Computes a histogram of the margins for each of `KINDS`: bin edges (one of which is 0) and counts."""
     values: dict[str, list[int]] = {kind: [] for kind in KINDS}
     for record in run.records or ():
         values[kind_of(record, column)].append(record.results[column].margin)
@@ -206,7 +206,7 @@ def margins(run: Run, column: int, bins: int = 30) -> tuple[list[float], dict[st
 
 
 def largest_patches(run: Run, bins: int = 30) -> tuple[list[float], dict[str, list[int]]]:
-    """Edges of bins of `largest_px`, and how many images answered rightly and wrongly lie in each."""
+    """Computes a histogram of `largest_px`: bin edges, and counts of correctly and wrongly classified images."""
     values: dict[str, list[int]] = {"right": [], "wrong": []}
     for record in run.records or ():
         if record.largest_px is not None:
@@ -218,10 +218,10 @@ def largest_patches(run: Run, bins: int = 30) -> tuple[list[float], dict[str, li
 
 
 def patch_curves(runs: Sequence[Run]) -> tuple[list[str], dict[str, dict[str, tuple[float, float, float]]]]:
-    """The patches, and for each model and rule: patch -> certified accuracy and its interval, in percent.
+    """Returns the patches, and for each model and rule: patch -> certified accuracy and its interval, in percent.
 
-    Patches are in order of area where they are of one size in pixels, the others after them. A later run of the same
-    model, rule and patch on the same data takes the place of an earlier one.
+    Patches with a fixed size in pixels come first, sorted by area. A later run with the same model, rule, patch and
+    data replaces an earlier one.
     """
     area: dict[str, tuple[int, int]] = {}
     curves: dict[str, dict[str, tuple[float, float, float]]] = {}

@@ -1,6 +1,6 @@
-"""Charts as inline SVG: text and axes in the color of the page's text, series in colors that the page's style names.
+"""Charts as inline SVG, with colors from the style of the page.
 
-Every function gives well-formed SVG whose text is escaped; none refers to anything outside.
+All functions return well-formed, self-contained SVG with escaped text.
 """
 
 import math
@@ -11,11 +11,11 @@ import numpy as np
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 72, 12, 12, 42
-"""Left of the frame there is room for numbers of six characters and, beside them, the name of the axis."""
+"""Left margin: room for numbers of six characters and the axis label."""
 CHARACTER = 7.5
-"""Width of a character of the page's text, at most, in the units of the picture."""
+"""Maximum width of a character of the page's text, in units of the picture."""
 SERIES = 8
-"""How many series the page's style has colors for."""
+"""Number of series colors in the page's style."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -28,7 +28,7 @@ def lines(
     x_names: Sequence[str] | None = None,
     intervals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> str:
-    """Lines with points; with `x_names` the x of each point is a position in that list.
+    """Draws lines with points; with `x_names`, the x of each point is an index into that list.
 
     Args:
         series: name -> (x, y) points.
@@ -67,7 +67,7 @@ def lines(
 
 
 def histogram(edges: Sequence[float], groups: Mapping[str, Sequence[int]], classes: Sequence[str], x_label: str) -> str:
-    """Stacked bars of counts between edges; `classes` are the style classes of the groups."""
+    """Draws a stacked histogram; `classes` are the style classes of the groups."""
     totals = np.sum([list(counts) for counts in groups.values()], 0)
     top = _round_up(float(totals.max()))
     low, high = edges[0], edges[-1]
@@ -92,7 +92,7 @@ def histogram(edges: Sequence[float], groups: Mapping[str, Sequence[int]], class
 
 
 def legend(names: Sequence[str], classes: Sequence[str] | None = None) -> str:
-    """Names with their colors, as HTML, so that it wraps on a phone."""
+    """Renders a legend as HTML, which wraps on narrow screens."""
     styles = classes or [f"s{number % SERIES}" for number in range(len(names))]
     items = "".join(
         f'<li><i class="{style}"></i>{escape(name)}</li>' for name, style in zip(names, styles, strict=True)
@@ -116,7 +116,7 @@ def _frame(top: float, x_ticks: Sequence[tuple[float, str]], x_label: str, y_lab
     free = -math.inf
     for x, name in x_ticks:
         half = CHARACTER * len(name) / 2
-        if x - half < free:  # it would lie over the one before; points say their names when they are pointed at
+        if x - half < free:  # it would overlap the previous label; points also show their names on hover
             continue
         free = x + half + CHARACTER
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{escape(name)}</text>')
@@ -134,7 +134,7 @@ def _y(value: float, top: float) -> float:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 5, 10, ... at or above, in steps of a tenth of its power of ten."""
+    """Rounds up to a round number, in steps of a tenth of its power of ten."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -142,7 +142,7 @@ def _round_up(value: float) -> float:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Some five round numbers within [low, high]."""
+    """Returns about five round numbers within [low, high]."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)

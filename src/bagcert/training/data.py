@@ -144,7 +144,7 @@ def load_training_data(
 
 
 def _validation_folder(spec: str) -> ImageSet | None:
-    """Returns the name of the validation split of class folders, if there is one."""
+    """Loads the validation split of class folders; None if there is none."""
     if spec in DATASETS or is_address(spec):
         return None
     root = Path(spec).expanduser()

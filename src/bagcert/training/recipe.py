@@ -34,24 +34,30 @@ class _Section(BaseModel):
 class DataSection(_Section):
     """Dataset and validation split."""
 
-    name: str = Field(default="digits", description="a data set's name, path or URL; `--data` replaces it")
+    name: str = Field(default="digits", description="name, path or URL of the data set; `--data` overrides it")
     validation: float = Field(
-        default=0.1, gt=0, lt=1, description="share of the training set held out, unless the data has a folder `val`"
+        default=0.1, gt=0, lt=1, description="share of the training set to hold out, unless the data has a folder `val`"
     )
     split_seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the choice of held-out images")
     groups: str | None = Field(
         default=None,
-        description="images never split between training and validation: `prefix` (files of a class folder whose names "
-        "agree up to the last `_`, `-`, `.` or space), or a file with a line `class/file,group` for each image",
+        description="groups of images to keep on one side of the validation split: `prefix` (files of a class folder "
+        "whose names agree up to the last `_`, `-`, `.` or space), or a file with a line `class/file,group` for each "
+        "image",
     )
     class_names: str | None = Field(
         default=None, description="a file with a line `folder: name` for each class folder to be shown under that name"
     )
-    class_weights: bool = Field(default=False, description="weigh classes by inverse frequency")
-    streaming: bool = Field(default=False, description="decode images when their batch comes, not all at the start")
-    workers: int = Field(default=2, ge=0, le=1024, description="processes that decode a stream, for each that trains")
+    class_weights: bool = Field(default=False, description="weight classes by inverse frequency")
+    streaming: bool = Field(default=False, description="decode images on demand instead of all at the start")
+    workers: int = Field(
+        default=2, ge=0, le=1024, description="decoding processes per training process, when streaming"
+    )
     shuffle: int = Field(
-        default=10_000, ge=1, le=2**31, description="images among which a stream is shuffled, beside its blocks"
+        default=10_000,
+        ge=1,
+        le=2**31,
+        description="images to shuffle together, when streaming; blocks are shuffled as well",
     )
 
 
@@ -63,7 +69,7 @@ class ModelSection(_Section):
     depth: int | None = Field(
         default=None, ge=1, le=4096, description="residual blocks; the architecture's own when absent"
     )
-    padded: bool = Field(default=True, description="zero padding; without it, regions lie wholly inside the image")
+    padded: bool = Field(default=True, description="zero padding; without it, regions lie entirely inside the image")
     image_size: Annotated[tuple[Pixels, Pixels], BeforeValidator(_square)] | None = Field(
         default=None, description="`[height, width]` in px that images are squashed to; their own when absent"
     )
@@ -106,7 +112,7 @@ class LossSection(_Section):
         "clipped",
         "masked-features",
         "interval-bounds",
-    ] = Field(default="double-masking", description="the loss; `double-masking` goes with the rule of that name")
+    ] = Field(default="double-masking", description="the loss; use `double-masking` with the rule of that name")
     margin: float = Field(default=0.4, gt=0, le=1, description="margin of the two margin losses")
     temperature: float = Field(
         default=12.0, gt=0, description="factor on mean scores, for smooth-margin, clipped, and binary double-masking"
@@ -128,20 +134,26 @@ class OptimizerSection(_Section):
     name: Literal["adamw", "muon", "sgd"] = Field(
         default="adamw", description="`muon` uses Muon for convolution kernels and AdamW for the rest"
     )
-    learning_rate: float = Field(default=2e-3, gt=0, description="the top rate of the schedule")
+    learning_rate: float = Field(default=2e-3, gt=0, description="maximum learning rate of the schedule")
     others_share: float = Field(
         default=0.5, gt=0, description="for muon: learning rate of all that is no inner kernel, as a share"
     )
-    weight_decay: float = Field(default=0.01, ge=0, description="of kernels; batch norm and biases have none")
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="weight decay of kernels; batch norm and biases have none"
+    )
     momentum: float = Field(default=0.9, ge=0, lt=1, description="for sgd")
-    warmup: float = Field(default=0.2, ge=0, lt=1, description="linear warm-up, as a share of all steps")
+    warmup: float = Field(default=0.2, ge=0, lt=1, description="length of the linear warm-up, as a share of all steps")
     schedule: Literal["cosine", "hold"] = Field(
         default="cosine",
         description="after warm-up: cosine to zero; or the top rate, then linear to zero in the last `decay` share",
     )
     decay: float = Field(default=0.25, gt=0, le=1, description="share of all steps, for the schedule hold")
-    warmup_steps: int | None = Field(default=None, ge=1, description="instead of warmup; needed to extend a run")
-    gradient_clip: float | None = Field(default=None, gt=0, description="largest norm of the gradient; absent: any")
+    warmup_steps: int | None = Field(
+        default=None, ge=1, description="warm-up in steps, instead of warmup; needed to extend a run"
+    )
+    gradient_clip: float | None = Field(
+        default=None, gt=0, description="gradient clipping: maximum norm; absent: no clipping"
+    )
 
 
 class AugmentSection(_Section):
@@ -154,7 +166,7 @@ class AugmentSection(_Section):
         default=None, description="side in px that training images are squashed to before the random resized crop"
     )
     crop: int = Field(default=2, ge=0, le=16384, description="px of padding before the random crop")
-    crop_mode: Literal["reflect", "zero"] = Field(default="reflect", description="what the padding holds")
+    crop_mode: Literal["reflect", "zero"] = Field(default="reflect", description="content of the padding")
     flip: bool = Field(default=True, description="mirror half of the images, left to right")
     color: float = Field(
         default=0.0,
@@ -179,20 +191,26 @@ class TrainSection(_Section):
     """Training loop."""
 
     epochs: int = Field(default=30, ge=1, le=1_000_000, description="passes over the training images")
-    batch_size: int = Field(default=128, ge=2, le=1_000_000, description="of a step, over all processes and parts")
-    accumulate: int = Field(
-        default=1, ge=1, le=1_000_000, description="parts of a batch, worked through in turn to save memory"
+    batch_size: int = Field(
+        default=128, ge=2, le=1_000_000, description="images per step, over all processes and parts"
     )
-    ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the weight average that ships; 0 for none")
+    accumulate: int = Field(default=1, ge=1, le=1_000_000, description="gradient accumulation steps, to save memory")
+    ema: float = Field(
+        default=0.999, ge=0, lt=1, description="decay of the EMA weights that the model uses; 0 for no EMA"
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16",
-        description="of the network's arithmetic; bf16 is faster on GPUs and on CPUs with AMX",
+        description="precision of the network's arithmetic; bf16 is faster on GPUs and on CPUs with AMX",
     )
-    compile: bool = Field(default=False, description="torch.compile: a slow start, then faster steps")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of weights, order and augmentation")
-    validate_every: int = Field(default=1, ge=1, description="epochs between validations; each writes the model")
-    validate_images: int = Field(default=1000, ge=1, description="held-out images of a validation, at most")
-    checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints, beside those of epochs")
+    compile: bool = Field(default=False, description="use torch.compile: slower start, faster steps")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="random seed of weights, order and augmentation")
+    validate_every: int = Field(
+        default=1, ge=1, description="epochs between validations; each validation writes the model"
+    )
+    validate_images: int = Field(default=1000, ge=1, description="maximum number of held-out images per validation")
+    checkpoint_every: int = Field(
+        default=200, ge=1, description="steps between checkpoints, in addition to one per epoch"
+    )
 
 
 class Recipe(_Section):

@@ -122,5 +122,5 @@ def test_mask_objectives_are_those_of_plain_loops(kind):
 def test_other_defences_have_no_gradients():
     victim = victim_of()
     victim.defense = object()
-    with pytest.raises(UsageError, match="BagCert and Undefended defences, got object; use the random attack"):
+    with pytest.raises(UsageError, match="support BagCert and Undefended, got object; use the random attack"):
         surrogate_of(victim)

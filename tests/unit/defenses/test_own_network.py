@@ -198,7 +198,7 @@ class TestMove:
             loaded.to("cuda")
 
     def test_no_such_device(self, own):
-        with pytest.raises(UsageError, match="a device is"):
+        with pytest.raises(UsageError, match="a device must be"):
             own.to("tpu9")
 
 

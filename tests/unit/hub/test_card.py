@@ -72,10 +72,10 @@ def test_a_detection_rule_promises_less() -> None:
 def test_a_model_without_results_says_so(tmp_path: Path) -> None:
     assert read_results(tmp_path, SHA256) is None
     card = model_card(CONFIG, SHA256, None, "someone/digits")
-    assert "**Nothing was measured of this model" in card
+    assert "**This model has not been evaluated" in card
     assert "%" not in card.replace("95 %", "")
     empty = read_results(_results(tmp_path, results=[]), SHA256)
-    assert "**Nothing was measured of this model" in model_card(CONFIG, SHA256, empty, "someone/digits")
+    assert "**This model has not been evaluated" in model_card(CONFIG, SHA256, empty, "someone/digits")
 
 
 def test_a_limit_and_unreadable_images_are_told(tmp_path: Path) -> None:

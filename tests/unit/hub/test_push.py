@@ -75,7 +75,7 @@ def test_what_is_optional_may_be_absent(folder: Path) -> None:
         (folder / name).unlink()
     files = hub.prepare(folder, "someone/digits")
     assert files.keys() == {"README.md", "config.json", "model.safetensors"}
-    assert b"**Nothing was measured of this model" in files["README.md"]
+    assert b"**This model has not been evaluated" in files["README.md"]
 
 
 def test_push_uploads_what_a_dry_run_writes(folder: Path, tmp_path: Path, api: Hub) -> None:

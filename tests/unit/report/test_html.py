@@ -118,7 +118,7 @@ def test_an_explanation_is_a_picture_with_the_margin_in_words(tmp_path: Path) ->
     picture = photo_picture(model, photo, verdict, most=MOST_SIDE)
     write_explanation(picture, model.class_names, verdict, photo.source, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    assert f"{abs(verdict.margin):,} units" in sentence(verdict)
+    assert f"{abs(verdict.margin):,} score units" in sentence(verdict)
 
 
 def certificate_map(model: object, photo: Photo) -> object:

@@ -153,7 +153,7 @@ def test_an_override_cannot_look_into_what_is_no_section(tmp_path: Path) -> None
         load_recipe(str(tmp_path / "r.toml"), ["train.epochs=3"])
 
 
-@pytest.mark.parametrize(("name", "near"), [("digit", "did you mean digits"), ("zzz", "there are")])
+@pytest.mark.parametrize(("name", "near"), [("digit", "did you mean digits"), ("zzz", "choose from")])
 def test_an_unknown_recipe_names_the_nearest(name: str, near: str) -> None:
     with pytest.raises(UsageError) as error:
         load_recipe(name)

@@ -1,6 +1,6 @@
-"""Backends: alternative runtimes for the forward pass, from images to real-valued scores.
+"""Backends: runtimes for the forward pass. They compute real-valued scores; heads and rules always run in this package.
 
-Heads and rules do not depend on the backend. To add a backend, add a module and a line in `RUNNERS`.
+To add a backend, add a module and an entry in `RUNNERS`.
 """
 
 from pathlib import Path
@@ -23,15 +23,15 @@ BACKENDS = ("torch", *RUNNERS)
 
 
 def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder: Path | None = None) -> Runner | None:
-    """Create the runner of a region scorer for a backend; None for torch, which needs no runner.
+    """Returns the runner that computes the scores of a region scorer on a backend; None for torch.
 
-    The weights are copied, so later changes of the scorer do not affect the runner.
+    The weights are copied: later changes of the scorer do not affect the runner.
 
     Args:
         name: one of `BACKENDS`.
-        scorer: a region scorer on the CPU.
-        dtype: must be None (float32) except for torch.
-        folder: folder in which graphs are cached between processes; None disables the cache.
+        scorer: a region scorer, on the CPU.
+        dtype: None is float32.
+        folder: cache folder for graphs; None for no cache.
 
     Raises:
         UsageError: unknown backend, missing libraries, or an unsupported dtype or device.
@@ -48,16 +48,16 @@ def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder:
 
 
 def installed_backends() -> list[str]:
-    """List the backends whose libraries are installed, torch first."""
+    """Returns the backends whose libraries are installed, torch first."""
     runners = [name for name, runner in RUNNERS.items() if installed(runner.libraries)]
     return ["torch", *runners]
 
 
 def fastest_backend(device: str = "auto", dtype: str = "float32") -> str:
-    """Fastest installed backend: onnxruntime for float32 on the CPU if installed, otherwise torch.
+    """Returns the backend for `auto`: onnxruntime if it is installed, else torch.
 
-    The device "auto" counts as CPU only if there is no accelerator. benchmarks/backends.py measures the speed and
-    compares the certificates.
+    onnxruntime is only chosen for float32 on a machine without an accelerator. benchmarks/backends.py measures the
+    speed, and checks that certificates do not change.
     """
     if dtype != "float32" or device not in ("auto", "cpu"):
         return "torch"

@@ -1,4 +1,4 @@
-"""Base class of backends, with one session per image size and number of threads."""
+"""Base class of backends: caches sessions by image size and number of threads."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,17 +20,17 @@ Session = Callable[[np.ndarray], np.ndarray]
 class Runner(ABC):
     """Forward pass of one network on one backend, in float32.
 
-    It uses the current number of threads of torch, so that measurements with other numbers of threads apply to it as
-    well. Sessions are started on first use.
+    It uses as many threads as torch at the time of the call, so that measurements with different thread counts also
+    cover the backend. Sessions are started on first use.
 
     Args:
-        net: module from images in [0, 1] to `z`, from `inference_copy`.
-        folder: folder in which graphs are cached between processes; None disables the cache.
+        net: maps images in [0, 1] to `z`, from `inference_copy`.
+        folder: cache folder for graphs; None for no cache.
 
     Attributes:
         name: name of the backend.
-        libraries: required packages.
-        extra: the extra that installs them, as in `pip install "bagcert[...]"`.
+        libraries: the packages it needs.
+        extra: extra that installs them, as in `pip install "bagcert[...]"`.
 
     Raises:
         UsageError: a library is missing.
@@ -48,10 +48,10 @@ class Runner(ABC):
 
     @abstractmethod
     def start(self, image: tuple[int, int, int], threads: int) -> Session:
-        """Start a session for images [channels, height, width] with any batch size."""
+        """Starts a session for images of [channels, height, width], with any batch size."""
 
     def __call__(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
-        """Compute `z` as float32 for a batch on the CPU."""
+        """Computes `z` in float32 for a batch on the CPU."""
         channels, height, width = images.shape[1:]
         key = (channels, height, width, torch.get_num_threads())
         if key not in self._sessions:
@@ -59,5 +59,5 @@ class Runner(ABC):
         return torch.from_numpy(self._sessions[key](np.ascontiguousarray(images.numpy())))
 
     def versions(self) -> dict[str, str]:
-        """Versions of the libraries on which the scores depend."""
+        """Returns the versions of libraries that the scores depend on."""
         return {name: metadata.version(name) for name in self.libraries}

@@ -1,4 +1,4 @@
-"""Conversion of networks for other runtimes: an inference copy on the CPU, and its ONNX graph."""
+"""Conversion of a network for other runtimes: an inference copy on the CPU, and its ONNX graph."""
 
 import copy
 import hashlib
@@ -18,32 +18,32 @@ from bagcert.io.files import read_regular, write_atomically
 from bagcert.nets.cost import update_with_weights
 from bagcert.nets.receptive_field.module_state import is_told_by_text
 
-OPSET = 18  # understood by every runtime since 2023
+OPSET = 18  # supported by every runtime since 2023
 INPUT = "images"
 REAL_SCORES = "z"
 MOST_BYTES = 2**31  # an ONNX file cannot be larger
-LIBRARIES = ("onnx", "onnxscript")  # required by `to_onnx`
+LIBRARIES = ("onnx", "onnxscript")  # libraries of `to_onnx`
 
-_GRAPHS: dict[str, bytes] = {}  # cache of this process, since an export takes seconds
+_GRAPHS: dict[str, bytes] = {}  # cache of this process: exporting a graph takes seconds
 
 
 def inference_copy(scorer: Any) -> nn.Module:
-    """Copy the normalization and the network of a region scorer for inference: images in [0, 1] to `z`."""
+    """Copies normalization and network of a region scorer for inference; maps images in [0, 1] to `z`."""
     net = nn.Sequential(copy.deepcopy(scorer.normalize), copy.deepcopy(scorer.net))
     net = net.cpu().float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return net.eval().requires_grad_(False)
 
 
 def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[str], batch: int | None = None) -> Any:
-    """Export a module that takes `images` float32 [batch, channels, height, width] to ONNX.
+    """Exports a module that takes `images`, float32 [batch, channels, height, width], as an ONNX graph.
 
     The graph contains standard operators and weights, and no information about the machine.
 
     Args:
         module: the module.
         image: (channels, height, width).
-        outputs: names of the outputs.
-        batch: fixed batch size; None for any batch size.
+        outputs: a name for each output.
+        batch: batch size; None for any batch size.
 
     Returns:
         An `onnx.ModelProto`.
@@ -65,8 +65,8 @@ def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[st
                 dynamo=True,
                 verbose=False,
             )
-        except Exception as error:  # the exporter raises many exception types
-            raise UsageError(f"this network cannot be exported to ONNX: {shown(error)}") from error
+        except Exception as error:  # the exporter raises many kinds of errors
+            raise UsageError(f"this network cannot be written as ONNX: {shown(error)}") from error
     assert program is not None
     model = program.model_proto
     _forget_origin(model)
@@ -74,9 +74,9 @@ def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[st
 
 
 def graph_of(net: nn.Module, image: tuple[int, int, int], folder: Path | None = None) -> bytes:
-    """Return the ONNX file of a network with the single output `z`, exported once per process or per `folder`.
+    """Returns the ONNX file of a network with the output `z`, cached per process, and per machine with a folder.
 
-    The folder is only a cache: damaged files in it are exported again, and it need not be writable.
+    The folder only saves time: a damaged file in it is replaced, and a folder that cannot be written is not an error.
 
     Args:
         net: module from `inference_copy`.
@@ -99,7 +99,7 @@ def graph_of(net: nn.Module, image: tuple[int, int, int], folder: Path | None = 
 
 
 def network_key(net: nn.Module, *more: object) -> str | None:
-    """Hash of the layers and weights of a network; None if they do not determine what it computes."""
+    """Returns a hash of a network's layers and weights; None if they may not determine what the network computes."""
     if not is_told_by_text(net):
         return None
     versions = [metadata.version(name) for name in ("bagcert", "torch", *LIBRARIES)]
@@ -109,7 +109,7 @@ def network_key(net: nn.Module, *more: object) -> str | None:
 
 
 def _kept(path: Path) -> bytes | None:
-    """Read a cached file; None if it is missing or damaged."""
+    """Reads a cached file, if it is complete."""
     try:
         content = read_regular(path, MOST_BYTES)
     except OSError:
@@ -123,7 +123,7 @@ def _digest(content: bytes) -> bytes:
 
 
 class _Named(nn.Module):
-    """Wraps a module so that its input is named `images`."""
+    """Wrapper that sets the name of the input, independent of the module's parameter name."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class _Named(nn.Module):
 
 
 def _forget_origin(model: Any) -> None:
-    """Remove the exporter's notes about source files and their paths on this machine."""
+    """Removes the exporter's notes about source files and paths on this machine."""
     del model.metadata_props[:]
     model.doc_string = ""
     graphs = [model.graph, *model.functions]
@@ -152,7 +152,7 @@ def _forget_origin(model: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager that suppresses warnings and log messages of the exporter."""
+    """Silences the exporter's internal log messages."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
