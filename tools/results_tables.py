@@ -125,12 +125,9 @@ def speed_lines() -> list[str]:
         return []
     run = load(path)
     forward = run["seconds"]["forward"]
-    rules = ", ".join(
-        f"{row['rule']} {row['seconds']:.2f} s ({row['seconds'] / forward:+.1%})"
-        for row in run["results"]
-        if row["patch"] == [5, 5]
-    )
-    whole = run["seconds"]["load"] + forward + max(row["seconds"] for row in run["results"])
+    rows = [row for row in run["results"] if row["patch"] == [5, 5]]
+    rules = ", ".join(f"{row['rule']} {row['seconds']:.2f} s ({row['seconds'] / forward:+.1%})" for row in rows)
+    whole = run["seconds"]["load"] + forward + max(row["seconds"] for row in rows)
     return [
         f"`{run['model']}` on {run['threads']} CPU cores ({run['dtype']}, medians of {run['repeat']} runs): loading "
         f"{run['seconds']['load']:.1f} s, forward pass for {run['images']:,} images {forward:.1f} s, "

@@ -366,7 +366,7 @@ class TestDescribed:
         assert {name: found[name] for name in SIZES} == SIZES
         assert found["parameters"] == sum(p.numel() for p in read_model(folder)[0].parameters())
         card = model_card(read_config(folder), weights_sha256(folder), None, "someone/model")
-        assert "2 attention heads pool 8 values of every region, and a readout of 6 hidden units" in card
+        assert "2 attention heads pool 8 values of every region, and a readout with 6 hidden units" in card
         assert "attention" not in model_card(
             read_config(folder).model_copy(update=dict.fromkeys(SIZES)), "", None, "a/b"
         )
