@@ -599,12 +599,6 @@ ATTENTION_MASKING = {
         ("            sums[: len(block.number)] += both.index_select(0, block.number)\n", "")
     ],
     "a pair skipped between two blocks": [("rank = torch.arange(start, min", "rank = torch.arange(start + 1, min")],
-    "a mask is no pair with itself": [
-        (
-            "yield first, count - (ends[first] - rank)",
-            "yield first, (count - (ends[first] - rank) + 1).clamp_(max=count - 1)",
-        )
-    ],
     "no pairs at all": [("for block, rows in masks.pair_sums(evidence[k], sums[k]):", "for block, rows in ():")],
     "ties cost nothing between readouts": [("scores - tie_penalty(label, scores.shape[2])[:, None]", "scores")],
     "nothing kept counts as agreement of a pair": [
