@@ -27,6 +27,7 @@ from bagcert.hub.card import model_card
 from bagcert.hub.info import describe
 from bagcert.locality import measure, require_local
 from bagcert.nets.classifier import MeanScores, in_sequence
+from bagcert.nets.cost import multiply_adds
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.runtimes import get_runner
 from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig, read_config, read_model, weights_sha256, write_model
@@ -361,6 +362,12 @@ class TestRefused:
 
 
 class TestDescribed:
+    def test_building_a_network_is_not_counted_as_a_pass(self, folder):
+        scorer, config = read_model(folder)
+        scorer.to("meta")
+        counted = multiply_adds(config.build, scorer.channels, scorer.image_size)
+        assert counted == multiply_adds(lambda: scorer, scorer.channels, scorer.image_size) > 0
+
     def test_info_and_card_name_the_readout(self, folder):
         found = describe(str(folder))
         assert {name: found[name] for name in SIZES} == SIZES

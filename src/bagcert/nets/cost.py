@@ -19,8 +19,10 @@ def multiply_adds(build: Callable[[], nn.Module], channels: int, image_size: tup
     >>> multiply_adds(lambda: nn.Conv2d(3, 2, 1), 3, (4, 4))
     96
     """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build()(torch.zeros(2, channels, *image_size))
+    with torch.device("meta"):
+        network = build()  # before counting: building may run the network to measure its map
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(2, channels, *image_size))
     return counter.get_total_flops() // 4  # two operations each, for two images
 
 
