@@ -21,6 +21,7 @@ from bagcert.scores import ScoreMap, slack_of
 from bagcert.threat import PatchThreatModel
 from tests import oracle, tiny
 from tests.properties import cases
+from tests.unit.exporting.files import check_only_images_are_certified, session
 
 RULE_NAMES = ("vote", "double-masking")
 THREATS = {"vote": "2*1", "double-masking": "2+1x3"}  # two patches; two shapes
@@ -199,12 +200,6 @@ def files(tmp_path_factory):
     return folder, graphs, found
 
 
-def session(path):
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-
 @pytest.mark.parametrize("rule", RULE_NAMES)
 def test_the_file_answers_as_the_definitions_do(files, rule):
     random = np.random.default_rng(0)
@@ -243,17 +238,8 @@ def test_a_file_certifies_no_image_that_is_none(files, rule):
     scores[:, 1] = 2047
     run = session(files[0] / f"{rule}.onnx")
     image = as_images(scores)
-    assert run.run(None, {"images": image})[1].tolist() == [True]
     assert run.run(None, {"images": np.clip(image * 1.0000005, -1e-7, None)})[1].tolist() == [True]  # by rounding
-    wrong = [np.nan, np.inf, -np.inf, 1e38, -1e38, 255, -5, 1.001, -0.001]
-    for value in wrong:
-        broken = np.repeat(image, 3, 0)
-        broken[0, 0, 0, 0] = value
-        broken[1] = value
-        label, certified, margin, _ = run.run(None, {"images": broken})
-        assert certified.tolist() == [False, False, True]
-        assert margin[:2].tolist() == [-EXACT, -EXACT]
-        assert label[2] == 1
+    assert set(check_only_images_are_certified(run, image)) == {1}
 
 
 def test_a_graph_without_the_check_of_its_images_leaves_no_file(files, monkeypatch, tmp_path):
