@@ -18,6 +18,7 @@ from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
 from bagcert.training.loop import train
 from tests import tiny
+from tests.unit.exporting.test_vnnlib import Property
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NODE = shutil.which("node")
@@ -132,6 +133,54 @@ def test_the_javascript_example(exported, photos):
     refused = subprocess.run([*command[:3], "short.rgb"], cwd=folder, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "short.rgb: expected 3 x 64 bytes" in refused.stderr
+
+
+def test_vnnlib_of_a_photo(photos, tmp_path):
+    """A certified image has no counterexample at the worst placement, and the files belong to that placement."""
+    pixels, found = photos
+    number = int(found.certified.nonzero()[0, 0])
+    Image.fromarray(pixels[number]).save(tmp_path / "photo.png")
+    out = tmp_path / "p.onnx"
+    code, text, err = run("export", "digits", "--vnnlib", tmp_path / "photo.png", "-o", out, "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(text)
+    assert facts["label"] == int(found.prediction[number])
+    assert facts["placement"] == found.worst_placement[number, 0].tolist()
+    read = Property(out)
+    top, left, height, width = facts["placement"]
+    free = np.zeros((3, *pixels.shape[1:3]), dtype=bool)
+    free[:, top : top + height, left : left + width] = True
+    assert np.array_equal(read.high > read.low, free.ravel())
+    assert not read.counter_examples()
+
+
+def test_vnnlib_at_a_given_placement(photos, tmp_path):
+    Image.fromarray(photos[0][0]).resize((16, 16)).save(tmp_path / "photo.png")
+    arguments = ("--vnnlib", tmp_path / "photo.png", "--patch", "1", "--rule", "vote", "--at", "2,3,1,1")
+    code, text, err = run("export", "digits", *arguments, "-o", tmp_path / "p.onnx")
+    assert (code, err) == (0, "")
+    assert "patch 1x1 at 2,3, in px of the 8x8 input" in text
+    assert (tmp_path / "p.vnnlib").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--at", "2,3,1,1"), 2, "--at needs --vnnlib"),
+        (("--vnnlib", "PHOTO", "--at", "2,3"), 2, "TOP,LEFT,HEIGHT,WIDTH"),
+        (("--vnnlib", "PHOTO", "--at", "7,7,2,2"), 2, "within the image"),
+        (("--vnnlib", "PHOTO", "--int8"), 2, "cannot be combined"),
+        (("--vnnlib", "missing.png"), 5, "there is no file"),
+    ],
+)
+def test_vnnlib_refused(photos, tmp_path, arguments, code, message):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(photos[0][0]).save(photo)
+    given = [photo if part == "PHOTO" else part for part in arguments]
+    found, _, err = run("export", "digits", *given, "-o", tmp_path / "p.onnx")
+    assert found == code
+    assert message in " ".join(err.split())
+    assert list(tmp_path.iterdir()) == [photo]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bagcert.cli.certify import places
 from bagcert.cli.console import check_output, print_json, progress, say
 from bagcert.cli.options import ExportedRule, Fit, Json, Model, OnePatch, Placements
 
@@ -42,6 +43,22 @@ def export(
     calibration_images: Annotated[int, typer.Option(min=2, metavar="N", help="Number of --calibration images.")] = 1000,
     split: Annotated[str, typer.Option(help="Dataset split of --data and --calibration.")] = "train",
     fit: Fit = "squash",
+    vnnlib: Annotated[
+        Path | None,
+        typer.Option(
+            "--vnnlib",
+            metavar="IMAGE",
+            help="Write a property of this image for neural network verifiers instead: FILE.onnx with one value per "
+            "class, and FILE.vnnlib, which asserts that a patch at --at changes the class.",
+        ),
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOP,LEFT,HEIGHT,WIDTH",
+            help="Placement of the patch for --vnnlib, in px of the resized image. Default: the worst placement.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Export a model, its rule and its certification as one ONNX file, which any ONNX runtime runs without bagcert.
@@ -49,6 +66,9 @@ def export(
     Input: images, float32 [N, 3, height, width] in [0, 1]. Outputs: label, certified, margin and scores, the same as
     from certify. The file is compared with the package's rules before it is written. If they differ, no file is
     written and the exit code is 4.
+
+    With --vnnlib, the files describe one image and one patch placement. A verifier that answers unsat confirms the
+    certificate; sat is a counterexample.
     """
     from bagcert.defenses.bagcert import load
     from bagcert.errors import UsageError
@@ -56,6 +76,13 @@ def export(
     from bagcert.records import SCHEMA_VERSION
 
     check_output(out, ".onnx")
+    if vnnlib is not None:
+        if data is not None or int8 or calibration is not None or placements is not None:
+            raise UsageError("--vnnlib cannot be combined with --data, --int8, --calibration or --placements")
+        _export_property(model, vnnlib, at, out, patch, rule, fit, json)
+        return
+    if at is not None:
+        raise UsageError("--at needs --vnnlib IMAGE")
     if int8 and calibration is None:
         raise UsageError(
             "--int8 needs --calibration DATA: without calibration images, the ranges would be computed from each whole "
@@ -83,6 +110,53 @@ def export(
         print_json({"schema_version": SCHEMA_VERSION, **found.to_dict()})
     else:
         _print(found)
+
+
+def _export_property(
+    model: str, image: Path, at: str | None, out: Path, patch: str | None, rule: str | None, fit: str, json: bool
+) -> None:
+    """Writes the property of one image and reports its placement and class."""
+    from bagcert.data.photo import read_image
+    from bagcert.data.preprocess import Preprocessing
+    from bagcert.defenses.bagcert import load
+    from bagcert.exporting.vnnlib import write_property
+    from bagcert.records import SCHEMA_VERSION
+
+    placement = None if at is None else _placement(at)
+    with progress("exporting"):
+        loaded = load(model, device="cpu")
+        pixels = Preprocessing(loaded.image_size, fit).apply(read_image(image))
+        if placement is None:
+            found = loaded.certify(pixels[None], patch=patch, rule=rule)
+            top, left, height, width = found.worst_placement[0, 0].tolist()
+            placement = (top, left, height, width)
+        label = write_property(loaded, pixels, placement, out, patch=patch, rule=rule)
+    files = [str(out), str(out.with_suffix(".vnnlib"))]
+    name = loaded.class_names[label]
+    if json:
+        facts = {"files": files, "label": label, "class_name": name, "placement": list(placement)}
+        print_json({"schema_version": SCHEMA_VERSION, **facts})
+    else:
+        say(f"{', '.join(files)}: {name}, patch {places(list(placement))}, in px of the {_size(loaded)} input")
+
+
+def _placement(text: str) -> tuple[int, int, int, int]:
+    """Parses TOP,LEFT,HEIGHT,WIDTH.
+
+    >>> _placement("3,4,5,5")
+    (3, 4, 5, 5)
+    """
+    from bagcert.errors import UsageError
+
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 4 or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise UsageError(f"--at must be TOP,LEFT,HEIGHT,WIDTH in whole px, such as 3,4,5,5; got {text!r}")
+    top, left, height, width = map(int, parts)
+    return top, left, height, width
+
+
+def _size(model: "BagCert") -> str:
+    return "x".join(map(str, model.image_size))
 
 
 def _images(model: "BagCert", data: str, split: str, count: int, fit: str) -> "Calibration":
