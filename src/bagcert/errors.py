@@ -51,10 +51,10 @@ def cleaned(text: object) -> str:
     return BIDIRECTIONAL.sub("?", CONTROL.sub("?", str(text)))
 
 
-def shown(text: object, limit: int = 200) -> str:
+def sanitize(text: object, limit: int = 200) -> str:
     r"""Prepare untrusted text for a message: one line, no control characters, at most `limit` characters.
 
-    >>> shown("two\nlines"), shown("abcdef", 3)
+    >>> sanitize("two\nlines"), sanitize("abcdef", 3)
     ('two?lines', 'abc ...')
     """
     line = cleaned(str(text).strip())

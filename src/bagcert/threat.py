@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.errors import UnreadableError, UsageError, sanitize
 from bagcert.io.files import open_regular
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _read_notation(text: str, image_size: tuple[int, int]) -> tuple[int, list[tu
     """Parse the number of patches, their shapes, and the normalized text."""
     notation = text.strip().lower().replace(" ", "")
     if any(len(number) > MOST_DIGITS for number in re.findall(r"\d+", notation)):
-        raise UsageError(f"a number in a patch has at most {MOST_DIGITS} digits; got {shown(notation, 60)!r}")
+        raise UsageError(f"a number in a patch has at most {MOST_DIGITS} digits; got {sanitize(notation, 60)!r}")
     patches, shapes_text = 1, notation
     if match := _PATCHES.fullmatch(notation):
         patches, shapes_text = int(match[1]), match[2]
@@ -275,7 +275,7 @@ def _shapes(part: str, notation: str, image_size: tuple[int, int]) -> list[tuple
         if not fitting:
             raise UsageError(f"no rectangle of at most {area} px fits into the image; an area must be at least 1 px")
         return fitting
-    raise UsageError(f"a patch is written {NOTATION}; got {shown(notation, 60)!r}")
+    raise UsageError(f"a patch is written {NOTATION}; got {sanitize(notation, 60)!r}")
 
 
 def _read_mask(path: Path) -> np.ndarray:
@@ -292,7 +292,7 @@ def _read_mask(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise UnreadableError(f"the mask image {path} does not exist") from None
     except Exception as error:  # decoders raise all kinds of exceptions for broken files
-        reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
+        reason = sanitize(getattr(error, "strerror", None) or error or type(error).__name__)
         raise UnreadableError(f"the mask {path} cannot be read as an image: {reason}") from error
 
 

@@ -1,4 +1,4 @@
-"""Every defence of the table keeps the promise of its interface, and its certificates hold under attack."""
+"""Every defense of the table keeps the promise of its interface, and its certificates hold under attack."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def changes_of(name: str) -> tuple[str, ...]:
 
 
 def deployed(name: str):
-    """The defence around a network that sums each image's color channels: right, and hard to fool."""
+    """The defense around a network that sums each image's color channels: right, and hard to fool."""
     if name == "attention-pooling":
         return tiny.attention_model()
     changes = changes_of(name)

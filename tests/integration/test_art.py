@@ -1,7 +1,7 @@
 """An independent attacker: the Adversarial Robustness Toolbox against certified images.
 
 Its attacks see the network as any other classifier. Whatever they return is rounded to a real uint8 image, checked to
-differ only under the patch, and put to the defence.
+differ only under the patch, and put to the defense.
 """
 
 import numpy as np

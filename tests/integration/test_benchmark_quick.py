@@ -1,4 +1,4 @@
-"""`bagcert benchmark --quick`: every defence is trained, measured and drawn."""
+"""`bagcert benchmark --quick`: every defense is trained, measured and drawn."""
 
 import json
 from pathlib import Path

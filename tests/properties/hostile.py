@@ -91,7 +91,7 @@ def _perturbed(tensor: torch.Tensor, name: str, random: np.random.Generator) -> 
 def holds(model: BagCert, random: np.random.Generator) -> tuple[bool, bool]:
     """(Did every score beyond a patch's reach stand still up to its slack, did any score within it stop being finite?)
 
-    Clean images are grey, of the color that normalization turns into 0, or noise; contents black, white, that color,
+    Clean images are gray, of the color that normalization turns into 0, or noise; contents black, white, that color,
     primary colors or noise. All patches have the same shape, as large as the image at most.
     """
     mean = model.scorer.normalize.mean.flatten().clamp(0, 1).numpy()

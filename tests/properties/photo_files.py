@@ -47,13 +47,13 @@ class Format:
         save: (stored uint8 [height, width, 3], orientation) -> the bytes of a file.
         turned: does the format keep an orientation?
         block: sides of the pixels that the encoder writes together, so that it changes no others.
-        grey: does only a grey picture keep its values?
+        gray: does only a gray picture keep its values?
     """
 
     save: Callable[[np.ndarray, int], bytes]
     turned: bool = True
     block: int = 1
-    grey: bool = False
+    gray: bool = False
 
 
 def exif(format: str, mode: str = "RGB", **options: object) -> Callable[[np.ndarray, int], bytes]:
@@ -85,22 +85,22 @@ FORMATS = {
     "tiff": Format(exif("TIFF")),
     "tiff lzw": Format(exif("TIFF", compression="tiff_lzw")),
     "tiff deflate, big": Format(exif("TIFF", compression="tiff_adobe_deflate", big_tiff=True)),
-    "tiff grey": Format(exif("TIFF", "L"), grey=True),
+    "tiff gray": Format(exif("TIFF", "L"), gray=True),
     "tiff cmyk": Format(exif("TIFF", "CMYK", compression="packbits")),
-    "tiff palette": Format(exif("TIFF", "P"), grey=True),
-    "tiff jpeg": Format(exif("TIFF", "L", compression="jpeg", quality=95), block=8, grey=True),
-    "tiff ycbcr": Format(exif("TIFF", "YCbCr", compression="tiff_lzw"), grey=True),
+    "tiff palette": Format(exif("TIFF", "P"), gray=True),
+    "tiff jpeg": Format(exif("TIFF", "L", compression="jpeg", quality=95), block=8, gray=True),
+    "tiff ycbcr": Format(exif("TIFF", "YCbCr", compression="tiff_lzw"), gray=True),
     "tiff xmp": Format(xmp("TIFF")),
     "png": Format(exif("PNG")),
     "png rgba": Format(exif("PNG", "RGBA")),
-    "jpeg": Format(exif("JPEG", "L", quality=95), block=8, grey=True),
-    "mpo": Format(exif("MPO", "L", quality=95), block=8, grey=True),
-    "jpeg xmp": Format(xmp("JPEG"), block=16, grey=True),
+    "jpeg": Format(exif("JPEG", "L", quality=95), block=8, gray=True),
+    "mpo": Format(exif("MPO", "L", quality=95), block=8, gray=True),
+    "jpeg xmp": Format(xmp("JPEG"), block=16, gray=True),
     "webp": Format(exif("WEBP", lossless=True, exact=True)),
-    "avif": Format(exif("AVIF", quality=100, subsampling="4:4:4"), grey=True),
+    "avif": Format(exif("AVIF", quality=100, subsampling="4:4:4"), gray=True),
     "jpeg2000": Format(exif("JPEG2000"), turned=False),
     "bmp": Format(exif("BMP"), turned=False),
-    "gif": Format(exif("GIF", "L"), turned=False, grey=True),
+    "gif": Format(exif("GIF", "L"), turned=False, gray=True),
     "ppm": Format(exif("PPM"), turned=False),
     "ico": Format(lambda stored, _: exif("ICO", sizes=[stored.shape[1::-1]])(stored, 1), turned=False),
 }
@@ -178,7 +178,7 @@ def attack(random: np.random.Generator, case: Case, digits: np.ndarray) -> np.nd
     elif kind == 1:
         content = np.full((h, w, 3), random.choice([0, 255]))
     else:
-        channels = 1 if FORMATS[case.name].grey else 3
+        channels = 1 if FORMATS[case.name].gray else 3
         content = random.choice([0, 255], (-(-h // block), -(-w // block), channels))
         content = np.broadcast_to(content.repeat(block, 0).repeat(block, 1)[:h, :w], (h, w, 3))
     attacked = case.stored.copy()

@@ -14,7 +14,7 @@ from bagcert.errors import UnreadableError, UnsoundError
 from bagcert.nets.saved_model import CONFIG, WEIGHTS
 from tests.properties.hostile import count
 
-GREY = float(np.float32(128) / np.float32(255))
+GRAY = float(np.float32(128) / np.float32(255))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -27,7 +27,7 @@ def test_hostile_folders_are_refused_or_local(dtype):
 
 @pytest.fixture
 def hostile(tmp_path):
-    """A folder whose network is NaN on all but grey images, which it takes for a 1, once std is nearly 0."""
+    """A folder whose network is NaN on all but gray images, which it takes for a 1, once std is nearly 0."""
     folder = shutil.copytree(shipped_models()["digits"], tmp_path / "model")
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
     for name, value in tensors.items():
@@ -35,14 +35,14 @@ def hostile(tmp_path):
             value.zero_()
     tensors["net.0.weight"].fill_(1e-30)[::2] *= -1
     tensors["net.6.bias"].zero_()[1] = 10
-    tensors["normalize.mean"].fill_(GREY)
+    tensors["normalize.mean"].fill_(GRAY)
 
     def write(std, in_config):
         tensors["normalize.std"].fill_(std)
         safetensors.torch.save_file(tensors, folder / WEIGHTS)
         if in_config:
             facts = json.loads((folder / CONFIG).read_text())
-            (folder / CONFIG).write_text(json.dumps({**facts, "mean": [GREY] * 3, "std": [std] * 3}))
+            (folder / CONFIG).write_text(json.dumps({**facts, "mean": [GRAY] * 3, "std": [std] * 3}))
         return folder
 
     return write
@@ -93,7 +93,7 @@ def test_a_negative_variance_is_refused(hostile):
 
 
 def test_what_is_left_of_the_attack_does_nothing(hostile):
-    """The network by itself, with a deviation that is one, certifies a grey image; no patch moves it."""
+    """The network by itself, with a deviation that is one, certifies a gray image; no patch moves it."""
     model = bagcert.load(hostile(1.0, True), dtype="bfloat16")
     image, allowed = np.full((1, 8, 8, 3), 128, np.uint8), np.zeros((8, 8), bool)
     allowed[:, 2:7] = True

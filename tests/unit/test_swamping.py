@@ -1,7 +1,7 @@
 """Swamping: whatever numbers a net puts out under a patch, certified predictions stand.
 
 The net here hands its output to the attacker: where red and green differ by nearly the whole range it adds 1e30,
-infinities of both signs, or a product with a subnormal weight; neighbouring pixels of both kinds cancel to NaN.
+infinities of both signs, or a product with a subnormal weight; neighboring pixels of both kinds cancel to NaN.
 """
 
 import numpy as np
@@ -154,7 +154,7 @@ def test_scores_of_clean_images_that_are_not_finite_are_refused(sign, dtype):
 @pytest.mark.parametrize("head", ["fixed-point", "binary"])
 @pytest.mark.parametrize("swamp", SWAMPS)
 def test_in_bfloat16_they_stand_or_the_model_is_refused(swamp, head):
-    """Some kernels multiply neighbours by zero, which turns infinities far from the patch into NaN."""
+    """Some kernels multiply neighbors by zero, which turns infinities far from the patch into NaN."""
     model = swamped_model(SWAMPS[swamp], 1e30, head, torch.bfloat16)
     try:
         model.check_locality()

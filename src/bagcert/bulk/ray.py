@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from bagcert.bulk.parts import Part
 from bagcert.bulk.worker import CertifyJob, Worker
-from bagcert.errors import BagcertError, UnreadableError, UnsoundError, UsageError, shown
+from bagcert.errors import BagcertError, UnreadableError, UnsoundError, UsageError, sanitize
 from bagcert.io.optional import require
 
 MOST_BLOCKS = 10_000
@@ -85,7 +85,9 @@ def _start(ray: Any, workers: int | None) -> bool:
         try:
             ray.init(**quiet)
         except Exception as error:  # of gRPC, of the address, of another version there
-            raise BagcertError(f"the Ray cluster {os.environ['RAY_ADDRESS']} cannot be used: {shown(error)}") from None
+            raise BagcertError(
+                f"the Ray cluster {os.environ['RAY_ADDRESS']} cannot be used: {sanitize(error)}"
+            ) from None
         return True
     ray.init(
         include_dashboard=False,
@@ -125,4 +127,4 @@ def _stream(ray: Any, job: CertifyJob, parts: Sequence[Part], workers: int | Non
                 raise _ERRORS.get(row["kind"], BagcertError)(row["error"])
             yield int(row["index"]), pa.ipc.open_stream(row["rows"]).read_all()
     except ray.exceptions.RayError as error:
-        raise BagcertError(f"Ray failed: {shown(error)}; rerun the same command to resume") from None
+        raise BagcertError(f"Ray failed: {sanitize(error)}; rerun the same command to resume") from None

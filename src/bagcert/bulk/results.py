@@ -213,14 +213,14 @@ def summarize(folder: Path) -> dict[str, Any]:
     run = read_run(folder)
     rows = [PatchSummary(rule, patch) for rule in run["rules"] for patch in run["patches"]]
     right, proved = [0] * len(rows), [0] * len(rows)
-    images = errors = labelled = 0
+    images = errors = labeled = 0
     for table in read_rows(folder, ["label", "error", "results"]):
         images += len(table)
         for label, error, results in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
             if error is not None:
                 errors += 1
                 continue
-            labelled += label is not None
+            labeled += label is not None
             for column, result in enumerate(results):
                 good = result["prediction"] == label
                 rows[column].certified += result["certified"]
@@ -231,7 +231,7 @@ def summarize(folder: Path) -> dict[str, Any]:
     for column, row in enumerate(rows if count else ()):
         row.certified_share = row.certified / count
         row.certified_interval95 = wilson_interval(row.certified, count)
-        if labelled == count and same_names:
+        if labeled == count and same_names:
             row.clean_accuracy, row.certified_accuracy = right[column] / count, proved[column] / count
     return {
         "schema_version": RUN_VERSION,

@@ -34,15 +34,15 @@ def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) 
 
 
 def _print(found: dict[str, Any], out: Path) -> None:
-    labelled = any(row["clean_accuracy"] is not None for row in found["results"])
+    labeled = any(row["clean_accuracy"] is not None for row in found["results"])
     rows = []
     for row in found["results"]:
-        shares = (row["clean_accuracy"], row["certified_accuracy"]) if labelled else ()
+        shares = (row["clean_accuracy"], row["certified_accuracy"]) if labeled else ()
         certified = (f"{row['certified']:,}", f"{row['certified_share']:.1%}")
         patch = in_unit(row["patch"], "of the photo")
         rows.append((patch, row["rule"], *certified, *(f"{share:.1%}" for share in shares)))
     say(f"{found['model']} on {found['data']}: {found['images']:,} images, {found['errors']:,} with errors")
-    right = ("certified images", "share", *(("clean", "certified accuracy") if labelled else ()))
+    right = ("certified images", "share", *(("clean", "certified accuracy") if labeled else ()))
     print_table(rows, ("patch", "rule"), right)
     speed = f", {found['images_per_second']:g} images/s" if found["images_per_second"] else ""
     say(f"{found['certified_now']:,} certified now in {found['seconds']:.1f} s ({found['engine']}){speed}; see {out}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.data.photo import Photo, read_image
-from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.errors import UnreadableError, UsageError, sanitize
 from bagcert.io.files import read_regular
 from bagcert.io.optional import require
 
@@ -98,7 +98,7 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _first_line(error: Exception) -> str:
-    return shown((str(error).splitlines() or [type(error).__name__])[0])
+    return sanitize((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _text(key: object) -> object:
@@ -173,7 +173,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return self.encode
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {shown(module)}.{shown(name)}, which is not run")
+            raise pickle.UnpicklingError(f"it names {sanitize(module)}.{sanitize(name)}, which is not run")
         return _ALLOWED[module, name]
 
     def encode(self, text: object, encoding: object) -> bytes:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bagcert.errors import CONTROL, UnreadableError, UsageError, shown
+from bagcert.errors import CONTROL, UnreadableError, UsageError, sanitize
 from bagcert.io.files import read_regular
 
 CLASS_NAMES = "classes.txt"
@@ -37,16 +37,16 @@ def read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
         name = "" if folder is None else line[len(folder) :].lstrip(SEPARATORS)
         if folder is None or not name or CONTROL.search(name):
             raise UsageError(
-                f"line {number} of {path} must be a class folder and its name, such as '{shown(folders[0], 60)}: "
-                f"stop sign'; got {shown(repr(line), 60)}"
+                f"line {number} of {path} must be a class folder and its name, such as '{sanitize(folders[0], 60)}: "
+                f"stop sign'; got {sanitize(repr(line), 60)}"
             )
         if folder in names:
-            raise UsageError(f"{path} names the class folder {shown(folder, 60)!r} twice")
+            raise UsageError(f"{path} names the class folder {sanitize(folder, 60)!r} twice")
         names[folder] = name
     result = tuple(names.get(folder, folder) for folder in folders)
     twice = next((name for name in result if result.count(name) > 1), None) if len(set(result)) < len(result) else None
     if twice is not None:
-        raise UsageError(f"{path} leads to two classes with the name {shown(twice, 60)!r}")
+        raise UsageError(f"{path} leads to two classes with the name {sanitize(twice, 60)!r}")
     return result
 
 

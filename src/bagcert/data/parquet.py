@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo, read_image
 from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, reading, state_of
-from bagcert.errors import CONTROL, UnreadableError, shown
+from bagcert.errors import CONTROL, UnreadableError, sanitize
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,7 +96,7 @@ class _Shards:
                 if LABEL_COLUMN not in schema.names or not pa.types.is_integer(schema.field(LABEL_COLUMN).type):
                     raise UnreadableError(
                         f"{path} has no integer column {LABEL_COLUMN!r}; its columns are "
-                        + shown(", ".join(f"{field.name} ({field.type})" for field in schema))
+                        + sanitize(", ".join(f"{field.name} ({field.type})" for field in schema))
                     )
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 sizes += rows
@@ -190,10 +190,13 @@ def image_column(schema: "pa.Schema", path: Shard) -> tuple[str, bool]:
             nested = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
             kind = kind.field("bytes").type if nested else kind
             if not pa.types.is_binary(kind) and not pa.types.is_large_binary(kind):
-                raise UnreadableError(f"{path}: column {name!r} must hold encoded images as bytes, found {shown(kind)}")
+                raise UnreadableError(
+                    f"{path}: column {name!r} must hold encoded images as bytes, found {sanitize(kind)}"
+                )
             return name, nested
     raise UnreadableError(
-        f"{path} has no image column ({' or '.join(IMAGE_COLUMNS)}); its columns are {shown(', '.join(schema.names))}"
+        f"{path} has no image column ({' or '.join(IMAGE_COLUMNS)}); its columns are "
+        f"{sanitize(', '.join(schema.names))}"
     )
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.errors import UnreadableError, UsageError, sanitize
 from bagcert.io.files import open_regular
 
 MAX_IMAGE_PIXELS = 100_000_000
@@ -253,7 +253,7 @@ def _decode(file: io.IOBase, name: str) -> Photo:
     except Image.DecompressionBombError:
         raise UnreadableError(f"{name} has more than {MAX_IMAGE_PIXELS:,} pixels and is refused") from None
     except Exception as error:  # decoders raise whatever they trip over in a broken file
-        reason = shown(error) or type(error).__name__
+        reason = sanitize(error) or type(error).__name__
         raise UnreadableError(f"{name} cannot be decoded: {reason}") from error
 
 

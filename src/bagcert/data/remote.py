@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from bagcert.errors import BagcertError, UnreadableError, UsageError, shown
+from bagcert.errors import BagcertError, UnreadableError, UsageError, sanitize
 from bagcert.io.optional import require
 
 EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}
@@ -31,7 +31,7 @@ def file_system(address: str) -> tuple[Any, str]:
     try:
         return url_to_fs(address)
     except (ImportError, ValueError) as error:
-        raise UsageError(f"{address} cannot be opened: {shown(error)}") from None
+        raise UsageError(f"{address} cannot be opened: {sanitize(error)}") from None
 
 
 @contextmanager
@@ -49,9 +49,9 @@ def translate_store_errors(address: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UnreadableError(f"there is no {address}") from None
     except PermissionError as error:
-        raise UnreadableError(f"{address} may not be read: {shown(error)}") from None
+        raise UnreadableError(f"{address} may not be read: {sanitize(error)}") from None
     except Exception as error:
-        raise BagcertError(f"{address} cannot be reached: {shown(error) or type(error).__name__}") from None
+        raise BagcertError(f"{address} cannot be reached: {sanitize(error) or type(error).__name__}") from None
 
 
 def etag(details: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bagcert.data.remote import etag, file_system, translate_store_errors
-from bagcert.errors import BagcertError, UnreadableError, UsageError, shown
+from bagcert.errors import BagcertError, UnreadableError, UsageError, sanitize
 from bagcert.io.files import open_regular
 
 Shard = Path | str
@@ -95,7 +95,7 @@ def reading(path: Shard, form: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UnreadableError(f"there is no file {path}") from None
     except Exception as error:  # invalid names, unsupported types and remote stores raise different errors
-        reason = shown(getattr(error, "strerror", None) or error or type(error).__name__)
+        reason = sanitize(getattr(error, "strerror", None) or error or type(error).__name__)
         raise UnreadableError(f"{path} cannot be read as {form}: {reason}") from error
 
 

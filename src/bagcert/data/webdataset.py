@@ -24,7 +24,7 @@ from bagcert.data.image_set import ImageSet
 from bagcert.data.parquet import MAX_CLASSES, MAX_ROWS
 from bagcert.data.photo import MAX_IMAGE_BYTES, Photo, read_image
 from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, reading, state_of
-from bagcert.errors import UnreadableError, shown
+from bagcert.errors import UnreadableError, sanitize
 
 CACHE_BYTES = 1 << 28
 """Blocks are cached in memory up to this size. The block in use is always kept."""
@@ -163,12 +163,12 @@ def _samples(file: Any, path: Shard, length: int) -> Iterator[tuple[int, int, in
                 yield *image, label
             elif image is not None or label is not None:
                 missing = "label (.cls or .json)" if label is None else "image"
-                raise UnreadableError(f"{path}: sample {shown(current)} has no {missing}")
+                raise UnreadableError(f"{path}: sample {sanitize(current)} has no {missing}")
             current, image, label = key, None, None
         if f".{extension.lower()}" in EXTENSIONS and image is None:
             image = (start, size)
         elif extension in _LABELS and label is None:
-            label = _label(_read(file, path, start, size), extension, f"{path}: sample {shown(key)}")
+            label = _label(_read(file, path, start, size), extension, f"{path}: sample {sanitize(key)}")
 
 
 def _label(content: bytes, kind: str, what: str) -> int | None:
@@ -198,7 +198,7 @@ def _members(file: Any, path: Shard, length: int) -> Iterator[tuple[str, int, in
         place += _BLOCK
         size = header.size if long_size is None or header.type in _LONG_NAMES else long_size
         if size < 0 or place + size > length:
-            raise UnreadableError(f"{path} is cut short: {shown(header.name)} should have {size:,} bytes")
+            raise UnreadableError(f"{path} is cut short: {sanitize(header.name)} should have {size:,} bytes")
         if header.type in _LONG_NAMES:
             content = _read(file, path, place, size)
             if header.type == tarfile.GNUTYPE_LONGNAME:

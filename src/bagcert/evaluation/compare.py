@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bagcert.errors import UsageError, shown
+from bagcert.errors import UsageError, sanitize
 from bagcert.records import SCHEMA_VERSION, ImageRecord, Record
 
 RESAMPLES = 10_000
@@ -99,8 +99,8 @@ def compare(
         names = one.source, other.source  # the data folder of one run may be a parent of the other's
         if all(names) and not (names[0].endswith(names[1]) or names[1].endswith(names[0])):
             raise UsageError(
-                f"image {one.index} is {shown(names[0])} in one run and {shown(names[1])} in the other: these are not "
-                "the same images"
+                f"image {one.index} is {sanitize(names[0])} in one run and {sanitize(names[1])} in the other: these "
+                "are not the same images"
             )
     labels = [one.label for one, _ in pairs]
     verdicts = [(one.results[columns[0]], other.results[columns[1]]) for one, other in pairs]

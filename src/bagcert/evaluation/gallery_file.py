@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int16, UInt8
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bagcert.errors import UnreadableError, shown
+from bagcert.errors import UnreadableError, sanitize
 from bagcert.io.files import open_regular, write_atomically
 
 MOST_PICTURES = 32
@@ -138,9 +138,9 @@ def read_gallery(path: Path) -> Gallery:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UnreadableError(f"{path} is not a gallery: {where}: {shown(first['msg'].lower())}") from None
+        raise UnreadableError(f"{path} is not a gallery: {where}: {sanitize(first['msg'].lower())}") from None
     except Exception as error:  # the zip, deflate and npy readers raise many kinds of errors for damaged files
-        raise UnreadableError(f"{path} is not a gallery: {shown(error or type(error).__name__)}") from None
+        raise UnreadableError(f"{path} is not a gallery: {sanitize(error or type(error).__name__)}") from None
 
 
 def _gallery(parts: zipfile.ZipFile) -> Gallery:

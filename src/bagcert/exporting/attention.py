@@ -89,7 +89,7 @@ class AttentionMaskingModule(RuleModule):
         evidence = evidence.to(self.dtype)
         kept = self.outside[self.first] * self.outside[self.second]
         scores = self.readout.scores(kept @ evidence.mT)  # [batch, pairs, classes]
-        if self.rounds.labelled:
+        if self.rounds.labeled:
             labels = lowest_largest(scores.mT)
             pairs = labels.index_select(1, self.pairs).unflatten(1, (self.masks, self.masks))
             label = self.rounds(labels[:, : self.masks], pairs)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from bagcert.errors import UsageError, shown
+from bagcert.errors import UsageError, sanitize
 from bagcert.exporting.graph import rule_nodes
 from bagcert.nets.runtimes.onnx_graph import INPUT
 
@@ -68,7 +68,7 @@ def quantized(model: Any, images: Tensor, folder: Path) -> Any:
                 nodes_to_exclude=kept,
             )
     except Exception as error:  # onnxruntime raises many kinds of errors
-        raise UsageError(f"onnxruntime cannot quantize this network: {shown(error)}") from error
+        raise UsageError(f"onnxruntime cannot quantize this network: {sanitize(error)}") from error
     return onnx.load(str(after))
 
 

@@ -130,7 +130,7 @@ class TwoRounds(nn.Module):
         classes: number of classes.
 
     Attributes:
-        labelled: whether some mask leaves a region.
+        labeled: whether some mask leaves a region.
         completes: whether some pair of masks leaves no region.
     """
 
@@ -144,7 +144,7 @@ class TwoRounds(nn.Module):
         outside = ~inside
         # Pairs are complete where no region is left; a mask with such a partner never passes a second round.
         complete = outside.astype(np.float32) @ outside.T.astype(np.float32) == 0
-        self.labelled = bool(outside.any(1).any())
+        self.labeled = bool(outside.any(1).any())
         self.completes = bool(complete.any())
         self.register_buffer("index", torch.arange(classes, dtype=torch.float32))
         self.register_buffer("has_label", torch.from_numpy(outside.any(1)))
@@ -205,7 +205,7 @@ class DoubleMaskingModule(SumModule):
         """Returns the label after both rounds, and margin = the smallest lead of that label outside any two masks."""
         # What each pair of masks leaves of each class: [batch, classes, first mask, second mask]
         left = (levels[:, :, None, :] * self.outside) @ self.outside.T
-        if self.rounds.labelled:
+        if self.rounds.labeled:
             label = self.rounds(lowest_largest(levels @ self.outside.T), lowest_largest(left))
         else:
             label = lowest_largest(levels.sum(2))

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bagcert.errors import UnreadableError, cleaned, shown
+from bagcert.errors import UnreadableError, cleaned, sanitize
 from bagcert.io.files import read_regular
 from bagcert.nets.saved_model import ModelConfig
 from bagcert.records import SCHEMA_VERSION, Row, RunInfo
@@ -64,19 +64,19 @@ def read_results(folder: Path, weights_sha256: str) -> RunInfo | None:
         raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         reason = error.errors()[0]["msg"].lower() if isinstance(error, ValidationError) else error
-        raise UnreadableError(f"{path} is not the JSON of an evaluation: {shown(reason)}") from None
+        raise UnreadableError(f"{path} is not the JSON of an evaluation: {sanitize(reason)}") from None
     if run.schema_version != SCHEMA_VERSION:
         raise UnreadableError(f"{path} has schema version {run.schema_version}, expected {SCHEMA_VERSION}")
     for row in run.results:
         intervals = [row.interval95.get(name, []) for name in ("clean_accuracy", "certified_accuracy")]
         if any(len(bounds) != 2 for bounds in intervals):
-            raise UnreadableError(f"{path}: the row against {shown(row.threat)} has no 95 % intervals")
+            raise UnreadableError(f"{path}: the row against {sanitize(row.threat)} has no 95 % intervals")
         shares = (row.clean_accuracy, row.certified_accuracy, *intervals[0], *intervals[1])
         if not all(0 <= share <= 1 for share in shares):  # NaN is not, either
-            raise UnreadableError(f"{path}: the row against {shown(row.threat)} has shares outside 0 to 1")
+            raise UnreadableError(f"{path}: the row against {sanitize(row.threat)} has shares outside 0 to 1")
     if run.weights_sha256 != weights_sha256:
         raise UnreadableError(
-            f"{path} is an evaluation of other weights ({shown(run.weights_sha256, 12)}) than those beside it "
+            f"{path} is an evaluation of other weights ({sanitize(run.weights_sha256, 12)}) than those beside it "
             f"({weights_sha256[:12]}); evaluate this model anew"
         )
     return run

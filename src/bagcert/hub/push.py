@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bagcert.defenses.bagcert import model_folder
-from bagcert.errors import BagcertError, UnreadableError, UsageError, shown
+from bagcert.errors import BagcertError, UnreadableError, UsageError, sanitize
 from bagcert.hub.card import MAX_RESULTS_BYTES, RESULTS, model_card, read_results
 from bagcert.io.files import read_regular, write_atomically
 from bagcert.nets.saved_model import CONFIG, MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES, WEIGHTS, read_model, weights_sha256
@@ -108,7 +108,7 @@ def push(files: Mapping[str, bytes], repo_id: str, private: bool = False) -> str
         except Exception as error:  # the hub's own, the file system's, and those of whatever HTTP library it uses
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BagcertError(
-                f"{repo_id} cannot be published: {shown(reason)}; are you logged in (hf auth login)?"
+                f"{repo_id} cannot be published: {sanitize(reason)}; are you logged in (hf auth login)?"
             ) from None
     return str(url)
 
@@ -121,7 +121,7 @@ def check_repo_id(repo_id: str) -> None:
     """
     if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
         raise UsageError(
-            f"a hub id is owner/name, of letters, digits, and single -, _ and . inside; got {shown(repo_id)!r}"
+            f"a hub id is owner/name, of letters, digits, and single -, _ and . inside; got {sanitize(repo_id)!r}"
         )
 
 
@@ -130,7 +130,7 @@ def _check_recipe(folder: Path, files: Mapping[str, bytes]) -> None:
         try:
             parse_recipe(tomllib.loads(files[RECIPE].decode()))
         except (ValueError, RecursionError) as error:
-            raise UnreadableError(f"{folder / RECIPE} is not a recipe: {shown(error)}") from None
+            raise UnreadableError(f"{folder / RECIPE} is not a recipe: {sanitize(error)}") from None
 
 
 def _check_metrics(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -141,4 +141,4 @@ def _check_metrics(folder: Path, files: Mapping[str, bytes]) -> None:
             if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
                 raise ValueError("an object of numbers was expected")
         except (ValueError, RecursionError, OverflowError) as error:
-            raise UnreadableError(f"{folder / METRICS}, line {number}, is no training log: {shown(error)}") from None
+            raise UnreadableError(f"{folder / METRICS}, line {number}, is no training log: {sanitize(error)}") from None

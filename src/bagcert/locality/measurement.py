@@ -125,7 +125,7 @@ def run_probes(
         if not fixed:  # also test the kernels for a batch of one image
             add(Prober(backend, clean[1:], places[-1:], random, prober.seen).contents(1, ("mixed", *nan)), 1)
     if large > 1:
-        add({"other neighbours": prober.neighbours(large, thorough)}, large)
+        add({"other neighbors": prober.neighbors(large, thorough)}, large)
     if thorough:
         saturated = saturated_images(size, backend.channels, len(clean) - len(own), random)
         add_drift(Prober(backend, torch.cat([saturated, own]), places, random), probes, large)

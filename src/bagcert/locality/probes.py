@@ -109,7 +109,7 @@ class Prober:
                 moved = torch.maximum(moved, now)
         return best
 
-    def neighbours(self, batch_size: int, thorough: bool) -> Change:
+    def neighbors(self, batch_size: int, thorough: bool) -> Change:
         """Compare scores of images at other positions in the batch and next to other images.
 
         If `thorough`, other images at unchanged positions are tested separately.

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from bagcert.errors import UsageError, shown
+from bagcert.errors import UsageError, sanitize
 from bagcert.nets.receptive_field.derive import eval_mode
 
 MOST_STEPS = 10_000
@@ -142,9 +142,9 @@ class NetworkGraph(BaseModel):
         tensors = {*self.parameters, *self.buffers}
         for number, step in enumerate(self.steps, 1):
             if step.operation not in OPERATIONS:
-                raise ValueError(f"step {number}: unknown operation {shown(step.operation)!r}")
+                raise ValueError(f"step {number}: unknown operation {sanitize(step.operation)!r}")
             if unknown := [name for name in step.options if name not in _OPTIONS]:
-                raise ValueError(f"step {number}: unknown option {shown(unknown[0])!r}")
+                raise ValueError(f"step {number}: unknown option {sanitize(unknown[0])!r}")
             for reference in _references([step.arguments, *step.options.values()]):
                 _check_reference(reference, number, tensors)
         if not 0 < self.output <= len(self.steps):
@@ -168,7 +168,7 @@ def _check_reference(reference: dict[str, Any], number: int, tensors: set[str]) 
             return
         case {"tensor": str(name)} if len(reference) == 1 and name in tensors:
             return
-    raise ValueError(f"step {number}: {shown(reference)} is neither the result of an earlier step nor a tensor")
+    raise ValueError(f"step {number}: {sanitize(reference)} is neither the result of an earlier step nor a tensor")
 
 
 class GraphNetwork(nn.Module):
@@ -215,7 +215,7 @@ class GraphNetwork(nn.Module):
         except UsageError:
             raise
         except Exception as error:  # torch raises different exceptions for invalid arguments
-            raise UsageError(f"its operations are inconsistent: {shown(error)}") from error
+            raise UsageError(f"its operations are inconsistent: {sanitize(error)}") from error
         if not isinstance(out, Tensor) or out.ndim != 4 or len(out) != len(images):
             raise UsageError("its output is not a map [batch, classes, rows, columns]")
         return out
@@ -284,7 +284,7 @@ def _exported(net: nn.Module, example: Tensor) -> tuple[NetworkGraph, dict[str, 
             dynamic = (({0: torch.export.Dim("batch")}),)
             program: Any = torch.export.export(net, (example,), dynamic_shapes=dynamic).run_decompositions({})
         except Exception as error:  # the exporter raises many exception types
-            raise UsageError(f"this network cannot be saved: torch.export failed: {shown(error)}") from error
+            raise UsageError(f"this network cannot be saved: torch.export failed: {sanitize(error)}") from error
     kinds = torch.export.graph_signature.InputKind
     names: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}

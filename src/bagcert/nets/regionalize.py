@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bagcert.errors import UnsoundError, UsageError, shown
+from bagcert.errors import UnsoundError, UsageError, sanitize
 from bagcert.nets.receptive_field.derive import eval_mode
 from bagcert.nets.receptive_field.operations import LAYERS_NOT_LOCAL
 
@@ -54,7 +54,7 @@ def regionalize(module: nn.Module, image_size: tuple[int, int] | None = None) ->
         with eval_mode(copied):
             traced = fx.symbolic_trace(copied)
     except Exception as error:  # modules may fail in any way on symbolic tensors
-        raise UsageError(f"the classifier cannot be traced by torch.fx ({shown(error)}); {BY_HAND}") from error
+        raise UsageError(f"the classifier cannot be traced by torch.fx ({sanitize(error)}); {BY_HAND}") from error
     end = _End(traced, None if image_size is None else _shapes(traced, module, image_size))
     end.walk()
     return end.without_pooling(copied)
@@ -82,7 +82,7 @@ def _shapes(traced: fx.GraphModule, module: nn.Module, image_size: tuple[int, in
         with eval_mode(traced), torch.no_grad():
             Watched(traced).run(torch.zeros(1, weight.shape[1], *image_size).to(weight))
     except Exception as error:
-        raise UsageError(f"the classifier does not run on an image of {image_size} px: {shown(error)}") from error
+        raise UsageError(f"the classifier does not run on an image of {image_size} px: {sanitize(error)}") from error
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, shown
+from bagcert.errors import CONTROL, BagcertError, UnreadableError, UsageError, sanitize
 from bagcert.io.files import read_regular, write_together
 from bagcert.nets import get_architecture
 from bagcert.nets.attention_pooling import AttentionReadout
@@ -202,7 +202,7 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # errors of the library, and those of unsupported dtypes
-        raise UnreadableError(f"{path} is not a valid safetensors file: {shown(error)}") from None
+        raise UnreadableError(f"{path} is not a valid safetensors file: {sanitize(error)}") from None
     try:
         # Build on the meta device first, since the config may describe a larger network than the file contains.
         graph = _read_graph(path, content) if config.architecture == GRAPH else None
@@ -210,14 +210,14 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
             scorer = config.build(graph)
     except UsageError as error:
         source = folder / CONFIG if config.architecture != GRAPH else path
-        raise UnreadableError(f"{source} does not describe a network: {shown(error)}") from None
+        raise UnreadableError(f"{source} does not describe a network: {sanitize(error)}") from None
     expected = scorer.state_dict()
     for what, names in (
         ("lacks", expected.keys() - tensors.keys()),
         ("has the unknown", tensors.keys() - expected.keys()),
     ):
         if names:
-            raise UnreadableError(f"{path} {what} tensor {shown(sorted(names)[0])!r} (and {len(names) - 1} more)")
+            raise UnreadableError(f"{path} {what} tensor {sanitize(sorted(names)[0])!r} (and {len(names) - 1} more)")
     for name, tensor in sorted(tensors.items()):
         if tensor.dtype != expected[name].dtype:
             raise UnreadableError(f"tensor {name!r} in {path} is {tensor.dtype}, expected {expected[name].dtype}")
@@ -242,7 +242,7 @@ def read_model(folder: Path) -> tuple[RegionScorer, ModelConfig]:
         try:
             scorer.grid()
         except BagcertError as error:
-            raise UnreadableError(f"{path} holds a network that cannot be certified: {shown(error)}") from None
+            raise UnreadableError(f"{path} holds a network that cannot be certified: {sanitize(error)}") from None
     return scorer, config
 
 
@@ -262,8 +262,8 @@ def first_line(error: Exception) -> str:
     """Format an error in one line; for pydantic, only its first error."""
     if isinstance(error, ValidationError):
         found = error.errors()[0]
-        return shown(": ".join([*filter(None, [".".join(map(str, found["loc"]))]), found["msg"].lower()]))
-    return shown(error)
+        return sanitize(": ".join([*filter(None, [".".join(map(str, found["loc"]))]), found["msg"].lower()]))
+    return sanitize(error)
 
 
 def normalization(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bagcert.errors import shown
+from bagcert.errors import sanitize
 from bagcert.io.files import write_atomically
 from bagcert.records import in_unit
 from bagcert.report.drawing import drawn, figure
@@ -69,4 +69,4 @@ def sentence(verdict: "Record") -> str:
 
 
 def _plain(text: str) -> str:
-    return shown(text, 60).replace("$", r"\$")  # $ would start a formula
+    return sanitize(text, 60).replace("$", r"\$")  # $ would start a formula

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.errors import UnreadableError, UsageError, sanitize
 from bagcert.evaluation.gallery_file import Gallery, gallery_path, read_gallery
 from bagcert.evaluation.image_records import read_image_records
 from bagcert.io.files import read_regular
@@ -249,16 +249,16 @@ def _info(path: Path) -> RunInfo:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UnreadableError(
-            f"{path} is not the JSON of an evaluation: {shown(where)}: {shown(first['msg'].lower())}"
+            f"{path} is not the JSON of an evaluation: {sanitize(where)}: {sanitize(first['msg'].lower())}"
         ) from None
     if not info.results or info.images < 1:
         raise UnreadableError(f"{path} holds no results")
     for row in info.results:
         shares = [row.clean_accuracy, row.certified_accuracy, *map(float, row.interval95.get("certified_accuracy", ()))]
         if len(shares) != 4 or not all(0 <= share <= 1 for share in shares):
-            raise UnreadableError(f"{path}: an accuracy of {shown(row.rule)} or its interval is not within 0 and 1")
+            raise UnreadableError(f"{path}: an accuracy of {sanitize(row.rule)} or its interval is not within 0 and 1")
         if row.patch is not None and (len(row.patch) != 2 or min(row.patch) < 1):
-            raise UnreadableError(f"{path}: a patch is [height, width], got {shown(row.patch)}")
+            raise UnreadableError(f"{path}: a patch is [height, width], got {sanitize(row.patch)}")
     return info
 
 
@@ -273,7 +273,7 @@ def _json(text: bytes, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"{what} is not JSON: {shown(error)}") from None
+        raise UnreadableError(f"{what} is not JSON: {sanitize(error)}") from None
 
 
 def _is_finite(value: Any) -> bool:

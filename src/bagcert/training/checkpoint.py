@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from bagcert.errors import BagcertError, UnreadableError, UsageError, shown
+from bagcert.errors import BagcertError, UnreadableError, UsageError, sanitize
 from bagcert.io.files import open_regular, read_regular, remove_leftovers, write_atomically
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.saved_model import CONFIG, WEIGHTS
@@ -101,7 +101,7 @@ class RunFolder:
             reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
             if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in the file
                 reason = "it holds objects other than tensors and numbers"
-            raise UnreadableError(f"the checkpoint {path} is damaged: {shown(reason)}") from None
+            raise UnreadableError(f"the checkpoint {path} is damaged: {sanitize(reason)}") from None
         write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
 
     def _extends(self) -> bool:
@@ -156,7 +156,7 @@ class RunFolder:
         if state["steps"] != self.steps:
             raise UsageError(
                 f"the run in {self.folder} was started with other data or another limit: it has "
-                f"{shown(state['steps'])} steps, this would have {self.steps}"
+                f"{sanitize(state['steps'])} steps, this would have {self.steps}"
             )
         for name in ("model", "average", "schedule", "step", "seconds"):
             _check_form(state[name], own[name], name)

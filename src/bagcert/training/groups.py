@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from bagcert.data.image_set import ImageSet
-from bagcert.errors import UnreadableError, UsageError, shown
+from bagcert.errors import UnreadableError, UsageError, sanitize
 from bagcert.io.files import read_regular
 
 PREFIX = "prefix"
@@ -39,7 +39,7 @@ def groups_of(images: ImageSet, how: str) -> Int64[np.ndarray, " images"]:
         listed = _read(Path(how))
         lacking = next((name for name in names if name not in listed), None)
         if lacking is not None:
-            raise UsageError(f"the groups {how} have no line for the image {shown(lacking)!r}")
+            raise UsageError(f"the groups {how} have no line for the image {sanitize(lacking)!r}")
         groups = [listed[name] for name in names]
     return np.unique(np.array(groups), return_inverse=True)[1].astype(np.int64).reshape(-1)
 
@@ -98,7 +98,9 @@ def _read(path: Path) -> dict[str, str]:
         parts = next((parts for separator in ",\t " if (parts := line.rsplit(separator, 1))[1:]), None)
         if parts is None:
             if line:
-                raise UsageError(f"line {number} of {path} must be 'class folder/file,group'; got {shown(line, 60)!r}")
+                raise UsageError(
+                    f"line {number} of {path} must be 'class folder/file,group'; got {sanitize(line, 60)!r}"
+                )
             continue
         listed[parts[0].strip()] = parts[1].strip()
     return listed

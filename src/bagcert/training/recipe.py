@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from bagcert.errors import UnreadableError, UsageError, cleaned, nearest, shown
+from bagcert.errors import UnreadableError, UsageError, cleaned, nearest, sanitize
 from bagcert.io.files import read_regular
 from bagcert.nets.heads import check_readout
 
@@ -274,7 +274,7 @@ def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
     except OSError as error:
         raise UnreadableError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
-        raise UnreadableError(f"the recipe {path} is not valid TOML: {shown(error)}") from None
+        raise UnreadableError(f"the recipe {path} is not valid TOML: {sanitize(error)}") from None
     for override in overrides:
         _apply(values, override)
     return parse_recipe(values)
@@ -290,7 +290,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = shown(".".join(map(str, first["loc"])), 100)
+        where = sanitize(".".join(map(str, first["loc"])), 100)
         if first["type"] == "extra_forbidden":
             known = _keys() if "." in where else Recipe.model_fields
             raise UsageError(f"a recipe has no key {where!r}{nearest(where, known, 0.5)}") from None
@@ -299,7 +299,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
         if first["type"] == "value_error":
             raise UsageError(f"a recipe's {first['ctx']['error']}") from None
         raise UsageError(
-            f"recipe key {where}: {first['msg'].lower()}, got {shown(reprlib.repr(first.get('input')))}"
+            f"recipe key {where}: {first['msg'].lower()}, got {sanitize(reprlib.repr(first.get('input')))}"
         ) from None
 
 
@@ -327,7 +327,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UsageError(
-                f"recipe key {section}: it should be a section [{section}], got {shown(reprlib.repr(values))}"
+                f"recipe key {section}: it should be a section [{section}], got {sanitize(reprlib.repr(values))}"
             )
     # A patch of 5 and a name of 1.10 are text, as they were written.
     values[last] = text if last in ("patch", "name") and not isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Defences that mask pixels can be attacked although their certificates name masks, not patches."""
+"""Defenses that mask pixels can be attacked although their certificates name masks, not patches."""
 
 import numpy as np
 import pytest

@@ -51,7 +51,7 @@ def test_maps_are_those_of_the_front_door(architecture, padded, patch, head):
     patched = paste(victim.images, contents.to(torch.uint8), places)
     scores = victim.defense.score_map(patched.numpy()).scores
     different = found.long() != scores.long()
-    assert different.float().mean() < 0.01  # another order of summation may round a score to its neighbour
+    assert different.float().mean() < 0.01  # another order of summation may round a score to its neighbor
     assert (found.long() - scores.long()).abs().max() <= 1
     assert not torch.equal(scores, victim.defense.score_map(victim.images.numpy()).scores)
 

@@ -1,4 +1,4 @@
-"""A plain classifier behind the interface of a defence."""
+"""A plain classifier behind the interface of a defense."""
 
 import numpy as np
 import pytest

@@ -81,8 +81,8 @@ def test_transparent_pixels_are_laid_over_white() -> None:
     palette = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
     palette.putpalette([9, 9, 9, 7, 7, 7])
     np.testing.assert_array_equal(read_image(_encode(palette, transparency=0)).pixels[0, :, 0], [255, 7])
-    grey = Image.fromarray(np.array([[3, 4]], dtype=np.uint8))
-    np.testing.assert_array_equal(read_image(_encode(grey, transparency=3)).pixels[0, :, 0], [255, 4])
+    gray = Image.fromarray(np.array([[3, 4]], dtype=np.uint8))
+    np.testing.assert_array_equal(read_image(_encode(gray, transparency=3)).pixels[0, :, 0], [255, 4])
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
@@ -118,8 +118,8 @@ def test_a_tiff_that_pillow_turns_while_loading_keeps_its_stored_pixels(
     assert photo.orientation == orientation
     np.testing.assert_array_equal(photo.pixels, _pixels())
     np.testing.assert_array_equal(photo.upright(), np.asarray(Image.open(io.BytesIO(encoded))))
-    grey = read_image(_tiff(orientation, "L", compression=compression))
-    np.testing.assert_array_equal(grey.pixels[:, :, 0], np.asarray(Image.fromarray(_pixels()).convert("L")))
+    gray = read_image(_tiff(orientation, "L", compression=compression))
+    np.testing.assert_array_equal(gray.pixels[:, :, 0], np.asarray(Image.fromarray(_pixels()).convert("L")))
 
 
 @pytest.mark.parametrize("format", ["TIFF", "PNG", "JPEG", "WEBP"])

@@ -114,8 +114,8 @@ def test_an_image_of_the_right_size_passes_unchanged(fit: str) -> None:
 
 def _patch_sums(pixels: np.ndarray) -> np.ndarray:
     """A score map [rows, cols] that sees 3x3 px at stride 2: the smallest network there is."""
-    grey = pixels.astype(np.int64).sum(2)
-    windows = np.lib.stride_tricks.sliding_window_view(grey, (3, 3))[::2, ::2]
+    gray = pixels.astype(np.int64).sum(2)
+    windows = np.lib.stride_tricks.sliding_window_view(gray, (3, 3))[::2, ::2]
     return windows.sum((2, 3))
 
 

@@ -91,7 +91,7 @@ def double_masking(table, plain):
 
 
 def contents(random, count):
-    """Patch contents [count, 3, 1 to 6, 1 to 6 px]: black, white, colours, noise, extremes."""
+    """Patch contents [count, 3, 1 to 6, 1 to 6 px]: black, white, colors, noise, extremes."""
     corners = [np.full((3, *SIZE), 1.0) * np.array(bits)[:, None, None] for bits in product((0, 1), repeat=3)]
     noise = list(random.random((count, 3, *SIZE)))
     extreme = list(random.integers(0, 2, (count, 3, *SIZE)).astype(float))

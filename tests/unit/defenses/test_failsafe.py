@@ -134,9 +134,9 @@ def test_detection_is_refused() -> None:
     ("answers", "message"), [([], "returned 0 labels"), ([7], "labels must be 0 to 2"), ([-1], "labels must be 0 to 2")]
 )
 def test_a_fallback_must_answer_with_labels(answers: list, message: str) -> None:
-    grey = np.full((1, 8, 8, 3), 100, np.uint8)
+    gray = np.full((1, 8, 8, 3), 100, np.uint8)
     with pytest.raises(UsageError, match=message):
-        FailSafe(tiny.color_model("vote", "2"), "2", fallback=lambda images: answers)(grey)
+        FailSafe(tiny.color_model("vote", "2"), "2", fallback=lambda images: answers)(gray)
 
 
 @pytest.mark.parametrize("threat", ["0", "9", "huge", "2x"])

@@ -42,7 +42,7 @@ def conv_as_matrix(layer, size):
 
 
 def test_margins_are_those_of_interval_arithmetic_by_hand():
-    """A network of all linear layers written as matrices, ends of intervals instead of centres and radii."""
+    """A network of all linear layers written as matrices, ends of intervals instead of centers and radii."""
     torch.manual_seed(0)
     conv, first, last = nn.Conv2d(3, 2, 2, stride=2), nn.Linear(18, 4), nn.Linear(4, 3)
     model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), first, nn.ReLU(), last)

@@ -166,10 +166,10 @@ def test_a_lead_within_rounding_raises_the_alert():
         def forward(self, x):
             return torch.stack([x[:, 0].mean((1, 2)), x[:, 0].mean((1, 2)) - 1e-6], 1)
 
-    grey = np.full((1, 3, 6, 6), 0.5, dtype=np.float32)
+    gray = np.full((1, 3, 6, 6), 0.5, dtype=np.float32)
     for tolerance, alert in ((0.0, False), (1e-4, True)):
         defense = MinorityReports(Near(), ("a", "b"), (6, 6), patch=2, tolerance=tolerance)
-        assert defense.alert(grey).item() is alert
+        assert defense.alert(gray).item() is alert
 
 
 def test_mistakes_are_named():

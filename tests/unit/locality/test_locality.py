@@ -88,7 +88,7 @@ class TestMeasure:
         assert report.tolerance() == 0
         assert all(probe.scores > 0 for probe in report.probes)
         names = " ".join(probe.name for probe in report.probes)
-        for what in ("random", "extreme", "NaN", "adversarial", "neighbours", "batch of 7", "threads"):
+        for what in ("random", "extreme", "NaN", "adversarial", "neighbors", "batch of 7", "threads"):
             assert what in names
         document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
         assert document["consequence"] == "exact"
@@ -128,7 +128,7 @@ class TestMeasure:
 
         backend = Backend(scores, lambda z: quantize(z, 1000.0), grid, 3)
         probes, largest = run_probes(backend, ((2, 2),), None, thorough=False)
-        beside = next(probe for probe in probes if probe.name.startswith("other neighbours"))
+        beside = next(probe for probe in probes if probe.name.startswith("other neighbors"))
         assert beside.largest_z > 1e-4 * largest
 
     @pytest.mark.parametrize(("strength", "consequence"), [(0.0, "exact"), (2e-7, "guarded"), (1e-2, "refused")])

@@ -137,14 +137,14 @@ class TestInputs:
         assert len(scorer.score_map(as_float[0])) == 1
 
     def test_grey_and_rgb_are_not_confused(self):
-        grey = RegionScorer(small_net(1), NAMES, SIZE, mean=(0.5,), std=(0.25,))
+        gray = RegionScorer(small_net(1), NAMES, SIZE, mean=(0.5,), std=(0.25,))
         with pytest.raises(UsageError, match="takes images of one channel"):
-            grey.score_map(images())
+            gray.score_map(images())
         with pytest.raises(UsageError, match=r"must lie in \[0, 1\]"):
-            grey.score_map(images(channels=1) * 2)
+            gray.score_map(images(channels=1) * 2)
         with pytest.raises(UsageError, match=r"\[batch, 3, height, width\]"):
             RegionScorer(small_net(), NAMES, SIZE).score_map(images(channels=1))
-        for scorer in (grey, RegionScorer(small_net(), NAMES, SIZE)):
+        for scorer in (gray, RegionScorer(small_net(), NAMES, SIZE)):
             with pytest.raises(UsageError, match="numpy array or a torch tensor, got list"):
                 scorer.score_map([[0.5]])
 

@@ -55,9 +55,9 @@ def test_every_element_that_scripts_ask_for_is_on_the_page():
     asked = set(re.findall(r'element\("([\w-]+)"\)', script))
     assert len(asked) > 10
     assert asked <= set(re.findall(r'id="([\w-]+)"', page))
-    labelled = set(re.findall(r'for="([\w-]+)"', page))
+    labeled = set(re.findall(r'for="([\w-]+)"', page))
     for name in re.findall(r'<(?:input|select) id="([\w-]+)"', page):
-        assert name in labelled or re.search(rf'<label[^>]*>[^<]*<input id="{name}"', page), f"{name} has no label"
+        assert name in labeled or re.search(rf'<label[^>]*>[^<]*<input id="{name}"', page), f"{name} has no label"
 
 
 def test_samples_are_the_first_of_each_class_pixel_by_pixel():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bagcert.errors import BagcertError, UsageError, shown
+from bagcert.errors import BagcertError, UsageError, sanitize
 from bagcert.io.files import read_regular, write_atomically
 from bagcert.nets.cost import update_with_weights
 from bagcert.nets.receptive_field.module_state import is_told_by_text
@@ -66,7 +66,7 @@ def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[st
                 verbose=False,
             )
         except Exception as error:  # the exporter raises many kinds of errors
-            raise UsageError(f"this network cannot be written as ONNX: {shown(error)}") from error
+            raise UsageError(f"this network cannot be written as ONNX: {sanitize(error)}") from error
     assert program is not None
     model = program.model_proto
     _forget_origin(model)
