@@ -63,7 +63,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class CertifyJob:
-    """What is asked of every image; all a worker needs beside its parts.
+    """The options of a certification run, shared by all workers.
 
     Attributes:
         model, device, dtype, portable, backend: as for `bagcert.defenses.bagcert.load`.
@@ -89,7 +89,7 @@ class CertifyJob:
 
 @dataclass(frozen=True)
 class _Input:
-    """An image in process: its network input and what its row needs. The decoded photo is not kept."""
+    """Network input of an image, and the facts for its row. The decoded photo is not kept."""
 
     size_px: tuple[int, int]
     orientation: int
@@ -101,8 +101,8 @@ class Worker:
     """Certifies parts with one loaded model.
 
     Args:
-        job: what is asked.
-        model: the one that it names, where it is loaded already.
+        job: options of the run.
+        model: the model of the job, if it is already loaded.
 
     Raises:
         UnsoundError: the model with this name has different weights on this machine.
@@ -115,7 +115,7 @@ class Worker:
         if self.model.weights_sha256 != job.weights_sha256:
             raise UnsoundError(
                 f"on {self.name} the model {job.model} has the weights {self.model.weights_sha256[:16]}, "
-                f"where the run began {job.weights_sha256[:16]}"
+                f"but the run was started with {job.weights_sha256[:16]}"
             )
         self._preprocessing = Preprocessing(self.model.image_size, job.fit)
         self._reader = PartReader()
@@ -149,8 +149,8 @@ class Worker:
             else:
                 rows[i]["error"] = str(found)
         for some, scores in self._scored(good):
-            for i, said in zip(some, self._said([good[i] for i in some], scores), strict=True):
-                rows[i] |= said
+            for i, verdict in zip(some, self._verdicts([good[i] for i in some], scores), strict=True):
+                rows[i] |= verdict
         return pa.Table.from_pylist(rows, SCHEMA)
 
     def _prepare(self, found: PhotoOrError) -> "_Input | UnreadableError":
@@ -160,7 +160,7 @@ class Worker:
         return _Input(found.stored_size, found.orientation, pixels_sha256(found.pixels), pixels)
 
     def _scored(self, good: dict[int, _Input]) -> "Iterator[tuple[list[int], ScoreMap]]":
-        """Score maps of all images, in as few pieces as memory allows: rules are faster on many images at once."""
+        """Computes the score maps of all images, joined into as few maps as memory allows, since rules run faster then."""
         numbers, size = list(good), self.job.batch_size
         some: list[int] = []
         maps: list[ScoreMap] = []
@@ -174,48 +174,53 @@ class Worker:
                 yield some, joined(maps)
                 some, maps = [], []
 
-    def _said(self, inputs: Sequence[_Input], scores: "ScoreMap") -> list[dict[str, Any]]:
-        """What each image's row holds of the verdict. Photos with the same windows share the rule."""
-        said: list[dict[str, Any]] = [{"results": []} for _ in inputs]
+    def _verdicts(self, inputs: Sequence[_Input], scores: "ScoreMap") -> list[dict[str, Any]]:
+        """Computes the verdict columns of each image. Photos with the same windows share a call of the rule."""
+        verdicts: list[dict[str, Any]] = [{"results": []} for _ in inputs]
         shapes = [(found.size_px, found.orientation) for found in inputs]
         fitting: list[tuple[list[int], ScoreMap, list[PatchThreatModel]]] = []
         for (size, _), chosen, score_map in self._preprocessing.score_maps(scores, shapes):
             try:
                 fitting.append((chosen, score_map, self._threats(size)))
-            except UsageError as error:  # a patch that does not fit into images of this size
+            except UsageError as error:  # the patch does not fit into images of this size
                 for i in chosen:
-                    said[i] = {"error": str(error)}
+                    verdicts[i] = {"error": str(error)}
         try:
-            self._certify(fitting, said)
-        except UsageError:  # the rule refuses some of them, whose rows have the error
+            self._certify(fitting, verdicts)
+        except UsageError:  # the rule refuses some images; find out which
             for one in fitting:
                 for i in one[0]:
-                    said[i] = {"results": []}
+                    verdicts[i] = {"results": []}
                 try:
-                    self._certify([one], said)
+                    self._certify([one], verdicts)
                 except UsageError as error:
                     for i in one[0]:
-                        said[i] = {"error": str(error)}
-        for row in said:
+                        verdicts[i] = {"error": str(error)}
+        for row in verdicts:
             if "error" not in row:
                 row["prediction"] = row["results"][0]["prediction"]
                 row["class_name"] = self.model.class_names[row["prediction"]]
-        return said
+        return verdicts
 
     def _certify(
-        self, some: "Sequence[tuple[list[int], ScoreMap, list[PatchThreatModel]]]", said: Sequence[dict[str, Any]]
+        self, some: "Sequence[tuple[list[int], ScoreMap, list[PatchThreatModel]]]", verdicts: Sequence[dict[str, Any]]
     ) -> None:
-        """Adds the results of each rule against each patch: (positions in `said`, their score map, threats)."""
+        """Appends the results of each rule and patch to `verdicts`.
+
+        Args:
+            some: groups of images: positions in `verdicts`, score map, one threat per patch.
+            verdicts: verdict columns of each image.
+        """
         for rule in self.job.rules:
             for column, patch in enumerate(self.job.patches):
                 maps, threats = [score_map for _, score_map, _ in some], [threats[column] for _, _, threats in some]
                 certificates = certify_together(rule, maps, threats)
                 for (chosen, _, _), certificate in zip(some, certificates, strict=True):
                     for i, record in zip(chosen, Record.each(certificate), strict=True):
-                        said[i]["results"].append(_result(record, patch))
+                        verdicts[i]["results"].append(_result(record, patch))
 
     def _threats(self, size: tuple[int, int]) -> list[PatchThreatModel]:
-        """One for each patch, for images of this size."""
+        """Parses each patch for images of this size."""
         return [PatchThreatModel.parse(patch, size, self.job.placements) for patch in self.job.patches]
 
 

@@ -1,4 +1,4 @@
-"""Passes over the images of an evaluation: batches of records, and their seconds."""
+"""Runs the network and the rules over the images of an evaluation, in timed batches."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,20 +21,22 @@ from bagcert.rules.largest import largest_certifiable_px
 from bagcert.rules.together import certify_together
 from bagcert.threat import PatchThreatModel
 
-READ_AT_ONCE = 64  # photos decoded side by side
-MOST_SIZES = 1024  # of images whose threats are kept
+READ_AT_ONCE = 64
+"""Number of photos that are decoded in parallel."""
+MOST_SIZES = 1024
+"""Number of image sizes for which threats are cached."""
 
 
 @dataclass
 class RulePatch:
-    """One rule against one patch; the threat is parsed once for each size of the images at hand."""
+    """A rule and a patch notation, with one cached threat per image size."""
 
     rule: str
     notation: str
     threats: dict[tuple[int, int], PatchThreatModel] = field(default_factory=dict)
 
     def threat(self, size: tuple[int, int], placements: str | Path | None) -> PatchThreatModel:
-        """The threat for images of this size."""
+        """Returns the threat for images of this size."""
         if size not in self.threats:
             if len(self.threats) >= MOST_SIZES:
                 self.threats.clear()
@@ -44,7 +46,7 @@ class RulePatch:
 
 @dataclass(frozen=True)
 class Job:
-    """What is evaluated, and how."""
+    """Everything that an evaluation depends on."""
 
     model: BagCert
     images: ImageSet
@@ -56,13 +58,13 @@ class Job:
     largest: bool
 
     def batches(self, first: int, unreadable: dict[int, str]) -> Iterator[tuple[Batch, float]]:
-        """Certified batches from the image `first` on, each with the seconds that its images were waited for.
+        """Iterates over certified batches, starting at the image `first`, with the seconds spent waiting for each.
 
-        An image that cannot be read goes into `unreadable` by its number.
+        Errors of unreadable images are added to `unreadable`, by image number.
         """
         clock = time.perf_counter()
         batches = _batches(self.images, self.preprocessing, self.batch_size, unreadable, first)
-        if self.model.scorer.device.type != "cpu":  # a processor that computes has no time to read beside it
+        if self.model.scorer.device.type != "cpu":  # on a CPU, reading would compete with computing
             batches = prefetch(batches)
         for numbers, pixels, shapes, sources in batches:
             waited = time.perf_counter() - clock
@@ -81,11 +83,11 @@ class Job:
 
 @dataclass
 class Found:
-    """What the batches of a pass gave.
+    """Accumulated results of the batches of a pass.
 
     Attributes:
-        seconds: of the forward pass, then of each setting.
-        waited: seconds until the images of each batch were ready, in all.
+        seconds: time of the forward pass, then of each setting.
+        waited: total time spent waiting for images, in seconds.
     """
 
     seconds: list[float]
@@ -95,7 +97,7 @@ class Found:
     waited: float = 0.0
 
     def add(self, batch: Batch) -> None:
-        """Adds a batch that follows those before it."""
+        """Adds the next batch."""
         self.records += batch.records
         self.errors |= dict(batch.errors)
         self.resized |= batch.resized
@@ -103,7 +105,7 @@ class Found:
 
 
 def first_pass(job: Job, journal: EvaluationLog | None, on_done: Callable[[int], None]) -> Found:
-    """Records of all images; those in the journal are taken from it, and the others added to it."""
+    """Computes the records of all images. Records in the journal are reused, new ones are appended to it."""
     found = Found([0.0] * (1 + len(job.settings)))
     for batch in journal.batches if journal else ():
         found.add(batch)
@@ -119,7 +121,7 @@ def first_pass(job: Job, journal: EvaluationLog | None, on_done: Callable[[int],
 
 
 def timed_pass(job: Job, on_done: Callable[[int], None]) -> list[float]:
-    """A further pass for its seconds alone."""
+    """Repeats the pass and returns only its seconds."""
     seconds = [0.0] * (1 + len(job.settings))
     for batch, _ in job.batches(0, {}):
         seconds = _sums(seconds, batch.seconds)
@@ -134,9 +136,9 @@ def _sums(left: Sequence[float], right: Sequence[float]) -> list[float]:
 def _batches(
     images: ImageSet, preprocessing: Preprocessing, batch_size: int, errors: dict[int, str], first: int
 ) -> Iterator[tuple[list[int], np.ndarray, list[StoredShape], list[str]]]:
-    """Numbers and network inputs uint8 [batch, h, w, 3] of consecutive images; shapes as stored, and what they are.
+    """Iterates over batches: image numbers, network inputs uint8 [batch, h, w, 3], stored shapes and source names.
 
-    They begin with the image `first`. What cannot be read goes into `errors` by its number.
+    Starts at the image `first`. Errors of unreadable images are added to `errors`, by image number.
     """
 
     def sized(photo: Photo) -> tuple[np.ndarray, StoredShape, str]:
@@ -160,11 +162,13 @@ def _batches(
 def _certify(
     job: Job, pixels: np.ndarray, shapes: Sequence[StoredShape]
 ) -> tuple[list[list[Record]], list[int | None], list[float]]:
-    """Records of each image of a batch, a verdict per setting; the largest certifiable sides, if asked for; seconds.
+    """Certifies a batch under every setting.
 
-    The seconds are those of the forward pass and of each setting.
+    All photos share the forward pass, and photos with the same windows share a call of the rule.
 
-    Photos of all sizes share the forward pass, and those with the same windows share the rule.
+    Returns:
+        The records of each image, one per setting; the largest certifiable side of each image, or None if not
+        requested; the seconds of the forward pass and of each setting.
     """
     clock = time.perf_counter()
     scores = job.model.score_map(pixels)
