@@ -20,9 +20,7 @@ from tests.browser import CHROMIUM, Browser, until
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-in_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs Chromium on the path, such as from apt-get install chromium"
-)
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; try apt-get install chromium")
 
 READY = (
     "document.readyState === 'complete' && document.getElementById('main').getAttribute('aria-busy') === 'false' && "

@@ -160,7 +160,7 @@ class Worker:
         return _Input(found.stored_size, found.orientation, pixels_sha256(found.pixels), pixels)
 
     def _scored(self, good: dict[int, _Input]) -> "Iterator[tuple[list[int], ScoreMap]]":
-        """Computes the score maps of all images, joined into as few maps as memory allows, since rules run faster then."""
+        """Computes the score maps of all images, joined into as few as memory allows, because rules then run faster."""
         numbers, size = list(good), self.job.batch_size
         some: list[int] = []
         maps: list[ScoreMap] = []
