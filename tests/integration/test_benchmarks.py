@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import bagcert
+from benchmarks.flip_average import averaged_map, mirror_shift
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,3 +109,24 @@ def test_without_results_the_page_says_so(tmp_path: Path) -> None:
     page.write_text((ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), encoding="utf-8")
     _run("tools/scaling_tables.py", "--results", str(tmp_path / "none"), "--page", str(page))
     assert page.read_text(encoding="utf-8").count("Not measured yet") == 5
+
+
+def test_flip_average(tmp_path: Path) -> None:
+    """Changing a pixel of the image changes the averaged map only where the grid of the model allows it."""
+    model = bagcert.load("digits", device="cpu")
+    assert mirror_shift(np.eye(4, dtype=bool)) == 3
+    with pytest.raises(ValueError, match="no mirror image"):
+        mirror_shift(np.array([[1, 0, 1, 1], [0, 1, 0, 0]], dtype=bool))
+    grid, random = model.scorer.grid(), np.random.default_rng(0)
+    image = random.integers(0, 256, (1, *model.image_size, 3), dtype=np.uint8)
+    before = averaged_map(model, image).scores
+    for column in range(model.image_size[1]):
+        changed = image.copy()
+        changed[:, :, column] = 255 - changed[:, :, column]
+        moved = (averaged_map(model, changed).scores != before).flatten(0, 2).any(0)
+        assert not (moved.numpy() & ~grid.cols_seen[:, column]).any()
+    arguments = ["--model", "digits", "--data", "digits", "--patch", "2", "--limit", "20"]
+    _run("benchmarks/flip_average.py", *arguments, "--out", str(tmp_path / "flip.json"))
+    rows = json.loads((tmp_path / "flip.json").read_text())["rows"]
+    assert rows["plain"]["clean_accuracy"] > 0.8
+    assert rows["flip-averaged"]["forward_passes"] == 2
