@@ -253,7 +253,7 @@ def _run_parts() -> tuple:
     """What a run folder is opened with: scorer, average, optimizer and schedule, as training makes them."""
     from torch.optim.swa_utils import AveragedModel
 
-    from bagcert.training.setup import learning_rate, make_optimizer, moving_average
+    from bagcert.training.optimizers import learning_rate, make_optimizer, moving_average
 
     recipe = tiny.recipe()
     scorer, _ = read_model(_model())

@@ -289,7 +289,7 @@ def test_a_forged_record_with_a_fresh_hash_fails_by_its_proof(
 def _forged_for_less(record: dict[str, Any]) -> dict[str, Any]:
     """A whole false record: the same scores over receptive fields of one pixel, certified by the rules themselves."""
     from bagcert.grid import RegionGrid
-    from bagcert.proofs.record import geometry_fields
+    from bagcert.proofs.certificate_record import geometry_fields
     from bagcert.records import Record
     from bagcert.rules import get_rule
     from bagcert.scores import ScoreMap

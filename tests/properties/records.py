@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bagcert.proofs.certificate_record import readout_fields
 from bagcert.proofs.lines import from_line
-from bagcert.proofs.record import readout_fields
 from bagcert.proofs.verify import verify_readout, verify_record
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap

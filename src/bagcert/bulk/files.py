@@ -9,8 +9,8 @@ from bagcert.data.photo import Photo, read_image
 from bagcert.data.preprocess import Preprocessing
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnreadableError, UsageError
+from bagcert.proofs.certificate_record import certificate_record
 from bagcert.proofs.file import RecordFile
-from bagcert.proofs.record import certificate_record
 from bagcert.records import Record
 from bagcert.rules import get_rule
 from bagcert.rules.largest import VOTING_RULES, largest_certifiable_px, largest_certified_px

@@ -19,7 +19,7 @@ from bagcert.data.prefetch import prefetch
 from bagcert.data.preprocess import Preprocessing
 from bagcert.defenses.bagcert import BagCert, load
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
-from bagcert.proofs.record import pixels_sha256
+from bagcert.proofs.certificate_record import pixels_sha256
 from bagcert.records import Record
 from bagcert.rules.together import certify_together, joined
 from bagcert.threat import PatchThreatModel

@@ -9,7 +9,7 @@ from bagcert.defenses.bagcert import BagCert
 from bagcert.exporting.image_range import IN_RANGE
 from bagcert.exporting.module import CertifiedModule
 from bagcert.nets.runtimes.onnx_graph import REAL_SCORES
-from bagcert.proofs.record import geometry_fields, threat_fields
+from bagcert.proofs.certificate_record import geometry_fields, threat_fields
 from bagcert.threat import PatchThreatModel
 
 INSIDE = (REAL_SCORES, IN_RANGE)

@@ -11,8 +11,8 @@ from bagcert.data.photo import Photo
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.io.files import require_writable
+from bagcert.proofs.certificate_record import image_fields, model_fields, readout_fields, threat_fields
 from bagcert.proofs.lines import from_line, lines, to_line
-from bagcert.proofs.record import image_fields, model_fields, readout_fields, threat_fields
 from bagcert.rules import get_rule
 from bagcert.scores import require_sum
 from bagcert.threat import PatchThreatModel, check_notation

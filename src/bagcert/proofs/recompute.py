@@ -11,7 +11,7 @@ from bagcert.data.photo import Photo, read_image
 from bagcert.data.preprocess import FITS, Preprocessing
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnreadableError
-from bagcert.proofs.record import geometry_fields, image_fields, map_fields, model_fields, pixels_sha256
+from bagcert.proofs.certificate_record import geometry_fields, image_fields, map_fields, model_fields, pixels_sha256
 from bagcert.proofs.verify import VerifyResult
 
 PACKED = {

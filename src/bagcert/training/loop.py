@@ -33,17 +33,10 @@ from bagcert.training.distributed import ProcessGroup
 from bagcert.training.feasible import require_certifiable
 from bagcert.training.held_out import scale_of, validate, validation_scores
 from bagcert.training.launcher import processes_here
+from bagcert.training.optimizers import decay_start, learning_rate, make_optimizer, moving_average
 from bagcert.training.pace import measure_pace
 from bagcert.training.recipe import Recipe
-from bagcert.training.setup import (
-    decay_start,
-    learning_rate,
-    make_optimizer,
-    model_config,
-    moving_average,
-    provenance,
-    start_from,
-)
+from bagcert.training.setup import model_config, provenance, start_from
 from bagcert.training.step import Losses, Stepper
 from bagcert.training.synchronized import synchronize_batch_norm
 

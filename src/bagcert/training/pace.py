@@ -18,8 +18,8 @@ from bagcert.threat import PatchThreatModel
 from bagcert.training.data import TrainingData
 from bagcert.training.distributed import ProcessGroup
 from bagcert.training.held_out import validate
+from bagcert.training.optimizers import make_optimizer
 from bagcert.training.recipe import Recipe
-from bagcert.training.setup import make_optimizer
 from bagcert.training.step import Losses, Stepper
 
 WARM_UP_STEPS = 2

@@ -1,15 +1,12 @@
-"""Setup of a training run: model config, optimizer, learning-rate schedule, EMA weights and provenance."""
+"""Setup of a training run: model config, initial weights and provenance."""
 
-import math
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import bagcert
 from bagcert.data.image_set import ImageSet
@@ -19,7 +16,6 @@ from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.saved_model import ModelConfig, read_model
 from bagcert.rules import get_rule
 from bagcert.training.data import Sources
-from bagcert.training.muon import MuonAdamW
 from bagcert.training.recipe import Recipe
 
 
@@ -62,56 +58,6 @@ def start_from(scorer: RegionScorer, folder: Path) -> None:
         if name not in given or name not in own or given[name].shape != own[name].shape:
             raise UsageError(f"the model in {folder} cannot start this recipe: tensor {name!r} does not fit")
         own[name].copy_(given[name])
-
-
-def make_optimizer(recipe: Recipe, scorer: RegionScorer) -> torch.optim.Optimizer:
-    """Creates the optimizer, with weight decay on kernels but not on batch norm or biases."""
-    section = recipe.optimizer
-    kernels = [p for p in scorer.net.parameters() if p.ndim > 1]
-    others = [p for p in scorer.net.parameters() if p.ndim <= 1]
-    others += [] if scorer.readout is None else list(scorer.readout.parameters())
-    groups = [{"params": kernels, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if section.name == "muon":
-        *inner, classifier = kernels
-        rate = section.learning_rate
-        return MuonAdamW(inner, [classifier, *others], rate, rate * section.others_share, section.weight_decay)
-    if section.name == "sgd":
-        return torch.optim.SGD(groups, section.learning_rate, momentum=section.momentum, nesterov=section.momentum > 0)
-    return torch.optim.AdamW(groups, section.learning_rate)
-
-
-def learning_rate(recipe: Recipe, steps: int) -> Callable[[int], float]:
-    """Returns the learning-rate schedule, as a fraction of the maximum rate."""
-    section = recipe.optimizer
-    warmup = section.warmup_steps or max(1, round(section.warmup * steps))
-    fall = decay_start(recipe, steps)
-
-    def share(step: int) -> float:
-        rising = (step + 1) / warmup
-        if fall is not None:  # a short run falls before it has risen to the top
-            return min(1.0, rising, (steps - step) / max(1, steps - fall))
-        if step < warmup:
-            return rising
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    return share
-
-
-def decay_start(recipe: Recipe, steps: int) -> int | None:
-    """Returns the first step at which the rate of the schedule hold falls; None for other schedules."""
-    if recipe.optimizer.schedule != "hold":
-        return None
-    return steps - round(recipe.optimizer.decay * steps)
-
-
-def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Creates an EMA whose decay grows to `decay` over the first steps, so that the initial weights fade quickly."""
-
-    def update(averages: Any, current: Any, count: Any) -> None:
-        steps = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averages, current, count)
-
-    return update
 
 
 def provenance(

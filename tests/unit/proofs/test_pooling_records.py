@@ -13,8 +13,8 @@ import torch
 
 from bagcert.aggregation import PRODUCT_LIMIT, AttentionPooling
 from bagcert.grid import RegionGrid
+from bagcert.proofs.certificate_record import geometry_fields, map_fields, readout_fields, threat_fields
 from bagcert.proofs.maps import read_readout, rounded_quotient
-from bagcert.proofs.record import geometry_fields, map_fields, readout_fields, threat_fields
 from bagcert.proofs.verify import VerifyResult, verify_readout, verify_record
 from bagcert.records import Record
 from bagcert.rules import RULES

@@ -15,9 +15,9 @@ import torch
 from bagcert.data.photo import Photo
 from bagcert.data.preprocess import Preprocessing
 from bagcert.errors import BagcertError, UnreadableError, UsageError
+from bagcert.proofs.certificate_record import certificate_record
 from bagcert.proofs.file import RecordFile
 from bagcert.proofs.lines import MOST_LINE_BYTES, from_line, lines, seal, to_line
-from bagcert.proofs.record import certificate_record
 from bagcert.proofs.verify import verify_record
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap

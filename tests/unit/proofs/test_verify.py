@@ -17,8 +17,8 @@ import torch
 
 from bagcert.certificate import Certificate
 from bagcert.grid import RegionGrid
+from bagcert.proofs.certificate_record import geometry_fields, scores_fields, threat_fields
 from bagcert.proofs.lines import seal
-from bagcert.proofs.record import geometry_fields, scores_fields, threat_fields
 from bagcert.proofs.verify import VerifyResult, verify_record
 from bagcert.records import Record
 from bagcert.rules import RULES

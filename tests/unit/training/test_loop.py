@@ -19,7 +19,7 @@ from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.nets.saved_model import read_model
 from bagcert.training import loop as training
-from bagcert.training import setup, step
+from bagcert.training import optimizers, setup, step
 from bagcert.training.augment import cutout
 from bagcert.training.batches import epoch_order
 from bagcert.training.data import load_sources, load_training_data
@@ -434,7 +434,7 @@ def test_each_epoch_takes_every_image_once_in_an_order_of_its_own() -> None:
 
 @pytest.mark.parametrize("warmup", [0.0, 0.2, 0.9])
 def test_the_learning_rate_peaks_after_the_warm_up_and_ends_at_zero(warmup: float) -> None:
-    share = setup.learning_rate(tiny.recipe(optimizer__warmup=warmup), 200)
+    share = optimizers.learning_rate(tiny.recipe(optimizer__warmup=warmup), 200)
     rates = [share(step) for step in range(201)]
     peak = max(0, round(200 * warmup) - 1)
     assert max(rates) == rates[peak] == 1

@@ -4,6 +4,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -11,7 +12,8 @@ from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.nets import get_architecture
 from bagcert.rules import get_rule
 from bagcert.threat import PatchThreatModel
-from bagcert.training.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from bagcert.training.optimizers import OPTIMIZERS
+from bagcert.training.recipe import OptimizerSection, Recipe, load_recipe, parse_recipe, shipped_recipes
 
 
 def _sentence(error: pytest.ExceptionInfo) -> str:
@@ -228,3 +230,8 @@ def test_recipe_keys_reference_has_a_meaning_for_every_key() -> None:
         for key in values if isinstance(values, dict) else ():
             (line,) = re.findall(rf"^\| `{section}\.{key}` \|.*\| ([^|]*) \|$", page, re.MULTILINE)
             assert line.strip(), f"{section}.{key} has no meaning"
+
+
+def test_every_optimizer_has_a_function():
+    names = get_args(OptimizerSection.model_fields["name"].annotation)
+    assert sorted(names) == sorted(OPTIMIZERS)
