@@ -81,6 +81,7 @@ def judge(row: dict, arguments: argparse.Namespace) -> dict:
         model, facts = load(folder), describe(folder)
         rules = ["double-masking", "vote"] if recipe.model.head == "binary" else ["double-masking"]
         info = evaluate(model, held_out, patches=[patch], rules=rules).info
+        assert model.config is not None
         seconds = model.config.provenance["training_seconds"]
     judged = {
         **row,

@@ -57,9 +57,10 @@ def train(net: nn.Sequential, images: np.ndarray, labels: np.ndarray, options: a
     started = time.perf_counter()
     device = resolve_device(options.device)
     generator = torch.Generator().manual_seed(options.seed)
-    net.to(device, memory_format=torch.channels_last).train()
+    net.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     kernels = [parameter for parameter in net.parameters() if parameter.ndim == 4]
     others = [parameter for parameter in net.parameters() if parameter.ndim != 4]
+    optimizer: torch.optim.Optimizer
     if options.optimizer == "muon":
         optimizer = MuonAdamW(kernels, others, options.learning_rate, options.learning_rate, 0.01)
     else:

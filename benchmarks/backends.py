@@ -46,6 +46,7 @@ def main() -> None:
                 print(json.dumps(refused[-1]), flush=True)
                 continue
             models[backend, dtype] = model
+            assert model.locality is not None
             rows[backend, dtype] = {
                 "backend": backend,
                 "dtype": dtype,
@@ -57,8 +58,8 @@ def main() -> None:
     images, labels = found.array(), labels_for(models["torch", "float32"], found)
     for model in models.values():
         model.certify(images[: arguments.batch_size])
-    seconds = {which: ([], []) for which in models}
-    certificates = {which: [] for which in models}
+    seconds: dict[tuple[str, str], tuple[list[float], list[float]]] = {which: ([], []) for which in models}
+    certificates: dict[tuple[str, str], list[np.ndarray]] = {which: [] for which in models}
     for run in range(arguments.repeat):
         forward, rule = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
         for first in range(0, len(images), arguments.batch_size):
@@ -78,13 +79,13 @@ def main() -> None:
             seconds[which][1].append(rule[which])
     truth = np.concatenate(certificates["torch", "float32"])
     for which, row in rows.items():
-        forward, rule = (statistics.median(column) for column in seconds[which])
+        forward_s, rule_s = (statistics.median(column) for column in seconds[which])
         here = np.concatenate(certificates[which])
         right = here[:, 0] == labels
         row |= {
-            "forward_seconds": round(forward, 3),
-            "rule_seconds": round(rule, 3),
-            "images_per_second": round(len(images) / (forward + rule), 1),
+            "forward_seconds": round(forward_s, 3),
+            "rule_seconds": round(rule_s, 3),
+            "images_per_second": round(len(images) / (forward_s + rule_s), 1),
             "clean_accuracy": float(right.mean()),
             "certified_accuracy": float((right & (here[:, 1] == 1)).mean()),
             "other_predictions": int((here[:, 0] != truth[:, 0]).sum()),

@@ -113,7 +113,7 @@ def measure(point: Point) -> dict[str, Any]:
     net = shape.build(point.classes, recipe.width or shape.width, recipe.depth or shape.depth, recipe.padded)
     names = [str(number) for number in range(point.classes)]
     scorer = RegionScorer(net, names, (point.side_px, point.side_px)).fold_batch_norm()
-    scorer.to(memory_format=torch.channels_last)
+    scorer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (point.images, point.side_px, point.side_px, 3), dtype=np.uint8)
     labels = np.arange(point.images) % point.classes

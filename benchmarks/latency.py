@@ -6,6 +6,7 @@ python benchmarks/latency.py --data data/cifar10 --out results/speed/latency.jso
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load(arguments.model)
     images = load_dataset(arguments.data, "test", arguments.images).array()
-    calls = {"forward": model.score_map}
+    calls: dict[str, Callable[[np.ndarray], object]] = {"forward": model.score_map}
     for rule in ("vote", "double-masking"):
         calls[rule] = FailSafe(model, arguments.patch, rule=rule)
     milliseconds = {what: np.empty(len(images)) for what in calls}

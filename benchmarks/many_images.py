@@ -94,7 +94,8 @@ def main() -> None:
 def served(data: Path, images: int, folder: Path, here: bool) -> Iterator[str]:
     """The name of a source with at least so many images: copies of all Parquet files of `data`."""
     files = sorted(data.glob("*.parquet"))
-    names, count = [], 0
+    names: list[tuple[Path, str]] = []
+    count = 0
     while count < images:
         for file in files:
             names.append((file, f"{len(names):04}-{file.name}"))

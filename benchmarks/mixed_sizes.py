@@ -49,11 +49,11 @@ def main() -> None:
         seconds: dict[str, dict[str, list[float]]] = {
             command: {"mixed": [], "one": []} for command in ("evaluate", "certify --data")
         }
-        evaluate(model, str(folder / "one"), patches, limit=250)  # the first passes of a process are slower
+        evaluate(model, str(folder / "one"), patches=patches, limit=250)  # the first passes of a process are slower
         for turn in range(arguments.repeat):
             for kind in ("mixed", "one"):
                 clock = time.process_time()
-                found = evaluate(model, str(folder / kind), patches)
+                found = evaluate(model, str(folder / kind), patches=patches)
                 seconds["evaluate"][kind].append(time.process_time() - clock)
                 if kind == "mixed":
                     mixed = found

@@ -13,8 +13,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from bagcert.evaluation.evaluate import versions
 from bagcert.grid import RegionGrid
 from bagcert.io.files import write_atomically
 from bagcert.nets import ARCHITECTURES, get_architecture
-from bagcert.nets.region_scorer import Head, RegionScorer
+from bagcert.nets.heads import HeadName
+from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import RULES
 from bagcert.scores import FIXED_POINT_LIMIT, ScoreMap
 from bagcert.threat import PatchThreatModel
@@ -43,7 +45,7 @@ class Case:
     architecture: str
     width: int
     depth: int
-    head: Head
+    head: HeadName
     classes: int
     patches: tuple[str, ...]
     images: int
@@ -53,7 +55,7 @@ class Case:
         """The network, ready for inference."""
         net = ARCHITECTURES[self.architecture].build(self.classes, self.width, self.depth, True)
         scorer = RegionScorer(net, [str(c) for c in range(self.classes)], (self.side, self.side), self.head)
-        return scorer.fold_batch_norm().to(memory_format=torch.channels_last)
+        return scorer.fold_batch_norm().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def cases() -> Iterator[Case]:
@@ -69,7 +71,7 @@ def cases() -> Iterator[Case]:
         yield Case(side, model.architecture, width, depth, model.head, 1000, patches, images, name)
 
 
-def synthetic(grid: RegionGrid, head: Head, classes: int, images: int, seed: int) -> ScoreMap:
+def synthetic(grid: RegionGrid, head: HeadName, classes: int, images: int, seed: int) -> ScoreMap:
     """Fixed-point maps: noise in every region, and a class that leads by 0 to 1.5 of its spread.
 
     Binary ones: about two classes on by chance in every region, and a class that is on in 0 to all of them.
@@ -103,10 +105,10 @@ def measure(case: Case, repeat: int) -> Iterator[dict]:
     batch = torch.rand(case.images, 3, case.side, case.side)
     scores = synthetic(scorer.grid(), case.head, case.classes, case.images, seed=case.side + case.classes)
     threats = {patch: PatchThreatModel.parse(patch, (case.side, case.side)) for patch in case.patches}
-    calls = {("forward", ""): lambda: scorer.real_scores(batch)}
+    calls: dict[tuple[str, str], Callable[[], object]] = {("forward", ""): partial(scorer.real_scores, batch)}
     for patch, threat in threats.items():
         for rule in BUDGET:
-            calls[rule, patch] = lambda rule=rule, threat=threat: RULES[rule].certify(scores, threat)
+            calls[rule, patch] = partial(RULES[rule].certify, scores, threat)
     seconds: dict[tuple[str, str], list[float]] = {what: [] for what in calls}
     for call in calls.values():
         call()

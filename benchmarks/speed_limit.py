@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from bagcert.certificate import Certificate
 from bagcert.data import load_dataset
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import as_batch
@@ -103,13 +105,13 @@ def matrix_products(
     for rows, inner, cols in shapes:
         one = torch.randn(rows, inner, device=device).to(dtype)
         other = torch.randn(inner, cols, device=device).to(dtype)
-        yield ("torch", rows, inner, cols), lambda one=one, other=other: torch.mm(one, other)
+        yield ("torch", rows, inner, cols), partial(torch.mm, one, other)
         images = one.T.reshape(1, inner, rows, 1).contiguous(memory_format=torch.channels_last)
         weight = other.T.reshape(cols, inner, 1, 1).contiguous(memory_format=torch.channels_last)
-        yield ("torch convolution", rows, inner, cols), lambda x=images, w=weight: torch.conv2d(x, w)
+        yield ("torch convolution", rows, inner, cols), partial(torch.conv2d, images, weight)
         if installed(RUNNERS["onnxruntime"].libraries) and device.type == "cpu" and dtype == torch.float32:
             session = onnx_session(product_graph(other.numpy()), torch.get_num_threads())
-            yield ("onnxruntime", rows, inner, cols), lambda s=session, x=one: s.run(None, {"x": x.numpy()})
+            yield ("onnxruntime", rows, inner, cols), partial(session.run, None, {"x": one.numpy()})
 
 
 def product_graph(weight: np.ndarray) -> bytes:
@@ -166,16 +168,16 @@ def ways(name: str, model: BagCert, batch: Tensor, quick: bool) -> dict[tuple[st
         for scorer, words in ((trained, "as trained"), (folded, "batch norm folded")):
             found[words, dtype] = contiguous(scorer, batch, autocast)
         deployed = model.scorer if autocast is None else load(name, str(device), dtype=dtype, checked=False).scorer
-        found["batch norm folded, channels last", dtype] = lambda scorer=deployed: scorer.forward_batch(batch)
+        found["batch norm folded, channels last", dtype] = partial(deployed.forward_batch, batch)
         if not quick:
             compiled = copy.deepcopy(deployed)
             compiled.net = torch.compile(compiled.net, dynamic=False)  # type: ignore[assignment]
-            found["the same, torch.compile", dtype] = lambda scorer=compiled: scorer.forward_batch(batch)
+            found["the same, torch.compile", dtype] = partial(compiled.forward_batch, batch)
         for backend in installed_backends() if device.type == "cpu" else ():
             if backend != "torch":
                 with suppress(UsageError):  # a backend without this dtype
                     other = load(name, "cpu", dtype=dtype, checked=False, backend=backend).scorer
-                    found[backend, dtype] = lambda scorer=other: scorer.forward_batch(batch)
+                    found[backend, dtype] = partial(other.forward_batch, batch)
     return found
 
 
@@ -196,9 +198,17 @@ def in_chunks(model: BagCert, batch: Tensor) -> dict[int, Callable[[], object]]:
     """The deployed network on so many images at a time."""
     calls: dict[int, Callable[[], object]] = {}
     for count in CHUNKS:
-        chunks = batch.split(count)
-        calls[count] = lambda chunks=chunks: [model.scorer.forward_batch(chunk) for chunk in chunks]
+        calls[count] = partial(_each, model.scorer.forward_batch, batch.split(count))
     return calls
+
+
+def _each(call: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    return [call(part) for part in parts]
+
+
+def _certify_each(model: BagCert, threat: PatchThreatModel, batches: Sequence[np.ndarray]) -> list[Certificate]:
+    rule = get_rule(model.rule)
+    return [rule.certify(model.score_map(batch), threat) for batch in batches]
 
 
 def in_batches(images: ImageSet, batch_size: int) -> list[np.ndarray]:
@@ -239,10 +249,7 @@ def certified(
         for dtype in DTYPES:
             with suppress(UsageError, UnsoundError):  # a backend without this dtype, or not local in it
                 model = load(name, str(device), dtype=dtype, backend=backend)
-                rule = get_rule(model.rule)
-                found[backend, dtype] = lambda model=model, rule=rule: [
-                    rule.certify(model.score_map(batch), threat) for batch in batches
-                ]
+                found[backend, dtype] = partial(_certify_each, model, threat, batches)
     return found
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -116,8 +117,8 @@ def palette_of(frames: list[Image.Image]) -> Image.Image:
     """One palette for all frames: the best for the first, and one for the colors that a change brings."""
     pixels = np.stack([np.asarray(each) for each in frames])
     brought = np.unique(pixels[1:][(pixels[1:] != pixels[0]).any(3)], axis=0)
-    changes = Image.fromarray(brought[None]).quantize(CHANGES, method=Image.Quantize.MAXCOVERAGE).getpalette()
-    colors = frames[0].quantize(COLORS).getpalette()[: 3 * COLORS] + changes[: 3 * CHANGES]
+    changes = Image.fromarray(brought[None]).quantize(CHANGES, method=Image.Quantize.MAXCOVERAGE).getpalette() or []
+    colors = (frames[0].quantize(COLORS).getpalette() or [])[: 3 * COLORS] + changes[: 3 * CHANGES]
     palette = Image.new("P", (1, 1))
     palette.putpalette(colors + [channel for color in ACCENTS for channel in color])
     return palette
@@ -132,11 +133,11 @@ def save(frames: list[Image.Image], out: Path) -> None:
     images = []
     for step in steps:
         image = Image.fromarray(step, "P")
-        image.putpalette(palette.getpalette())
+        image.putpalette(palette.getpalette() or [])
         images.append(image)
     out.parent.mkdir(parents=True, exist_ok=True)
-    rest = {"save_all": True, "append_images": images[1:], "duration": MILLISECONDS, "loop": 0, "optimize": False}
-    images[0].save(out, transparency=TRANSPARENT, disposal=1, **rest)
+    settings: dict[str, Any] = {"save_all": True, "duration": MILLISECONDS, "loop": 0, "optimize": False}
+    images[0].save(out, append_images=images[1:], transparency=TRANSPARENT, disposal=1, **settings)
 
 
 def main() -> int:
