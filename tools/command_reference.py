@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import typer.main
+from pages import cell, plain, write_or_check
 
 from bagcert.cli import app
 
@@ -33,7 +34,7 @@ def section(name, command) -> str:
     rows = [(f"`{_name(argument)}`", _text(argument)) for argument in arguments]
     rows += [(f"`{_option(option)}`", _text(option)) for option in options if not option.hidden]
     table = ["| argument or option | meaning |", "|---|---|", *(f"| {left} | {right} |" for left, right in rows)]
-    return "\n".join([f"## {name}", "", f"    {' '.join(words)}", "", _plain(command.help), "", *table, ""])
+    return "\n".join([f"## {name}", "", f"    {' '.join(words)}", "", plain(command.help), "", *table, ""])
 
 
 def _argument(argument) -> str:
@@ -52,36 +53,15 @@ def _option(option) -> str:
 
 
 def _text(parameter) -> str:
-    text = _cell(parameter.help or "")
+    text = cell(parameter.help or "")
     if parameter.param_type_name == "option" and not parameter.is_flag and parameter.default not in (None, (), []):
         text += f" Default: `{parameter.default}`."
     return text + (" Required." if parameter.required else "")
 
 
-def _cell(text: str) -> str:
-    return _plain(text).replace("\n", " ").replace("|", "\\|")
-
-
-def _plain(text: str) -> str:
-    """Escapes Markdown in a help text, except inside backticks."""
-    parts = text.strip().split("`")
-    escaped = [
-        part if i % 2 else "".join(f"\\{sign}" if sign in "*_<>[]#" else sign for sign in part)
-        for i, part in enumerate(parts)
-    ]
-    return "`".join(escaped)
-
-
 def main() -> int:
     """Writes or checks the page."""
-    page = reference()
-    if "--check" in sys.argv[1:]:
-        if FILE.exists() and FILE.read_text(encoding="utf-8") == page:
-            return 0
-        print(f"{FILE} is out of date: python tools/command_reference.py")
-        return 1
-    FILE.write_text(page, encoding="utf-8")
-    return 0
+    return write_or_check(FILE, reference())
 
 
 if __name__ == "__main__":

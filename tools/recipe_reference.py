@@ -5,6 +5,7 @@ import types
 import typing
 from pathlib import Path
 
+from pages import cell, write_or_check
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -35,7 +36,7 @@ def reference() -> str:
     ]
     for section, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines += [f"## {section}", "", _plain(field.annotation.__doc__ or ""), ""]
+            lines += [f"## {section}", "", cell(field.annotation.__doc__ or ""), ""]
             lines += TABLE
             lines += [_row(f"{section}.{key}", inner) for key, inner in field.annotation.model_fields.items()]
             lines += [""]
@@ -44,7 +45,7 @@ def reference() -> str:
 
 def _row(key, field) -> str:
     default = "required" if field.default is PydanticUndefined else _value(field.default)
-    return f"| `{key}` | {_values(field)} | {default} | {_plain(field.description or '')} |"
+    return f"| `{key}` | {_values(field)} | {default} | {cell(field.description or '')} |"
 
 
 def _value(value) -> str:
@@ -84,26 +85,9 @@ def _without_none(kind):
     return kind
 
 
-def _plain(text: str) -> str:
-    """Escapes Markdown in a table cell, except inside backticks."""
-    parts = " ".join(text.split()).replace("|", "\\|").split("`")
-    escaped = [
-        part if i % 2 else "".join(f"\\{sign}" if sign in "*_<>[]#" else sign for sign in part)
-        for i, part in enumerate(parts)
-    ]
-    return "`".join(escaped)
-
-
 def main() -> int:
     """Writes or checks the page."""
-    page = reference()
-    if "--check" in sys.argv[1:]:
-        if FILE.exists() and FILE.read_text(encoding="utf-8") == page:
-            return 0
-        print(f"{FILE} is out of date: python tools/recipe_reference.py")
-        return 1
-    FILE.write_text(page, encoding="utf-8")
-    return 0
+    return write_or_check(FILE, reference())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from bagcert.rules import RULES, Rule, vote
-from tests.integration.test_cli import check_mistake, run
+from tests.command import check_mistake, run
 
 QUICK = ("digits", "--data", "digits", "--limit", 4, "--steps", 3, "--restarts", 1, "--attacked-placements", 2)
 QUICK = (*QUICK, "--device", "cpu")

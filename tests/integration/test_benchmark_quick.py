@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bagcert.defenses.table import DEFENSES
-from tests.integration.test_cli import run
+from tests.command import run
 
 
 @pytest.mark.timeout(900)  # minutes of training, on a machine that other tests share

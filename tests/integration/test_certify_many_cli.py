@@ -11,7 +11,7 @@ from PIL import Image
 
 from bagcert.bulk import run as many
 from bagcert.bulk.run import run_here
-from tests.integration.test_cli import check_mistake, run
+from tests.command import check_mistake, run
 
 
 @pytest.fixture

@@ -1,15 +1,12 @@
 """The command line: what it prints, where, and how it exits."""
 
 import errno
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ import bagcert.bulk.files
 from bagcert import cli
 from bagcert.training.recipe import load_recipe
 from tests import tiny
+from tests.command import Result, check_mistake, run
 
 COMMANDS = ("demo", "train", "evaluate", "report", "compare", "benchmark", "certify", "attack", "verify", "export")
 COMMANDS += ("page", "push", "doctor", "info")
@@ -32,25 +30,6 @@ defense = { rule = "vote", patch = "2" }
 augment = { crop = 1 }
 train = { epochs = 2, batch_size = 8, ema = 0.5, precision = "fp32" }
 """
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*arguments: object) -> Result:
-    """`bagcert` with these arguments, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["bagcert", *map(str, arguments)]
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exited:
-            cli.main()
-    finally:
-        sys.argv = before
-    return Result(int(exited.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def start(*arguments: object, stdout: int = subprocess.PIPE, **environment: str) -> Result:
@@ -65,16 +44,6 @@ def start(*arguments: object, stdout: int = subprocess.PIPE, **environment: str)
         check=False,
     )
     return Result(found.returncode, found.stdout or "", found.stderr)
-
-
-def check_mistake(result: Result, code: int, *words: str) -> None:
-    """The exit code, nothing on stdout, and one sentence on stderr."""
-    assert result.code == code, result
-    assert result.out == ""
-    (line,) = result.err.splitlines()
-    assert line.startswith("Error: ")
-    for word in words:
-        assert word in line
 
 
 @pytest.fixture(scope="module")

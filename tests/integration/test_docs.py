@@ -13,7 +13,7 @@ from PIL import Image
 
 import bagcert
 from bagcert.data import load_dataset
-from tests.integration.test_cli import run
+from tests.command import run
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

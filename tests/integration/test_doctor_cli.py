@@ -1,30 +1,15 @@
 """`bagcert doctor`: what it prints, and how it exits."""
 
-import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 from torch import nn
 
-from bagcert import cli
 from bagcert.defenses.bagcert import load
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
 from bagcert.locality import measure_onnx
-
-
-def run(*arguments):
-    """`bagcert` with these arguments, in this process: exit code, stdout, stderr."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["bagcert", *map(str, arguments)]
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exited:
-            cli.main()
-    finally:
-        sys.argv = before
-    return int(exited.value.code or 0), out.getvalue(), err.getvalue()
+from tests.command import run
 
 
 @pytest.fixture(scope="module")

@@ -1,39 +1,25 @@
 """`bagcert export`: the files it writes, the examples that run them, and how it refuses."""
 
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bagcert import cli
 from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
 from bagcert.training.loop import train
 from tests import tiny
+from tests.command import run
 from tests.unit.exporting.test_vnnlib import Property
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NODE = shutil.which("node")
-
-
-def run(*arguments):
-    """`bagcert` with these arguments, in this process: exit code, stdout, stderr."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["bagcert", *map(str, arguments)]
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exited:
-            cli.main()
-    finally:
-        sys.argv = before
-    return int(exited.value.code or 0), out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

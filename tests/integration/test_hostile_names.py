@@ -23,8 +23,8 @@ from bagcert.locality.report import LocalityReport, Probe
 from bagcert.proofs.lines import from_line, seal, to_line
 from bagcert.records import ImageRecord, Record
 from tests import tiny
+from tests.command import Result, run
 from tests.contracts.test_printing import MOVES
-from tests.integration.test_cli import Result, run
 
 NAME = "\x1b[2J\x1b]0;title\x07 \u202e[red]yes"  # as a file may be called
 TEXT = NAME + "[/x]\n\x9b1m\r"  # as a text may be

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from tests.integration.test_cli import RECIPE, check_mistake, run
+from tests.command import check_mistake, run
+from tests.integration.test_cli import RECIPE
 
 
 def _photos(folder: Path, counts: dict[str, int], sizes: bool = True, seed: int = 0) -> Path:

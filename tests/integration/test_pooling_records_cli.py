@@ -14,7 +14,7 @@ from PIL import Image
 from bagcert.nets.saved_model import ModelConfig, write_model
 from bagcert.proofs.lines import from_line, lines, seal, to_line
 from tests import tiny
-from tests.integration.test_verify_cli import run
+from tests.command import run
 
 FACTS = {
     "name": "pooled",

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from bagcert.defenses.bagcert import shipped_models
-from tests.integration.test_cli import check_mistake, run
+from tests.command import check_mistake, run
 
 
 def test_a_dry_run_writes_and_lists_the_files(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.integration.test_cli import check_mistake, run
+from tests.command import check_mistake, run
 
 
 @pytest.fixture(scope="module")

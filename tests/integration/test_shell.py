@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.integration.test_cli import run
+from tests.command import run
 
 COMMANDS = {"train", "evaluate", "certify", "push", "info"}
 

@@ -12,7 +12,7 @@ from bagcert.nets.saved_model import read_model
 from bagcert.training import pace
 from bagcert.training.recipe import load_recipe
 from tests import tiny
-from tests.integration.test_cli import Result, check_mistake, run
+from tests.command import Result, check_mistake, run
 
 SMALL = ("--size", "16", "--patch", "1", "--set", "model.width=16", "--set", "model.depth=1", "--device", "cpu")
 

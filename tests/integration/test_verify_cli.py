@@ -2,16 +2,13 @@
 
 import base64
 import hashlib
-import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bagcert import cli
 from bagcert.proofs.lines import seal, to_line
 from tests import tiny
+from tests.command import run
 
 RULES = ("vote", "levine-feizi", "double-masking", "detection")
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """`bagcert` with these arguments, in this process: exit code, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = ["bagcert", *map(str, arguments)]
-    try:
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exited:
-            cli.main()
-    finally:
-        sys.argv = before[0]
-        signal.signal(signal.SIGTERM, before[1])
-    return int(exited.value.code or 0), out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

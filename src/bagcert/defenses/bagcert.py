@@ -6,12 +6,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from bagcert.defenses.base import ScoreMapDefense
+from bagcert.defenses.region_defense import RegionDefense
 from bagcert.devices import resolve_device, tune_malloc
 from bagcert.errors import UnreadableError, UsageError, nearest
 from bagcert.locality import LocalityReport, cached_report, require_local
@@ -31,14 +29,14 @@ from bagcert.nets.saved_model import (
     write_model,
 )
 from bagcert.rules import get_rule
-from bagcert.scores import ScoreMap, check_counting, require_sum
+from bagcert.scores import check_counting, require_sum
 from bagcert.threat import PatchLike, PatchThreatModel
 
 ALIASES = {"default": "cifar10"}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
-class BagCert(ScoreMapDefense):
+class BagCert(RegionDefense):
     """Certified defense based on a region scorer: certificates prove that no patch of the threat changes a prediction.
 
     A single forward pass computes a score map. The rule derives predictions and certificates from it.
@@ -73,16 +71,12 @@ class BagCert(ScoreMapDefense):
         folder: Path | None = None,
     ) -> None:
         get_rule(rule)
-        self.scorer = scorer.eval()
-        self.class_names, self.image_size = scorer.class_names, scorer.image_size
-        self.rule = rule
-        self.patch = patch
+        super().__init__(scorer, rule, patch, config.name if config else type(scorer.net).__name__)
         self.config = config
         self.weights_sha256 = weights_sha256
         self.folder = folder
         self.locality: LocalityReport | None = None
         self.portable = False
-        self.name = config.name if config else type(scorer.net).__name__
 
     def __repr__(self) -> str:
         dtype = str(self.scorer.autocast_dtype or torch.float32).removeprefix("torch.")
@@ -96,15 +90,6 @@ class BagCert(ScoreMapDefense):
     def backend(self) -> str:
         """Name of the backend of the forward pass: torch or onnxruntime."""
         return self.scorer.backend
-
-    @property
-    def locality_checked(self) -> bool:
-        """Whether the network's locality was measured on its device; see `BagCert.check_locality`."""
-        return self.scorer.locality_checked
-
-    def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """Compute the score map of images uint8 [batch, height, width, 3] or float [batch, 3, height, width]."""
-        return self.scorer.score_map(images)
 
     def check_locality(self, portable: bool = False) -> "BagCert":
         """Measure how much scores outside a patch's reach change on this device, and set the tolerance accordingly.

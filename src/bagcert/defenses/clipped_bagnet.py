@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bagcert.defenses.base import ScoreMapDefense
+from bagcert.defenses.region_defense import RegionDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap, require_sum, slack_of
@@ -26,7 +26,7 @@ LEVELS = 1000
 SLOPE, SHIFT = 0.05, 1.0
 
 
-class ClippedBagNet(ScoreMapDefense):
+class ClippedBagNet(RegionDefense):
     """Region scorer whose real-valued scores are clipped by a tanh, deployed with a rule.
 
     Args:
@@ -44,14 +44,7 @@ class ClippedBagNet(ScoreMapDefense):
     ) -> None:
         require_sum(scorer.readout, "Clipped BagNet")
         get_rule(rule)
-        self.scorer = scorer.eval()
-        self.class_names, self.image_size = scorer.class_names, scorer.image_size
-        self.rule, self.patch, self.name = rule, patch, name
-
-    @property
-    def locality_checked(self) -> bool:
-        """Whether the network's locality was measured on its device; see `BagCert.check_locality`."""
-        return self.scorer.locality_checked
+        super().__init__(scorer, rule, patch, name)
 
     def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
         """Compute the score map of a batch, with scores from 0 to 1000.

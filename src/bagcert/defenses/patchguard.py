@@ -11,18 +11,15 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
-import numpy as np
-from torch import Tensor
-
-from bagcert.defenses.base import ScoreMapDefense
+from bagcert.defenses.region_defense import RegionDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import Rule, get_rule
 from bagcert.rules.robust_masking import exact_share, robust_masking, robust_masking_prediction
-from bagcert.scores import ScoreMap, require_sum
+from bagcert.scores import require_sum
 from bagcert.threat import PatchLike
 
 
-class PatchGuard(ScoreMapDefense):
+class PatchGuard(RegionDefense):
     """Region scorer deployed with robust masking.
 
     Args:
@@ -36,8 +33,6 @@ class PatchGuard(ScoreMapDefense):
         UsageError: invalid threshold, or a network that pools regions by attention.
     """
 
-    rule = "robust-masking"
-
     def __init__(
         self,
         scorer: RegionScorer,
@@ -48,22 +43,7 @@ class PatchGuard(ScoreMapDefense):
     ) -> None:
         require_sum(scorer.readout, "PatchGuard")
         self.threshold = exact_share(threshold)
-        self.scorer = scorer.eval()
-        self.class_names, self.image_size = scorer.class_names, scorer.image_size
-        self.patch, self.name = patch, name
-
-    @property
-    def locality_checked(self) -> bool:
-        """Whether the network's locality was measured on its device; see `BagCert.check_locality`."""
-        return self.scorer.locality_checked
-
-    def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """Compute the score map of the scorer.
-
-        Raises:
-            UsageError: invalid images.
-        """
-        return self.scorer.score_map(images)
+        super().__init__(scorer, "robust-masking", patch, name)
 
     def named_rule(self, name: str) -> Rule:
         """Look up a rule by name; robust masking gets the threshold of this defense."""

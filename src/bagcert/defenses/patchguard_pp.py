@@ -16,15 +16,16 @@ import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from bagcert.defenses.base import Detector, ScoreMapDefense
+from bagcert.defenses.base import Detector
+from bagcert.defenses.region_defense import RegionDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import Rule, get_rule
 from bagcert.rules.confident_detection import alerts, check_confidence, confident_detection
-from bagcert.scores import ScoreMap, require_sum
+from bagcert.scores import require_sum
 from bagcert.threat import PatchLike
 
 
-class PatchGuardPlusPlus(ScoreMapDefense, Detector):
+class PatchGuardPlusPlus(RegionDefense, Detector):
     """Region scorer deployed with detection by confident masked predictions.
 
     Args:
@@ -38,8 +39,6 @@ class PatchGuardPlusPlus(ScoreMapDefense, Detector):
         UsageError: `confidence` is out of range, or the network pools regions by attention.
     """
 
-    rule = "detection"
-
     def __init__(
         self, scorer: RegionScorer, confidence: float = 0.0, *, patch: PatchLike = 5, name: str = "patchguard++"
     ) -> None:
@@ -47,22 +46,7 @@ class PatchGuardPlusPlus(ScoreMapDefense, Detector):
         self.confidence = float(confidence)
         self.scale = scorer.scale if scorer.head == "fixed-point" else 1.0
         check_confidence(self.confidence, self.scale)
-        self.scorer = scorer.eval()
-        self.class_names, self.image_size = scorer.class_names, scorer.image_size
-        self.patch, self.name = patch, name
-
-    @property
-    def locality_checked(self) -> bool:
-        """Whether the network's locality was measured on its device; see `BagCert.check_locality`."""
-        return self.scorer.locality_checked
-
-    def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """Compute the score map of the scorer.
-
-        Raises:
-            UsageError: invalid images.
-        """
-        return self.scorer.score_map(images)
+        super().__init__(scorer, "detection", patch, name)
 
     def alert(
         self,

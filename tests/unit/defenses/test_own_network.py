@@ -307,7 +307,7 @@ class TestCommands:
         return tmp_path / "photos"
 
     def test_they_take_it(self, folder, photos, tmp_path):
-        from tests.integration.test_cli import run
+        from tests.command import run
 
         model = tmp_path / "model"
         shutil.copytree(folder, model)

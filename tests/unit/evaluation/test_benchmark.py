@@ -14,7 +14,7 @@ from bagcert.nets import get_architecture
 from bagcert.nets.saved_model import WEIGHTS, weights_sha256
 from bagcert.training.loop import train
 from tests import tiny
-from tests.integration.test_cli import check_mistake, run
+from tests.command import check_mistake, run
 
 NAMES = ["undefended", "bagcert-double-masking", "column-smoothing", "patchguard++"]
 QUICK = {"limit": 30, "train_limit": 300, "epochs": 1, "multiply_adds": 200_000, "device": "cpu"}
