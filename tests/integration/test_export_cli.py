@@ -67,7 +67,7 @@ def test_static_quantization_says_what_it_costs(exported):
     import onnx
 
     text = " ".join(exported[2].split())
-    assert "int8.onnx: digits, vote against 2 px" in text
+    assert "int8.onnx: digits, vote against 2 px at 8x8" in text
     assert "on 100 images (calibrated on 100 others)" in text
     model = onnx.load(exported[0] / "int8.onnx")
     kinds = [node.op_type for node in model.graph.node]

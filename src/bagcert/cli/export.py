@@ -109,7 +109,7 @@ def export(
     if json:
         print_json({"schema_version": SCHEMA_VERSION, **found.to_dict()})
     else:
-        _print(found)
+        _print(found, loaded.image_size)
 
 
 def _export_property(
@@ -180,10 +180,12 @@ def _images(model: "BagCert", data: str, split: str, count: int, fit: str) -> "C
     return Calibration(batch[:, : model.scorer.channels], labels[kept].astype(np.int64))
 
 
-def _print(found: "Exported") -> None:
+def _print(found: "Exported", image_size: tuple[int, int]) -> None:
+    from bagcert.nets.saved_model import patch_text
+
     check, about = found.check, found.metadata
     lines = [
-        f"{', '.join(found.files)}: {about['model']}, {about['rule']} against {about['patch']} px",
+        f"{', '.join(found.files)}: {about['model']}, {about['rule']} against {patch_text(about['patch'], image_size)}",
         f"  locality in onnxruntime: {found.locality}"
         + (f" (scores changed by up to {found.leak_z:.3g}, which counts for the attacker)" if found.leak_z else ""),
     ]

@@ -154,7 +154,7 @@ def _require_placement(threat: PatchThreatModel, placement: tuple[int, int, int,
     fits = any(height <= h and width <= w for h, w in threat.shapes)
     inside = 0 <= top <= threat.image_size[0] - height and 0 <= left <= threat.image_size[1] - width
     if min(height, width) < 1 or not fits or not inside:
-        raise UsageError(f"{placement} is no (top, left, height, width) of a patch of {threat} px within the image")
+        raise UsageError(f"{placement} is no (top, left, height, width) of the patch {threat} within the image")
 
 
 def _one_image(model: BagCert, image: object) -> Float[Tensor, "1 channels height width"]:

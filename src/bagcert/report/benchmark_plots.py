@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bagcert.io.files import write_atomically
+from bagcert.records import in_unit
 from bagcert.report.drawing import drawn, figure
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def draw(rows: "Sequence[BenchmarkRow]", out: Path) -> list[Path]:
         drawing = figure(4.6 * len(patches), 4.4)
         for axes, patch in zip(drawing.subplots(1, len(patches), squeeze=False)[0], patches, strict=True):
             _points(axes, [row for row in rows if row.patch == patch], names, panel)
-            axes.set_title(f"patch {patch} px")
+            axes.set_title(f"patch {in_unit(patch)}")
         written.append((out / f"{name}.png", drawing))
     drawing = figure(6.0, 4.4)
     _against_patch(drawing.subplots(), rows, names)

@@ -27,7 +27,8 @@ def choose_recipe(
     Args:
         what: a shipped recipe, a TOML file, images (a path or URL), or, to resume, a run folder; None to resume the run
             in `out`. Images use the recipe `photos`, or `photos64` if `size` is 48 px or more; the run is named after
-            their folder. A resumed run keeps its recipe.
+            `out`, or else after their folder, or its parent if the folder is called train. A resumed run keeps its
+            recipe.
         out: the run folder; by default `runs/NAME`.
         overrides: recipe values, as `section.key=value`.
         size: size of the network's images, as `HxW` or the side of a square.
@@ -56,7 +57,7 @@ def choose_recipe(
             raise UsageError(f"there is no recipe, file or folder {what!r}{nearest(what, shipped_recipes(), 0.5)}")
         recipe = load_recipe(what, changes)
         return recipe, out or Path("runs") / recipe.name
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name.rstrip("*"))[:100].lstrip("._-") or PHOTOS
+    name = _valid(out.absolute().name) if out else _name_of(path)
     folder = out or Path("runs") / name
     if resume and (folder / RECIPE).is_file():
         recipe = load_recipe(str(folder / RECIPE), changes)
@@ -82,3 +83,17 @@ def _is_large(size: str | None) -> bool:
 
 def _size_override(size: str | None) -> list[str]:
     return [] if size is None else [f"model.image_size={list(_parsed(size))}"]
+
+
+def _name_of(images: Path) -> str:
+    """Returns the name of a run on the images of a folder.
+
+    >>> _name_of(Path("data/my signs/train")), _name_of(Path("photos"))
+    ('my-signs', 'photos')
+    """
+    folder = images.absolute()
+    return _valid(folder.parent.name if folder.name == "train" else folder.name)
+
+
+def _valid(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("*"))[:100].lstrip("._-") or PHOTOS
