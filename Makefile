@@ -4,16 +4,19 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test lint docs mutants fuzz bench clean
+.PHONY: help demo test test-slow lint docs mutants fuzz bench clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/.demo  ## train on the embedded digits and certify the held-out ones; ARGS=--json for JSON
 	@$(BIN)/bagcert demo $(ARGS)
 
-test: $(VENV)/.dev  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+test: $(VENV)/.dev  ## all tests but the slow ones, in five minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev  ## the slow tests: commands from end to end, many processes, exports, exhaustive proofs
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check src tests tools benchmarks docs examples

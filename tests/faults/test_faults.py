@@ -12,7 +12,10 @@ import pytest
 
 from bagcert.evaluation.journal import log_path
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with signals and forks")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with signals and forks"),
+]
 
 EVALUATE = "evaluate digits --data digits --limit 200 --batch-size 4 --rule vote --rule double-masking --device cpu"
 

@@ -12,6 +12,8 @@ import pytest
 import bagcert
 from benchmarks.flip_average import averaged_map, mirror_shift
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

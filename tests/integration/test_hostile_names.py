@@ -240,7 +240,8 @@ def test_tables_of_long_commands(capsys: pytest.CaptureFixture[str]) -> None:
             locality=TEXT,
             leak_z=0.1,
             accuracy={**accuracy, "images": 1, "calibration_images": 1},
-        )
+        ),
+        (8, 8),
     )
     out, err = capsys.readouterr()
     assert out.count("[red]yes[/x]") >= 10

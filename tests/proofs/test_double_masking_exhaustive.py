@@ -18,6 +18,8 @@ from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 from tests import oracle
 
+pytestmark = pytest.mark.slow
+
 RECOVERY = ("vote", "double-masking")
 
 

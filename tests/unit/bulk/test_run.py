@@ -23,6 +23,8 @@ from bagcert.data.photo import read_image
 from bagcert.defenses.bagcert import load
 from bagcert.errors import UnreadableError, UsageError
 
+pytestmark = pytest.mark.slow
+
 ASKED = {"model": "digits", "patches": ["2", "1x3"], "rules": ["double-masking", "vote"], "part_size": 4}
 
 

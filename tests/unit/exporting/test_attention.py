@@ -24,6 +24,8 @@ from tests import oracle, tiny
 from tests.properties.pooling import PoolingCase
 from tests.unit.exporting.files import check_only_images_are_certified, session
 
+pytestmark = pytest.mark.slow
+
 SIDE = (5, 5)
 
 

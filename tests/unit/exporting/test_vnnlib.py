@@ -12,6 +12,8 @@ from bagcert.exporting.vnnlib import property_lines, write_property
 from bagcert.threat import PatchThreatModel
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
 
