@@ -105,36 +105,40 @@ class RunFolder:
         write_atomically(self.folder / METRICS, "".join(self._metrics).encode())
 
     def _extends(self) -> bool:
-        """Returns whether the run was started with a different number of epochs.
+        """Returns whether the run was started with a different number of epochs or a different `optimizer.decay`.
 
         Recipes are compared by value: keys that did not exist when the run was started have their default, and the
         path to the data may differ.
 
         Raises:
-            UsageError: the recipe differs otherwise, or its schedule does not allow changing the epochs.
+            UsageError: the recipe differs otherwise, or its schedule does not allow this change.
         """
         written = written_recipe(self.folder)
         own = self.recipe
         if written is not None:
-            own = own.changed(train={"epochs": written.train.epochs}, data={"name": written.data.name})
+            own = own.changed(
+                train={"epochs": written.train.epochs},
+                optimizer={"decay": written.optimizer.decay},
+                data={"name": written.data.name},
+            )
         if written != own:
             raise UsageError(f"the run in {self.folder} was started with another recipe; see its {RECIPE}")
-        if written.train.epochs == self.recipe.train.epochs:
+        if _length(written) == _length(self.recipe):
             return False
         if self.decay_start is None or self.recipe.optimizer.warmup_steps is None:
             raise UsageError(
-                f"the run in {self.folder} was started with another number of epochs; only runs with "
-                "optimizer.schedule=hold and optimizer.warmup_steps can be resumed with more"
+                f"the run in {self.folder} was started with another number of epochs or another optimizer.decay; only "
+                "runs with optimizer.schedule=hold and optimizer.warmup_steps can be resumed with others"
             )
         return True
 
     def _extended(self, state: Any) -> Any:
-        """Returns the state before the learning rate fell, for a run with a different number of epochs."""
+        """Returns the state before the learning rate fell, for a run with a different number of epochs or decay."""
         if not self._held(state) and (self.folder / HELD).exists():
             state = _read_checkpoint(self.folder / HELD)
         if not self._held(state):
             raise UsageError(
-                f"the learning rate of the run in {self.folder} falls already; its epochs cannot be changed"
+                f"the learning rate of the run in {self.folder} falls already; its epochs and decay cannot be changed"
             )
         written = written_recipe(self.folder)
         epochs = 0 if written is None else written.train.epochs
@@ -224,10 +228,15 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     unfinished = (folder / CHECKPOINT).exists()
     if resume and not unfinished:
         written = written_recipe(folder) if (folder / HELD).exists() else None
-        if written is None or written.train.epochs == recipe.train.epochs:
+        if written is None or _length(written) == _length(recipe):
             raise UsageError(f"{folder} holds no unfinished run to resume")
     if not resume and unfinished:
         raise UsageError(f"{folder} holds an unfinished run; go on with --resume or choose another --out")
+
+
+def _length(recipe: Recipe) -> tuple[int, float]:
+    """Returns the values that may change when a run with a held learning rate is resumed."""
+    return recipe.train.epochs, recipe.optimizer.decay
 
 
 def written_recipe(folder: Path) -> Recipe | None:

@@ -469,6 +469,17 @@ def test_resume_of_an_extension_that_died_in_its_first_step(tmp_path: Path) -> N
     assert _weights(tmp_path) == _weights(whole)
 
 
+def test_resume_with_a_shorter_fall_of_the_learning_rate(tmp_path: Path) -> None:
+    held = {"optimizer__schedule": "hold", "optimizer__warmup_steps": 2, "train__checkpoint_every": 100}
+    early, late = (tiny.recipe(train__epochs=2, optimizer__decay=decay, **held) for decay in (0.6, 0.3))
+    train(early, tmp_path, tiny.image_set(), device="cpu")
+    train(late, tmp_path, tiny.image_set(), resume=True, device="cpu")
+    whole = train(late, tmp_path / "whole", tiny.image_set(), device="cpu")
+    assert _weights(tmp_path) == _weights(whole)
+    with pytest.raises(UsageError, match="falls already"):  # its checkpoint is later than this start of the fall
+        train(early, tmp_path, tiny.image_set(), resume=True, device="cpu")
+
+
 def test_validation_of_sorted_images_has_every_class_in_proportion(tmp_path: Path) -> None:
     """Class folders are sorted by class: a limit on validation images must not leave classes out."""
     images = tiny.image_set(90)
