@@ -3,14 +3,12 @@
 python -m tests.properties.agreement --cases 3000 --json
 """
 
-import argparse
-import json
-
 import numpy as np
 
 from bagcert.rules import RULES
 from tests import oracle
 from tests.properties.cases import Case, attacked, build, from_generator
+from tests.properties.command import run
 
 
 def expected(case: Case, image: int) -> dict[str, tuple[int, int]]:
@@ -77,21 +75,5 @@ def count(cases: int, seed: int = 0, attack_every: int = 1) -> dict[str, int]:
     return totals
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--attack-every", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    options = parser.parse_args()
-    totals = count(options.cases, options.seed, options.attack_every)
-    command = f"python -m tests.properties.agreement --cases {options.cases} --seed {options.seed}"
-    print(
-        json.dumps({"command": command, **totals})
-        if options.json
-        else "\n".join(f"{name:36}{value}" for name, value in totals.items())
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run(count, "agreement", __doc__, cases=3000, attack_every=1)

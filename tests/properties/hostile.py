@@ -3,7 +3,6 @@
 python -m tests.properties.hostile --cases 2000 --dtype bfloat16 --json
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -13,9 +12,10 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from bagcert.defenses.bagcert import DTYPES, BagCert, load
+from bagcert.defenses.bagcert import BagCert, load
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
 from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig
+from tests.properties.command import run
 
 SIZE = (8, 8)
 ARCHITECTURES = ("resnet-rf3", "resnet-rf5", "resnet-rf6s2", "convnet-rf10s4")
@@ -154,23 +154,5 @@ def _one(random: np.random.Generator, choices):
     return choices[random.integers(len(choices))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--backend", default="torch")
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    options = parser.parse_args()
-    totals = count(options.cases, options.seed, options.dtype, options.backend)
-    command = f"python -m tests.properties.hostile --cases {options.cases} --seed {options.seed}"
-    command += f" --dtype {options.dtype} --backend {options.backend}"
-    print(
-        json.dumps({"command": command, **totals})
-        if options.json
-        else "\n".join(f"{name:28}{value}" for name, value in totals.items())
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run(count, "hostile", __doc__, cases=2000, dtype="float32", backend="torch")

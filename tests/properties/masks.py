@@ -5,8 +5,6 @@ What the attacker may use is enumerated from what the notation promises, every r
 python -m tests.properties.masks --cases 10000 --json
 """
 
-import argparse
-import json
 from dataclasses import dataclass
 from itertools import product
 
@@ -26,6 +24,7 @@ from bagcert.threat import PatchThreatModel
 from tests import oracle, tiny
 from tests.properties.agreement import expected
 from tests.properties.cases import RANGES, Case, Choose, attacked, build_grid, build_scores, from_generator
+from tests.properties.command import run
 
 MOST_MASKS = 24
 MOST_ATTACKS = 400  # images per defense
@@ -192,21 +191,5 @@ def count(cases: int, seed: int = 0, pixels_every: int = 10) -> dict[str, int]:
     return totals
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pixels-every", type=int, default=10)
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    options = parser.parse_args()
-    totals = count(options.cases, options.seed, options.pixels_every)
-    command = f"python -m tests.properties.masks --cases {options.cases} --seed {options.seed}"
-    print(
-        json.dumps({"command": command, **totals})
-        if options.json
-        else "\n".join(f"{name:36}{value}" for name, value in totals.items())
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run(count, "masks", __doc__, cases=1000, pixels_every=10)

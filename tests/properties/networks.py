@@ -5,9 +5,7 @@ python -m tests.properties.networks --cases 50000 --json
 A leak is a score that changes outside the derived reach of a patch, in an image without a patch, or between batches.
 """
 
-import argparse
 import copy
-import json
 import random
 import sys
 import warnings
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from bagcert.errors import BagcertError
 from bagcert.nets.region_scorer import RegionScorer
+from tests.properties.command import run
 from tests.properties.operations import LOCAL, OTHER, Skip
 
 SIZE, CHANNELS, CLASSES = (10, 10), 3, ["a", "b", "c"]
@@ -151,17 +150,6 @@ def count(cases: int, seed: int = 0, verbose: bool = False) -> dict[str, object]
     return {**totals, "leaking": leaking, "in_accepted": dict(accepted), "in_refused": dict(refused)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    found = count(options.cases, options.seed, verbose=not options.json)
-    command = f"python -m tests.properties.networks --cases {options.cases} --seed {options.seed}"
-    print(json.dumps({"command": command, **found}) if options.json else json.dumps(found, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    warnings.simplefilter("ignore")
+    run(count, "networks", __doc__, cases=1000)

@@ -7,10 +7,8 @@ the file was written from, or the very bytes of the file.
 python -m tests.properties.photo_files --cases 3000 --json
 """
 
-import argparse
 import hashlib
 import io
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -32,6 +30,7 @@ from bagcert.proofs.recompute import recompute
 from bagcert.proofs.verify import verify_record
 from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
+from tests.properties.command import run
 
 ENVIRONMENT = {"device": "cpu", "backend": "torch", "dtype": "float32", "threads": 1, "versions": {}}
 ASKED = (*["double-masking"] * 5, "vote")  # of digits the vote certifies none
@@ -296,20 +295,5 @@ def count(cases: int, seed: int = 0, attacks: int = ATTACKS) -> dict[str, object
     return {**totals, "certified_by_format": dict(sorted(certified_of.items()))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    options = parser.parse_args()
-    totals = count(options.cases, options.seed)
-    command = f"python -m tests.properties.photo_files --cases {options.cases} --seed {options.seed}"
-    print(
-        json.dumps({"command": command, **totals})
-        if options.json
-        else "\n".join(f"{name:36}{value}" for name, value in totals.items())
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run(count, "photo_files", __doc__, cases=3000)

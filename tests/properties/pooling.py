@@ -3,8 +3,6 @@
 python -m tests.properties.pooling --cases 1000 --json
 """
 
-import argparse
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +13,7 @@ from bagcert.rules import RULES
 from bagcert.scores import ScoreMap
 from tests import oracle
 from tests.properties.cases import build, from_generator
+from tests.properties.command import run
 
 SCALES = ((3, 20), (31, 200), (WEIGHT_LIMIT, VALUE_LIMIT))
 
@@ -104,16 +103,5 @@ def count(cases: int, seed: int = 0, attacks: int = 30) -> dict[str, int]:
     return totals
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    options = parser.parse_args()
-    totals = count(options.cases, options.seed)
-    command = f"python -m tests.properties.pooling --cases {options.cases} --seed {options.seed}"
-    print(json.dumps({"command": command, **totals}) if options.json else totals)
-
-
 if __name__ == "__main__":
-    main()
+    run(count, "pooling", __doc__, cases=1000)

@@ -3,7 +3,6 @@
 python -m tests.properties.records --cases 20000 --json
 """
 
-import argparse
 import base64
 import copy
 import hashlib
@@ -28,6 +27,7 @@ from bagcert.rules import RULES
 from bagcert.scores import ScoreMap
 from tests import oracle
 from tests.properties.cases import build, from_generator
+from tests.properties.command import run
 from tests.properties.pooling import PoolingCase
 
 MOST_SECONDS = 2.0
@@ -607,20 +607,5 @@ def count(cases: int, seed: int = 0, mutations_each: int = 20) -> dict[str, int]
     return totals
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    options = parser.parse_args()
-    totals = count(options.cases, options.seed)
-    command = f"python -m tests.properties.records --cases {options.cases} --seed {options.seed}"
-    print(
-        json.dumps({"command": command, **totals})
-        if options.json
-        else "\n".join(f"{name:20}{value}" for name, value in totals.items())
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run(count, "records", __doc__, cases=2000)
