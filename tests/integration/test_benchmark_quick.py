@@ -8,8 +8,6 @@ import pytest
 from bagcert.defenses.table import DEFENSES
 from tests.command import run
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.timeout(900)  # minutes of training, on a machine that other tests share
 def test_quick_runs_every_defense(tmp_path: Path):

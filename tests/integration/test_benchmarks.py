@@ -12,8 +12,6 @@ import pytest
 import bagcert
 from benchmarks.flip_average import averaged_map, mirror_shift
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -11,8 +11,6 @@ from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
 from bagcert.evaluation.evaluate import evaluate
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.timeout(600)
 def test_demo_trains_and_certifies_above_its_floor():

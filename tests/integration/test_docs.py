@@ -15,8 +15,6 @@ import bagcert
 from bagcert.data import load_dataset
 from tests.command import run
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

@@ -18,8 +18,6 @@ from tests import tiny
 from tests.command import run
 from tests.unit.exporting.test_vnnlib import Property
 
-pytestmark = pytest.mark.slow
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NODE = shutil.which("node")
 

@@ -18,8 +18,6 @@ from bagcert.training.loop import train
 from bagcert.training.recipe import Recipe, load_recipe
 from tests import many, tiny
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -18,8 +18,6 @@ from bagcert.playground.site import build_site
 from tests import tiny
 from tests.browser import CHROMIUM, Browser, until
 
-pytestmark = pytest.mark.slow
-
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; try apt-get install chromium")

@@ -16,8 +16,6 @@ from tests import tiny
 from tests.command import check_mistake, run
 from tests.integration.test_cli import RECIPE
 
-pytestmark = pytest.mark.slow
-
 
 def _photos(folder: Path, counts: dict[str, int], sizes: bool = True, seed: int = 0) -> Path:
     """Class folders of tinted photos of 5 to 40 px, or all of 8x8 px."""

@@ -16,6 +16,8 @@ from bagcert.nets.saved_model import ModelConfig
 from bagcert.threat import PatchThreatModel
 from tests import oracle, tiny
 
+pytestmark = pytest.mark.slow
+
 LABELS = np.arange(24) % 3
 
 

@@ -18,6 +18,8 @@ from bagcert.nets.runtimes.onnx_graph import network_key
 from bagcert.nets.saved_model import CONFIG, GRAPH, WEIGHTS, ModelConfig
 from bagcert.threat import PatchThreatModel
 
+pytestmark = pytest.mark.slow
+
 SIZE, NAMES = (14, 12), ("cat", "dog", "frog")
 
 

@@ -16,6 +16,8 @@ from bagcert.training.loop import train
 from tests import tiny
 from tests.command import check_mistake, run
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["undefended", "bagcert-double-masking", "column-smoothing", "patchguard++"]
 QUICK = {"limit": 30, "train_limit": 300, "epochs": 1, "multiply_adds": 200_000, "device": "cpu"}
 
