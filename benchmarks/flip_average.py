@@ -43,8 +43,9 @@ def main() -> None:
     found = load_dataset(arguments.data, arguments.split, arguments.limit)
     images, labels = found.array(), torch.from_numpy(labels_for(model, found))
     threat, rule = PatchThreatModel.parse(arguments.patch, model.image_size), get_rule(arguments.rule)
+    shift = mirror_shift(model.scorer.grid().cols_seen)
     rows = {}
-    for name, scored in (("plain", model.score_map), ("flip-averaged", lambda some: averaged_map(model, some))):
+    for name, scored in (("plain", model.score_map), ("flip-averaged", lambda some: averaged_map(model, some, shift))):
         clock = time.perf_counter()
         right = certified = 0
         for start in range(0, len(images), arguments.batch_size):
@@ -77,10 +78,9 @@ def main() -> None:
         write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
 
 
-def averaged_map(model: BagCert, images: np.ndarray) -> ScoreMap:
-    """Computes the map of images uint8 [batch, height, width, 3], averaged with that of the mirror images."""
+def averaged_map(model: BagCert, images: np.ndarray, shift: int) -> ScoreMap:
+    """Computes the map of images uint8 [batch, height, width, 3], averaged with that of images mirrored by `shift`."""
     batch = model.scorer.as_batch(images)
-    shift = mirror_shift(model.scorer.grid().cols_seen)
     z = model.scorer.real_scores(batch) + model.scorer.real_scores(mirrored(batch, shift)).flip(3)
     return model.scorer.to_scores(z / 2, model.image_size)
 

@@ -139,14 +139,22 @@ def speed_lines() -> list[str]:
 def mixed_sizes_table() -> list[str]:
     """CPU time of photos of mixed sizes, compared with the same photos at one size."""
     lines = ["| model | command | mixed, s | one size, s | ratio |", "|---|---|---|---|---|"]
-    for path in sorted((ROOT / "results" / "speed").glob("mixed_sizes*.json")):
-        run = load(path)
+    runs = [load(path) for path in sorted((ROOT / "results" / "speed").glob("mixed_sizes*.json"))]
+    for run in runs:
         for command, seconds in run["cpu_seconds"].items():
             lines.append(
                 f"| `{run['model']}` | `{command}` | {seconds['mixed']:.1f} | {seconds['one']:.1f} "
                 f"| {run['ratio'][command]:.2f} |"
             )
-    return lines
+    first = runs[0]
+    return [
+        f"CPU time for {first['images']:,} photos of {first['distinct_sizes']} different sizes and "
+        f"{len(first['patches'])} patch sizes, compared with the same photos at the size of the network's input "
+        f"(`python benchmarks/mixed_sizes.py`). Of {sum(run['photos_compared_with_one_at_a_time'] for run in runs)} "
+        f"photos compared with one photo at a time, {sum(run['photos_that_differ'] for run in runs)} differ.",
+        "",
+        *lines,
+    ]
 
 
 def backend_table() -> list[str]:

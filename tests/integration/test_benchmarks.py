@@ -119,11 +119,12 @@ def test_flip_average(tmp_path: Path) -> None:
         mirror_shift(np.array([[1, 0, 1, 1], [0, 1, 0, 0]], dtype=bool))
     grid, random = model.scorer.grid(), np.random.default_rng(0)
     image = random.integers(0, 256, (1, *model.image_size, 3), dtype=np.uint8)
-    before = averaged_map(model, image).scores
+    shift = mirror_shift(grid.cols_seen)
+    before = averaged_map(model, image, shift).scores
     for column in range(model.image_size[1]):
         changed = image.copy()
         changed[:, :, column] = 255 - changed[:, :, column]
-        moved = (averaged_map(model, changed).scores != before).flatten(0, 2).any(0)
+        moved = (averaged_map(model, changed, shift).scores != before).flatten(0, 2).any(0)
         assert not (moved.numpy() & ~grid.cols_seen[:, column]).any()
     arguments = ["--model", "digits", "--data", "digits", "--patch", "2", "--limit", "20"]
     _run("benchmarks/flip_average.py", *arguments, "--out", str(tmp_path / "flip.json"))

@@ -16,7 +16,7 @@ from bagcert.defenses.bagcert import load
 from bagcert.training.loop import train
 from tests import tiny
 from tests.command import run
-from tests.unit.exporting.test_vnnlib import Property
+from tests.vnnlib import Property
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NODE = shutil.which("node")

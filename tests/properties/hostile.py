@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from bagcert.defenses.bagcert import BagCert, load
+from bagcert.defenses.bagcert import DTYPES, BagCert, load
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
 from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig
 from tests.properties.command import run
@@ -155,4 +155,4 @@ def _one(random: np.random.Generator, choices):
 
 
 if __name__ == "__main__":
-    run(count, "hostile", __doc__, cases=2000, dtype="float32", backend="torch")
+    run(count, "hostile", __doc__, cases=2000, dtype=tuple(DTYPES), backend="torch")

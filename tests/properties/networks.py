@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -152,4 +153,4 @@ def count(cases: int, seed: int = 0, verbose: bool = False) -> dict[str, object]
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    run(count, "networks", __doc__, cases=1000)
+    run(partial(count, verbose=True), "networks", __doc__, cases=1000)

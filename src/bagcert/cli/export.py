@@ -132,12 +132,12 @@ def _export_property(
             placement = (top, left, height, width)
         label = write_property(loaded, pixels, placement, out, patch=patch, rule=rule)
     files = [str(out), str(out.with_suffix(".vnnlib"))]
-    name = loaded.class_names[label]
+    name, size = loaded.class_names[label], "x".join(map(str, loaded.image_size))
     if json:
         facts = {"files": files, "label": label, "class_name": name, "placement": list(placement)}
         print_json({"schema_version": SCHEMA_VERSION, **facts})
     else:
-        say(f"{', '.join(files)}: {name}, patch {places(list(placement))}, in px of the {_size(loaded)} input")
+        say(f"{', '.join(files)}: {name}, patch {places(list(placement))}, in px of the {size} input")
 
 
 def _placement(text: str) -> tuple[int, int, int, int]:
@@ -153,10 +153,6 @@ def _placement(text: str) -> tuple[int, int, int, int]:
         raise UsageError(f"--at must be TOP,LEFT,HEIGHT,WIDTH in whole px, such as 3,4,5,5; got {text!r}")
     top, left, height, width = map(int, parts)
     return top, left, height, width
-
-
-def _size(model: "BagCert") -> str:
-    return "x".join(map(str, model.image_size))
 
 
 def _images(model: "BagCert", data: str, split: str, count: int, fit: str) -> "Calibration":
@@ -181,11 +177,12 @@ def _images(model: "BagCert", data: str, split: str, count: int, fit: str) -> "C
 
 
 def _print(found: "Exported", image_size: tuple[int, int]) -> None:
-    from bagcert.nets.saved_model import patch_text
+    from bagcert.records import in_unit
 
     check, about = found.check, found.metadata
+    patch = in_unit(about["patch"], "at " + "x".join(map(str, image_size)))
     lines = [
-        f"{', '.join(found.files)}: {about['model']}, {about['rule']} against {patch_text(about['patch'], image_size)}",
+        f"{', '.join(found.files)}: {about['model']}, {about['rule']} against {patch}",
         f"  locality in onnxruntime: {found.locality}"
         + (f" (scores changed by up to {found.leak_z:.3g}, which counts for the attacker)" if found.leak_z else ""),
     ]

@@ -123,7 +123,7 @@ class RunFolder:
             )
         if written != own:
             raise UsageError(f"the run in {self.folder} was started with another recipe; see its {RECIPE}")
-        if _length(written) == _length(self.recipe):
+        if _changeable(written) == _changeable(self.recipe):
             return False
         if self.decay_start is None or self.recipe.optimizer.warmup_steps is None:
             raise UsageError(
@@ -228,13 +228,13 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     unfinished = (folder / CHECKPOINT).exists()
     if resume and not unfinished:
         written = written_recipe(folder) if (folder / HELD).exists() else None
-        if written is None or _length(written) == _length(recipe):
+        if written is None or _changeable(written) == _changeable(recipe):
             raise UsageError(f"{folder} holds no unfinished run to resume")
     if not resume and unfinished:
         raise UsageError(f"{folder} holds an unfinished run; go on with --resume or choose another --out")
 
 
-def _length(recipe: Recipe) -> tuple[int, float]:
+def _changeable(recipe: Recipe) -> tuple[int, float]:
     """Returns the values that may change when a run with a held learning rate is resumed."""
     return recipe.train.epochs, recipe.optimizer.decay
 
