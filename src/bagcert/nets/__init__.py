@@ -70,10 +70,10 @@ def _convnet(stem: tuple[tuple[int, int, float], ...]) -> Build:
     return build
 
 
-def _pyramid(*stages: tuple[int, int, float, int]) -> Build:
+def _pyramid(*stages: tuple[int, int, float, int], kernel: int = 1) -> Build:
     def build(classes: int, width: int, depth: int, padded: bool, channels: int = 3) -> nn.Module:
         _require_depth(depth, 1)
-        return RegionPyramid(classes, width, stages, depth, padded, channels)
+        return RegionPyramid(classes, width, stages, depth, padded, channels, kernel)
 
     return build
 
@@ -132,6 +132,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         8,
         4,
         "stride 4, two blocks at stride 2",
+    ),
+    "pyramid-rf45s8": Architecture(
+        _pyramid((3, 1, 0.125, 0), (3, 2, 0.25, 1), (3, 2, 0.5, 1), (3, 2, 1.0, 0), kernel=3),
+        (32, 32),
+        384,
+        1,
+        45,
+        8,
+        "stride 8, 3x3 blocks; an ordinary classifier, for teachers and PatchCleanser",
     ),
     "convnet-rf10s4": Architecture(
         _convnet(_PLAIN_S4), (32, 32), 128, 1, 10, 4, "stride 4, no batch norm, no shortcuts"

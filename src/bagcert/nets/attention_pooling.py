@@ -165,6 +165,7 @@ def attention_masking_loss(
     windows: Float[Tensor, "windows rows cols"],
     full_weight: float = 0.5,
     label_smoothing: float = 0.0,
+    targets: Float[Tensor, "batch classes"] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Training loss: cross-entropy with two windows masked, plus `full_weight` times cross-entropy on all regions.
 
@@ -178,6 +179,7 @@ def attention_masking_loss(
         windows: 1 in the regions of each window, 0 elsewhere.
         full_weight: weight of the second term.
         label_smoothing: label smoothing of both cross-entropies.
+        targets: class probabilities for both cross-entropies, instead of the labels. The labels still choose windows.
     """
     evidence = readout.evidence(z).flatten(2)
     masks = windows.flatten(1)
@@ -191,5 +193,6 @@ def attention_masking_loss(
             keep = keep * (1 - masks[(scores.logsumexp(2) - lead).argmax(1)])
     kept = readout((evidence * keep[:, None]).sum(2))
     full = readout(evidence.sum(2))
-    loss = F.cross_entropy(kept, labels, reduction="none", label_smoothing=label_smoothing)
-    return loss + full_weight * F.cross_entropy(full, labels, reduction="none", label_smoothing=label_smoothing)
+    target = labels if targets is None else targets
+    loss = F.cross_entropy(kept, target, reduction="none", label_smoothing=label_smoothing)
+    return loss + full_weight * F.cross_entropy(full, target, reduction="none", label_smoothing=label_smoothing)

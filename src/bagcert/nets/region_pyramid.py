@@ -6,7 +6,7 @@ from bagcert.nets.region_resnet import Residual, conv_bn
 
 
 class RegionPyramid(nn.Sequential):
-    """Stages of a convolution and 1x1 residual blocks, further blocks, and a 1x1 output layer.
+    """Stages of a convolution and residual blocks, further blocks, and a 1x1 output layer.
 
     Args:
         classes: output channels.
@@ -15,6 +15,7 @@ class RegionPyramid(nn.Sequential):
         depth: residual blocks after the last stage.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
         channels: of the input.
+        kernel: kernel of the residual blocks.
     """
 
     def __init__(
@@ -25,13 +26,14 @@ class RegionPyramid(nn.Sequential):
         depth: int,
         padded: bool = True,
         channels: int = 3,
+        kernel: int = 1,
     ) -> None:
         layers: list[nn.Module] = []
-        for kernel, stride, share, blocks in stages:
+        for reach, stride, share, blocks in stages:
             outputs = width if share == 1 else max(8, round(width * share))
-            padding = (kernel - 1) // 2 if padded else 0
-            layers += [*conv_bn(channels, outputs, kernel, stride, padding), nn.ReLU(inplace=True)]
-            layers += [Residual(outputs, 1, padded) for _ in range(blocks)]
+            padding = (reach - 1) // 2 if padded else 0
+            layers += [*conv_bn(channels, outputs, reach, stride, padding), nn.ReLU(inplace=True)]
+            layers += [Residual(outputs, kernel, padded) for _ in range(blocks)]
             channels = outputs
-        layers += [Residual(width, 1, padded) for _ in range(depth)]
+        layers += [Residual(width, kernel, padded) for _ in range(depth)]
         super().__init__(*layers, nn.Conv2d(width, classes, 1))

@@ -167,7 +167,7 @@ def train(
         shipping = run.shipping
         if network.head == "fixed-point" and recipe.augment.ablation == "none":
             shipping.scale = scale_of(validation_scores(shipping, images.held_out))
-        source = provenance(sources, accelerator, run.step, steps, run.seconds, limit)
+        source = provenance(sources, accelerator, run.step, steps, run.seconds, limit, init)
         _write(out, shipping, config, source)
 
     started, seconds_before = time.monotonic(), run.seconds

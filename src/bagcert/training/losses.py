@@ -1,6 +1,7 @@
 """Training losses: differentiable versions of the certification conditions. See docs/method.md, "Training".
 
-All take region scores [batch, classes, rows, cols] and labels [batch] and return one loss per image [batch].
+All take region scores [batch, classes, rows, cols] and labels [batch] and return one loss per image [batch]. Those
+with cross-entropies take target probabilities [batch, classes] as well.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from torch import Tensor
 from bagcert.grid import WindowBlock
 from bagcert.scores import window_sums
 from bagcert.training.random import Source, draw
+
+Targets = Float[Tensor, "batch classes"] | None
+"""Class probabilities that replace the labels in cross-entropies, such as those of a teacher."""
 
 
 def mean_scores(scores: Float[Tensor, "batch classes rows cols"]) -> Float[Tensor, "batch classes"]:
@@ -37,17 +41,21 @@ def smooth_margin_loss(
     margin: float,
     temperature: float,
     label_smoothing: float = 0.0,
+    targets: Targets = None,
 ) -> Float[Tensor, " batch"]:
     """The hinge's smooth form `CE(tau * (S / (m n) - M * onehot(y)))`."""
     shifted = mean_scores(scores) - margin * F.one_hot(labels, scores.shape[1])
-    return F.cross_entropy(temperature * shifted, labels, reduction="none", label_smoothing=label_smoothing)
+    return _cross_entropy(temperature * shifted, labels, label_smoothing, targets)
 
 
 def cross_entropy_loss(
-    scores: Float[Tensor, "batch classes rows cols"], labels: Int[Tensor, " batch"], label_smoothing: float = 0.0
+    scores: Float[Tensor, "batch classes rows cols"],
+    labels: Int[Tensor, " batch"],
+    label_smoothing: float = 0.0,
+    targets: Targets = None,
 ) -> Float[Tensor, " batch"]:
     """Cross-entropy of the mean scores, for training without certification."""
-    return F.cross_entropy(mean_scores(scores), labels, reduction="none", label_smoothing=label_smoothing)
+    return _cross_entropy(mean_scores(scores), labels, label_smoothing, targets)
 
 
 def clipped_loss(
@@ -101,6 +109,7 @@ def double_masking_loss(
     full_weight: float = 0.3,
     label_smoothing: float = 0.0,
     temperature: float = 1.0,
+    targets: Targets = None,
 ) -> Float[Tensor, " batch"]:
     """`CE(mean of kept scores) + full_weight * CE(mean of all scores)`; kept scores exclude the two worst windows.
 
@@ -110,9 +119,16 @@ def double_masking_loss(
     scores = scores.float()
     keep = two_worst_windows_removed(scores.detach(), labels, windows)
     kept = _kept_means(scores, keep)
-    loss = F.cross_entropy(temperature * kept, labels, reduction="none", label_smoothing=label_smoothing)
-    full = F.cross_entropy(temperature * scores.mean((2, 3)), labels, reduction="none", label_smoothing=label_smoothing)
+    loss = _cross_entropy(temperature * kept, labels, label_smoothing, targets)
+    full = _cross_entropy(temperature * scores.mean((2, 3)), labels, label_smoothing, targets)
     return loss + full_weight * full
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, targets: Targets) -> Tensor:
+    """Cross-entropy of each image [batch], with `targets` instead of the labels if they are given."""
+    return F.cross_entropy(
+        logits, labels if targets is None else targets, reduction="none", label_smoothing=label_smoothing
+    )
 
 
 def _kept_means(scores: Tensor, keep: Tensor) -> Tensor:

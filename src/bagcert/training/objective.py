@@ -24,8 +24,8 @@ from bagcert.training.augment import (
 from bagcert.training.random import Source
 from bagcert.training.recipe import Recipe
 
-Objective = Callable[[Tensor, Tensor, Source], Tensor]
-"""(Real-valued scores, labels, random numbers) -> one loss per image."""
+Objective = Callable[[Tensor, Tensor, Source, Tensor | None], Tensor]
+"""(Real-valued scores, labels, random numbers, target probabilities or None for the labels) -> one loss per image."""
 
 
 def make_objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel, device: torch.device) -> Objective:
@@ -41,16 +41,17 @@ def make_objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatMode
             require_sum(scorer.readout, f"the rule {recipe.defense.rule}", "use double-masking or detection")
     binary = scorer.form if scorer.head == "binary" else None
 
-    def objective(z: Tensor, labels: Tensor, generator: Source) -> Tensor:
+    def objective(z: Tensor, labels: Tensor, generator: Source, targets: Tensor | None = None) -> Tensor:
+        smoothing = loss.label_smoothing if targets is None else 0.0  # the targets are smoothed
         if scorer.readout is not None:
-            return attention_masking_loss(scorer.readout, z, labels, masks, loss.full_weight, loss.label_smoothing)
+            return attention_masking_loss(scorer.readout, z, labels, masks, loss.full_weight, smoothing, targets)
         scores = z.float() if binary is None else binary.straight_through(z.float())
         if loss.name == "margin":
             value = losses.margin_loss(scores, labels, loss.margin)
         elif loss.name == "smooth-margin":
-            value = losses.smooth_margin_loss(scores, labels, loss.margin, loss.temperature, loss.label_smoothing)
+            value = losses.smooth_margin_loss(scores, labels, loss.margin, loss.temperature, smoothing, targets)
         elif loss.name in ("cross-entropy", "interval-bounds"):  # of the latter, the term of unchanged images
-            value = losses.cross_entropy_loss(scores, labels, loss.label_smoothing)
+            value = losses.cross_entropy_loss(scores, labels, smoothing, targets)
         elif loss.name == "clipped":
             value = losses.clipped_loss(scores, labels, loss.temperature, loss.label_smoothing)
         elif loss.name == "masked-features":
@@ -58,7 +59,7 @@ def make_objective(recipe: Recipe, scorer: RegionScorer, threat: PatchThreatMode
         else:
             temperature = 1.0 if binary is None else loss.temperature
             value = losses.double_masking_loss(
-                scores, labels, windows, loss.full_weight, loss.label_smoothing, temperature
+                scores, labels, windows, loss.full_weight, smoothing, temperature, targets
             )
         if loss.one_hot_penalty:
             value = value + loss.one_hot_penalty * losses.one_hot_penalty(scores)
@@ -122,6 +123,6 @@ def hardest_cutout(
     candidates, values = [], []
     for _ in range(recipe.augment.cutout_candidates):
         candidates.append(cutout(images, recipe.augment.cutout, generator))
-        values.append(objective(scorer(candidates[-1].float() / 255), labels, generator))
+        values.append(objective(scorer(candidates[-1].float() / 255), labels, generator, None))
     worst = torch.stack(values).argmax(0)
     return torch.stack(candidates)[worst, torch.arange(len(images), device=images.device)]

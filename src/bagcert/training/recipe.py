@@ -126,6 +126,15 @@ class LossSection(_Section):
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of each target that is spread over all classes"
     )
+    teacher: str | None = Field(
+        default=None,
+        description="a model (name or folder) whose prediction for each augmented image is mixed into the target; for "
+        "the cross-entropy, smooth-margin and double-masking losses",
+    )
+    teacher_weight: float = Field(default=0.9, gt=0, le=1, description="share of the teacher in the target")
+    teacher_temperature: float = Field(
+        default=2.0, gt=0, description="divisor of the teacher's mean scores before the softmax"
+    )
 
 
 class OptimizerSection(_Section):

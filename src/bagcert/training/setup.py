@@ -61,7 +61,13 @@ def start_from(scorer: RegionScorer, folder: Path) -> None:
 
 
 def provenance(
-    sources: Sources, accelerator: Accelerator, step: int, steps: int, seconds: float, limit: int | None
+    sources: Sources,
+    accelerator: Accelerator,
+    step: int,
+    steps: int,
+    seconds: float,
+    limit: int | None,
+    init: Path | None,
 ) -> dict[str, Any]:
     """Returns the provenance of a model, for its config."""
     device = accelerator.device
@@ -72,6 +78,7 @@ def provenance(
         "validation": sources.held_out_by,
         "training_images": len(sources.training),
         "limit": limit,
+        "init": None if init is None else init.name,
         "steps": step,
         "steps_planned": steps,
         "device": f"{device.type} ({name})",

@@ -15,10 +15,11 @@ from bagcert.training.interval import BoundedLoss
 from bagcert.training.objective import Objective, make_objective, network_input
 from bagcert.training.random import ShardedGenerator
 from bagcert.training.recipe import Recipe
+from bagcert.training.teacher import Teacher
 
 
 class Losses:
-    """The objective of a recipe for one network, and the interval bound loss if the recipe uses it.
+    """The objective of a recipe for one network, and the interval bound loss and the teacher if the recipe has them.
 
     Raises:
         UsageError: the recipe does not fit the network or the threat.
@@ -29,6 +30,7 @@ class Losses:
         self.bounded: BoundedLoss | None = None
         if recipe.loss.name == "interval-bounds":
             self.bounded = BoundedLoss(scorer, threat, recipe.loss.full_weight, device)
+        self.teacher = None if recipe.loss.teacher is None else Teacher(recipe.loss, scorer, device)
 
 
 class Stepper:
@@ -95,7 +97,8 @@ class Stepper:
         self.model.train()
         with self.autocast:
             z = self.forward(batch)
-        loss = losses.objective(z, part.labels, generator)
+            targets = None if losses.teacher is None else losses.teacher.targets(batch, part.labels)
+        loss = losses.objective(z, part.labels, generator, targets)
         if losses.bounded is not None:
             with self.autocast:
                 loss = losses.bounded(loss, batch, part.labels, done, generator)

@@ -241,7 +241,7 @@ def test_weights_that_break_under_a_finite_loss_are_not_saved(tmp_path: Path, mo
     def breaking(recipe, scorer, threat, device):
         calls = iter(range(100))
 
-        def objective(z, labels, generator):
+        def objective(z, labels, generator, targets):
             if next(calls) < 5:
                 return z.square().mean((1, 2, 3))
             return (z * 0).abs().sqrt().mean((1, 2, 3))  # 0, with the gradient inf * 0
@@ -287,7 +287,7 @@ def test_the_hardest_of_several_cutouts_is_painted() -> None:
     scorer, labels = tiny.color_model().scorer, torch.tensor([0, 1, 2, 1])
     images = torch.from_numpy(tiny.pixels(labels.numpy())).permute(0, 3, 1, 2).contiguous()
 
-    def objective(z, labels, generator):
+    def objective(z, labels, generator, targets=None):
         return cross_entropy_loss(z, labels)
 
     found = hardest_cutout(images, labels, recipe, torch.Generator().manual_seed(3), scorer, objective)
