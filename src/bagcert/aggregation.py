@@ -111,19 +111,22 @@ class AttentionPooling:
 
         Must be called inside `bagcert.scores.exact_arithmetic`.
         """
-        first, first_bias, second, skip, bias = self._matrices(sums.dtype)
+        linear, linear_bias, second = self._matrices(sums.dtype)
         pooled = self.pooled(sums.flatten(0, -2))
-        # Division by a power of two is exact, so the weights can be divided before the sum.
-        hidden = torch.addmm(first_bias, pooled, first).round_().clamp_(0, POOLED_LIMIT)
-        scores = torch.addmm(bias, pooled, skip).addmm_(hidden, second)
+        hidden, skipped = torch.addmm(linear_bias, pooled, linear).split([len(self.first), self.classes], 1)
+        scores = torch.addmm(skipped, hidden.round_().clamp_(0, POOLED_LIMIT), second)
         return scores.unflatten(0, sums.shape[:-1])
 
-    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Transposed weights in a float dtype, cached per dtype. The hidden layer is divided by `HIDDEN_UNIT`."""
+    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Float weights, cached per dtype: of the hidden layer beside the skip connection, their biases, the output.
+
+        The hidden layer is divided by `HIDDEN_UNIT`. Division by a power of two is exact, so it can precede the sum.
+        """
         kept = self.__dict__.setdefault("_converted", {})
         if dtype not in kept:
-            first = [part.to(dtype) / HIDDEN_UNIT for part in (self.first.T, self.first_bias)]
-            kept[dtype] = (*first, *(part.to(dtype) for part in (self.second.T, self.skip.T, self.bias)))
+            linear = torch.cat([self.first.to(dtype) / HIDDEN_UNIT, self.skip.to(dtype)]).T.contiguous()
+            linear_bias = torch.cat([self.first_bias.to(dtype) / HIDDEN_UNIT, self.bias.to(dtype)])
+            kept[dtype] = (linear, linear_bias, self.second.T.to(dtype).contiguous())
         return kept[dtype]
 
 

@@ -6,7 +6,8 @@ one readout per pair of masks, but only for images on which all one-mask labels 
 pair with itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bagcert.aggregation import AttentionPooling
+from bagcert.aggregation import AttentionPooling, pooling_dtype
 from bagcert.certificate import Certificate
 from bagcert.errors import UsageError
 from bagcert.rules.masks import Windows, completed, majority
@@ -75,7 +76,30 @@ class Masks:
     @cached_property
     def blocks(self) -> list["_Block"]:
         """All pairs of masks, including each mask with itself, in blocks of at most ROWS_AT_ONCE pairs."""
-        return [_Block.of(self.masks, *pairs) for pairs in _pairs(len(self), self.masks.device)]
+        dtype = pooling_dtype(self.masks.shape[1])
+        return [_Block.of(self.masks, dtype, *pairs) for pairs in _pairs(len(self), self.masks.device)]
+
+    def in_threads(self, work: Callable[[slice], None], count: int) -> None:
+        """Call `work` on the slices of `at_once(count)`, inside `exact_arithmetic`.
+
+        On a CPU the slices are shared among `torch.get_num_threads()` threads. Operations on ROWS_AT_ONCE rows are too
+        small to be divided among threads themselves.
+        """
+        device = self.masks.device
+
+        def exact(images: slice) -> None:
+            with exact_arithmetic(device):  # gradients and autocast are switched off per thread
+                work(images)
+
+        slices = list(self.at_once(count))
+        threads = torch.get_num_threads() if device.type == "cpu" and len(slices) > 1 else 1
+        if threads == 1:
+            for images in slices:
+                exact(images)
+            return
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(exact, slices))
+        torch.set_num_threads(threads)  # the number set last is the default of new threads
 
     def at_once(self, count: int) -> Iterator[slice]:
         """Split `count` items into slices such that one row per item and mask gives at most ROWS_AT_ONCE rows."""
@@ -102,7 +126,7 @@ class Masks:
         less = single - evidence.sum(1)
         for block in self.blocks:
             sums = less.index_select(0, block.first).add_(single.index_select(0, block.second))
-            both = block.shared.to(evidence.dtype) @ evidence.T
+            both = block.shared @ evidence.T
             sums[: len(block.number)] += both.index_select(0, block.number)
             yield block, sums
 
@@ -113,23 +137,23 @@ class _Block:
 
     Attributes:
         first, second: indices of the two masks of each pair.
-        shared: boolean [sets, regions], the distinct intersections of two masks.
+        shared: the distinct intersections of two masks, 1 in their regions and 0 elsewhere.
         number: index into `shared` for each overlapping pair.
     """
 
     first: Int[Tensor, " pairs"]
     second: Int[Tensor, " pairs"]
-    shared: Bool[Tensor, "sets regions"]
+    shared: Float[Tensor, "sets regions"]
     number: Int[Tensor, " overlapping"]
 
     @classmethod
-    def of(cls, masks: Bool[Tensor, "masks regions"], first: Tensor, second: Tensor) -> "_Block":
-        """Build the block of the given pairs."""
+    def of(cls, masks: Bool[Tensor, "masks regions"], dtype: torch.dtype, first: Tensor, second: Tensor) -> "_Block":
+        """Build the block of the given pairs, for evidence of a dtype."""
         both = masks[first] & masks[second]
         overlapping = both.any(1)
         order = torch.cat([overlapping.nonzero()[:, 0], (~overlapping).nonzero()[:, 0]])
         shared, number = torch.unique(both[overlapping], dim=0, return_inverse=True)
-        return cls(first[order], second[order], shared, number)
+        return cls(first[order], second[order], shared.to(dtype), number)
 
 
 def _pairs(count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,24 +177,26 @@ def attention_double_masking(score_map: ScoreMap, threat: PatchThreatModel) -> C
     margin = torch.empty(batch, dtype=torch.int64, device=device)
     prediction = torch.empty_like(margin)
     pair = torch.empty(batch, 2, dtype=torch.int64, device=device)
-    with exact_arithmetic(device):
-        for some in masks.at_once(batch):
-            evidence = score_map.evidence(some)
-            sums = masks.without(evidence, masks.masks)
-            scores = readout.scores(sums)
-            prediction[some] = _predictions(masks, readout, evidence, scores)
-            leads, worst = _lead(scores, prediction[some], sums).min(1)
-            margin[some], pair[some] = leads.long(), worst[:, None]
-            if len(masks) == 1:
-                continue
-            for k in (leads >= 0).nonzero()[:, 0].tolist():
-                image, lead = some.start + k, leads[k]
-                for block, rows in masks.pair_sums(evidence[k], sums[k]):
-                    least, at = _lead(readout.scores(rows)[None], prediction[image, None], rows[None])[0].min(0)
-                    if least < lead:
-                        lead = least
-                        pair[image, 0], pair[image, 1] = block.first[at], block.second[at]
-                margin[image] = lead.long()
+
+    def certify(images: slice) -> None:
+        evidence = score_map.evidence(images)
+        sums = masks.without(evidence, masks.masks)
+        scores = readout.scores(sums)
+        prediction[images] = _predictions(masks, readout, evidence, scores)
+        leads, worst = _lead(scores, prediction[images], sums).min(1)
+        margin[images], pair[images] = leads.long(), worst[:, None]
+        if len(masks) == 1:
+            return
+        for k in (leads >= 0).nonzero()[:, 0].tolist():
+            image, lead = images.start + k, leads[k]
+            for block, rows in masks.pair_sums(evidence[k], sums[k]):
+                least, at = _lead(readout.scores(rows)[None], prediction[image, None], rows[None])[0].min(0)
+                if least < lead:
+                    lead = least
+                    pair[image, 0], pair[image, 1] = block.first[at], block.second[at]
+            margin[image] = lead.long()
+
+    masks.in_threads(certify, batch)
     if bool(masks.completed.any()):
         margin.clamp_(max=-1)
     placement = masks.placements[pair].flatten(1, 2)
@@ -181,11 +207,13 @@ def attention_prediction(score_map: ScoreMap, threat: PatchThreatModel) -> Int[T
     """Compute the double-masking prediction of a map with a readout; see `double_masking_prediction`."""
     readout, masks = _parts(score_map, threat)
     prediction = torch.empty(len(score_map), dtype=torch.int64, device=score_map.scores.device)
-    with exact_arithmetic(prediction.device):
-        for some in masks.at_once(len(score_map)):
-            evidence = score_map.evidence(some)
-            scores = readout.scores(masks.without(evidence, masks.masks))
-            prediction[some] = _predictions(masks, readout, evidence, scores)
+
+    def predict(images: slice) -> None:
+        evidence = score_map.evidence(images)
+        scores = readout.scores(masks.without(evidence, masks.masks))
+        prediction[images] = _predictions(masks, readout, evidence, scores)
+
+    masks.in_threads(predict, len(score_map))
     return prediction
 
 
@@ -198,11 +226,13 @@ def attention_detection(score_map: ScoreMap, threat: PatchThreatModel) -> Certif
     batch, device = len(score_map), score_map.scores.device
     margin = torch.empty(batch, dtype=torch.int64, device=device)
     prediction, worst = score_map.predict(), torch.empty_like(margin)
-    with exact_arithmetic(device):
-        for some in masks.at_once(batch):
-            sums = masks.without(score_map.evidence(some), masks.masks)
-            lead, worst[some] = _lead(readout.scores(sums), prediction[some], sums).min(1)
-            margin[some] = lead.long()
+
+    def certify(images: slice) -> None:
+        sums = masks.without(score_map.evidence(images), masks.masks)
+        lead, worst[images] = _lead(readout.scores(sums), prediction[images], sums).min(1)
+        margin[images] = lead.long()
+
+    masks.in_threads(certify, batch)
     if bool(masks.whole.any()):
         margin.clamp_(max=-1)
     return Certificate(prediction, margin >= 0, margin, masks.placements[worst], "detection", threat)

@@ -65,3 +65,32 @@ def test_readout_that_could_round_refused():
             torch.full((1, 2), 40_000), torch.zeros(1).int(), torch.ones(2, 1).int(), torch.ones(2, 2).int(),
             torch.zeros(2).int(), heads=1,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["double-masking", "detection"])
+def test_threads_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bagcert.rules.attention_masking.ROWS_AT_ONCE", 40)
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
+
+    readout = AttentionPooling(
+        draw(-90, 90, 5, 4), draw(-90, 90, 5), draw(-90, 90, 3, 5), draw(-90, 90, 3, 4), draw(-90, 90, 3), heads=2
+    )
+    scores = torch.cat([draw(-9000, 9000, 30, 4, 4, 4), draw(1, 200, 30, 2, 4, 4)], 1)
+    grid = RegionGrid.from_axis(2, 2, 0, (8, 8))
+    score_map = ScoreMap(scores, -PRODUCT_LIMIT, PRODUCT_LIMIT, grid, readout=readout)
+    threat, before, results = PatchThreatModel.parse(2, (8, 8)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            certificate = RULES[rule].certify(score_map, threat)
+            predicted = RULES[rule].predict(score_map, threat)
+            assert torch.get_num_threads() == threads
+            results.append((certificate.prediction, certificate.margin, certificate.worst_placement, predicted))
+    finally:
+        torch.set_num_threads(before)
+    assert 0 < int((results[0][1] >= 0).sum()) < 30
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
