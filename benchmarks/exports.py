@@ -3,7 +3,7 @@
 Calibration images are training images; the figures are on test images, which the files have not seen. On a machine
 that is busy with other things, --untimed leaves speeds out.
 
-python benchmarks/exports.py --model cifar10-cpu --data data/cifar10 --out results/exports/cifar10-cpu.json
+python benchmarks/exports.py --model cifar10 --data data/cifar10 --out results/exports/cifar10.json
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--calibration-images", type=int, default=1000, help="Every other one finds the ranges.")
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--untimed", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("results/exports/cifar10-cpu.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/exports/cifar10.json"))
     arguments = parser.parse_args()
     model = load(arguments.model, device="cpu", checked=False)
     channels = model.scorer.channels

@@ -66,8 +66,10 @@ def _first_maximal(line, every):
     raise AssertionError("every line lies in a maximal one")
 
 
-def mask_set(rows_seen, cols_seen, shapes, allowed=None):
+def mask_set(rows_seen, cols_seen, shapes, allowed=None, masks_per_axis=None):
     """The windows: what votes are reckoned over, and the masks of the masking rules, in their order."""
+    if masks_per_axis is not None:
+        return [mask for mask, _ in merged_masks(rows_seen, cols_seen, shapes, allowed, masks_per_axis)]
     if allowed is not None:
         return _mask_set_within(rows_seen, cols_seen, shapes, allowed)
     masks = []
@@ -88,6 +90,38 @@ def _mask_set_within(rows_seen, cols_seen, shapes, allowed):
         return mask.any(1).tolist(), mask.any(0).tolist()
 
     return sorted(most, key=bits, reverse=True)
+
+
+def merged_masks(rows_seen, cols_seen, shapes, allowed, masks_per_axis):
+    """(mask, windows in it): neighboring windows merged into at most `masks_per_axis` masks per axis and shape."""
+    found = []
+    for some in [[shape] for shape in sorted(shapes)] if allowed is None else [shapes]:
+        windows = _window_lines(rows_seen, cols_seen, some, allowed)
+        groups = [_groups([window[axis] for window in windows], masks_per_axis, allowed is not None) for axis in (0, 1)]
+        for row_group, col_group in product(*groups):
+            members = [(row, col) for row, col in windows if row in row_group and col in col_group]
+            if members:
+                mask = np.outer(np.any(row_group, axis=0), np.any(col_group, axis=0))
+                found.append((mask, [np.outer(*member) for member in members]))
+    return found
+
+
+def _window_lines(rows_seen, cols_seen, shapes, allowed):
+    """(row line, column line) of every window, in order."""
+    if allowed is not None:
+        masks = _mask_set_within(rows_seen, cols_seen, shapes, allowed)
+        return [(tuple(mask.any(1).tolist()), tuple(mask.any(0).tolist())) for mask in masks]
+    ((h, w),) = shapes
+    rows, cols = lines(rows_seen, h), lines(cols_seen, w)
+    found = {(_first_maximal(row, rows), _first_maximal(col, cols)) for row in rows for col in cols}
+    return sorted(found, key=lambda window: (rows.index(window[0]), cols.index(window[1])))
+
+
+def _groups(every, most, descending):
+    """The distinct lines of an axis in order, cut into at most `most` groups: line i of n is in group i k // n."""
+    distinct = sorted(set(every), reverse=True) if descending else list(dict.fromkeys(every))
+    count = min(most, len(distinct))
+    return [[line for i, line in enumerate(distinct) if i * count // len(distinct) == group] for group in range(count)]
 
 
 def unions(masks, patches):

@@ -17,6 +17,7 @@ from benchmark_tables import benchmark_tables, published_rows, published_table
 from bagcert.defenses.bagcert import load as load_model
 from bagcert.defenses.bagcert import shipped_models
 from bagcert.nets.runtimes import BACKENDS
+from bagcert.records import wilson_interval
 from bagcert.threat import PatchThreatModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +116,14 @@ def accuracy_table() -> list[str]:
         lines.append(
             f"| {row['threat']} | {reach(run['model'], row['threat'])} | `{run['model']}` | {row['rule']} "
             f"| {row['clean_accuracy']:.1%} | **{row['certified_accuracy']:.1%}** ({low:.1%} to {high:.1%}) |"
+        )
+    for run in (load(path) for path in sorted((ROOT / "results" / "averaged").glob("*.json"))):
+        row = run["rows"]["flip-averaged"]
+        low, high = wilson_interval(round(row["certified_accuracy"] * run["images"]), run["images"])
+        lines.append(
+            f"| {run['patch']} | {reach(run['model'], run['patch'])} | `{run['model']}`, map averaged with that of the "
+            f"mirror image: two passes | {run['rule']} | {row['clean_accuracy']:.1%} "
+            f"| **{row['certified_accuracy']:.1%}** ({low:.1%} to {high:.1%}) |"
         )
     return lines
 

@@ -191,6 +191,7 @@ class RunInfo:
     attack: dict[str, Any] | None = None
     notes: list[str] | None = None
     pixels: str = ""
+    masks_per_axis: int | None = None
     deployed: list[str] | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
@@ -198,7 +199,7 @@ class RunInfo:
         """Convert to a dict for JSON, with the schema version first and without empty optional fields."""
         values = asdict(self)
         values["results"] = [_without_attack(row) if self.attack is None else row for row in values["results"]]
-        for name in ("placements", "attack", "notes", "pixels", "deployed"):
+        for name in ("placements", "attack", "notes", "pixels", "masks_per_axis", "deployed"):
             if not values[name]:
                 del values[name]
         return {"schema_version": values.pop("schema_version"), **values}

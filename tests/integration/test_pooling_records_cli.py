@@ -110,6 +110,21 @@ def test_records_under_a_mask_are_of_the_same_version(home: Path, tmp_path: Path
     assert run("verify", path, "--model", home / "model", "--device", "cpu")[0] == 0
 
 
+def test_masks_per_axis_recorded_and_verified(home: Path, tmp_path: Path) -> None:
+    path, limit = tmp_path / "merged.jsonl", ("--masks-per-axis", "2")
+    assert run(*certify(home), *limit, "--record", path)[::2] == (0, "")
+    readout, *records = contents(path)
+    assert {record["geometry"]["masks_per_axis"] for record in records} == {2}
+    whole = [record["verdict"] for record in contents(home / "r.jsonl")[1:]]
+    assert [record["verdict"]["margin"] for record in records] != [verdict["margin"] for verdict in whole]
+    assert run("verify", path, "--model", home / "model", "--device", "cpu")[0] == 0
+    for most in (1, 3, None):
+        changed = [{**record, "geometry": {**record["geometry"], "masks_per_axis": most}} for record in records]
+        assert run("verify", write(tmp_path / "changed.jsonl", readout, changed))[0] == 4
+    code, _, err = run(*certify(home), "--record", path, "--resume")
+    assert (code, err.count("has the number of masks per axis 2; this run has None")) == (2, 1)
+
+
 def test_a_run_cut_anywhere_is_completed_to_the_same_bytes(home: Path, tmp_path: Path) -> None:
     whole = (home / "r.jsonl").read_bytes()
     first = whole.index(b"\n") + 1

@@ -70,6 +70,10 @@ RECTANGLES = {
 }
 
 CLAIM = {
+    "checker: a merged mask is only what its windows share": [
+        ("lines[np.array(group) == number].max(0)", "lines[np.array(group) == number].min(0)")
+    ],
+    "checker: a worst placement stands for its own window only": [("rows=rows[row_groups[row]]", "rows=reach.rows")],
     "checker: of each height only the widest patch within a mask": [
         (
             "np.minimum(end - np.arange(width), widest[h])",
@@ -157,7 +161,22 @@ GRID = {
     "resizing narrows what a pixel reaches": [("inner.astype(np.float32)) > 0", "inner.astype(np.float32)) > 1")],
     "a grid covers another if it does in one direction": [("and not (other.cols_seen", "or not (other.cols_seen")],
     "a transposed grid is the same grid": [
-        ("RegionGrid(self.cols_seen, self.rows_seen)", "RegionGrid(self.rows_seen, self.cols_seen)")
+        ("rows_seen=self.cols_seen, cols_seen=self.rows_seen", "rows_seen=self.rows_seen, cols_seen=self.cols_seen")
+    ],
+    "a merged mask is only the first of its windows": [
+        ("np.logical_or.reduceat(lines, np", "lines.take(axis=0, indices=np")
+    ],
+    "a merged mask misses the last window of the axis": [
+        (
+            "union_of = np.arange(len(lines)) * count // len(lines)",
+            "union_of = np.minimum(np.arange(len(lines)), count)",
+        )
+    ],
+    "merged masks are kept only where the last window is": [
+        ("keep[row_of[row], col_of[col]] = True", "keep[row_of[row[:1]], col_of[col[:1]]] = True")
+    ],
+    "the placement of a merged mask is its last": [
+        ("(index[::-1] for index in block.keep.nonzero())", "block.keep.nonzero()")
     ],
     "the witness of a window is a placement that reaches another": [("first[is_maximal]", "first[: is_maximal.sum()]")],
     "windows one row smaller than they are": [

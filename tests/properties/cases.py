@@ -40,7 +40,7 @@ class Case:
     @property
     def windows(self):
         """What one patch can reach, straight from the definitions."""
-        return oracle.mask_set(*self.geometry)
+        return oracle.mask_set(*self.geometry, self.score_map.grid.masks_per_axis)
 
     @property
     def masks(self):
@@ -52,6 +52,17 @@ class Case:
         """Every set of regions the attacker can influence, as unions where there are several patches."""
         found = {mask.tobytes(): mask for _, mask in oracle.reaches(*self.geometry)}
         return oracle.unions(list(found.values()), self.threat.patches)
+
+    def mask_at(self, placement):
+        """The mask of a placement `[top, left, height, width]`: its reach, or the merged mask that contains it."""
+        top, left, *shape = placement
+        reach = next(r for (s, *corner), r in oracle.reaches(*self.geometry) if (corner, s) == ([top, left], (*shape,)))
+        most = self.score_map.grid.masks_per_axis
+        if most is None:
+            return reach
+        rows, cols, shapes, allowed = self.geometry
+        masks = oracle.merged_masks(rows, cols, shapes if allowed is not None else [tuple(shape)], allowed, most)
+        return next(mask for mask, members in masks if any((reach == member).all() for member in members))
 
     def with_scores(self, scores):
         return ScoreMap(torch.as_tensor(scores), self.score_map.low, self.score_map.high, self.score_map.grid)
@@ -114,7 +125,10 @@ def build(choose: Choose, most_patches: int = 2, most_masks: int = 40) -> Case:
     grid = build_grid(choose)
     threat = build_threat(choose, grid.image_size, most_patches)
     low, high = RANGES[choose(1, 0, len(RANGES) - 1)[0]]
-    case = Case(ScoreMap(torch.as_tensor(build_scores(choose, low, high, grid.map_size)), low, high, grid), threat)
+    scores = torch.as_tensor(build_scores(choose, low, high, grid.map_size))
+    if choose(1, 0, 3)[0] == 0:
+        grid = grid.with_masks_per_axis(choose(1, 1, 3)[0])
+    case = Case(ScoreMap(scores, low, high, grid), threat)
     if len(case.masks) > most_masks:
         case.threat = PatchThreatModel(threat.image_size, threat.shapes, 1, threat.allowed)
     return case

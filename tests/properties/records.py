@@ -98,8 +98,10 @@ class _Threat:
             allowed = np.unpackbits(bits)[: height * width].reshape(height, width) > 0
         else:
             assert record["record_version"] in (1, 3)
-        if allowed is not None:
-            self.windows = oracle.mask_set(self.rows, self.cols, shapes, allowed)
+        most = record["geometry"].get("masks_per_axis")
+        assert most is None or (type(most) is int and most >= 1)
+        if allowed is not None or most is not None:
+            self.windows = oracle.mask_set(self.rows, self.cols, shapes, allowed, most)
         else:
             self.windows = []
             for h, w in shapes:
@@ -117,6 +119,10 @@ class _Threat:
             assert w <= widest[h]
             assert allowed is None or allowed[top : top + h, left : left + w].all()
             reach = np.outer(self.rows[:, top : top + h].any(1), self.cols[:, left : left + w].any(1))
+            if most is not None:
+                some = [(h, w)] if allowed is None else shapes
+                masks = oracle.merged_masks(self.rows, self.cols, some, allowed, most)
+                (reach,) = [mask for mask, members in masks if any((reach == member).all() for member in members)]
             self.worst.append((h, w, reach))
         self.hidden = np.logical_or.reduce([reach for *_, reach in self.worst])
 

@@ -65,9 +65,8 @@ def test_no_alert_means_certified_for_detection(case):
 @given(cases(most_patches=1))
 def test_the_worst_placement_of_a_vote_is_where_the_margin_is_attained(case):
     found = RULES["vote"].certify(case.score_map, case.threat)
-    reaches = {(*corner, *shape): mask for (shape, *corner), mask in oracle.reaches(*case.geometry)}
     for image, scores in enumerate(case.scores):
-        reach = reaches[tuple(found.worst_placement[image, 0].tolist())]  # admissible, or this fails
+        reach = case.mask_at(found.worst_placement[image, 0].tolist())  # admissible, or this fails
         label, margin = oracle.vote(scores, [reach], case.score_map.low, case.score_map.high)
         assert (label, margin) == (int(found.prediction[image]), int(found.margin[image]))
 
@@ -82,10 +81,9 @@ def test_worst_placements_are_admissible_and_masks_attain_the_margin(case):
         assert {tuple(placement) for placement in found.reshape(-1, 4).tolist()} <= admissible
     if case.threat.patches > 1 or case.threat.allowed is not None:
         return
-    reaches = {(*corner, *shape): mask for (shape, *corner), mask in oracle.reaches(*case.geometry)}
     found = RULES["double-masking"].certify(case.score_map, case.threat)
     for image, scores in enumerate(case.scores):
-        first, second = (reaches[tuple(placement)] for placement in found.worst_placement[image].tolist())
+        first, second = (case.mask_at(placement) for placement in found.worst_placement[image].tolist())
         label = int(found.prediction[image])
         left = scores[:, ~(first | second)].astype(int).sum(1)
         margin = min(left[label] - left[c] - (c < label) for c in range(len(left)) if c != label)

@@ -38,17 +38,22 @@ def test_touched_is_which_regions_see_a_pixel(grid):
 
 @pytest.mark.parametrize("shapes", [((1, 1),), ((2, 3),), ((3, 2), (1, 4))])
 @pytest.mark.parametrize("restricted", [False, True])
-def test_windows_are_those_of_the_definitions(grid, shapes, restricted):
+@pytest.mark.parametrize("masks_per_axis", [None, 1, 2, 3])
+def test_windows_are_those_of_the_definitions(grid, shapes, restricted, masks_per_axis):
+    grid = grid.with_masks_per_axis(masks_per_axis)
     allowed = np.random.default_rng(7).random(grid.image_size) < 0.85 if restricted else None
     threat = PatchThreatModel(grid.image_size, shapes, 1, allowed)
     geometry = (grid.rows_seen, grid.cols_seen, threat.shapes, allowed)
     blocks = grid.windows(threat)
     found = [np.outer(b.rows[i], b.cols[j]) for b in blocks for i, j in np.argwhere(b.keep)]
-    expected = oracle.mask_set(*geometry)
+    expected = oracle.mask_set(*geometry, masks_per_axis)
     assert len(found) == len(expected)
     assert all((a == b).all() for a, b in zip(found, expected, strict=True))
     for (_, _, _), reach in oracle.reaches(*geometry):
         assert any((reach <= mask).all() for mask in found)
+    if masks_per_axis is not None:
+        for block in blocks:
+            assert max(block.keep.shape) <= masks_per_axis
 
 
 def test_each_window_names_an_admissible_placement_that_reaches_it(grid):
@@ -68,6 +73,35 @@ def test_each_window_names_an_admissible_placement_that_reaches_it(grid):
                 window = np.outer(block.rows[i], block.cols[j])
                 assert (reaches[tuple(block.places[i, j].tolist())] == window).all()
                 assert block.regions[i, j] == window.sum()
+
+
+def test_masks_per_axis_names_a_placement_in_each_mask(grid):
+    allowed = np.random.default_rng(8).random(grid.image_size) < 0.85
+    limited = grid.with_masks_per_axis(2)
+    for threat in (
+        PatchThreatModel.parse(2, grid.image_size),
+        PatchThreatModel(grid.image_size, ((2, 2),), 1, allowed),
+    ):
+        merged = oracle.merged_masks(grid.rows_seen, grid.cols_seen, threat.shapes, threat.allowed, 2)
+        reaches = {
+            (top, left, *shape): reach
+            for (shape, top, left), reach in oracle.reaches(
+                grid.rows_seen, grid.cols_seen, threat.shapes, threat.allowed
+            )
+        }
+        (block,) = limited.windows(threat)
+        for (i, j), (mask, members) in zip(np.argwhere(block.keep), merged, strict=True):
+            assert (np.outer(block.rows[i], block.cols[j]) == mask).all()
+            reach = reaches[tuple(block.places[i, j].tolist())]
+            assert (reach == members[0]).all()
+
+
+def test_masks_per_axis_of_derived_grids():
+    grid = RegionGrid.from_axis(3, 1, -1, (6, 7)).with_masks_per_axis(2)
+    assert grid.with_masks_per_axis(2) is grid
+    assert grid.transposed().masks_per_axis == grid.through(np.eye(6), np.eye(7)).masks_per_axis == 2
+    with pytest.raises(UsageError, match="the number of masks per axis must be at least 1, got 0"):
+        grid.with_masks_per_axis(0)
 
 
 def test_a_resize_widens_what_a_pixel_reaches():

@@ -52,6 +52,7 @@ def run_identity(model: BagCert, job: CertifyJob, work: Work, **choices: Any) ->
         "backend": job.backend,
         "device": job.device,
         "batch_size": job.batch_size,
+        **({} if model.masks_per_axis is None else {"masks_per_axis": model.masks_per_axis}),
         **choices,
         "images": len(work),
         "parts": len(work.parts),

@@ -66,6 +66,7 @@ def certify_many(
     dtype: "str | torch.dtype" = "float32",
     portable: bool = False,
     backend: str = "torch",
+    masks_per_axis: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Certifies every image of `data` that is not yet in `out`.
@@ -73,7 +74,7 @@ def certify_many(
     Args:
         data: a folder, file, glob or URL of images or Parquet files.
         out: a folder for `_run.json` and one Parquet file per part, with rows as in `bagcert.bulk.worker.SCHEMA`.
-        model, device, dtype, portable, backend: as for `load`.
+        model, device, dtype, portable, backend, masks_per_axis: as for `load`.
         patches, rules: by default those of the model; sizes in pixels of each image as stored.
         engine: a name in ENGINES.
         limit: certify the first `limit` images only.
@@ -101,7 +102,7 @@ def certify_many(
     for patch in patches:
         check_notation(patch)
     data, model = absolute(data), absolute(model) if os.path.isdir(model) else model
-    loaded = load(model, "cpu", checked=False)
+    loaded = load(model, "cpu", checked=False, masks_per_axis=masks_per_axis)
     job = CertifyJob(
         model,
         loaded.weights_sha256,
@@ -114,6 +115,7 @@ def certify_many(
         dtype_name(dtype),
         portable,
         backend,
+        masks_per_axis,
     )
     work = list_work(data, part_size, limit)
     results = ResultFolder(out, run_identity(loaded, job, work, data=data, limit=limit, part_size=part_size))

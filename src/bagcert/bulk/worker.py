@@ -66,7 +66,7 @@ class CertifyJob:
     """The options of a certification run, shared by all workers.
 
     Attributes:
-        model, device, dtype, portable, backend: as for `bagcert.defenses.bagcert.load`.
+        model, device, dtype, portable, backend, masks_per_axis: as for `bagcert.defenses.bagcert.load`.
         weights_sha256: expected hash of the model's weights.
         patches, rules: at least one of each.
         placements: a mask image, readable for every worker.
@@ -85,6 +85,7 @@ class CertifyJob:
     dtype: str = "float32"
     portable: bool = False
     backend: str = "torch"
+    masks_per_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,14 @@ class Worker:
 
     def __init__(self, job: CertifyJob, model: BagCert | None = None) -> None:
         self.job = job
-        self.model = model or load(job.model, job.device, dtype=job.dtype, portable=job.portable, backend=job.backend)
+        self.model = model or load(
+            job.model,
+            job.device,
+            dtype=job.dtype,
+            portable=job.portable,
+            backend=job.backend,
+            masks_per_axis=job.masks_per_axis,
+        )
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         if self.model.weights_sha256 != job.weights_sha256:
             raise UnsoundError(

@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, say_notes, styled
-from bagcert.cli.options import Data, Device, Dtype, Json, Limit, Model, Patches, Placements, Resize, Rules, Split
+from bagcert.cli.options import (
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    MasksPerAxis,
+    Model,
+    Patches,
+    Placements,
+    Resize,
+    Rules,
+    Split,
+)
 from bagcert.records import in_unit
 
 if TYPE_CHECKING:
@@ -20,6 +33,7 @@ def attack(
     patch: Patches = None,
     rule: Rules = None,
     placements: Placements = None,
+    masks_per_axis: MasksPerAxis = None,
     limit: Limit = None,
     resize: Resize = False,
     attack: Annotated[
@@ -84,7 +98,7 @@ def attack(
     for name in rule or ():
         get_rule(name)
     with progress("loading"):
-        loaded = load(model, device, dtype=dtype)
+        loaded = load(model, device, dtype=dtype, masks_per_axis=masks_per_axis)
     images = select_images(loaded.config, data, split, limit, Preprocessing(loaded.image_size) if resize else None)
     labels = labels_for(loaded, images)
     rules = sorted(dict.fromkeys(rule or (loaded.rule,)), key=lambda name: name != loaded.rule)

@@ -7,7 +7,7 @@ import typer
 
 from bagcert.cli.certify_many import certify_data
 from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, styled, warn
-from bagcert.cli.options import Backend, Device, Dtype, Fit, Json, Patches, Placements, Portable, Rules
+from bagcert.cli.options import Backend, Device, Dtype, Fit, Json, MasksPerAxis, Patches, Placements, Portable, Rules
 from bagcert.records import in_unit
 
 
@@ -19,6 +19,7 @@ def certify(
     patch: Patches = None,
     rule: Rules = None,
     placements: Placements = None,
+    masks_per_axis: MasksPerAxis = None,
     fit: Fit = "squash",
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -116,6 +117,7 @@ def certify(
             dtype=dtype,
             portable=portable,
             backend=backend,
+            masks_per_axis=masks_per_axis,
         )
         return
     if engine != "local" or workers is not None or limit is not None:
@@ -140,7 +142,7 @@ def certify(
             raise UsageError(f"--explain draws exactly one photo, got {len(files)}")
         check_output(explain, ".png")
     with progress("loading"):
-        loaded = load(model, device, dtype=dtype, portable=portable, backend=backend)
+        loaded = load(model, device, dtype=dtype, portable=portable, backend=backend, masks_per_axis=masks_per_axis)
     verdicts: list[FileVerdict] = []
     errors: list[FileError] = []
     with ExitStack() as stack, progress("certifying") as report:

@@ -17,6 +17,7 @@ from bagcert.cli.options import (
     Fit,
     Json,
     Limit,
+    MasksPerAxis,
     Model,
     Patches,
     Placements,
@@ -41,6 +42,7 @@ def evaluate(
     patch: Patches = None,
     rule: Rules = None,
     placements: Placements = None,
+    masks_per_axis: MasksPerAxis = None,
     fit: Fit = "squash",
     limit: Limit = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 250,
@@ -104,7 +106,7 @@ def evaluate(
         raise UsageError("--resume needs the --out FILE.json of the run to resume")
     log = None if out is None else log_path(out)
     with progress("loading"):
-        loaded = load(model, device, dtype=dtype, portable=portable, backend=backend)
+        loaded = load(model, device, dtype=dtype, portable=portable, backend=backend, masks_per_axis=masks_per_axis)
     images = select_images(loaded.config, data, split, limit, Preprocessing(loaded.image_size, fit) if resize else None)
     model_seconds = time.perf_counter() - started
     try:

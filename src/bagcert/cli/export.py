@@ -7,7 +7,7 @@ import typer
 
 from bagcert.cli.certify import places
 from bagcert.cli.console import check_output, print_json, progress, say
-from bagcert.cli.options import ExportedRule, Fit, Json, Model, OnePatch, Placements
+from bagcert.cli.options import ExportedRule, Fit, Json, MasksPerAxis, Model, OnePatch, Placements
 
 if TYPE_CHECKING:
     from bagcert.defenses.bagcert import BagCert
@@ -23,6 +23,7 @@ def export(
     patch: OnePatch = None,
     rule: ExportedRule = None,
     placements: Placements = None,
+    masks_per_axis: MasksPerAxis = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -79,7 +80,7 @@ def export(
     if vnnlib is not None:
         if data is not None or int8 or calibration is not None or placements is not None:
             raise UsageError("--vnnlib cannot be combined with --data, --int8, --calibration or --placements")
-        _export_property(model, vnnlib, at, out, patch, rule, fit, json)
+        _export_property(model, vnnlib, at, out, patch, rule, masks_per_axis, fit, json)
         return
     if at is not None:
         raise UsageError("--at needs --vnnlib IMAGE")
@@ -91,7 +92,7 @@ def export(
     if calibration is not None and not int8:
         raise UsageError("--calibration needs --int8")
     with progress("reading"):
-        loaded = load(model, device="cpu", checked=False)
+        loaded = load(model, device="cpu", checked=False, masks_per_axis=masks_per_axis)
         images = None if data is None else _images(loaded, data, split, CHECK_IMAGES, fit).images
         samples = None if calibration is None else _images(loaded, calibration, split, calibration_images, fit)
     with progress("exporting") as report:
@@ -113,7 +114,15 @@ def export(
 
 
 def _export_property(
-    model: str, image: Path, at: str | None, out: Path, patch: str | None, rule: str | None, fit: str, json: bool
+    model: str,
+    image: Path,
+    at: str | None,
+    out: Path,
+    patch: str | None,
+    rule: str | None,
+    masks_per_axis: int | None,
+    fit: str,
+    json: bool,
 ) -> None:
     """Writes the property of one image and reports its placement and class."""
     from bagcert.data.photo import read_image
@@ -124,7 +133,7 @@ def _export_property(
 
     placement = None if at is None else _placement(at)
     with progress("exporting"):
-        loaded = load(model, device="cpu")
+        loaded = load(model, device="cpu", masks_per_axis=masks_per_axis)
         pixels = Preprocessing(loaded.image_size, fit).apply(read_image(image))
         if placement is None:
             found = loaded.certify(pixels[None], patch=patch, rule=rule)

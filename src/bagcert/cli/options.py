@@ -49,6 +49,15 @@ Rules = Annotated[
         "Default: the model's rule.",
     ),
 ]
+MasksPerAxis = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="K",
+        help="Merge neighboring masks so that at most K remain per axis: faster, but certifies fewer images. Default: "
+        "as deployed, mostly all windows of the patch.",
+    ),
+]
 Placements = Annotated[
     str | None,
     typer.Option(

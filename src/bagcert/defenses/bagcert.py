@@ -32,7 +32,7 @@ from bagcert.rules import get_rule
 from bagcert.scores import check_counting, require_sum
 from bagcert.threat import PatchLike, PatchThreatModel
 
-ALIASES = {"default": "cifar10"}
+ALIASES = {"default": "cifar10", "cifar10-cpu": "cifar10"}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -48,6 +48,7 @@ class BagCert(RegionDefense):
         scorer: the network.
         rule: the deployed rule, a name from `bagcert.rules.RULES`.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
+        masks_per_axis: the deployed limit, see the property `masks_per_axis`; None keeps the limit of the scorer.
         config: config of a loaded model.
         weights_sha256: SHA-256 of the weights file of a loaded model.
         folder: folder of a loaded model.
@@ -66,6 +67,7 @@ class BagCert(RegionDefense):
         rule: str = "double-masking",
         *,
         patch: PatchLike = 5,
+        masks_per_axis: int | None = None,
         config: ModelConfig | None = None,
         weights_sha256: str = "",
         folder: Path | None = None,
@@ -77,6 +79,8 @@ class BagCert(RegionDefense):
         self.folder = folder
         self.locality: LocalityReport | None = None
         self.portable = False
+        if masks_per_axis is not None:
+            self.masks_per_axis = masks_per_axis
 
     def __repr__(self) -> str:
         dtype = str(self.scorer.autocast_dtype or torch.float32).removeprefix("torch.")
@@ -90,6 +94,22 @@ class BagCert(RegionDefense):
     def backend(self) -> str:
         """Name of the backend of the forward pass: torch or onnxruntime."""
         return self.scorer.backend
+
+    @property
+    def masks_per_axis(self) -> int | None:
+        """Largest number of masks per axis, or None for all windows of the patch.
+
+        With k masks per axis, neighboring windows are merged. Double masking then needs at most k^2 (k^2 + 1) / 2 pairs
+        of masks per shape, and certifies fewer images. Predictions and certificates depend on this number like on the
+        patch. See `RegionGrid.windows`.
+        """
+        return self.scorer.masks_per_axis
+
+    @masks_per_axis.setter
+    def masks_per_axis(self, most: int | None) -> None:
+        if most is not None and most < 1:
+            raise UsageError(f"the number of masks per axis must be at least 1, got {most}")
+        self.scorer.masks_per_axis = most
 
     def check_locality(self, portable: bool = False) -> "BagCert":
         """Measure how much scores outside a patch's reach change on this device, and set the tolerance accordingly.
@@ -174,6 +194,7 @@ class BagCert(RegionDefense):
             "scale": self.scorer.scale,
             "rule": self.rule,
             "patch": self._notation(),
+            "masks_per_axis": self.masks_per_axis,
         }
         if self.config is None:
             normalize, readout = self.scorer.normalize, self.scorer.readout
@@ -231,6 +252,7 @@ def load(
     portable: bool = False,
     checked: bool = True,
     backend: str = "torch",
+    masks_per_axis: int | None = None,
 ) -> BagCert:
     """Load a model by name (`default`, `digits`, ...), folder, or hub id (`owner/name`).
 
@@ -250,6 +272,7 @@ def load(
         checked: if False, skip the measurement of locality. Certificates are then marked `locality: unchecked`.
         backend: backend of the forward pass: "torch", "onnxruntime" (CPU only), or "auto" for the fastest installed
             one. Locality is measured on that backend. Heads and rules do not depend on it.
+        masks_per_axis: limit for the masks per axis instead of that of the model, see `BagCert.masks_per_axis`.
 
     Returns:
         The deployed model.
@@ -283,6 +306,7 @@ def load(
         scorer,
         config.rule,
         patch=config.patch,
+        masks_per_axis=masks_per_axis,
         config=config,
         weights_sha256=weights_sha256(folder),
         folder=folder,
@@ -315,7 +339,7 @@ def list_models() -> list[str]:
     """List the names of the models included in the package, with their aliases.
 
     >>> list_models()
-    ['default', 'cifar10', 'cifar10-cpu', 'cifar10-small', 'digits']
+    ['default', 'cifar10-cpu', 'cifar10', 'cifar10-small', 'digits']
     """
     return [*ALIASES, *shipped_models()]
 

@@ -176,6 +176,7 @@ def _summary(
         peak_memory_mib=peak_memory_mib(),
         placements=mask,
         pixels="of the photo" if found.resized else f"at {model.image_size[0]}x{model.image_size[1]}",
+        masks_per_axis=model.masks_per_axis,
         deployed=[model.rule, own or str(model.patch)],
         notes=[*images.notes, *_remarks(model, rows)],
     )

@@ -72,6 +72,7 @@ def run_identity(model: BagCert, images: ImageSet, placements: str | Path | None
         "images": len(images),
         "fingerprint": images.fingerprint(),
         "placements": "" if mask is None else mask["sha256"],
+        **({} if model.masks_per_axis is None else {"masks_per_axis": model.masks_per_axis}),
         **choices,
     }
 

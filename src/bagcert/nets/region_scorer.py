@@ -66,6 +66,7 @@ class RegionScorer(nn.Module):
         autocast_dtype: dtype of the network; None for float32.
         tolerance: bound on the change of `z` outside a patch's reach, as measured on this device; determines the slack
             of score maps. 0 if locality is exact.
+        masks_per_axis: largest number of windows per axis, see `RegionGrid.windows`; None for no limit.
         runner: backend that computes `z` instead of torch, see `bagcert.nets.runtimes`; None for torch.
     """
 
@@ -110,9 +111,10 @@ class RegionScorer(nn.Module):
         self.autocast_dtype: torch.dtype | None = None
         self.tolerance = 0.0
         self.locality_checked = False  # whether `tolerance` was measured on this device
+        self.masks_per_axis: int | None = None
         self.runner: Runner | None = None
         self._frozen: AttentionPooling | None = None
-        self._grids: dict[tuple[int, int], RegionGrid] = {}
+        self._grids: dict[tuple[tuple[int, int], int | None], RegionGrid] = {}
 
     @classmethod
     def from_module(
@@ -205,7 +207,7 @@ class RegionScorer(nn.Module):
             raise UsageError(
                 f"{error}; the image has one channel for each value of mean and std, {self.channels} here"
             ) from error
-        self._grids[self.image_size] = grid
+        self._grids[self.image_size, None] = grid
         with torch.no_grad():
             out = self(torch.zeros(1, self.channels, *self.image_size, device=self.device))
         if out.shape[1] != len(self.class_names):
@@ -244,9 +246,11 @@ class RegionScorer(nn.Module):
     def grid(self, image_size: tuple[int, int] | None = None) -> RegionGrid:
         """Geometry for images of (height_px, width_px), derived from the layers and cached."""
         size = self.image_size if image_size is None else (image_size[0], image_size[1])
-        if size not in self._grids:
-            self._grids[size] = derive_grid(self.net, size, self.channels)
-        return self._grids[size]
+        if (size, None) not in self._grids:
+            self._grids[size, None] = derive_grid(self.net, size, self.channels)
+        if (size, self.masks_per_axis) not in self._grids:
+            self._grids[size, self.masks_per_axis] = self._grids[size, None].with_masks_per_axis(self.masks_per_axis)
+        return self._grids[size, self.masks_per_axis]
 
     def real_scores(self, images: object) -> Float[Tensor, "batch classes rows cols"]:
         """Compute `z` as float32, in eval mode, without gradients, with the network in its deployed dtype."""

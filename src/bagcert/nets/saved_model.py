@@ -72,6 +72,7 @@ class ModelConfig(BaseModel):
     image_size: tuple[Pixels, Pixels]
     rule: Name
     patch: Name
+    masks_per_axis: int | None = Field(default=None, ge=1, le=16384)
     recipe: Annotated[dict[str, Any], AfterValidator(_as_json)] = {}
     provenance: Annotated[dict[str, Any], AfterValidator(_as_json)] = {}
 
@@ -123,9 +124,11 @@ class ModelConfig(BaseModel):
             size = (rows, cols)
             readout = AttentionReadout(len(self.class_names), self.values, self.attention_heads, self.hidden, size)
         net = self._net(len(self.class_names) if readout is None else readout.channels, graph)
-        return RegionScorer(
+        scorer = RegionScorer(
             net, self.class_names, self.image_size, self.head, self.scale, self.mean, self.std, readout=readout
         )
+        scorer.masks_per_axis = self.masks_per_axis
+        return scorer
 
     def _net(self, outputs: int, graph: NetworkGraph | None) -> nn.Module:
         if (graph is not None) != (self.architecture == GRAPH):

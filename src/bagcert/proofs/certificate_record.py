@@ -105,8 +105,12 @@ def model_fields(model: BagCert) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def geometry_fields(grid: RegionGrid) -> dict[str, Any]:
-    """Geometry fields: the pixels seen by each row and column of regions, as ascending runs [start, stop)."""
-    return {"rows": [_runs(seen) for seen in grid.rows_seen], "cols": [_runs(seen) for seen in grid.cols_seen]}
+    """Geometry fields: the pixels seen by each row and column of regions, as ascending runs [start, stop).
+
+    `masks_per_axis` is added if the windows per axis are limited.
+    """
+    limit = {} if grid.masks_per_axis is None else {"masks_per_axis": grid.masks_per_axis}
+    return {"rows": [_runs(seen) for seen in grid.rows_seen], "cols": [_runs(seen) for seen in grid.cols_seen], **limit}
 
 
 def threat_fields(threat: PatchThreatModel) -> dict[str, Any]:

@@ -90,8 +90,9 @@ class Claim:
     Attributes:
         rule: name of the rule; not validated, so it can be any value.
         patches: K, the number of simultaneous patches.
-        windows: the windows of each largest shape, or all windows in one entry if placements are restricted.
-        worst: the reach `R(l)` of each worst placement.
+        windows: the windows of each largest shape, or all windows in one entry if placements are restricted. They are
+            merged if the masks per axis are limited.
+        worst: the reach `R(l)` of each worst placement, or the mask that contains it if the masks per axis are limited.
     """
 
     rule: Any
@@ -119,7 +120,9 @@ def read_claim(record: dict[str, Any], map_size: list[int]) -> Claim:
     shapes = [[h, int(widest[h])] for h in range(1, height + 1) if widest[h] > widest[h + 1]]
     need(threat["shapes"] == shapes, f"the threat {threat['notation']} means the shapes {shapes}", "proof")
     rows, cols = Axis(seen[0], height), Axis(seen[1], width)
-    windows = windows_anywhere(shapes, rows, cols) if allowed is None else [windows_within(widest, allowed, rows, cols)]
+    maximal = windows_anywhere(shapes, rows, cols) if allowed is None else [windows_within(widest, allowed, rows, cols)]
+    most = read_masks_per_axis(record["geometry"])
+    windows = maximal if most is None else [merged(each, most) for each in maximal]
     need(sum(each.keep.size for each in windows) <= MOST_CELLS, "too many windows to check", "limit")
     count = patches * (2 if rule == "double-masking" else 1)
     places = record["verdict"]["worst_placement"]
@@ -129,7 +132,10 @@ def read_claim(record: dict[str, Any], map_size: list[int]) -> Claim:
         inside = min(top, left, h - 1, w - 1) >= 0 and h <= height - top and w <= min(width - left, widest[h])
         white = inside and (allowed is None or allowed[top : top + h, left : left + w].all())
         need(white, f"the worst placement {place} is not allowed", "proof")
-        worst.append(Reach(h, w, rows.line(top, h), cols.line(left, w)))
+        reach = Reach(h, w, rows.line(top, h), cols.line(left, w))
+        if most is not None:
+            reach = mask_of(reach, maximal[0 if allowed is not None else shapes.index([h, w])], most)
+        worst.append(reach)
     return Claim(rule, patches, windows, worst)
 
 
@@ -150,6 +156,12 @@ def read_geometry(geometry: dict[str, Any], size: tuple[int, int], map_size: lis
                 ends += [integer(end, 0, pixels, "an end of a run of pixels") for end in (start, stop)]
             need(ends == sorted(set(ends)), f"the pixels of a region must be ascending runs [start, stop), got {runs}")
     return seen
+
+
+def read_masks_per_axis(geometry: dict[str, Any]) -> int | None:
+    """Read the largest number of masks per axis; None if it is not limited."""
+    most = geometry.get("masks_per_axis")
+    return most if most is None else integer(most, 1, MOST_SIDE, "the number of masks per axis")
 
 
 def read_allowed(packed: str, height: int, width: int) -> np.ndarray:
@@ -225,6 +237,40 @@ class Axis:
         """The numbers of all lines, sorted by the lines as strings of 0 and 1 in descending order."""
         text = list(self._number)
         return sorted(self._number.values(), key=text.__getitem__, reverse=True)
+
+
+def groups(count: int, most: int) -> list[int]:
+    """The group of each of `count` lines: line i belongs to group floor(i k / count) with k = min(count, most)."""
+    k = min(count, most)
+    return [i * k // count for i in range(count)]
+
+
+def merged(windows: Windows, most: int) -> Windows:
+    """Merge the lines of each group into their union, so that at most `most` lines remain per axis."""
+    row_groups, col_groups = groups(len(windows.rows), most), groups(len(windows.cols), most)
+    keep = np.zeros((max(row_groups) + 1, max(col_groups) + 1), dtype=bool)
+    for i, j in np.argwhere(windows.keep):
+        keep[row_groups[i], col_groups[j]] = True
+    return Windows(unions(windows.rows, row_groups), unions(windows.cols, col_groups), keep)
+
+
+def unions(lines: np.ndarray, group: list[int]) -> np.ndarray:
+    """The union of the lines of each group."""
+    return np.array([lines[np.array(group) == number].max(0) for number in range(max(group) + 1)])
+
+
+def mask_of(reach: Reach, windows: Windows, most: int) -> Reach:
+    """The merged window that contains the window of a worst placement."""
+    same = [
+        (i, j)
+        for i, j in np.argwhere(windows.keep)
+        if (windows.rows[i] == reach.rows).all() and (windows.cols[j] == reach.cols).all()
+    ]
+    need(same, "the reach of a worst placement must be maximal", "proof")
+    ((row, col),) = same
+    row_groups, col_groups = groups(len(windows.rows), most), groups(len(windows.cols), most)
+    rows, cols = unions(windows.rows, row_groups), unions(windows.cols, col_groups)
+    return reach._replace(rows=rows[row_groups[row]].astype(float), cols=cols[col_groups[col]].astype(float))
 
 
 def lies_inside(lines: np.ndarray) -> np.ndarray:

@@ -75,7 +75,12 @@ class RecordFile:
         self.kept = 0
         self.held = 0
         self.changed: list[str] = []
-        self._common = {"model": model_fields(model), "environment": environment, "fit": fit}
+        self._common = {
+            "model": model_fields(model),
+            "environment": environment,
+            "fit": fit,
+            "number of masks per axis": model.masks_per_axis,
+        }
         self._readout = None if readout is None else readout_fields(readout)
         self._placements = placements
         self._done: Counter[tuple[str, str]] = Counter()
@@ -178,9 +183,10 @@ class RecordFile:
                 f"line {number} of {self.path} has record version 1, which left out smaller patches within a mask; "
                 "choose another --record"
             )
+        limit = record["geometry"].get("masks_per_axis")
+        said = {**record, "fit": record["network"]["fit"], "number of masks per axis": limit}
         for name, here in self._common.items():
-            there = record["network"]["fit"] if name == "fit" else record[name]
-            if there != here:
+            if (there := said[name]) != here:
                 raise UsageError(
                     f"line {number} of {self.path} has the {name} {_short(there)}; this run has {_short(here)}"
                 )

@@ -36,6 +36,8 @@ POOLING_FIELDS = {
     "evidence": "shape readout_sha256 products weights",
 }
 """Fields of version 3 records."""
+LIMIT = "masks_per_axis"
+"""Field of the geometry of a model whose windows per axis are limited."""
 READOUT_FIELDS = "readout_version values heads hidden classes first first_bias second skip bias sha256"
 
 TEXTS = (("network", "fit"), ("environment", "dtype"), ("verdict", "class_name"), ("threat", "notation"))
@@ -105,7 +107,8 @@ def _check_record(record: dict[str, Any]) -> None:
         if name == "record":
             _check_fields(record, fields, "it")
         else:
-            _check_fields(record[name], fields, f"its {name}")
+            limited = name == "geometry" and isinstance(record[name], dict) and LIMIT in record[name]
+            _check_fields(record[name], f"{fields} {LIMIT}" if limited else fields, f"its {name}")
     for name, inner in TEXTS:
         if not isinstance(record[name][inner], str):
             raise ValueError(f"its {name}.{inner} is not text")

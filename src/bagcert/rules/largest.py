@@ -5,6 +5,7 @@ Certificates depend on the patch only through the windows, and the windows chang
 certified patch".
 """
 
+from dataclasses import replace
 from functools import cache, lru_cache
 
 import torch
@@ -54,6 +55,7 @@ def largest_certified_px(
             raise UsageError(f"the rule {rule} needs a threat to build its masks")
         certificate = certificate or chosen.certify(score_map, threat)
         return certificate.certified.long() * covered_px(score_map.grid, threat)
+    score_map = _without_limit(score_map)
     if threat is not None and threat.allowed is not None:
         raise UsageError("the largest certified patch is not defined for restricted placements")
     last_px = torch.tensor([0, *_last_px(score_map.grid)], device=score_map.scores.device)
@@ -109,7 +111,7 @@ def largest_certifiable_px(score_map: ScoreMap, label: Int[Tensor, " batch"]) ->
     Returns:
         int64 [batch], in pixels.
     """
-    device = score_map.scores.device
+    score_map, device = _without_limit(score_map), score_map.scores.device
     result = torch.zeros(len(score_map), dtype=torch.int64, device=device)
     sides, last_px = distinct_sides(score_map.grid), _last_px(score_map.grid)
     open_ = torch.arange(len(score_map), device=device)
@@ -128,7 +130,7 @@ def largest_certifiable_px(score_map: ScoreMap, label: Int[Tensor, " batch"]) ->
 
 def covered_px(grid: RegionGrid, threat: PatchThreatModel) -> int:
     """Side in pixels of the largest square patch whose every reach is contained in a mask built for `threat`."""
-    masks = grid.windows(threat)
+    masks, grid = grid.windows(threat), grid.with_masks_per_axis(None)
     low, high = 0, min(grid.image_size)
     while low < high:
         middle = (low + high + 1) // 2
@@ -167,6 +169,11 @@ def _last_px(grid: RegionGrid) -> list[int]:
     """The largest side for each distinct window set."""
     sides = distinct_sides(grid)
     return [*(side - 1 for side in sides[1:]), min(grid.image_size)]
+
+
+def _without_limit(score_map: ScoreMap) -> ScoreMap:
+    """The score map without a limit for the windows per axis, whose windows grow monotonically with the side."""
+    return replace(score_map, grid=score_map.grid.with_masks_per_axis(None))
 
 
 def _squares(grid: RegionGrid, side: int, patches: int = 1) -> PatchThreatModel:

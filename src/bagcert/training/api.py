@@ -112,7 +112,8 @@ def _train_network(
     recipe = recipe.changed(model=sizes)
     with tempfile.TemporaryDirectory(prefix="bagcert-train-") as scratch:
         run(recipe, out or Path(scratch), data if isinstance(data, str) else images, scorer=scorer, **options)
-    model = BagCert(scorer, recipe.defense.rule, patch=recipe.defense.patch)
+    defense = recipe.defense
+    model = BagCert(scorer, defense.rule, patch=defense.patch, masks_per_axis=defense.masks_per_axis)
     return model.check_locality()
 
 

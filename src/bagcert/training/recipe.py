@@ -99,6 +99,9 @@ class DefenseSection(_Section):
         max_length=1000,
         description="as for `--patch`, in px of the resized image or as a share (`2%`)",
     )
+    masks_per_axis: int | None = Field(
+        default=None, ge=1, le=16384, description="largest number of masks per axis; absent: all windows of the patch"
+    )
 
 
 class LossSection(_Section):

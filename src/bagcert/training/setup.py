@@ -43,6 +43,7 @@ def model_config(recipe: Recipe, training: ImageSet, images: Tensor) -> ModelCon
         image_size=recipe.model.image_size or (images.shape[2], images.shape[3]),
         rule=recipe.defense.rule,
         patch=recipe.defense.patch,
+        masks_per_axis=recipe.defense.masks_per_axis,
         recipe=recipe.model_dump(exclude_none=True),
     )
 

@@ -314,3 +314,21 @@ def test_locality_is_unchecked_until_it_is_measured(folder, images):
     model.check_locality()
     expected = "exact" if model.scorer.tolerance == 0 else "measured"
     assert model.certify(images).locality == around.certify(images).locality == expected
+
+
+@pytest.mark.parametrize("most", [1, 5])
+def test_masks_per_axis_of_a_deployed_model(folder, images, tmp_path, most):
+    model = load(folder, device="cpu", masks_per_axis=most)
+    (block,) = model.scorer.grid().windows(PatchThreatModel.parse(2, SIZE))
+    assert block.keep.shape == (most, most)
+    found, whole = model.certify(images), load(folder, device="cpu").certify(images)
+    assert found.certified.sum() <= whole.certified.sum()
+    assert bool(found.certified.any()) == (most > 1)
+    assert not torch.equal(found.margin, whole.margin)
+    again = load(model.save(tmp_path / "merged"), device="cpu")
+    assert again.masks_per_axis == most
+    assert torch.equal(again.certify(images).margin, found.margin)
+    again.masks_per_axis = None
+    assert torch.equal(again.certify(images).margin, whole.margin)
+    with pytest.raises(UsageError, match="at least 1, got 0"):
+        again.masks_per_axis = 0

@@ -28,9 +28,9 @@ THREATS = {"vote": "2*1", "double-masking": "2+1x3"}  # two patches; two shapes
 SIDE = (4, 4)
 
 
-def expected(rule, scores, rows_seen, cols_seen, threat, low, high):
+def expected(rule, scores, grid, threat, low, high):
     """(label, margin) of one map by the definitions in plain loops."""
-    geometry = (rows_seen, cols_seen, threat.shapes, threat.allowed)
+    geometry = (grid.rows_seen, grid.cols_seen, threat.shapes, threat.allowed, grid.masks_per_axis)
     if rule == "vote":
         return oracle.vote(scores, oracle.mask_set(*geometry), low, high, threat.patches)
     return oracle.double_masking(scores, oracle.unions(oracle.mask_set(*geometry), threat.patches))
@@ -47,7 +47,7 @@ def as_images(scores):
 @pytest.mark.parametrize("rule", RULE_NAMES)
 def test_the_rules_are_those_of_the_definitions(rule):
     certified = complete = several = restricted = 0
-    for seed in range(150):
+    for seed in range(250):
         case = cases.build(cases.from_generator(np.random.default_rng(seed)), most_masks=25)
         low, high = case.score_map.low, case.score_map.high
         module = rule_module(rule, case.score_map.grid, case.threat, case.score_map.classes, high - low)
@@ -55,7 +55,7 @@ def test_the_rules_are_those_of_the_definitions(rule):
         label, margin = module(levels)
         grid = case.score_map.grid
         for image, scores in enumerate(case.scores):
-            truth = expected(rule, scores, grid.rows_seen, grid.cols_seen, case.threat, low, high)
+            truth = expected(rule, scores, grid, case.threat, low, high)
             assert (int(label[image]), int(margin[image])) == truth, (seed, image)
             certified += truth[1] >= 0
         complete += rule == "double-masking" and module.rounds.completes
@@ -213,9 +213,9 @@ def test_the_file_answers_as_the_definitions_do(files, rule):
     scores[2::6, :2], scores[2::6, 2] = 0, 2047  # nothing could be clearer
     label, certified, margin, seen = session(files[0] / f"{rule}.onnx").run(None, {"images": as_images(scores)})
     assert np.array_equal(seen, scores)
-    pixel = np.eye(4, dtype=bool)
+    grid = RegionGrid(*(np.eye(4, dtype=bool) for _ in range(2)))
     threat = PatchThreatModel.parse(THREATS[rule], SIDE)
-    truth = [expected(rule, one, pixel, pixel, threat, -2047, 2047) for one in scores]
+    truth = [expected(rule, one, grid, threat, -2047, 2047) for one in scores]
     assert label.tolist() == [one[0] for one in truth]
     assert margin.tolist() == [one[1] for one in truth]
     assert certified.tolist() == [one[1] >= 0 for one in truth]

@@ -89,7 +89,7 @@ class TestByHand:
 def test_it_equals_the_definitions(share):
     choose = from_generator(np.random.default_rng(share.denominator))
     certified = 0
-    for _ in range(25):
+    for _ in range(75):
         case = build(choose)
         found = robust_masking(case.score_map, case.threat, threshold=share)
         assert torch.equal(found.prediction, robust_masking_prediction(case.score_map, case.threat, threshold=share))
