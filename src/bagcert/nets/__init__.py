@@ -134,7 +134,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "stride 4, two blocks at stride 2",
     ),
     "pyramid-rf45s8": Architecture(
-        _pyramid((3, 1, 0.125, 0), (3, 2, 0.25, 1), (3, 2, 0.5, 1), (3, 2, 1.0, 0), kernel=3),
+        _pyramid((3, 1, 0.125, 0), (3, 2, 0.25, 1), (3, 2, 0.5, 1), (3, 2, 1.0, 1), kernel=3),
         (32, 32),
         384,
         1,

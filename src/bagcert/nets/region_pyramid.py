@@ -12,10 +12,10 @@ class RegionPyramid(nn.Sequential):
         classes: output channels.
         width: channels of the last stage.
         stages: (kernel, stride, share of `width`, residual blocks) of each stage.
-        depth: residual blocks after the last stage.
+        depth: 1x1 residual blocks after the last stage.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
         channels: of the input.
-        kernel: kernel of the residual blocks.
+        kernel: kernel of the residual blocks of the stages.
     """
 
     def __init__(
@@ -35,5 +35,5 @@ class RegionPyramid(nn.Sequential):
             layers += [*conv_bn(channels, outputs, reach, stride, padding), nn.ReLU(inplace=True)]
             layers += [Residual(outputs, kernel, padded) for _ in range(blocks)]
             channels = outputs
-        layers += [Residual(width, kernel, padded) for _ in range(depth)]
+        layers += [Residual(width, 1, padded) for _ in range(depth)]
         super().__init__(*layers, nn.Conv2d(width, classes, 1))
