@@ -2,7 +2,7 @@
 
 Needs Chromium and the extra `onnx`. Every frame is a screenshot of the page, on which the exported model runs.
 
-PYTHONPATH=. python tools/playground_picture.py --model cifar10-cpu --data data/cifar10
+PYTHONPATH=. python tools/playground_picture.py --model cifar10 --data data/cifar10
 """
 
 import argparse
@@ -142,7 +142,7 @@ def save(frames: list[Image.Image], out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="cifar10-cpu", help="must be exportable")
+    parser.add_argument("--model", default="cifar10", help="must be exportable")
     parser.add_argument("--data", default=str(ROOT / "data" / "cifar10"), help="where pictures come from")
     parser.add_argument("--sample", type=int, default=7, help="which of the page's pictures, from 0")
     parser.add_argument("--out", type=Path, default=OUT)

@@ -24,7 +24,7 @@ def main() -> None:
     logging.disable()
     import torch  # noqa: F401  # its own code is none of ours to instrument
 
-    with atheris.instrument_imports(include=["bagcert", "PIL", "tomllib", "pickle", "safetensors", "zipfile"]):
+    with atheris.instrument_imports(include=["bagcert", "PIL", "tomllib", "safetensors", "zipfile"]):
         from tests.fuzz.targets import TARGETS, attempt
 
     target = TARGETS[name]

@@ -20,7 +20,7 @@ LONGEST_INPUT = 1 << 16
 LONGEST_SECONDS = 300  # of one input, on a busy machine
 MOST_MEMORY_MIB = 4096
 STARTS = 20  # of a target whose process dies
-TARGETS = ("image", "png", "mask", "parquet", "pickles", "safetensors", "config", "recipe", "checkpoint", "log")
+TARGETS = ("image", "png", "mask", "parquet", "safetensors", "config", "recipe", "checkpoint", "log")
 TARGETS += ("records", "tar")
 
 

@@ -5,7 +5,6 @@ A loader may succeed, or raise a BagcertError with one sentence. Everything else
 
 import io
 import json
-import pickle
 import struct
 import tarfile
 import tempfile
@@ -20,7 +19,6 @@ import torch
 from PIL import Image
 
 from bagcert.bulk.files import certify_files
-from bagcert.data.cifar10 import load_pickles
 from bagcert.data.parquet import load_parquet
 from bagcert.data.photo import read_image
 from bagcert.data.webdataset import load_webdataset
@@ -204,15 +202,6 @@ def _load_tar(content: bytes) -> None:
     images.read_each(range(min(IMAGES_READ, len(images))))
 
 
-def _batches() -> list[bytes]:
-    batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 9], b"filenames": [b"a.png", "b.png"]}
-    return [pickle.dumps(batch, protocol) for protocol in range(6)]
-
-
-def _load_batch(content: bytes) -> None:
-    load_pickles(_file("batches/test_batch", content).parent)
-
-
 @cache
 def _run() -> Path:
     """A training run that stopped half-way: its recipe and checkpoint."""
@@ -344,7 +333,6 @@ TARGETS: dict[str, Target] = {
     "mask": Target(lambda: [each for each in _pictures() if each.startswith(PNG_SIGNATURE)][:1], _load_mask),
     "parquet": Target(_shards, _load_shard),
     "tar": Target(_tars, _load_tar),
-    "pickles": Target(_batches, _load_batch),
     "safetensors": Target(lambda: [(_model() / WEIGHTS).read_bytes()], _load_model(WEIGHTS)),
     "config": Target(lambda: [(_model() / CONFIG).read_bytes()], _load_model(CONFIG)),
     "recipe": Target(lambda: [path.read_bytes() for path in shipped_recipes().values()], _load_recipe),

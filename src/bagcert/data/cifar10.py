@@ -1,11 +1,8 @@
-"""CIFAR-10 from the Hugging Face hub, or from its original pickles (Krizhevsky 2009), read without executing them."""
+"""CIFAR-10 from the Hugging Face hub, or from its original pickles (Krizhevsky 2009)."""
 
-import io
+import hashlib
 import pickle
-import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +15,15 @@ from bagcert.io.optional import require
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 HUB_ID = "uoft-cs/cifar10"
 _FILES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
+MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+"""Published checksums of the original files. No other pickle is read."""
 _INNER_FOLDER = "cifar-10-batches-py"
 MAX_FILE_BYTES = 1 << 28
 """A batch has 31 MB; larger files are refused before they are read."""
@@ -58,7 +64,7 @@ def load_pickles(path: Path, split: str = "test") -> ImageSet:
 
     Raises:
         UsageError: a split other than train and test.
-        UnreadableError: a file is missing, truncated, of another format, or refers to code to execute.
+        UnreadableError: a file is missing, or is not the original one.
     """
     _check_split(str(path), split)
     pixels, labels = zip(*(_read_batch(_batches(path) / file) for file in _FILES[split]), strict=True)
@@ -78,158 +84,22 @@ def _check_split(name: str, split: str) -> None:
 
 def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        batch = _RestrictedUnpickler(read_regular(path, MAX_FILE_BYTES)).load()
+        content = read_regular(path, MAX_FILE_BYTES)
     except FileNotFoundError:
         raise UnreadableError(f"there is no file {path}") from None
-    except Exception as error:  # a broken pickle can fail in any way
-        raise UnreadableError(f"{path} cannot be read as a CIFAR-10 batch: {_first_line(error)}") from None
-    batch = {_text(key): value for key, value in batch.items()} if isinstance(batch, dict) else {}
-    data, labels = batch.get("data"), batch.get("labels")
-    pixels = data.array if isinstance(data, _Array) else None
-    if pixels is None or pixels.ndim != 2 or pixels.shape[1] != 3072:
-        raise UnreadableError(f"{path} is not a CIFAR-10 batch: it has no `data` of uint8 [images, 3072]")
-    classes = range(len(CLASS_NAMES))
-    if not isinstance(labels, list) or not all(type(label) is int and label in classes for label in labels):
-        raise UnreadableError(f"{path} is not a CIFAR-10 batch: it has no list `labels` of integers from 0 to 9")
-    if len(labels) != len(pixels):
-        raise UnreadableError(f"{path} is not a CIFAR-10 batch: it has {len(pixels)} images and {len(labels)} labels")
-    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images), np.asarray(labels, dtype=np.int64)
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
+    # Unpickling any other file could run code in it. Nobody knows how to forge a file with a given MD5 checksum.
+    found, expected = hashlib.md5(content, usedforsecurity=False).hexdigest(), MD5[path.name]
+    if found != expected:
+        raise UnreadableError(
+            f"{path} is not the original file of CIFAR-10: its MD5 checksum is {found}, expected {expected}; unpack "
+            "the original archive again, or use Parquet files"
+        )
+    batch = pickle.loads(content, encoding="bytes")
+    images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), np.asarray(batch[b"labels"], dtype=np.int64)
 
 
 def _first_line(error: Exception) -> str:
     return sanitize((str(error).splitlines() or [type(error).__name__])[0])
-
-
-def _text(key: object) -> object:
-    return key.decode("latin1") if isinstance(key, bytes) else key
-
-
-class _DType:
-    """Stand-in for numpy.dtype that stores the name."""
-
-    def __init__(self, name: object, *_: object) -> None:
-        self.name = _text(name)
-
-    def __setstate__(self, state: object) -> None:
-        """Ignores byte order and alignment, which do not matter for bytes."""
-
-
-class _Array:
-    """Stand-in for numpy.ndarray that accepts only uint8 and validates the content before numpy reads it."""
-
-    array: np.ndarray | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, raw = state
-        if not isinstance(dtype, _DType) or dtype.name not in ("u1", "uint8") or not isinstance(raw, bytes | bytearray):
-            raise pickle.UnpicklingError("its array is not of uint8")
-        self.array = np.frombuffer(raw, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
-def _from_buffer(raw: object, dtype: object, shape: object, order: object) -> _Array:
-    array = _Array()
-    array.__setstate__((1, shape, dtype, order == "F", raw))
-    return array
-
-
-_ALLOWED: dict[tuple[str, str], Callable] = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _DType,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
-}
-
-_OPCODES = """
-    PROTO FRAME MARK STOP POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
-    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
-    BYTEARRAY8 TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 LIST EMPTY_LIST APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS
-    GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD
-"""
-"""What plain data need. Without sets, objects of classes, extensions and names outside the file."""
-
-
-class _RestrictedUnpickler(pickle._Unpickler):
-    """Unpickler for arrays, bytes, text, numbers, lists and dicts that never calls a function named by the file.
-
-    Allowed names resolve to stand-ins of this module; any other name is an error. This is the Python unpickler and not
-    the C one, which allocates up to 64 GiB of memory if ten bytes of a file request it.
-    """
-
-    stack: list  # pickle's own, which its type stubs leave out
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="bytes")
-        self.size = self.room = len(data)
-
-    def find_class(self, module: str, name: str) -> Callable:
-        """Returns the stand-in for an allowed name."""
-        if (module, name) == ("_codecs", "encode"):
-            return self.encode
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {sanitize(module)}.{sanitize(name)}, which is not run")
-        return _ALLOWED[module, name]
-
-    def encode(self, text: object, encoding: object) -> bytes:
-        """Encodes text that stands for bytes in older protocols. The total is limited to the size of the file."""
-        if not isinstance(text, str) or encoding != "latin1":
-            raise pickle.UnpicklingError("it encodes text in another way than bytes are written")
-        self.room -= len(text)
-        if self.room < 0:
-            raise pickle.UnpicklingError("it uses the same text again and again")
-        return text.encode("latin1")
-
-
-def _build(unpickler: Any) -> None:
-    """Sets the state of a stand-in. Setting the state of any other object is refused: it could modify this module."""
-    if not isinstance(unpickler.stack[-2], _Array | _DType):
-        raise pickle.UnpicklingError("it gives a state to what has none")
-    _LOADERS[pickle.BUILD[0]](unpickler)
-
-
-def _set_item(unpickler: Any) -> None:
-    _check_keys(unpickler.stack[-2:-1])
-    _LOADERS[pickle.SETITEM[0]](unpickler)
-
-
-def _set_items(unpickler: Any) -> None:
-    _check_keys(unpickler.stack[::2])
-    _LOADERS[pickle.SETITEMS[0]](unpickler)
-
-
-def _dict(unpickler: Any) -> None:
-    _check_keys(unpickler.stack[::2])
-    _LOADERS[pickle.DICT[0]](unpickler)
-
-
-def _byte_array(unpickler: Any) -> None:
-    """Reads a bytearray. Unlike Python's own opcode, it checks the length against the file before allocating memory."""
-    (length,) = struct.unpack("<Q", unpickler.read(8))
-    if length > unpickler.size:
-        raise pickle.UnpicklingError("it is cut short")
-    unpickler.append(bytearray(unpickler.read(length)))
-
-
-def _check_keys(keys: list) -> None:
-    """Refuses tuples as keys: a few bytes can nest them so deeply that hashing takes years."""
-    if not all(isinstance(key, str | bytes | int) for key in keys):
-        raise pickle.UnpicklingError("a key is neither text nor a number")
-
-
-_LOADERS: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
-_RestrictedUnpickler.dispatch = {
-    code: _LOADERS[code] for code in (getattr(pickle, name)[0] for name in _OPCODES.split())
-}
-_RestrictedUnpickler.dispatch |= {
-    pickle.BUILD[0]: _build,
-    pickle.BYTEARRAY8[0]: _byte_array,
-    pickle.SETITEM[0]: _set_item,
-    pickle.SETITEMS[0]: _set_items,
-    pickle.DICT[0]: _dict,
-}

@@ -184,7 +184,10 @@ def _label(content: bytes, kind: str, what: str) -> int | None:
 
 
 def _members(file: Any, path: Shard, length: int) -> Iterator[tuple[str, int, int]]:
-    """Iterates over the regular files of an untrusted tar file as (name, offset, size in bytes)."""
+    """Iterates over the regular files of an untrusted tar file as (name, offset, size in bytes).
+
+    `tarfile.TarFile` ends without an error at a damaged header, and would drop all images behind it.
+    """
     place, long_name, long_size = 0, None, None
     while place + _BLOCK <= length:
         file.seek(place)

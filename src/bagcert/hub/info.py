@@ -42,6 +42,7 @@ def describe(name: str) -> dict[str, Any]:
         **config.readout,
         "rule": config.rule,
         "patch": config.patch,
+        **({} if config.masks_per_axis is None else {"masks_per_axis": config.masks_per_axis}),
         "weights_sha256": weights_sha256(folder),
         "weights_bytes": (folder / WEIGHTS).stat().st_size,
         "provenance": config.provenance,
