@@ -61,8 +61,6 @@ class Bracket:
     """Result of `bracket`.
 
     Attributes:
-        rows: one row per rule and threat.
-        records: one record per image.
         alarm_folder: folder with the images of broken certificates; None if no certificate was broken.
     """
 
@@ -160,19 +158,13 @@ def attack_dataset(
     `Bracket.broken_certificates`.
 
     Args:
-        defense: the defense.
         batches: (indices, images, labels) with images as for `attack`, all of one size.
         patches, rules: one row is computed for each pair.
         attacks: names from `ATTACKS`; all attacks if empty.
         settings: strength of the attacks.
         allowed: where patches may lie: boolean [height, width] or path of a mask image; default: everywhere.
-        save: folder for the successful adversarial images, as PNG.
         about: information about the run, included in the files about broken certificates.
         on_progress: called with (finished images, including fractions; broken images so far) over all rows.
-
-    Raises:
-        UsageError: invalid images, patch, rule or attack.
-        UnreadableError: there are no batches.
     """
     settings = settings or Settings()
     tallies = [_Tally(rule, patch) for patch in patches for rule in rules]
@@ -243,16 +235,10 @@ def upright_batches(
     """Yield batches of a dataset for `attack_dataset`; all images must be upright and have the network's `size`.
 
     Args:
-        images: the dataset.
         labels: true labels of all images.
         size: (height_px, width_px).
-        batch_size: number of images per batch.
         numbers: indices of the images; default: all images.
         sources: dict that receives the name of each image by its index.
-
-    Raises:
-        UsageError: an image has another size, so the patch would have to be applied before resizing.
-        UnreadableError: an image cannot be read.
     """
     chosen = list(range(len(images)) if numbers is None else numbers)
     for start in range(0, len(chosen), batch_size):

@@ -88,7 +88,6 @@ def list_work(data: str, part_size: int, limit: int | None = None) -> Work:
 
     Args:
         data: as in `bagcert.data.storage.list_files`.
-        part_size: maximum number of images in a part.
         limit: use the first `limit` images only; Parquet files beyond them are not opened.
 
     Raises:

@@ -29,11 +29,7 @@ KEY = b"bagcert"
 
 
 def run_identity(model: BagCert, job: CertifyJob, work: Work, **choices: Any) -> dict[str, Any]:
-    """Describes everything that the rows of a run depend on: hashes of model, data and mask, and all options.
-
-    Raises:
-        UnreadableError: the mask of allowed placements cannot be read.
-    """
+    """Describes everything that the rows of a run depend on: hashes of model, data and mask, and all options."""
     try:
         mask = job.placements and hashlib.sha256(read_regular(job.placements, MAX_MASK_BYTES)).hexdigest()
     except OSError as error:
@@ -206,9 +202,6 @@ def summarize(folder: Path) -> dict[str, Any]:
 
     Shares are relative to the images without an error. Accuracies are computed if every image has a label, and the data
     has the model's class names or none.
-
-    Raises:
-        UnreadableError: as for `read_run` and `read_rows`.
     """
     run = read_run(folder)
     rows = [PatchSummary(rule, patch) for rule in run["rules"] for patch in run["patches"]]

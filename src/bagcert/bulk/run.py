@@ -79,8 +79,6 @@ def certify_many(
         limit: certify the first `limit` images only.
         workers: number of workers; by default one, and on Ray one per core or GPU of the cluster.
         placements, fit: as for `bagcert.bulk.files.certify_files`.
-        batch_size: images per forward pass.
-        part_size: images per part.
         on_progress: called with (images done, images in all).
 
     Returns:

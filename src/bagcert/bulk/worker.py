@@ -70,8 +70,6 @@ class CertifyJob:
         weights_sha256: expected hash of the model's weights.
         patches, rules: at least one of each.
         placements: a mask image, readable for every worker.
-        fit: resizing mode for images of other sizes.
-        batch_size: images per forward pass.
     """
 
     model: str
@@ -101,7 +99,6 @@ class Worker:
     """Certifies parts with one loaded model.
 
     Args:
-        job: options of the run.
         model: the model of the job, if it is already loaded.
 
     Raises:

@@ -10,12 +10,7 @@ from bagcert.records import in_unit
 
 
 def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) -> None:
-    """Certifies a data source and prints a summary of the result folder.
-
-    Args:
-        data, out, engine, choices: as for `bagcert.bulk.run.certify_many`.
-        json: print JSON instead of a table.
-    """
+    """Certifies a data source and prints a summary of the result folder."""
     from bagcert.bulk.run import certify_many
     from bagcert.errors import BagcertError
 

@@ -87,7 +87,6 @@ def print_table(
     Args:
         rows: one cell per column; plain text, or text from `styled`.
         left, right: names of the left-aligned columns, and of the right-aligned columns after them.
-        title: the line above the table.
         fold: wrap long cells instead of truncating them.
         first_whole: never wrap the first column, even if the table becomes wider than the terminal.
         names: the first column holds file names. If the table is too wide, the names are printed above it as a
@@ -151,12 +150,7 @@ def print_json(value: Any) -> None:
 
 
 def check_output(path: Path, suffix: str = ".json") -> None:
-    """Checks before the work starts that an output path can be written.
-
-    Raises:
-        UsageError: the path is a folder, or has another suffix.
-        BagcertError: the path cannot be written.
-    """
+    """Checks before the work starts that an output path can be written."""
     from bagcert.errors import UsageError
     from bagcert.io.files import require_writable
 

@@ -17,10 +17,6 @@ def read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
     A line is the name of a folder, a separator (a space, tab, colon, comma or equals sign) and the display name. Empty
     lines are skipped.
-
-    Raises:
-        UnreadableError: the file is missing or not text.
-        UsageError: a line without a known folder or without a name, a folder named twice, or one name for two folders.
     """
     try:
         lines = read_regular(path, MAX_BYTES).decode("utf-8-sig").splitlines()

@@ -17,11 +17,7 @@ def is_address(spec: Any) -> bool:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """Returns the fsspec file system of a URL (cached by fsspec) and the path in it.
-
-    Raises:
-        UsageError: unknown protocol, or a missing library.
-    """
+    """Returns the fsspec file system of a URL (cached by fsspec) and the path in it."""
     from fsspec.core import url_to_fs
 
     protocol = address.partition("://")[0]

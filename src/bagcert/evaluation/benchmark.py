@@ -46,12 +46,10 @@ class Networks:
     """The networks that a benchmark trains, and the training budget.
 
     Attributes:
-        recipe: base recipe of all trainings.
         regions, whole, plain: (architecture, depth) of networks with small receptive fields, of networks that see the
             whole image, and of networks for interval bounds.
         multiply_adds: MACs of one forward pass of every network, or of the passes that a training step uses in its
             place; determines the widths.
-        epochs: number of epochs of every training.
         column_px, block_px: sizes of the ablations that randomized smoothing keeps.
         some: number of images on which defenses with many forward passes are evaluated.
     """

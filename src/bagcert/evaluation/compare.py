@@ -47,7 +47,6 @@ class Comparison:
     Attributes:
         rules, threat: rule of each run, and threat.
         images: number of images in both runs.
-        tests: tests of clean and certified accuracy.
         changed: for each image on which the runs differ, a dictionary with `index`, `label`, and pairs `prediction` and
             `certified` of both runs.
     """
@@ -79,7 +78,6 @@ def compare(
         first, second: records from `read_image_records`.
         rules: rule of each run; optional if a run has only one for the threat.
         threat: threat as in the records; optional if the runs have only one in common.
-        seed: random seed of the bootstrap.
 
     Raises:
         UsageError: the runs have no image in common, disagree on a label, or the choice of rows is ambiguous.

@@ -68,9 +68,6 @@ def make_gallery(
         records: records of the evaluation.
         most: number of pictures, at most 32.
         deployed: the model's [rule, patch], see `headline_column`.
-
-    Raises:
-        UnreadableError: an image can no longer be read.
     """
     preprocessing = Preprocessing(model.image_size, fit)
     some = [records[position] for position in chosen(records, min(most, MOST_PICTURES), deployed)]

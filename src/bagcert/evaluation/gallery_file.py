@@ -114,20 +114,12 @@ def gallery_bytes(gallery: Gallery) -> bytes:
 
 
 def write_gallery(gallery: Gallery, path: Path) -> None:
-    """Writes a gallery file atomically.
-
-    Raises:
-        BagcertError: the file cannot be written.
-    """
+    """Writes a gallery file atomically."""
     write_atomically(path, gallery_bytes(gallery))
 
 
 def read_gallery(path: Path) -> Gallery:
-    """Reads a gallery file.
-
-    Raises:
-        UnreadableError: the file cannot be read, is larger than 128 MiB (also decompressed), or is not a gallery.
-    """
+    """Reads a gallery file."""
     try:
         with open_regular(path, MAX_BYTES) as file, zipfile.ZipFile(file) as parts:
             if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:

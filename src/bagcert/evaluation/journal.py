@@ -54,11 +54,7 @@ def log_path(path: Path) -> Path:
 
 
 def run_identity(model: BagCert, images: ImageSet, placements: str | Path | None, **choices: Any) -> dict[str, Any]:
-    """Describes everything that the records depend on: hashes of model, data and mask, and all options.
-
-    Raises:
-        UnreadableError: the mask of allowed placements cannot be read.
-    """
+    """Describes everything that the records depend on: hashes of model, data and mask, and all options."""
     mask = described_mask(placements)
     weights = hashlib.sha256()
     update_with_weights(weights, model.scorer)
@@ -77,11 +73,7 @@ def run_identity(model: BagCert, images: ImageSet, placements: str | Path | None
 
 
 def described_mask(placements: str | Path | None) -> dict[str, str] | None:
-    """Returns the name and the hash of a mask image; None without one.
-
-    Raises:
-        UnreadableError: the mask cannot be read.
-    """
+    """Returns the name and the hash of a mask image; None without one."""
     if placements is None:
         return None
     try:
@@ -95,7 +87,6 @@ class EvaluationLog:
     """The log file of an evaluation, to which batches are appended.
 
     Args:
-        path: path of the file.
         run: description of everything the records depend on, as plain data, including `patches` and `rules`.
         resume: resume from an existing file, if there is one.
 

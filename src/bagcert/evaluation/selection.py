@@ -33,11 +33,7 @@ def select_images(
         config: config of the model; None if its training is unknown.
         data: as in `bagcert.data.load_dataset`.
         split: the split; `held-out` for the images held out of the training split.
-        limit: maximum number of images.
         resize: preprocessing that resizes every image first; None for no resizing.
-
-    Raises:
-        UsageError: the held-out images are requested but unknown.
     """
     if split == HELD_OUT:
         images = load_dataset(data, "train")

@@ -59,11 +59,7 @@ def read_regular(path: str | Path, limit_bytes: int) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file atomically: after a crash, the file is either complete or absent.
-
-    Raises:
-        BagcertError: the file cannot be written. No partial file is left.
-    """
+    """Writes a file atomically: after a crash, the file is either complete or absent."""
     write_together({path: content})
 
 
@@ -131,11 +127,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Checks that a file can be written at `path`, without leaving one. Call it before long computations.
-
-    Raises:
-        BagcertError: the path cannot be written.
-    """
+    """Checks that a file can be written at `path`, without leaving one. Call it before long computations."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

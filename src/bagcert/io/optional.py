@@ -16,9 +16,6 @@ def require(module: str, extra: str, what: str = "this") -> Any:
         extra: extra of this package, as in `pip install "bagcert[...]"`.
         what: the feature that needs the library, as the singular subject of the error message.
 
-    Raises:
-        UsageError: the library is not installed.
-
     >>> require("json", "onnx").dumps([1])
     '[1]'
     >>> require("no_such_library", "onnx", "measuring an ONNX file")
@@ -45,9 +42,6 @@ def require_installed(modules: Sequence[str], extra: str, what: str = "this") ->
     Args:
         modules: import names of the top-level packages.
         extra, what: as in `require`.
-
-    Raises:
-        UsageError: at least one library is not installed.
 
     >>> require_installed(["json", "no_such_library"], "onnx", "exporting")
     Traceback (most recent call last):

@@ -53,9 +53,6 @@ def measure(
 
     Returns:
         The report. For a network with a layer that is not local, the report contains the reason for the refusal.
-
-    Raises:
-        UsageError: the network cannot be traced, or the patch does not fit.
     """
     scorer: RegionScorer = getattr(model, "scorer", model)
     size = scorer.image_size
@@ -159,7 +156,6 @@ def require_local(report: LocalityReport, portable: bool = False) -> None:
     """Refuse a model that is not local on this device, so that certificates would not be sound.
 
     Args:
-        report: the report of the measurement.
         portable: whether certificates must also hold across configurations.
 
     Raises:

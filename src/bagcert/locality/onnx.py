@@ -96,14 +96,8 @@ def measure_onnx(
     """Run the numerical probes of `measure` on an ONNX file, with the geometry and the head of its original model.
 
     Args:
-        path: the ONNX file.
         model: the defense or region scorer from which the file was exported.
         patch, images, seed: as for `measure`.
-
-    Raises:
-        UsageError: onnxruntime is not installed, the file has unsuitable inputs or outputs, or the patch does not fit.
-        UnreadableError: the file is not an ONNX model.
-        UnsoundError: the file returns a map of another size than the model.
     """
     scorer: RegionScorer = getattr(model, "scorer", model)
     scores = OnnxScores(path)

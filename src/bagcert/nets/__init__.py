@@ -152,11 +152,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def get_architecture(name: str) -> Architecture:
-    """Look up an architecture by name.
-
-    Raises:
-        UsageError: unknown name.
-    """
+    """Look up an architecture by name."""
     if name not in ARCHITECTURES:
         raise UsageError(f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}")
     return ARCHITECTURES[name]

@@ -254,7 +254,6 @@ def as_graph(net: nn.Module, image: tuple[int, int, int]) -> GraphNetwork:
     """Convert a network to a list of operations with `torch.export`, with copies of its weights on the CPU.
 
     Args:
-        net: module from normalized images to region scores.
         image: (channels, height, width) of the example image.
 
     Raises:

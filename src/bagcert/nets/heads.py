@@ -28,7 +28,6 @@ class Head(ABC):
     """Base class of heads, which convert network outputs to score maps.
 
     Attributes:
-        name: name in recipes and configs.
         low, high: range of the integers.
     """
 
@@ -50,7 +49,6 @@ class Head(ABC):
         """Compute a real-valued version of the map in integer units, with gradients even where integers are clipped.
 
         Args:
-            z: output of the network.
             softness: width of the soft step in units of `z`, for binary heads.
         """
 
@@ -63,7 +61,6 @@ class Head(ABC):
         """Compute class scores from sums over kept regions, with gradients; exact if the sums are exact.
 
         Args:
-            sums: sums over the kept regions.
             regions: number of regions of the whole map.
         """
         return sums
@@ -116,7 +113,6 @@ class AttentionHead(Head):
     """Attention-pooling head: values and attention weights of every region; see `bagcert.aggregation`.
 
     Attributes:
-        readout: the trainable readout.
         frozen: the integer readout if available; otherwise it is created from `readout`.
     """
 
@@ -127,11 +123,7 @@ class AttentionHead(Head):
 
     @cached_property
     def pooling(self) -> AttentionPooling:  # type: ignore[override]
-        """Integer readout, on the device of the weights.
-
-        Raises:
-            UsageError: a weight is so large that integer sums would not be exact.
-        """
+        """Integer readout, on the device of the weights."""
         if self.frozen is not None and self.frozen.bias.device == self.readout.position.device:
             return self.frozen
         return self.readout.frozen()

@@ -11,12 +11,10 @@ class RegionConvNet(nn.Sequential):
     """Strided convolutions with ReLU, followed by a 1x1 classifier for every region.
 
     Args:
-        classes: output channels.
         width: channels of the last convolution.
         stem: (kernel, stride, share of `width`) of each convolution.
         depth: 1x1 convolutions after them.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
-        channels: of the input.
     """
 
     def __init__(

@@ -35,12 +35,10 @@ class RegionResNet(nn.Sequential):
     """Stem convolutions, residual blocks, and a 1x1 classifier for every region.
 
     Args:
-        classes: output channels.
         width: channels of the residual blocks.
         stem: (kernel, stride, share of `width`) of each stem convolution.
         blocks: kernel of each residual block.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
-        channels: of the input.
     """
 
     def __init__(

@@ -35,12 +35,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Resource:
-    """One file of the page.
-
-    Attributes:
-        content_type: value of the Content-Type header.
-        body: content of the file.
-    """
+    """One file of the page."""
 
     content_type: str
     body: bytes

@@ -28,10 +28,6 @@ def write_explanation(
         model, fit, placements: as for the certification of the photo.
         photo: the photo as stored; it is drawn upright.
         verdict: result of one rule and patch for this photo.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-        BagcertError: the file cannot be written.
     """
     drawing = figure(9.0, 4.6)
     _draw(drawing, picture, class_names, verdict, source)

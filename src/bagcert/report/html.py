@@ -32,11 +32,7 @@ MOST_CLASSES_LISTED = 100
 
 
 def write_report(inputs: Inputs, path: Path, title: str | None = None) -> None:
-    """Writes the page atomically.
-
-    Raises:
-        BagcertError: the page cannot be written.
-    """
+    """Writes the page atomically."""
     write_atomically(path, render(inputs, title).encode())
 
 

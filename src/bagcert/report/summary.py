@@ -34,14 +34,7 @@ def patch_title(patches: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation: its results, and its records and gallery if they exist.
-
-    Attributes:
-        path: path of the results file.
-        info: content of the results file.
-        records: one record per image, or None.
-        gallery: pictures of some images, or None.
-    """
+    """One evaluation: its results, and its records and gallery if they exist."""
 
     path: Path
     info: RunInfo
@@ -114,11 +107,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
 
 
 def read_run(path: Path) -> Run:
-    """Reads the results of an evaluation, and its records and gallery if they exist.
-
-    Raises:
-        UnreadableError: a file is damaged, or the files do not belong together.
-    """
+    """Reads the results of an evaluation, and its records and gallery if they exist."""
     info = _info(path)
     beside = path.with_suffix(".records.jsonl")
     records = read_image_records(beside) if beside.exists() else None
@@ -137,11 +126,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_training(folder: Path) -> Training:
-    """Reads the metrics of a run folder, and name and recipe from its config if training is finished.
-
-    Raises:
-        UnreadableError: a file is damaged.
-    """
+    """Reads the metrics of a run folder, and name and recipe from its config if training is finished."""
     path = folder / METRICS
     points = []
     for number, line in enumerate(_read(path, MAX_METRICS_BYTES).splitlines(), 1):

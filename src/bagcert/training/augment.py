@@ -24,7 +24,6 @@ def random_crop(
     """Pads each image by `padding` px on all sides and crops it to its original size at a random offset.
 
     Args:
-        images: uint8 [batch, channels, height, width].
         padding: in px; 0 returns the images unchanged.
         generator: on the device of the images.
         mode: "reflect" (mirrored without repeating the border pixel) or "zero".
@@ -71,15 +70,11 @@ def random_resized_crop(
     / height) is uniform between those of 3/4 and 4/3. A side longer than the image is clipped to it.
 
     Args:
-        images: uint8 [batch, channels, height, width].
         size: (height_px, width_px) of the result.
         least_share: smallest fraction of the area, above 0 and at most 1.
         generator: on the device of the images.
 
     Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, section 6.
-
-    Raises:
-        UsageError: a share or a size out of range.
     """
     if not 0 < least_share <= 1:
         raise UsageError(f"a random resized crop keeps a share of the area above 0 and at most 1, got {least_share}")
@@ -127,11 +122,7 @@ def flip(
 def cutout(
     images: UInt8[Tensor, "batch channels height width"], size: int, generator: Source, fill: int = 0
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Sets a square of `size` px at a random position inside each image to `fill`.
-
-    Raises:
-        UsageError: a size that is negative or does not fit, or a fill outside 0..255.
-    """
+    """Sets a square of `size` px at a random position inside each image to `fill`."""
     height, width = images.shape[2:]
     if not 0 <= size <= min(height, width):
         raise UsageError(f"a cutout of {size} px does not fit into images of {height}x{width} px")
@@ -159,12 +150,8 @@ def random_color(
     """Changes brightness, contrast and saturation of each image by random factors.
 
     Args:
-        images: uint8 [batch, 3, height, width].
         strength: the three factors are uniform in [1 - strength, 1 + strength]; 0 returns the images unchanged.
         generator: on the device of the images.
-
-    Raises:
-        UsageError: a strength outside [0, 1).
     """
     if not 0 <= strength < 1:
         raise UsageError(f"a color augmentation has a strength of at least 0 and below 1, got {strength}")

@@ -21,7 +21,6 @@ class Share:
     """Sharding of a batch: it is cut into parts for gradient accumulation, and each part is divided among processes.
 
     Attributes:
-        batch: number of images in the whole batch, over all processes.
         parts: number of gradient accumulation steps.
         process, processes: rank of this process, and number of processes.
 

@@ -32,11 +32,6 @@ def choose_recipe(
         out: the run folder; by default `runs/NAME`.
         overrides: recipe values, as `section.key=value`.
         size: size of the network's images, as `HxW` or the side of a square.
-        resume: resume an existing run.
-
-    Raises:
-        UsageError: none of these, or a wrong key or value.
-        UnreadableError: the recipe cannot be read.
     """
     changes = [*_size_override(size), *overrides]
     if what is None:

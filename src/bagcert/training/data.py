@@ -33,8 +33,6 @@ class Sources:
     """The data of a run before any image is decoded.
 
     Attributes:
-        training: training images.
-        validation: held-out images.
         name, split: name and split of the data, as requested.
         held_out_by: how the validation images were chosen, for the model's provenance.
         class_folders: class folders in the order of the classes if they have display names, else None.
@@ -53,8 +51,6 @@ class TrainingData:
     """The data of a run in one process.
 
     Attributes:
-        training: training images.
-        batches: batches of the training images.
         sample: uint8 [images, 3, height, width], all training images, or some of a stream.
         held_out: uint8 [images, height, width, 3], not trained on. The first `train.validate_images` are stratified by
             class.
@@ -114,10 +110,6 @@ def load_training_data(
 
     Without streaming, these are all images. With streaming, they are a sample and the held-out images of one
     validation, both taken from a few blocks of the files, so that only a small part of the data is read.
-
-    Raises:
-        UsageError: batches too small to share, images of different sizes, or more of them than memory holds.
-        UnreadableError: an image that cannot be read.
     """
     training, validation = sources.training, sources.validation
     prepare = Preprocessing(recipe.model.image_size).apply if recipe.model.image_size else None

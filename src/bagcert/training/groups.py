@@ -23,10 +23,6 @@ def groups_of(images: ImageSet, how: str) -> Int64[np.ndarray, " images"]:
         how: "prefix": files of one class folder whose names (without extension) agree up to the last `_`, `-`, `.` or
             space form a group; a name without any of these is its own group. Otherwise a text file with a line
             `class folder/file,group` for each image; a tab or space may replace the comma.
-
-    Raises:
-        UsageError: images without file names, or the file lacks an image.
-        UnreadableError: the file is missing or not text.
     """
     files: tuple[Path, ...] | None = getattr(images.source, "files", None)
     if files is None:

@@ -28,7 +28,6 @@ class BoundedLoss:
         scorer: its network is a sequence of layers with bounds that ends with a 1x1 convolution.
         threat: in every step, each image gets one random attack of this threat.
         full_weight: w.
-        device: device of the images.
 
     Raises:
         UsageError: a network of another kind, or a threat with more than 20,000 attacks.
@@ -55,11 +54,7 @@ class BoundedLoss:
         """Computes one loss per image.
 
         Args:
-            clean: the loss of the unchanged images.
-            images: images in [0, 1].
-            labels: class of each image.
             share: share of finished steps, from 0 to 1.
-            generator: random numbers for the choice of attacks.
         """
         chosen = draw(len(self.boxes), len(images), generator)
         hidden = covered(self.boxes[chosen], (images.shape[2], images.shape[3]))[:, None]
@@ -77,8 +72,6 @@ class BoundedLoss:
         """Bounds the lead of each class's logit over the label's logit; differentiable.
 
         Args:
-            images: images in [0, 1].
-            hidden: the pixels under a patch.
             size: 1 for all contents in [0, 1]; a smaller value shrinks the box around the image by that factor.
             labels: labels of the images. The column of the label is 0.
         """

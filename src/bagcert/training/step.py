@@ -19,11 +19,7 @@ from bagcert.training.teacher import Teacher
 
 
 class Losses:
-    """The objective of a recipe for one network, and the interval bound loss and the teacher if the recipe has them.
-
-    Raises:
-        UsageError: the recipe does not fit the network or the threat.
-    """
+    """The objective of a recipe for one network, and the interval bound loss and the teacher if the recipe has them."""
 
     def __init__(self, recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel, device: torch.device) -> None:
         self.objective: Objective = make_objective(recipe, scorer, threat, device)
@@ -37,13 +33,7 @@ class Stepper:
     """Performs optimizer steps.
 
     Args:
-        recipe: the recipe of the run.
-        scorer: the network, on the device.
-        losses: losses of this network.
-        optimizer: optimizer of its parameters.
-        accelerator, group: of this process.
         class_weights: float32 [classes], on the device.
-        share: the sharding of batches.
     """
 
     def __init__(
@@ -69,7 +59,6 @@ class Stepper:
         """Updates the weights and returns this process's loss before the update.
 
         Args:
-            parts: this process's parts of the batch.
             step: number of the step, from 0, which seeds the random numbers.
             done: share of finished steps, from 0 to 1.
         """

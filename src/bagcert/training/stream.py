@@ -58,8 +58,6 @@ class StreamedBatches:
         images: the training set. Its source must be picklable if there are workers.
         prepare: Photo -> uint8 [height, width, 3]; None if all images have the right size.
         size: (height_px, width_px) of prepared images.
-        share: the sharding, which determines this process's images.
-        window: number of images that are shuffled together.
         workers: number of worker processes; 0 decodes in threads of this process.
     """
 

@@ -24,12 +24,6 @@ class Teacher:
 
     Args:
         section: the recipe's loss, with the teacher's name or folder.
-        student: the network to train.
-        device: device of the training.
-
-    Raises:
-        UsageError: there is no such model, it does not fit the student's images or classes, or the loss does not take
-            a teacher.
     """
 
     def __init__(self, section: LossSection, student: RegionScorer, device: torch.device) -> None:
@@ -56,7 +50,6 @@ class Teacher:
 
         Args:
             images: the augmented images in [0, 1] that the student gets.
-            labels: true labels.
         """
         section, classes = self.section, len(self.scorer.class_names)
         scores = self.scorer(images).float()

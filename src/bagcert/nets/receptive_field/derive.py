@@ -71,7 +71,6 @@ def derive_grid(
         module: maps images [batch, channels, height, width] to a map [batch, classes, rows, columns]. It is executed in
             eval mode, and its state is restored afterwards.
         image_size: (height_px, width_px).
-        channels: number of image channels.
         batch_sizes: batch sizes, in addition to two, for which the network must compute the same.
 
     Returns:

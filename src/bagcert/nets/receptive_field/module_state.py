@@ -36,9 +36,6 @@ class _Kept:
 class ModuleState:
     """Snapshot of the state of a network.
 
-    Args:
-        module: the network.
-
     >>> net = nn.BatchNorm2d(2)
     >>> state = ModuleState(net)
     >>> _ = net(torch.rand(1, 2, 3, 3))

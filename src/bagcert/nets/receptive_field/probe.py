@@ -63,9 +63,7 @@ def probe_grid(
     Args:
         module: maps images [batch, channels, height, width] to a map [batch, classes, rows, columns].
         image_size: (height_px, width_px).
-        channels: number of image channels.
         device: device of the images; default: the device of the module. The module is not moved.
-        batch_size: number of images per forward pass.
         as_is: whether to measure in the current mode of the module instead of eval mode.
 
     Raises:

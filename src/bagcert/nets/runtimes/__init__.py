@@ -28,13 +28,9 @@ def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder:
     The weights are copied: later changes of the scorer do not affect the runner.
 
     Args:
-        name: one of `BACKENDS`.
         scorer: a region scorer, on the CPU.
         dtype: None is float32.
         folder: cache folder for graphs; None for no cache.
-
-    Raises:
-        UsageError: unknown backend, missing libraries, or an unsupported dtype or device.
     """
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}{nearest(name, BACKENDS)}")

@@ -28,12 +28,7 @@ class Runner(ABC):
         folder: cache folder for graphs; None for no cache.
 
     Attributes:
-        name: name of the backend.
-        libraries: the packages it needs.
         extra: extra that installs them, as in `pip install "bagcert[...]"`.
-
-    Raises:
-        UsageError: a library is missing.
     """
 
     name: ClassVar[str]
