@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from operator import getitem
 from typing import Annotated, Any, Literal
 
 import torch
@@ -53,10 +54,6 @@ def _size(x: Tensor, dim: int) -> int:
     return x.shape[dim]
 
 
-def _item(parts: Any, index: int) -> Tensor:
-    return parts[index]
-
-
 def _softmax(x: Tensor, dim: int, *_: Any) -> Tensor:
     return torch.softmax(x, dim)
 
@@ -78,7 +75,7 @@ def _of_torch(name: str) -> Callable[..., Any]:
 
 OPERATIONS: dict[str, Callable[..., Any]] = {name: _of_torch(name) for name in _NAMED.split()} | {
     "batch_norm": _batch_norm,
-    "item": _item,
+    "item": getitem,
     "layer_norm": _layer_norm,
     "select": _select,
     "size": _size,

@@ -14,13 +14,10 @@ from torch import Tensor
 from bagcert.errors import UsageError
 from bagcert.training.random import Source, draw, draw_uniform
 
+Batch = UInt8[Tensor, "batch channels height width"]
 
-def random_crop(
-    images: UInt8[Tensor, "batch channels height width"],
-    padding: int,
-    generator: Source,
-    mode: str = "reflect",
-) -> UInt8[Tensor, "batch channels height width"]:
+
+def random_crop(images: Batch, padding: int, generator: Source, mode: str = "reflect") -> Batch:
     """Pads each image by `padding` px on all sides and crops it to its original size at a random offset.
 
     Args:
@@ -38,12 +35,7 @@ def random_crop(
     return crop(images, offsets, padding, mode)
 
 
-def crop(
-    images: UInt8[Tensor, "batch channels height width"],
-    offsets: Int64[Tensor, "batch 2"],
-    padding: int,
-    mode: str = "reflect",
-) -> UInt8[Tensor, "batch channels height width"]:
+def crop(images: Batch, offsets: Int64[Tensor, "batch 2"], padding: int, mode: str = "reflect") -> Batch:
     """Pads image b and crops it at row `offsets[b, 0]` and column `offsets[b, 1]` of the padded image."""
     _check_crop(images, padding, mode)
     batch, channels, height, width = images.shape
@@ -59,10 +51,7 @@ def crop(
 
 
 def random_resized_crop(
-    images: UInt8[Tensor, "batch channels height width"],
-    size: tuple[int, int],
-    least_share: float,
-    generator: Source,
+    images: Batch, size: tuple[int, int], least_share: float, generator: Source
 ) -> UInt8[Tensor, "batch channels out_height out_width"]:
     """Crops a box of random area, aspect ratio and position from each image and resizes it to `size`.
 
@@ -88,9 +77,7 @@ def random_resized_crop(
 
 
 def resized_crop(
-    images: UInt8[Tensor, "batch channels height width"],
-    boxes: Float[Tensor, "batch 4"],
-    size: tuple[int, int],
+    images: Batch, boxes: Float[Tensor, "batch 4"], size: tuple[int, int]
 ) -> UInt8[Tensor, "batch channels out_height out_width"]:
     """Crops the box [top, left, height, width] of `boxes[b]`, in fractional px, from image b and resizes it to `size`.
 
@@ -104,24 +91,18 @@ def resized_crop(
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def random_flip(
-    images: UInt8[Tensor, "batch channels height width"], generator: Source
-) -> UInt8[Tensor, "batch channels height width"]:
+def random_flip(images: Batch, generator: Source) -> Batch:
     """Mirrors each image left to right with probability 1/2."""
     chosen = draw(2, len(images), generator).bool()
     return flip(images, chosen)
 
 
-def flip(
-    images: UInt8[Tensor, "batch channels height width"], chosen: Bool[Tensor, " batch"]
-) -> UInt8[Tensor, "batch channels height width"]:
+def flip(images: Batch, chosen: Bool[Tensor, " batch"]) -> Batch:
     """Mirrors the chosen images left to right and returns the others unchanged."""
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
-def cutout(
-    images: UInt8[Tensor, "batch channels height width"], size: int, generator: Source, fill: int = 0
-) -> UInt8[Tensor, "batch channels height width"]:
+def cutout(images: Batch, size: int, generator: Source, fill: int = 0) -> Batch:
     """Sets a square of `size` px at a random position inside each image to `fill`."""
     height, width = images.shape[2:]
     if not 0 <= size <= min(height, width):
@@ -131,9 +112,7 @@ def cutout(
     return cover(images, torch.stack([tops, lefts], 1), size, fill)
 
 
-def cover(
-    images: UInt8[Tensor, "batch channels height width"], corners: Int64[Tensor, "batch 2"], size: int, fill: int = 0
-) -> UInt8[Tensor, "batch channels height width"]:
+def cover(images: Batch, corners: Int64[Tensor, "batch 2"], size: int, fill: int = 0) -> Batch:
     """Sets the square of `size` px at row `corners[b, 0]`, column `corners[b, 1]` of image b to `fill`."""
     if not 0 <= fill <= 255:
         raise UsageError(f"a fill is 0 to 255, got {fill}")
@@ -144,9 +123,7 @@ def cover(
     return images.masked_fill(covered[0][:, None, :, None] & covered[1][:, None, None, :], fill)
 
 
-def random_color(
-    images: UInt8[Tensor, "batch channels height width"], strength: float, generator: Source
-) -> UInt8[Tensor, "batch channels height width"]:
+def random_color(images: Batch, strength: float, generator: Source) -> Batch:
     """Changes brightness, contrast and saturation of each image by random factors.
 
     Args:
@@ -161,9 +138,7 @@ def random_color(
     return recolor(images, factors.T)
 
 
-def recolor(
-    images: UInt8[Tensor, "batch channels height width"], factors: Float[Tensor, "batch 3"]
-) -> UInt8[Tensor, "batch channels height width"]:
+def recolor(images: Batch, factors: Float[Tensor, "batch 3"]) -> Batch:
     """Multiplies brightness, contrast and saturation of image b by `factors[b]`, in this order.
 
     Contrast is the distance of a pixel from the mean gray value of its image. Saturation is the distance from the gray
