@@ -196,12 +196,10 @@ class RunInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dict for JSON, with the schema version first and without empty optional fields."""
-        values = asdict(self)
-        values["results"] = [_without_attack(row) if self.attack is None else row for row in values["results"]]
-        for name in ("placements", "attack", "notes", "pixels", "deployed"):
-            if not values[name]:
-                del values[name]
-        return {"schema_version": values.pop("schema_version"), **values}
+        values = document(self, ("placements", "attack", "notes", "pixels", "deployed"))
+        if self.attack is None:
+            values["results"] = [_without_attack(row) for row in values["results"]]
+        return values
 
     def to_csv(self) -> str:
         """Convert the results to CSV with one line per rule and patch."""
@@ -216,6 +214,12 @@ class RunInfo:
             own = {**asdict(self), **asdict(row), "certified_low95": low, "certified_high95": high}
             table.writerow([own[column] for column in columns])
         return text.getvalue()
+
+
+def document(result: Any, optional: Sequence[str] = ("notes",)) -> dict[str, Any]:
+    """Convert a result to a dict for JSON, with the schema version first and without empty `optional` fields."""
+    values = {"schema_version": result.schema_version, **asdict(result)}
+    return {name: value for name, value in values.items() if value or name not in optional}
 
 
 ATTACK_FIGURES = ("attacked_accuracy", "attempts", "certified_attempts", "broken_certificates")

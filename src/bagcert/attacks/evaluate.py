@@ -16,7 +16,7 @@ from bagcert.attacks.settings import Settings
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.base import Defense
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.records import SCHEMA_VERSION, named
+from bagcert.records import SCHEMA_VERSION, document, named
 from bagcert.threat import PatchThreatModel
 
 Batch = tuple[Sequence[int], np.ndarray, np.ndarray]
@@ -98,10 +98,7 @@ class AttackInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dict for JSON, with the schema version first and without empty notes."""
-        values = asdict(self)
-        if not self.notes:
-            del values["notes"]
-        return {"schema_version": values.pop("schema_version"), **values}
+        return document(self)
 
 
 @dataclass

@@ -12,14 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bagcert.data.image_set import in_threads
-from bagcert.data.parquet import (
-    FORM,
-    LABEL_COLUMN,
-    MAX_ROWS,
-    class_names_of,
-    image_column,
-    read_group,
-)
+from bagcert.data.parquet import FORM, LABEL_COLUMN, MAX_ROWS, class_names_of, image_column, read_group
 from bagcert.data.photo import Photo, read_image
 from bagcert.data.remote import is_address
 from bagcert.data.shards import reading

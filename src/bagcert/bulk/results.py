@@ -16,7 +16,7 @@ from bagcert.bulk.parts import Part, Work
 from bagcert.bulk.worker import CertifyJob
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import BagcertError, UnreadableError, UsageError
-from bagcert.io.files import RANDOM_LETTERS, open_regular, read_regular, write_atomically
+from bagcert.io.files import RANDOM_LETTERS, open_regular, read_input, write_atomically
 from bagcert.records import wilson_interval
 from bagcert.threat import MAX_MASK_BYTES
 
@@ -30,10 +30,10 @@ KEY = b"bagcert"
 
 def run_identity(model: BagCert, job: CertifyJob, work: Work, **choices: Any) -> dict[str, Any]:
     """Describes everything that the rows of a run depend on: hashes of model, data and mask, and all options."""
-    try:
-        mask = job.placements and hashlib.sha256(read_regular(job.placements, MAX_MASK_BYTES)).hexdigest()
-    except OSError as error:
-        raise UnreadableError(f"the mask {job.placements} cannot be read: {error.strerror or error}") from None
+    mask = None
+    if job.placements:
+        content = read_input(job.placements, MAX_MASK_BYTES, f"the mask {job.placements}")
+        mask = hashlib.sha256(content).hexdigest()
     return {
         "schema_version": RUN_VERSION,
         "model": model.name,
@@ -148,9 +148,7 @@ def _rename(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_regular(path, MAX_RUN_BYTES))
-    except OSError as error:
-        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
+        found = json.loads(read_input(path, MAX_RUN_BYTES))
     except (ValueError, RecursionError):
         raise UnreadableError(f"{path} is damaged; it is not the description of a run") from None
     if not isinstance(found, dict) or found.get("schema_version") != RUN_VERSION or type(found.get("parts")) is not int:

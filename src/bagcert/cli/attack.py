@@ -45,8 +45,7 @@ def attack(
     records: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.jsonl",
-            help="Write one JSON record per image, with the attack and placement that succeeded.",
+            metavar="FILE.jsonl", help="Write one JSON record per image, with the attack and placement that succeeded."
         ),
     ] = None,
     save: Annotated[
@@ -117,10 +116,7 @@ def attack(
         dtype=dtype_name(loaded.scorer.autocast_dtype),
         threads=torch.get_num_threads(),
         versions=versions(),
-        seconds={
-            "load": round(load_seconds, 3),
-            "total": round(time.perf_counter() - started, 3),
-        },
+        seconds={"load": round(load_seconds, 3), "total": round(time.perf_counter() - started, 3)},
         seed=seed,
         attack=attack_choices(attack or (), settings, batch_size),
         results=found.rows,

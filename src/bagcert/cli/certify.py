@@ -7,7 +7,7 @@ import typer
 
 from bagcert.cli.certify_many import certify_data
 from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, styled, warn
-from bagcert.cli.options import Backend, Device, Dtype, Fit, Json, Patches, Placements, Portable, Rules
+from bagcert.cli.options import MODEL_HELP, Backend, Device, Dtype, Fit, Json, Patches, Placements, Portable, Rules
 from bagcert.records import in_unit
 
 
@@ -15,7 +15,7 @@ def certify(
     images: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Image files, or folders of them.")
     ] = None,
-    model: Annotated[str, typer.Option(help="A shipped model, a model folder, or a hub id (owner/name).")] = "default",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "default",
     patch: Patches = None,
     rule: Rules = None,
     placements: Placements = None,

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 def doctor(
     model: Model,
     onnx: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.onnx", help="Measure this file, exported from MODEL, in onnxruntime."),
+        Path | None, typer.Option(metavar="FILE.onnx", help="Measure this file, exported from MODEL, in onnxruntime.")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",

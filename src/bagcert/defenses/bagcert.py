@@ -280,12 +280,7 @@ def load(
     cache = cache_folder()
     scorer.runner = get_runner(chosen, scorer, DTYPES[dtype], None if cache is None else cache / "onnx")
     model = BagCert(
-        scorer,
-        config.rule,
-        patch=config.patch,
-        config=config,
-        weights_sha256=weights_sha256(folder),
-        folder=folder,
+        scorer, config.rule, patch=config.patch, config=config, weights_sha256=weights_sha256(folder), folder=folder
     )
     return model.check_locality(portable) if checked else model
 

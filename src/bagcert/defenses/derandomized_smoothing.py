@@ -33,10 +33,7 @@ VOTE_KINDS = ("threshold", "argmax")
 
 
 def ablate(
-    images: Float[Tensor, "batch 3 height width"],
-    positions: Int[Tensor, "batch 2"],
-    ablation: str,
-    size_px: int,
+    images: Float[Tensor, "batch 3 height width"], positions: Int[Tensor, "batch 2"], ablation: str, size_px: int
 ) -> Float[Tensor, "batch 6 height width"]:
     """Ablate each image at one position: `[x, 1 - x]` for kept pixels, zero for hidden pixels.
 

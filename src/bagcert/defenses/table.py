@@ -47,12 +47,7 @@ TRAININGS: dict[str, Training] = {
     "cutout": Training("whole", ("loss.name=cross-entropy", "augment.cutout={patch}", "defense.rule=vote")),
     "columns": Training(
         "whole",
-        (
-            "loss.name=cross-entropy",
-            "augment.ablation=column",
-            "augment.ablation_size={column}",
-            "defense.rule=vote",
-        ),
+        ("loss.name=cross-entropy", "augment.ablation=column", "augment.ablation_size={column}", "defense.rule=vote"),
     ),
     "blocks": Training(
         "whole",

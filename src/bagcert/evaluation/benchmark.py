@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from bagcert.io.files import read_regular, write_together
 from bagcert.nets import get_architecture
 from bagcert.nets.cost import multiply_adds
 from bagcert.nets.saved_model import CONFIG, read_model
-from bagcert.records import SCHEMA_VERSION, ImageRecord, Record, wilson_interval
+from bagcert.records import SCHEMA_VERSION, ImageRecord, Record, document, wilson_interval
 from bagcert.threat import PatchThreatModel
 from bagcert.training.checkpoint import CHECKPOINT
 from bagcert.training.loop import train
@@ -118,10 +118,7 @@ class BenchmarkRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-serializable dictionary that starts with the schema version. Empty notes are omitted."""
-        values = asdict(self)
-        if not self.notes:
-            del values["notes"]
-        return {"schema_version": values.pop("schema_version"), **values}
+        return document(self)
 
 
 _ROW = TypeAdapter(BenchmarkRow)

@@ -6,13 +6,13 @@ Psychometrika 1947 (the exact form is the binomial test on the discordant pairs)
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from bagcert.errors import UsageError, sanitize
-from bagcert.records import SCHEMA_VERSION, ImageRecord, Record
+from bagcert.records import SCHEMA_VERSION, ImageRecord, Record, document
 
 RESAMPLES = 10_000
 
@@ -60,8 +60,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON, the schema version first."""
-        values = asdict(self)
-        return {"schema_version": values.pop("schema_version"), **values}
+        return document(self)
 
 
 def compare(

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import BagcertError, UnreadableError, UsageError
-from bagcert.io.files import open_regular, read_regular
+from bagcert.io.files import open_regular, read_input
 from bagcert.nets.cost import update_with_weights
 from bagcert.records import ImageRecord
 from bagcert.threat import MAX_MASK_BYTES
@@ -76,10 +76,7 @@ def described_mask(placements: str | Path | None) -> dict[str, str] | None:
     """Returns the name and the hash of a mask image; None without one."""
     if placements is None:
         return None
-    try:
-        content = read_regular(placements, MAX_MASK_BYTES)
-    except OSError as error:
-        raise UnreadableError(f"the mask {placements} cannot be read: {error.strerror or error}") from None
+    content = read_input(placements, MAX_MASK_BYTES, f"the mask {placements}")
     return {"file": Path(placements).name, "sha256": hashlib.sha256(content).hexdigest()}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from bagcert.errors import BagcertError
+from bagcert.errors import BagcertError, UnreadableError
 
 RANDOM_LETTERS = 8  # of `tempfile`, at the end of a temporary name
 PREVIOUS = "previous"  # as many letters
@@ -56,6 +56,26 @@ def read_regular(path: str | Path, limit_bytes: int) -> bytes:
     if not rest:
         raise OSError(errno.EFBIG, f"it grew beyond the limit of {limit_bytes:,} bytes")
     return b"".join(parts)
+
+
+def read_input(path: str | Path, limit_bytes: int, name: str = "") -> bytes:
+    """Reads a regular file that the user named.
+
+    Raises:
+        UnreadableError: the file cannot be read. The sentence begins with `name`, by default the path.
+    """
+    try:
+        return read_regular(path, limit_bytes)
+    except OSError as error:
+        raise UnreadableError(f"{name or path} cannot be read: {error.strerror or error}") from None
+
+
+def read_lines(path: Path, limit_bytes: int, name: str) -> list[str]:
+    """Reads the lines of a text file in UTF-8 as `read_input`; `name` is a plural."""
+    try:
+        return read_input(path, limit_bytes, name).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UnreadableError(f"{name} are not text in UTF-8") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

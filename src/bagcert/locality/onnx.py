@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bagcert.devices import dtype_name
 from bagcert.errors import UnreadableError, UnsoundError, UsageError
-from bagcert.io.files import read_regular
+from bagcert.io.files import read_input
 from bagcert.io.optional import require
 from bagcert.locality.measurement import run_probes, shapes_for
 from bagcert.locality.report import LocalityReport
@@ -37,10 +37,7 @@ class OnnxScores:
 
     def __init__(self, path: Path) -> None:
         self._runtime: Any = require("onnxruntime", "onnx", "measuring an ONNX file")
-        try:
-            self._model = read_regular(path, MOST_BYTES)
-        except OSError as error:
-            raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
+        self._model = read_input(path, MOST_BYTES)
         self._path = path
         self._session = self._start(torch.get_num_threads())
         first = self._session.get_inputs()[0]

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from bagcert.data.image_set import ImageSet
-from bagcert.errors import UnreadableError, UsageError, sanitize
-from bagcert.io.files import read_regular
+from bagcert.errors import UsageError, sanitize
+from bagcert.io.files import read_lines
 
 PREFIX = "prefix"
 MAX_BYTES = 1 << 28
@@ -83,12 +83,7 @@ def _prefix(name: str) -> str:
 
 
 def _read(path: Path) -> dict[str, str]:
-    try:
-        lines = read_regular(path, MAX_BYTES).decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise UnreadableError(f"the groups {path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UnreadableError(f"the groups {path} are not text in UTF-8") from None
+    lines = read_lines(path, MAX_BYTES, f"the groups {path}")
     listed = {}
     for number, line in enumerate(map(str.strip, lines), start=1):
         parts = next((parts for separator in ",\t " if (parts := line.rsplit(separator, 1))[1:]), None)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bagcert.errors import UnreadableError, UsageError, cleaned, nearest, sanitize
-from bagcert.io.files import read_regular
+from bagcert.io.files import read_input
 from bagcert.nets.heads import check_readout
 
 MAX_RECIPE_BYTES = 1 << 16
@@ -95,9 +95,7 @@ class DefenseSection(_Section):
 
     rule: str = Field(default="double-masking", description="the rule that predicts and certifies")
     patch: str = Field(
-        default="5",
-        max_length=1000,
-        description="as for `--patch`, in px of the resized image or as a share (`2%`)",
+        default="5", max_length=1000, description="as for `--patch`, in px of the resized image or as a share (`2%`)"
     )
 
 
@@ -105,13 +103,7 @@ class LossSection(_Section):
     """The training objective; see docs/method.md, "Training"."""
 
     name: Literal[
-        "margin",
-        "smooth-margin",
-        "double-masking",
-        "cross-entropy",
-        "clipped",
-        "masked-features",
-        "interval-bounds",
+        "margin", "smooth-margin", "double-masking", "cross-entropy", "clipped", "masked-features", "interval-bounds"
     ] = Field(default="double-masking", description="the loss; use `double-masking` with the rule of that name")
     margin: float = Field(default=0.4, gt=0, le=1, description="margin of the two margin losses")
     temperature: float = Field(
@@ -208,8 +200,7 @@ class TrainSection(_Section):
         default=0.999, ge=0, lt=1, description="decay of the EMA weights that the model uses; 0 for no EMA"
     )
     precision: Literal["fp32", "bf16"] = Field(
-        default="bf16",
-        description="precision of the network's arithmetic; bf16 is faster on GPUs and on CPUs with AMX",
+        default="bf16", description="precision of the network's arithmetic; bf16 is faster on GPUs and on CPUs with AMX"
     )
     compile: bool = Field(default=False, description="use torch.compile: slower start, faster steps")
     seed: int = Field(default=0, ge=0, lt=2**63, description="random seed of weights, order and augmentation")
@@ -279,9 +270,7 @@ def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
     if name_or_file not in shipped and path.suffix != ".toml":
         raise UsageError(f"there is no recipe {name_or_file!r}{nearest(name_or_file, shipped, 0.5)}")
     try:
-        values = tomllib.loads(read_regular(path, MAX_RECIPE_BYTES).decode())
-    except OSError as error:
-        raise UnreadableError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
+        values = tomllib.loads(read_input(path, MAX_RECIPE_BYTES, f"the recipe {path}").decode())
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
         raise UnreadableError(f"the recipe {path} is not valid TOML: {sanitize(error)}") from None
     for override in overrides:
