@@ -103,8 +103,6 @@ class AttackInfo:
 
 @dataclass
 class _Tally:
-    """Results of one rule against one threat, accumulated over batches."""
-
     rule: str
     notation: str
     results: list[AttackResult] = field(default_factory=list)

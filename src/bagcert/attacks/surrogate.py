@@ -208,8 +208,6 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Crop:
-    """Evaluates the network on crops around single patches."""
-
     rows: _Axis
     cols: _Axis
 

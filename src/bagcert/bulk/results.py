@@ -20,8 +20,7 @@ from bagcert.io.files import RANDOM_LETTERS, open_regular, read_input, write_ato
 from bagcert.records import wilson_interval
 from bagcert.threat import MAX_MASK_BYTES
 
-RUN = "_run.json"
-"""The underscore makes readers of Parquet folders ignore the file."""
+RUN = "_run.json"  # the underscore makes readers of Parquet folders ignore the file
 OLD_RUN = "run.json"
 RUN_VERSION = 1
 MAX_RUN_BYTES = 1 << 24
@@ -250,7 +249,6 @@ def _file_name(number: int) -> str:
 
 
 def _numbers(part: Part) -> list[int]:
-    """Returns the numbers of the part's images within the run."""
     return list(range(part.first, part.first + len(part)))
 
 

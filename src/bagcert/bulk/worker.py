@@ -27,8 +27,7 @@ from bagcert.threat import PatchThreatModel
 if TYPE_CHECKING:
     from bagcert.scores import ScoreMap
 
-MOST_SCORES = 1 << 24
-"""Maximum number of scores to collect for one call of the rules."""
+MOST_SCORES = 1 << 24  # maximum number of scores to collect for one call of the rules
 
 RESULT = pa.struct(
     [
@@ -206,7 +205,6 @@ class Worker:
 
         Args:
             some: groups of images: positions in `verdicts`, score map, one threat per patch.
-            verdicts: verdict columns of each image.
         """
         for rule in self.job.rules:
             for column, patch in enumerate(self.job.patches):
@@ -217,7 +215,6 @@ class Worker:
                         verdicts[i]["results"].append(_result(record, patch))
 
     def _threats(self, size: tuple[int, int]) -> list[PatchThreatModel]:
-        """Parses each patch for images of this size."""
         return [PatchThreatModel.parse(patch, size, self.job.placements) for patch in self.job.patches]
 
 

@@ -119,7 +119,6 @@ def _table(
     fold: bool,
     first_whole: bool,
 ) -> Table:
-    """Builds the table that `print_table` prints."""
     table = Table(title=None if title is None else styled(title), title_justify="left", box=HEAVY_HEAD)
     for number, name in enumerate((*left, *right)):
         table.add_column(

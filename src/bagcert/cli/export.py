@@ -115,7 +115,6 @@ def export(
 def _export_property(
     model: str, image: Path, at: str | None, out: Path, patch: str | None, rule: str | None, fit: str, json: bool
 ) -> None:
-    """Writes the property of one image and reports its placement and class."""
     from bagcert.data.photo import read_image
     from bagcert.data.preprocess import Preprocessing
     from bagcert.defenses.bagcert import load

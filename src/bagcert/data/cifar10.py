@@ -19,8 +19,7 @@ CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "
 HUB_ID = "uoft-cs/cifar10"
 _FILES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
 _INNER_FOLDER = "cifar-10-batches-py"
-MAX_FILE_BYTES = 1 << 28
-"""A batch has 31 MB; larger files are refused before they are read."""
+MAX_FILE_BYTES = 1 << 28  # a batch has 31 MB; larger files are refused before they are read
 
 
 def load_cifar10(split: str = "test") -> ImageSet:

@@ -7,8 +7,7 @@ from typing import Any
 from bagcert.errors import BagcertError, UnreadableError, UsageError, sanitize
 from bagcert.io.optional import require
 
-EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}
-"""Protocol -> (library, extra that installs it)."""
+EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}  # protocol -> (library, extra that installs it)
 
 
 def is_address(spec: Any) -> bool:

@@ -26,7 +26,6 @@ class Stored:
     """A listed file.
 
     Attributes:
-        path: absolute path, or URL.
         state: size, and entity tag or modification time, to detect changes.
     """
 

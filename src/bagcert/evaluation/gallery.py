@@ -156,7 +156,6 @@ def photo_picture(
     Args:
         model, fit, placements: as the photo was certified.
         photo: as stored; it is drawn upright.
-        verdict: of one rule and patch on it.
         most: the longest side of the picture in pixels.
     """
     preprocessing = Preprocessing(model.image_size, fit)

@@ -21,8 +21,7 @@ from bagcert.io.files import open_regular, write_atomically
 
 MOST_PICTURES = 32
 MOST_SIDE_PX = 256
-MOST_REGIONS = 1024
-"""Limit per axis. No shipped network has a map larger than 1000x1000."""
+MOST_REGIONS = 1024  # limit per axis. No shipped network has a map larger than 1000x1000.
 MAX_BYTES = 1 << 27
 """Limit on the file and on its decompressed content: 128 MiB, enough for 32 pictures with 1000x1000 regions."""
 

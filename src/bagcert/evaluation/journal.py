@@ -24,8 +24,7 @@ from bagcert.records import ImageRecord
 from bagcert.threat import MAX_MASK_BYTES
 
 FORMAT = 1
-MAX_LINE_BYTES = 1 << 28
-"""Limit on the length of a line, enough for a batch of 100,000 images with ten verdicts each."""
+MAX_LINE_BYTES = 1 << 28  # limit on the length of a line, enough for a batch of 100,000 images with ten verdicts each
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from bagcert.data.preprocess import Preprocessing
 from bagcert.errors import BagcertError, UsageError
 from bagcert.nets.saved_model import ModelConfig
 
-HELD_OUT = "held-out"
-"""The split name of the images that were held out of the training set."""
+HELD_OUT = "held-out"  # the split name of the images that were held out of the training set
 
 
 def select_images(
@@ -112,7 +111,6 @@ class _Resized:
 
 
 def _rest(config: ModelConfig, images: ImageSet, trained: np.ndarray) -> ImageSet:
-    """Returns the images that were not trained on."""
     rest = images.subset(np.flatnonzero(~trained))
     note = (
         f"the {len(rest):,} images that were held out when {config.name} was trained on the other "

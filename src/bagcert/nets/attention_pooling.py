@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from bagcert.aggregation import HIDDEN_UNIT, POOLED_LIMIT, VALUE_LIMIT, WEIGHT_LIMIT, AttentionPooling
 from bagcert.errors import UsageError
 
-UNITS = 32
-"""Number of integer steps per unit of a value, pooled value or hidden value."""
-FIRST_WEIGHT = 16.0
-"""Initial attention weight of a region in an untrained network."""
+UNITS = 32  # number of integer steps per unit of a value, pooled value or hidden value
+FIRST_WEIGHT = 16.0  # initial attention weight of a region in an untrained network
 
 
 LARGEST_LOGIT = math.log(WEIGHT_LIMIT)

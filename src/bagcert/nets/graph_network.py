@@ -20,8 +20,7 @@ from bagcert.errors import UsageError, sanitize
 from bagcert.nets.receptive_field.derive import eval_mode
 
 MOST_STEPS = 10_000
-MOST_VALUES = 1 << 28
-"""Limit for the number of values of one result for one image."""
+MOST_VALUES = 1 << 28  # limit for the number of values of one result for one image
 MOST_VALUES_IN_ALL = 1 << 32
 STORED = "tensors/"  # prefix of the names of tensors; dots are replaced since torch does not allow them
 

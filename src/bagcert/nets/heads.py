@@ -58,11 +58,7 @@ class Head(ABC):
         return self.integers(z).to(soft.dtype) + (soft - soft.detach())  # in this order the value is exact
 
     def class_scores(self, sums: Float[Tensor, "*batch channels"], regions: int) -> Float[Tensor, "*batch classes"]:
-        """Compute class scores from sums over kept regions, with gradients; exact if the sums are exact.
-
-        Args:
-            regions: number of regions of the whole map.
-        """
+        """Compute class scores from sums over the kept of all `regions`, with gradients; exact if the sums are."""
         return sums
 
     def score_map(
@@ -144,11 +140,7 @@ class AttentionHead(Head):
         return exact + (soft - soft.detach())
 
     def slack(self, z: Tensor, tolerance: float) -> None:
-        """Return None; slack is not supported by attention pooling.
-
-        Raises:
-            UnsoundError: `tolerance` is positive; no worst case is known for this aggregation.
-        """
+        """Return None, or raise an error if `tolerance` is positive: no worst case is known for this aggregation."""
         if tolerance > 0:
             raise UnsoundError("attention pooling needs a network whose locality is exact on this device and dtype")
 
@@ -166,13 +158,9 @@ def make_head(
 
 
 def check_readout(values: int | None, attention_heads: int | None, hidden: int | None, ablated: bool) -> None:
-    """Says whether a readout of these sizes can stand behind a network.
+    """Raise a ValueError, for the validators of recipes and configs, if a network cannot have a readout of these sizes.
 
-    Args:
-        ablated: the network takes ablated images, as derandomized smoothing makes them.
-
-    Raises:
-        ValueError: it cannot; for the validators of recipes and configs.
+    `ablated` networks take ablated images, as derandomized smoothing makes them.
     """
     if not values or not attention_heads or not hidden or values % attention_heads:
         raise ValueError(

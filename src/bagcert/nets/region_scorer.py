@@ -188,7 +188,6 @@ class RegionScorer(nn.Module):
         return self
 
     def _require_local(self) -> None:
-        """Run the checks of `from_module`."""
         weight = next((p for p in self.net.parameters() if p.is_floating_point()), None)
         if weight is not None:
             if weight.dtype != torch.float32:

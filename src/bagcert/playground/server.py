@@ -87,8 +87,6 @@ class PageServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Handles GET and HEAD requests for the resources."""
-
     server: PageServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "bagcert", ""

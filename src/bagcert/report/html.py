@@ -48,7 +48,6 @@ def render(inputs: Inputs, title: str | None = None) -> str:
 
 
 def _headline(runs: Sequence[Run]) -> str:
-    """Summarizes the results of every run in sentences."""
     sentences = []
     for run in runs:
         info = run.info
@@ -66,7 +65,6 @@ def _headline(runs: Sequence[Run]) -> str:
 
 
 def _notes(info: RunInfo) -> str:
-    """Renders the notes of a run, such as that its images are a sample."""
     return "".join(f'<p class="note">Note: {escape(note)}.</p>' for note in info.notes or ())
 
 
@@ -141,7 +139,6 @@ def _run(run: Run) -> str:
 
 
 def _asked(info: RunInfo) -> str:
-    """Renders the settings of a run."""
     limit = "" if info.limit is None else f", --limit {info.limit}" if info.notes else f", the first {info.limit:,}"
     unreadable = f", {info.unreadable:,} unreadable left out" if info.unreadable else ""
     seconds = info.seconds

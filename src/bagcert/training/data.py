@@ -20,8 +20,7 @@ from bagcert.training.launcher import processes_here
 from bagcert.training.recipe import Recipe
 from bagcert.training.stream import StreamedBatches, stream_order
 
-SAMPLED_IMAGES = 2048
-"""Number of streamed images from which mean and standard deviation of the pixels are computed."""
+SAMPLED_IMAGES = 2048  # number of streamed images from which mean and standard deviation of the pixels are computed
 
 
 VALIDATION_FOLDERS = ("val", "valid", "validation")
@@ -136,7 +135,6 @@ def load_training_data(
 
 
 def _validation_folder(spec: str) -> ImageSet | None:
-    """Loads the validation split of class folders; None if there is none."""
     if spec in DATASETS or is_address(spec):
         return None
     root = Path(spec).expanduser()
@@ -167,7 +165,6 @@ def _tensor(pixels: np.ndarray) -> Tensor:
 
 
 def _require_memory(source: ImageSet, count: int, recipe: Recipe) -> None:
-    """Checks before decoding that the decoded images fit into memory."""
     side = recipe.augment.resize
     height, width = (side, side) if side else recipe.model.image_size or source.read([0])[0].stored_size
     needed = count * height * width * 3

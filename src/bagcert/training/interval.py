@@ -17,8 +17,7 @@ from bagcert.nets.region_scorer import RegionScorer
 from bagcert.threat import PatchThreatModel
 from bagcert.training.random import Source, draw
 
-GROWTH = 0.5
-"""Share of all steps over which the boxes grow from points to all patch contents in [0, 1]."""
+GROWTH = 0.5  # share of all steps over which the boxes grow from points to all patch contents in [0, 1]
 
 
 class BoundedLoss:

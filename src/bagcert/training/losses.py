@@ -70,7 +70,6 @@ def masked_features_loss(
 
     Args:
         windows: windows from `window_masks`, drawn uniformly.
-        generator: random numbers, on the device of the scores.
 
     Source: Xiang et al., "PatchGuard", USENIX Security 2021, section 4.
     """

@@ -79,7 +79,6 @@ class Stepper:
         return total
 
     def _losses(self, part: BatchPart, step: int, done: float) -> Tensor:
-        """Computes one loss per image."""
         recipe, losses = self.recipe, self.losses
         generator = _draws(self.accelerator.device, recipe.train.seed, step, self.share, part)
         batch = network_input(part.images, part.labels, recipe, generator, self.scorer, losses.objective, self.autocast)

@@ -138,8 +138,6 @@ class StreamedBatches:
 
 
 class _Tasks:
-    """The tasks as a batch sampler for `DataLoader`."""
-
     def __init__(self, batches: StreamedBatches, step: int, readers: int) -> None:
         self.batches, self.step, self.readers = batches, step, readers
 
@@ -148,8 +146,6 @@ class _Tasks:
 
 
 class _Decoder(Dataset):
-    """The dataset of a worker: images and their preprocessing."""
-
     def __init__(self, images: ImageSet, prepare: Prepare, size: tuple[int, int]) -> None:
         self.images, self.prepare, self.size = images, prepare, size
 

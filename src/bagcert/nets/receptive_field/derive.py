@@ -263,7 +263,6 @@ class _Naming:
 
 
 def _interpret(run: Pass, steps: Steps | None, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Execute one torch function and compute the footprint of its result."""
     call = Call(run, func, args, kwargs)
     try:
         return _interpreted(call, steps)

@@ -25,8 +25,6 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 
 @dataclass(frozen=True)
 class _Kept:
-    """One mutable object with a copy of its content."""
-
     name: str
     content: Any
     read: Callable[[], Any]

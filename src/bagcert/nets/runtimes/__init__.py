@@ -16,8 +16,7 @@ from bagcert.nets.runtimes.onnxruntime import OnnxRuntimeRunner
 
 __all__ = ["BACKENDS", "RUNNERS", "Runner", "fastest_backend", "get_runner", "installed_backends"]
 
-RUNNERS: dict[str, type[Runner]] = {"onnxruntime": OnnxRuntimeRunner}
-"""Backends other than torch, by name."""
+RUNNERS: dict[str, type[Runner]] = {"onnxruntime": OnnxRuntimeRunner}  # backends other than torch, by name
 
 BACKENDS = ("torch", *RUNNERS)
 
