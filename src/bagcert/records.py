@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from bagcert.io.deprecated import NAMES
@@ -198,7 +199,8 @@ class RunInfo:
         """Convert to a dict for JSON, with the schema version first and without empty optional fields."""
         values = document(self, ("placements", "attack", "notes", "pixels", "deployed"))
         if self.attack is None:
-            values["results"] = [_without_attack(row) for row in values["results"]]
+            for row, figure in product(values["results"], ATTACK_FIGURES):
+                del row[figure]
         return values
 
     def to_csv(self) -> str:
@@ -223,10 +225,6 @@ def document(result: Any, optional: Sequence[str] = ("notes",)) -> dict[str, Any
 
 
 ATTACK_FIGURES = ("attacked_accuracy", "attempts", "certified_attempts", "broken_certificates")
-
-
-def _without_attack(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ATTACK_FIGURES}
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> list[float]:

@@ -109,23 +109,16 @@ class _Tally:
     library: list[Tensor] = field(default_factory=list)
 
     def row(self) -> AttackRow:
-        weights = [len(result) for result in self.results]
-
-        def mean(name: str) -> float:
-            right = [
-                round(getattr(result, name) * weight) for result, weight in zip(self.results, weights, strict=True)
-            ]
-            return sum(right) / sum(weights)
-
-        first = self.results[0].records[0]
         records = [record for result in self.results for record in result.records]
+        labels = np.concatenate([result.labels for result in self.results])
+        right = [record for record, label in zip(records, labels, strict=True) if record.prediction == label]
         return AttackRow(
             rule=self.rule,
-            patch=first.patch,
-            threat=first.threat,
-            clean_accuracy=mean("clean_accuracy"),
-            attacked_accuracy=mean("attacked_accuracy"),
-            certified_accuracy=mean("certified_accuracy"),
+            patch=records[0].patch,
+            threat=records[0].threat,
+            clean_accuracy=len(right) / len(records),
+            attacked_accuracy=sum(not record.broken for record in right) / len(records),
+            certified_accuracy=sum(record.certified for record in right) / len(records),
             attempts=sum(record.attempts for record in records),
             certified_attempts=sum(record.attempts for record in records if record.certified),
             broken_certificates=sum(len(result.alarms) for result in self.results),

@@ -21,7 +21,7 @@ from bagcert.records import wilson_interval
 from bagcert.threat import MAX_MASK_BYTES
 
 RUN = "_run.json"  # the underscore makes readers of Parquet folders ignore the file
-OLD_RUN = "run.json"
+OLD_RUN = "run.json"  # its name in an older version
 RUN_VERSION = 1
 MAX_RUN_BYTES = 1 << 24
 KEY = b"bagcert"
@@ -74,11 +74,11 @@ class ResultFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             names = [entry.name for entry in folder.iterdir()]
+            if OLD_RUN in names and RUN not in names:
+                (folder / OLD_RUN).rename(folder / RUN)
+                names = [RUN if name == OLD_RUN else name for name in names]
         except OSError as error:
             raise BagcertError(f"the folder {folder} cannot be used: {error.strerror or error}") from None
-        if OLD_RUN in names and RUN not in names:
-            _rename(folder)
-            names = [RUN if name == OLD_RUN else name for name in names]
         if RUN in names:
             there = read_run(folder)
             for name in (*run, *there):  # name the first difference: later ones may follow from it
@@ -135,14 +135,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not (folder / RUN).exists() and (folder / OLD_RUN).exists():
         return _read(folder / OLD_RUN)
     return _read(folder / RUN)
-
-
-def _rename(folder: Path) -> None:
-    """Renames the description of a run from an older version."""
-    try:
-        (folder / OLD_RUN).rename(folder / RUN)
-    except OSError as error:
-        raise BagcertError(f"the folder {folder} cannot be used: {error.strerror or error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

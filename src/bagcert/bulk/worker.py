@@ -177,7 +177,8 @@ class Worker:
         fitting: list[tuple[list[int], ScoreMap, list[PatchThreatModel]]] = []
         for (size, _), chosen, score_map in self._preprocessing.score_maps(scores, shapes):
             try:
-                fitting.append((chosen, score_map, self._threats(size)))
+                threats = [PatchThreatModel.parse(patch, size, self.job.placements) for patch in self.job.patches]
+                fitting.append((chosen, score_map, threats))
             except UsageError as error:  # the patch does not fit into images of this size
                 for i in chosen:
                     verdicts[i] = {"error": str(error)}
@@ -213,9 +214,6 @@ class Worker:
                 for (chosen, _, _), certificate in zip(some, certificates, strict=True):
                     for i, record in zip(chosen, Record.each(certificate), strict=True):
                         verdicts[i]["results"].append(_result(record, patch))
-
-    def _threats(self, size: tuple[int, int]) -> list[PatchThreatModel]:
-        return [PatchThreatModel.parse(patch, size, self.job.placements) for patch in self.job.patches]
 
 
 def _result(record: Record, patch: str) -> dict[str, Any]:

@@ -99,9 +99,6 @@ class BagCert(RegionDefense):
         Args:
             portable: as for `load`.
 
-        Returns:
-            The model itself.
-
         Raises:
             UnsoundError: scores change too much for sound certificates.
         """
@@ -117,9 +114,6 @@ class BagCert(RegionDefense):
 
         Args:
             device: auto, cpu, cuda, cuda:N or mps.
-
-        Returns:
-            The model itself.
 
         Raises:
             UsageError: unknown device, or a backend that runs on the CPU only.
@@ -154,9 +148,6 @@ class BagCert(RegionDefense):
         Args:
             folder: created if it does not exist; an existing model in it is replaced.
             name: name of the model for tables; defaults to its current name.
-
-        Returns:
-            The folder.
 
         Raises:
             UsageError: the network contains an operation that cannot be saved or does not take RGB images, or the patch
@@ -250,9 +241,6 @@ def load(
         checked: if False, skip the measurement of locality. Certificates are then marked `locality: unchecked`.
         backend: backend of the forward pass: "torch", "onnxruntime" (CPU only), or "auto" for the fastest installed
             one. Locality is measured on that backend. Heads and rules do not depend on it.
-
-    Returns:
-        The deployed model.
 
     Raises:
         UsageError: unknown model, device, dtype or backend, or a missing library.

@@ -91,7 +91,8 @@ class PatchCleanser(PixelDefense):
         The prediction is the label on which all masks agree, otherwise the label of the first disagreeing mask that
         passes the second round, otherwise the majority label.
         """
-        batch, _, masks = self._asked(images, patch, rule, placements)
+        batch, threat = self.check_inputs(images, patch, rule, placements)
+        masks = self.masks(threat).to(batch.device)
         with exact_arithmetic(batch.device):
             return torch.cat([self._predict(some, masks)[0] for some in batch.split(self.masked.batch_size)])
 
@@ -112,7 +113,8 @@ class PatchCleanser(PixelDefense):
         placements, also if `placements` restricts them. `on_progress` is called with (number of finished pairs of
         masks, total number of pairs) over all images.
         """
-        batch, threat, masks = self._asked(images, patch, rule, placements)
+        batch, threat = self.check_inputs(images, patch, rule, placements)
+        masks = self.masks(threat).to(batch.device)
         count, done = len(masks), 0
         total = len(batch) * count * (count + 1) // 2
         predictions, certified, worst = [], [], []
@@ -131,12 +133,6 @@ class PatchCleanser(PixelDefense):
                 on_progress(done, total)
         holds = torch.cat(certified)
         return Certificate(torch.cat(predictions), holds, holds.long() - 1, torch.cat(worst), RULE, threat)
-
-    def _asked(
-        self, images: Images, patch: PatchLike | None, rule: str | None, placements: Placements
-    ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel, PixelMasks]:
-        batch, threat = self.check_inputs(images, patch, rule, placements)
-        return batch, threat, self.masks(threat).to(batch.device)
 
     def _predict(
         self, images: Float[Tensor, "batch 3 height width"], masks: PixelMasks

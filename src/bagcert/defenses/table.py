@@ -66,8 +66,6 @@ class Setting:
     """Inputs from which a defense is built.
 
     Attributes:
-        scorer: the trained network.
-        patch: the deployed patch.
         column_px, block_px: widths in pixels of the column bands and blocks of derandomized smoothing.
     """
 

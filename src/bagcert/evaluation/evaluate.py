@@ -74,7 +74,6 @@ def evaluate(
         data: a data set, or its name as in `bagcert.data.load_dataset`.
         patches, rules: by default those of the model. Sizes are in pixels of the data set's images.
         limit: maximum number of images, see `ImageSet.take`.
-        batch_size: images per forward pass.
         placements: a mask image of allowed placements.
         fit: resizing mode for images of other sizes, "squash" or "center-crop".
         repeat: number of passes over the data; reported seconds are medians.

@@ -38,7 +38,6 @@ class Model:
     Args:
         defense: a defense, for example from `bagcert.load`.
         patch, rule: as for `certify`; by default the deployed ones. Sizes are in pixels of the input images.
-        fit: resizing mode for images of other sizes, as for `Preprocessing`.
     """
 
     def __init__(

@@ -42,7 +42,6 @@ def prepare(model: str | Path, repo_id: str) -> dict[str, bytes]:
 
     Args:
         model: a shipped model, a model folder, or a hub id.
-        repo_id: `owner/name` on the hub.
 
     Raises:
         UsageError: no such model, or an invalid hub id.
@@ -86,7 +85,6 @@ def push(files: Mapping[str, bytes], repo_id: str, private: bool = False) -> str
 
     Args:
         files: from `prepare`.
-        repo_id: `owner/name`.
         private: create a new repository as private. An existing repository is not changed.
 
     Returns:

@@ -56,7 +56,6 @@ class RegionScorer(nn.Module):
         image_size: (height_px, width_px) of the images for which the network is built.
         head: "binary" (scores `[z > 0]`, range [0, 1]), "fixed-point" (`clip(round(z * scale), ±2047)`), or
             "attention-pooling" (values and attention weights for a readout, see `bagcert.aggregation`).
-        scale: scale of the fixed-point head.
         readout: readout of the attention-pooling head; None for other heads.
         mean, std: normalization per channel, applied as the first layer: three values for RGB images, one for gray
             images, or six for ablated images `[x, 1 - x]` (`bagcert.defenses.derandomized_smoothing`), which only
@@ -168,9 +167,6 @@ class RegionScorer(nn.Module):
 
         Args:
             images: at least one image, as for `score_map`.
-
-        Returns:
-            The region scorer itself.
 
         Raises:
             UsageError: invalid images, another head, or scores that are not finite or all 0.

@@ -95,11 +95,8 @@ def _curves(runs: Sequence[Run]) -> str:
         patches,
         {name: [(low, high) for _, (_, low, high) in points] for name, points in ordered.items()},
     )
-    return _section("Certified accuracy against patch size", chart + svg.legend(list(curves)) + _note_interval())
-
-
-def _note_interval() -> str:
-    return '<p class="note">Bars are 95 % intervals (Wilson). Lines only join points of one rule.</p>'
+    note = '<p class="note">Bars are 95 % intervals (Wilson). Lines only join points of one rule.</p>'
+    return _section("Certified accuracy against patch size", chart + svg.legend(list(curves)) + note)
 
 
 def _run(run: Run) -> str:
