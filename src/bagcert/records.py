@@ -128,7 +128,6 @@ def headline_column(records: Sequence[ImageRecord], deployed: Sequence[str] | No
     image, otherwise the first.
 
     Args:
-        records: records of all images.
         deployed: the deployed [rule, patch] of the model.
     """
     if not records:

@@ -149,7 +149,6 @@ def attack_dataset(
         batches: (indices, images, labels) with images as for `attack`, all of one size.
         patches, rules: one row is computed for each pair.
         attacks: names from `ATTACKS`; all attacks if empty.
-        settings: strength of the attacks.
         allowed: where patches may lie: boolean [height, width] or path of a mask image; default: everywhere.
         about: information about the run, included in the files about broken certificates.
         on_progress: called with (finished images, including fractions; broken images so far) over all rows.
@@ -223,7 +222,6 @@ def upright_batches(
     """Yield batches of a dataset for `attack_dataset`; all images must be upright and have the network's `size`.
 
     Args:
-        labels: true labels of all images.
         size: (height_px, width_px).
         numbers: indices of the images; default: all images.
         sources: dict that receives the name of each image by its index.

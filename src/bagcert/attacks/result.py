@@ -20,9 +20,7 @@ class AttackRecord:
 
     Attributes:
         patch: [height_px, width_px] for a single unrestricted patch of one shape, else None.
-        threat: the threat in the patch notation.
         broken: whether an attack changed the prediction (for detection: without raising an alert).
-        attack: name of the successful attack, or None.
         placement: `[top, left, height, width]` in pixels of each patch of the successful attack, or None.
         patched_prediction: prediction on the patched image; the clean prediction if no attack succeeded.
         attempts: number of patched images on which the rule was evaluated.

@@ -14,7 +14,6 @@ class Settings:
     """Strength of attacks.
 
     Attributes:
-        steps: number of optimization steps of the gradient attack.
         restarts: number of restarts, with different contents, target classes and objectives.
         placements: number of placements attacked per image, most promising first; None for all.
         rows: number of patched images per forward pass.

@@ -29,8 +29,6 @@ class Victim:
     prediction. For detection rules, the patched image must also raise no alert.
 
     Args:
-        images: uint8 [batch, height, width, channels].
-        threat: threat model for images of this size.
         library: contents uint8 [patches, height, width, channels] found on other images; new contents are added.
 
     Attributes:
@@ -89,7 +87,6 @@ class Victim:
         """Evaluate the defense on patched images; return which of them break their image.
 
         Args:
-            image: index of the image of each row.
             counted: whether these attempts were counted already when the rule was evaluated on their score maps.
 
         Raises:

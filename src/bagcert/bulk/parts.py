@@ -31,7 +31,6 @@ class Part:
         first: the number of its first image within the run.
         files: image files; empty for rows of a Parquet file.
         shard: the Parquet file, as listed; None for image files.
-        start, stop: range of rows of the Parquet file.
     """
 
     number: int
@@ -62,7 +61,6 @@ class Work:
     """All parts of a run.
 
     Attributes:
-        parts: in order.
         fingerprint: a hash of the names and states of all files.
         class_names: class names in the Parquet files; empty if there are none.
     """

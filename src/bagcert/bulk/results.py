@@ -60,7 +60,6 @@ class ResultFolder:
 
     Args:
         folder: a new or empty folder, or the folder of the same run.
-        run: description of the run, from `run_identity`.
 
     Raises:
         UsageError: the folder holds another run or other files.

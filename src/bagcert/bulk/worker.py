@@ -66,7 +66,6 @@ class CertifyJob:
 
     Attributes:
         model, device, dtype, portable, backend: as for `bagcert.defenses.bagcert.load`.
-        weights_sha256: expected hash of the model's weights.
         patches, rules: at least one of each.
         placements: a mask image, readable for every worker.
     """
@@ -96,9 +95,6 @@ class _Input:
 
 class Worker:
     """Certifies parts with one loaded model.
-
-    Args:
-        model: the model of the job, if it is already loaded.
 
     Raises:
         UnsoundError: the model with this name has different weights on this machine.

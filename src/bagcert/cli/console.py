@@ -87,7 +87,6 @@ def print_table(
     Args:
         rows: one cell per column; plain text, or text from `styled`.
         left, right: names of the left-aligned columns, and of the right-aligned columns after them.
-        fold: wrap long cells instead of truncating them.
         first_whole: never wrap the first column, even if the table becomes wider than the terminal.
         names: the first column holds file names. If the table is too wide, the names are printed above it as a
             numbered list, and the table shows the numbers.

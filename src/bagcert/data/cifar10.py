@@ -11,7 +11,7 @@ import numpy as np
 
 from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.data.photo import Photo, read_image
-from bagcert.errors import UnreadableError, UsageError, sanitize
+from bagcert.errors import UnreadableError, UsageError, reason_of, sanitize
 from bagcert.io.files import read_regular
 from bagcert.io.optional import require
 
@@ -37,7 +37,7 @@ def load_cifar10(split: str = "test") -> ImageSet:
         labels = np.asarray(table["label"], dtype=np.int64)
     except Exception as error:  # the hub's clients raise many kinds, none of them common to all
         raise UnreadableError(
-            f"CIFAR-10 cannot be fetched from the hub ({HUB_ID}): {_first_line(error)}; "
+            f"CIFAR-10 cannot be fetched from the hub ({HUB_ID}): {sanitize(reason_of(error))}; "
             "check the network, or give a folder with its Parquet files or its original pickles"
         ) from error
 
@@ -81,7 +81,7 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except FileNotFoundError:
         raise UnreadableError(f"there is no file {path}") from None
     except Exception as error:  # a broken pickle can fail in any way
-        raise UnreadableError(f"{path} cannot be read as a CIFAR-10 batch: {_first_line(error)}") from None
+        raise UnreadableError(f"{path} cannot be read as a CIFAR-10 batch: {sanitize(reason_of(error))}") from None
     batch = {_text(key): value for key, value in batch.items()} if isinstance(batch, dict) else {}
     data, labels = batch.get("data"), batch.get("labels")
     pixels = data.array if isinstance(data, _Array) else None
@@ -94,10 +94,6 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UnreadableError(f"{path} is not a CIFAR-10 batch: it has {len(pixels)} images and {len(labels)} labels")
     images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), np.asarray(labels, dtype=np.int64)
-
-
-def _first_line(error: Exception) -> str:
-    return sanitize((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _text(key: object) -> object:
@@ -192,21 +188,6 @@ def _build(unpickler: Any) -> None:
     _LOADERS[pickle.BUILD[0]](unpickler)
 
 
-def _set_item(unpickler: Any) -> None:
-    _check_keys(unpickler.stack[-2:-1])
-    _LOADERS[pickle.SETITEM[0]](unpickler)
-
-
-def _set_items(unpickler: Any) -> None:
-    _check_keys(unpickler.stack[::2])
-    _LOADERS[pickle.SETITEMS[0]](unpickler)
-
-
-def _dict(unpickler: Any) -> None:
-    _check_keys(unpickler.stack[::2])
-    _LOADERS[pickle.DICT[0]](unpickler)
-
-
 def _byte_array(unpickler: Any) -> None:
     """Reads a bytearray. Unlike Python's own opcode, it checks the length against the file before allocating memory."""
     (length,) = struct.unpack("<Q", unpickler.read(8))
@@ -215,10 +196,15 @@ def _byte_array(unpickler: Any) -> None:
     unpickler.append(bytearray(unpickler.read(length)))
 
 
-def _check_keys(keys: list) -> None:
-    """Refuses tuples as keys: a few bytes can nest them so deeply that hashing takes years."""
-    if not all(isinstance(key, str | bytes | int) for key in keys):
-        raise pickle.UnpicklingError("a key is neither text nor a number")
+def _with_checked_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
+    """Refuses tuples as keys of a dict: a few bytes can nest them so deeply that hashing takes years."""
+
+    def load(unpickler: Any) -> None:
+        if not all(isinstance(key, str | bytes | int) for key in unpickler.stack[keys]):
+            raise pickle.UnpicklingError("a key is neither text nor a number")
+        _LOADERS[opcode[0]](unpickler)
+
+    return load
 
 
 _LOADERS: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
@@ -228,7 +214,7 @@ _RestrictedUnpickler.dispatch = {
 _RestrictedUnpickler.dispatch |= {
     pickle.BUILD[0]: _build,
     pickle.BYTEARRAY8[0]: _byte_array,
-    pickle.SETITEM[0]: _set_item,
-    pickle.SETITEMS[0]: _set_items,
-    pickle.DICT[0]: _dict,
+    pickle.SETITEM[0]: _with_checked_keys(pickle.SETITEM, slice(-2, -1)),
+    pickle.SETITEMS[0]: _with_checked_keys(pickle.SETITEMS, slice(None, None, 2)),
+    pickle.DICT[0]: _with_checked_keys(pickle.DICT, slice(None, None, 2)),
 }

@@ -23,11 +23,7 @@ PARQUET = ".parquet"
 
 @dataclass(frozen=True, order=True)
 class Stored:
-    """A listed file.
-
-    Attributes:
-        state: size, and entity tag or modification time, to detect changes.
-    """
+    """A listed file."""
 
     path: str
     state: str

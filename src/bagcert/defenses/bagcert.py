@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from bagcert.defenses.region_defense import RegionDefense
 from bagcert.devices import resolve_device, tune_malloc
-from bagcert.errors import UnreadableError, UsageError, nearest
+from bagcert.errors import UnreadableError, UsageError, nearest, reason_of
 from bagcert.locality import LocalityReport, cached_report, require_local
 from bagcert.locality.cache import cache_folder
 from bagcert.nets.region_scorer import RegionScorer, not_finite
@@ -45,12 +45,9 @@ class BagCert(RegionDefense):
     ("double-masking"); docs/method.md.
 
     Args:
-        scorer: the network.
         rule: the deployed rule, a name from `bagcert.rules.RULES`.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
-        config: config of a loaded model.
-        weights_sha256: SHA-256 of the weights file of a loaded model.
-        folder: folder of a loaded model.
+        config, weights_sha256, folder: of a loaded model.
 
     Attributes:
         locality: report of `check_locality`, or None if it was not called. `load` calls it.
@@ -110,10 +107,9 @@ class BagCert(RegionDefense):
         return self
 
     def to(self, device: str | torch.device) -> "BagCert":
-        """Move the network to a device, in place. If locality was measured before, it is measured on the new device.
+        """Move the network to a device (auto, cpu, cuda, cuda:N or mps), in place.
 
-        Args:
-            device: auto, cpu, cuda, cuda:N or mps.
+        If locality was measured before, it is measured on the new device.
 
         Raises:
             UsageError: unknown device, or a backend that runs on the CPU only.
@@ -331,7 +327,6 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG]))
     except Exception as error:  # errors of the hub, the file system or an HTTP library
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnreadableError(
-            f"{name!r} is not a local folder, and it cannot be downloaded from the hub: {reason}"
+            f"{name!r} is not a local folder, and it cannot be downloaded from the hub: {reason_of(error)}"
         ) from None

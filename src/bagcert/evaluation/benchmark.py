@@ -78,11 +78,9 @@ class BenchmarkRow:
     """Results of one defense against one patch, as in its JSON file.
 
     Attributes:
-        guarantee: "recovery", "detection" or "none".
         clean_accuracy: share of images classified correctly; for a detector, correctly and without an alert.
         certified_accuracy: share of images classified correctly and certified.
         images: number of images, chosen by `limit` and `subset_seed`.
-        multiply_adds: MACs of one forward pass of its network.
         forward_passes: maximum number per image, for `predict` and for `certify`.
         images_per_second: measured speed of `predict` and of `certify`.
         peak_memory_mib: peak memory of the process while the defense ran.

@@ -23,8 +23,6 @@ class PairedTest:
 
     Attributes:
         measure: "clean" or "certified" accuracy.
-        first, second: accuracy of each run.
-        difference: second minus first.
         interval95: confidence interval of the difference, from a percentile bootstrap over images.
         only_first, only_second: number of images that only one run classifies correctly (and certifies).
         p_value: p-value of McNemar's exact two-sided test of no difference.
@@ -45,8 +43,6 @@ class Comparison:
     """Two runs, one rule against one threat each.
 
     Attributes:
-        rules, threat: rule of each run, and threat.
-        images: number of images in both runs.
         changed: for each image on which the runs differ, a dictionary with `index`, `label`, and pairs `prediction` and
             `certified` of both runs.
     """

@@ -14,10 +14,11 @@ from typing import Annotated
 
 import numpy as np
 from jaxtyping import Int16, UInt8
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from bagcert.errors import UnreadableError, sanitize
+from bagcert.errors import UnreadableError
 from bagcert.io.files import open_regular, write_atomically
+from bagcert.nets.saved_model import first_line
 
 MOST_PICTURES = 32
 MOST_SIDE_PX = 256
@@ -33,7 +34,6 @@ class Picture:
     """One image of an evaluation, with the EXIF orientation applied.
 
     Attributes:
-        index: its number in the data set.
         prediction, runner_up: class indices; the runner-up has the next largest sum over all regions.
         size_px: [height, width] of the photo, upright; placements are in these pixels.
         pixels: uint8 [height, width, 3], made smaller where the photo has a side above `MOST_SIDE_PX`.
@@ -126,12 +126,8 @@ def read_gallery(path: Path) -> Gallery:
             return _gallery(parts)
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UnreadableError(f"{path} is not a gallery: {where}: {sanitize(first['msg'].lower())}") from None
     except Exception as error:  # the zip, deflate and npy readers raise many kinds of errors for damaged files
-        raise UnreadableError(f"{path} is not a gallery: {sanitize(error or type(error).__name__)}") from None
+        raise UnreadableError(f"{path} is not a gallery: {first_line(error)}") from None
 
 
 def _gallery(parts: zipfile.ZipFile) -> Gallery:

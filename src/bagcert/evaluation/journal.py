@@ -84,7 +84,6 @@ class EvaluationLog:
 
     Args:
         run: description of everything the records depend on, as plain data, including `patches` and `rules`.
-        resume: resume from an existing file, if there is one.
 
     Attributes:
         batches: complete batches of an earlier run, in order.

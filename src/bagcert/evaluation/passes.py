@@ -85,7 +85,6 @@ class Found:
 
     Attributes:
         seconds: time of the forward pass, then of each setting.
-        waited: total time spent waiting for images, in seconds.
     """
 
     seconds: list[float]

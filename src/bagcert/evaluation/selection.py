@@ -30,7 +30,6 @@ def select_images(
 
     Args:
         config: config of the model; None if its training is unknown.
-        data: as in `bagcert.data.load_dataset`.
         split: the split; `held-out` for the images held out of the training split.
         resize: preprocessing that resizes every image first; None for no resizing.
     """

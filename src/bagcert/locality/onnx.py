@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bagcert.devices import dtype_name
-from bagcert.errors import UnreadableError, UnsoundError, UsageError
+from bagcert.errors import UnreadableError, UnsoundError, UsageError, reason_of
 from bagcert.io.files import read_input
 from bagcert.io.optional import require
 from bagcert.locality.measurement import run_probes, shapes_for
@@ -64,7 +64,7 @@ class OnnxScores:
         try:
             (scores,) = self._session.run([self._output], {self._input: feed})
         except Exception as error:  # onnxruntime has many exception types
-            raise UsageError(f"{self._path} does not run on images {list(feed.shape)}: {_first_line(error)}") from None
+            raise UsageError(f"{self._path} does not run on images {list(feed.shape)}: {reason_of(error)}") from None
         return torch.from_numpy(np.asarray(scores))
 
     @contextmanager
@@ -84,7 +84,7 @@ class OnnxScores:
         try:
             return self._runtime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise UnreadableError(f"{self._path} is not an ONNX model: {_first_line(error)}") from None
+            raise UnreadableError(f"{self._path} is not an ONNX model: {reason_of(error)}") from None
 
 
 def measure_onnx(
@@ -94,7 +94,6 @@ def measure_onnx(
 
     Args:
         model: the defense or region scorer from which the file was exported.
-        patch, images, seed: as for `measure`.
     """
     scorer: RegionScorer = getattr(model, "scorer", model)
     scores = OnnxScores(path)
@@ -132,7 +131,3 @@ def measure_onnx(
         thorough=True,
         guardable=scorer.readout is None,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -51,7 +51,6 @@ class Prober:
 
     Attributes:
         images: clean images [images, channels, height, width] in [0, 1], used cyclically.
-        places: placements of patches, used cyclically.
         seen: largest absolute score of each batch of clean images so far.
     """
 

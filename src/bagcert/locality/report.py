@@ -26,7 +26,6 @@ class Probe:
     """Result of one probe: the largest change of scores that should not change.
 
     Attributes:
-        name: description of the probe.
         kind: "leak" within one configuration, "NaN" within one configuration for patches of NaN, or "drift" across
             configurations.
         scores: number of compared scores; scores in reach of the patch are excluded.
@@ -46,7 +45,6 @@ class LocalityReport:
     """Locality measurement of one model on one device and dtype.
 
     Attributes:
-        device, dtype, threads: configuration of the measurement.
         image_size: (height_px, width_px).
         patches: (height_px, width_px) of the tested patches.
         footprint: regions reached by NaN in pixel rows and columns, compared with the declared receptive fields.

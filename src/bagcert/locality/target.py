@@ -39,9 +39,6 @@ class Backend:
 def torch_backend(scorer: RegionScorer, grid: RegionGrid | None = None) -> Backend:
     """Create the backend of a region scorer as deployed with torch.
 
-    Args:
-        grid: the declared geometry; default: derived from the layers.
-
     Raises:
         UnsoundError: a layer is not local (only if `grid` is None).
         UsageError: the network cannot be traced (only if `grid` is None).

@@ -22,9 +22,7 @@ class Architecture:
         build: function (classes, width, depth, padded, channels=3) that creates a module from normalized images to
             region scores.
         image_size: (height_px, width_px) for which it is designed; other sizes work as well.
-        width, depth: defaults for recipes.
         receptive_field_px, stride_px: declared geometry; verified by tests.
-        summary: one-line description for tables.
     """
 
     build: Build

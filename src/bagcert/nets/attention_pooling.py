@@ -51,9 +51,7 @@ class AttentionReadout(nn.Module):
     """Attention pooling and a small network: maps [batch, values + heads, rows, cols] to class scores.
 
     Args:
-        values: number of pooled channels.
         heads: number of attention heads; each pools `values / heads` channels.
-        hidden: number of hidden units after the pooling.
         map_size: (rows, columns). Each head has a learned bias per region, so it can attend to a part of the image.
     """
 

@@ -120,7 +120,6 @@ class NetworkGraph(BaseModel):
     """Operations of a network, from normalized images to real-valued scores.
 
     Attributes:
-        steps: operations in order of execution.
         parameters, buffers: names and shapes of the tensors, all float32.
         output: number of the step whose result is the score map.
     """

@@ -25,11 +25,7 @@ HEADS: tuple[HeadName, ...] = ("binary", "fixed-point", "attention-pooling")
 
 
 class Head(ABC):
-    """Base class of heads, which convert network outputs to score maps.
-
-    Attributes:
-        low, high: range of the integers.
-    """
+    """Base class of heads, which convert network outputs to score maps."""
 
     name: ClassVar[HeadName]
     low: ClassVar[int]

@@ -14,7 +14,6 @@ class RegionConvNet(nn.Sequential):
 
     Args:
         width: channels of the last convolution.
-        depth: 1x1 convolutions after them.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
     """
 

@@ -11,7 +11,6 @@ class RegionPyramid(nn.Sequential):
     Args:
         width: channels of the last stage.
         stages: (kernel, stride, share of `width`, residual blocks) of each stage.
-        depth: residual blocks after the last stage.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
     """
 

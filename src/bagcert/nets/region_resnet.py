@@ -38,7 +38,6 @@ class RegionResNet(nn.Sequential):
     """Stem convolutions, residual blocks, and a 1x1 classifier for every region.
 
     Args:
-        width: channels of the residual blocks.
         blocks: kernel of each residual block.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
     """

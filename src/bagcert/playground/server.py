@@ -48,7 +48,6 @@ class PageServer(ThreadingHTTPServer):
 
     Args:
         resources: path, such as `/page.js` -> file; `/` is the start page.
-        port: port number, or 0 for a free port.
 
     Raises:
         UsageError: an invalid port, or a port that is in use or reserved.

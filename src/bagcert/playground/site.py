@@ -42,7 +42,6 @@ def build_site(
     Exports the model, which also compares the exported file with the package's rules.
 
     Args:
-        model: a float32 model on the CPU.
         patch, rule: what to deploy; by default those of the model.
         data: source of the sample images, as for `load_dataset`; by default the digits for a model trained on digits,
             and generated images for any other.

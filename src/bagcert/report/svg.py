@@ -28,7 +28,6 @@ def lines(
     """Draws lines with points; with `x_names`, the x of each point is an index into that list.
 
     Args:
-        series: name -> (x, y) points.
         intervals: name -> (low, high) of each point, drawn as bars.
     """
     every = [point for points in series.values() for point in points]

@@ -65,7 +65,6 @@ class Batches(Protocol):
     """Iterator over one process's share of the batches of a training set.
 
     Attributes:
-        share: the sharding, which determines this process's images.
         epoch_steps: number of steps in an epoch. An incomplete last batch is dropped.
     """
 

@@ -32,7 +32,6 @@ class Sources:
     """The data of a run before any image is decoded.
 
     Attributes:
-        name, split: name and split of the data, as requested.
         held_out_by: how the validation images were chosen, for the model's provenance.
         class_folders: class folders in the order of the classes if they have display names, else None.
     """
@@ -53,7 +52,6 @@ class TrainingData:
         sample: uint8 [images, 3, height, width], all training images, or some of a stream.
         held_out: uint8 [images, height, width, 3], not trained on. The first `train.validate_images` are stratified by
             class.
-        held_out_labels: int64 [images].
     """
 
     training: ImageSet

@@ -19,7 +19,6 @@ def groups_of(images: ImageSet, how: str) -> Int64[np.ndarray, " images"]:
     """Returns the group number of each image.
 
     Args:
-        images: images from class folders.
         how: "prefix": files of one class folder whose names (without extension) agree up to the last `_`, `-`, `.` or
             space form a group; a name without any of these is its own group. Otherwise a text file with a line
             `class folder/file,group` for each image; a tab or space may replace the comma.

@@ -50,11 +50,7 @@ class BoundedLoss:
         share: float,
         generator: Source,
     ) -> Float[Tensor, " batch"]:
-        """Computes one loss per image.
-
-        Args:
-            share: share of finished steps, from 0 to 1.
-        """
+        """Computes one loss per image."""
         chosen = draw(len(self.boxes), len(images), generator)
         hidden = covered(self.boxes[chosen], (images.shape[2], images.shape[3]))[:, None]
         worst = self.worst_logits(images, hidden, min(1.0, share / GROWTH), labels)

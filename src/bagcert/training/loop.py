@@ -50,7 +50,6 @@ class Progress:
     """Progress of a run, passed to the caller after every step.
 
     Attributes:
-        step, steps: number of finished steps, and of all steps.
         epoch, epochs: current epoch, from 1, and number of epochs.
         seconds: training time so far, including earlier sessions of a resumed run.
         epoch_ends: whether this was the last step of its epoch.

@@ -30,11 +30,7 @@ class Losses:
 
 
 class Stepper:
-    """Performs optimizer steps.
-
-    Args:
-        class_weights: float32 [classes], on the device.
-    """
+    """Performs optimizer steps."""
 
     def __init__(
         self,

@@ -57,7 +57,6 @@ class StreamedBatches:
     Args:
         images: the training set. Its source must be picklable if there are workers.
         prepare: Photo -> uint8 [height, width, 3]; None if all images have the right size.
-        size: (height_px, width_px) of prepared images.
         workers: number of worker processes; 0 decodes in threads of this process.
     """
 

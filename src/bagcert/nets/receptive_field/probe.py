@@ -114,7 +114,6 @@ def check_locality(
         declared: the grid on which certificates are based.
         patch: (height_px, width_px) of the patches of the numerical probe; default: a quarter of each side. They are
             placed in the corners, in the center and at three random places, with three contents each.
-        seed: random seed of contents and places.
 
     Returns:
         The report. The caller decides whether a numerical leak is acceptable.

@@ -27,7 +27,6 @@ def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder:
     The weights are copied: later changes of the scorer do not affect the runner.
 
     Args:
-        scorer: a region scorer, on the CPU.
         dtype: None is float32.
         folder: cache folder for graphs; None for no cache.
     """

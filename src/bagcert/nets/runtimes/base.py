@@ -25,10 +25,6 @@ class Runner(ABC):
 
     Args:
         net: maps images in [0, 1] to `z`, from `inference_copy`.
-        folder: cache folder for graphs; None for no cache.
-
-    Attributes:
-        extra: extra that installs them, as in `pip install "bagcert[...]"`.
     """
 
     name: ClassVar[str]

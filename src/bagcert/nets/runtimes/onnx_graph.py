@@ -74,7 +74,6 @@ def graph_of(net: nn.Module, image: tuple[int, int, int], folder: Path | None = 
     The folder only saves time: a damaged file in it is replaced, and a folder that cannot be written is not an error.
 
     Args:
-        net: module from `inference_copy`.
         image: (channels, height, width).
     """
     key = network_key(net, image)
