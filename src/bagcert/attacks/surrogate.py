@@ -56,11 +56,7 @@ class Surrogate(Protocol):
 
 
 def surrogate_of(victim: Victim) -> Surrogate:
-    """Create the surrogate for the defense of a victim.
-
-    Raises:
-        UsageError: white-box attacks do not support this type of defense.
-    """
+    """Create the surrogate for the defense of a victim."""
     defense: Defense = victim.defense
     if isinstance(defense, BagCert):
         return LocalSurrogate(victim, defense)

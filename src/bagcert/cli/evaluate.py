@@ -6,25 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bagcert.cli import options
 from bagcert.cli.attack import alarm
 from bagcert.cli.console import check_output, fail, print_json, print_results, progress, say, warn
-from bagcert.cli.options import (
-    Backend,
-    Data,
-    Device,
-    Dtype,
-    FailUnder,
-    Fit,
-    Json,
-    Limit,
-    Model,
-    Patches,
-    Placements,
-    Portable,
-    Resize,
-    Rules,
-    Split,
-)
 from bagcert.records import ATTACK_FIGURES, spread
 
 if TYPE_CHECKING:
@@ -35,23 +19,23 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Model,
-    data: Data,
-    split: Split = "test",
-    patch: Patches = None,
-    rule: Rules = None,
-    placements: Placements = None,
-    fit: Fit = "squash",
-    limit: Limit = None,
+    model: options.Model,
+    data: options.Data,
+    split: options.Split = "test",
+    patch: options.Patches = None,
+    rule: options.Rules = None,
+    placements: options.Placements = None,
+    fit: options.Fit = "squash",
+    limit: options.Limit = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 250,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    backend: Backend = "torch",
-    portable: Portable = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    backend: options.Backend = "torch",
+    portable: options.Portable = False,
     repeat: Annotated[
         int, typer.Option(min=1, help="Number of passes over the data; the reported seconds are medians.")
     ] = 1,
-    json: Json = False,
+    json: options.Json = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -72,7 +56,7 @@ def evaluate(
             "attack. Takes about a second per image and row.",
         ),
     ] = False,
-    resize: Resize = False,
+    resize: options.Resize = False,
     largest: Annotated[
         bool,
         typer.Option(
@@ -81,7 +65,7 @@ def evaluate(
             "patch certifies, and print the distribution of the sizes.",
         ),
     ] = False,
-    fail_under_certified: FailUnder = None,
+    fail_under_certified: options.FailUnder = None,
 ) -> None:
     """Measure the clean and certified accuracy of a model on a data set, for all rules and patches in one pass.
 

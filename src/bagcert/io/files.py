@@ -43,11 +43,7 @@ def open_regular(path: str | Path, limit_bytes: int | None = None) -> io.Buffere
 
 
 def read_regular(path: str | Path, limit_bytes: int) -> bytes:
-    """Reads a regular file. The file may grow while it is read, but not beyond the limit.
-
-    Raises:
-        OSError: as `open_regular`.
-    """
+    """Reads a regular file. The file may grow while it is read, but not beyond the limit."""
     with open_regular(path, limit_bytes) as file:
         parts, rest = [], limit_bytes + 1
         while rest and (part := file.read(min(rest, 1 << 24))):  # memory is set aside for as much as is asked for

@@ -190,11 +190,7 @@ class GraphNetwork(nn.Module):
         return self._computed(images, lambda result: None)
 
     def require_bounded(self, images: Tensor) -> Tensor:
-        """Execute the graph on the meta device, which computes only shapes, and check the sizes of all results.
-
-        Raises:
-            UsageError: the operations are inconsistent, or a result is too large.
-        """
+        """Execute the graph on the meta device, which computes only shapes, and check the sizes of all results."""
         total = 0
 
         def count(result: Any) -> None:

@@ -48,10 +48,6 @@ class PageServer(ThreadingHTTPServer):
 
     Args:
         resources: path, such as `/page.js` -> file; `/` is the start page.
-
-    Raises:
-        UsageError: an invalid port, or a port that is in use or reserved.
-        BagcertError: the server cannot listen on the loopback address.
     """
 
     daemon_threads = True

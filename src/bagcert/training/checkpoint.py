@@ -207,12 +207,7 @@ class RunFolder:
 
 
 def check_run_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """Checks a run folder before images are read; raises the errors of `RunFolder.open` early.
-
-    Raises:
-        UsageError: the folder holds an unfinished run, or there is nothing to resume.
-        BagcertError: the path is a file.
-    """
+    """Checks a run folder before images are read; raises the errors of `RunFolder.open` early."""
     if folder.exists() and not folder.is_dir():
         raise BagcertError(f"{folder} cannot be written: it is not a folder")
     unfinished = (folder / CHECKPOINT).exists()
