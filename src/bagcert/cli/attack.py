@@ -7,6 +7,8 @@ import typer
 
 from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, say_notes, styled
 from bagcert.cli.options import Data, Device, Dtype, Json, Limit, Model, Patches, Placements, Resize, Rules, Split
+from bagcert.errors import UsageError
+from bagcert.io.files import require_writable, write_atomically
 from bagcert.records import in_unit
 
 if TYPE_CHECKING:
@@ -142,8 +144,6 @@ def alarm(found: "Bracket") -> None:
 
 
 def _count(text: str) -> int | None:
-    from bagcert.errors import UsageError
-
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
@@ -152,9 +152,6 @@ def _count(text: str) -> int | None:
 
 
 def _check_folder(path: Path | None) -> None:
-    from bagcert.errors import UsageError
-    from bagcert.io.files import require_writable
-
     if path is not None:
         if path.exists() and not path.is_dir():
             raise UsageError(f"--save needs a folder, but {path} is a file")
@@ -163,8 +160,6 @@ def _check_folder(path: Path | None) -> None:
 
 def _write(info: "AttackInfo", images: list, out: Path | None, records: Path | None) -> None:
     import json
-
-    from bagcert.io.files import write_atomically
 
     if records is not None:
         write_atomically(records, "".join(image.to_json() + "\n" for image in images).encode())

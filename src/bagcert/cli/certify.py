@@ -8,7 +8,8 @@ import typer
 from bagcert.cli.certify_many import certify_data
 from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, styled, warn
 from bagcert.cli.options import MODEL_HELP, Backend, Device, Dtype, Fit, Json, Patches, Placements, Portable, Rules
-from bagcert.records import in_unit
+from bagcert.errors import UsageError
+from bagcert.records import SCHEMA_VERSION, in_unit
 
 
 def certify(
@@ -89,8 +90,6 @@ def certify(
     from contextlib import ExitStack
     from dataclasses import asdict
 
-    from bagcert.errors import UsageError
-
     if data is not None or out is not None:
         if data is None or out is None:
             raise UsageError("--data and --out need each other: the source of the images, and the folder for the rows")
@@ -130,7 +129,6 @@ def certify(
     from bagcert.devices import device_name
     from bagcert.evaluation.evaluate import versions
     from bagcert.proofs.file import RecordFile
-    from bagcert.records import SCHEMA_VERSION
 
     if resume and record is None:
         raise UsageError("--resume needs the --record file to resume")

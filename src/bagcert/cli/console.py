@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from bagcert.errors import cleaned
+from bagcert.errors import UsageError, cleaned
+from bagcert.io.files import require_writable
 from bagcert.records import RunInfo, in_unit
 from bagcert.training.launcher import is_first_here
 
@@ -149,9 +150,6 @@ def print_json(value: Any) -> None:
 
 def check_output(path: Path, suffix: str = ".json") -> None:
     """Checks before the work starts that an output path can be written."""
-    from bagcert.errors import UsageError
-    from bagcert.io.files import require_writable
-
     if path.is_dir():
         raise UsageError(f"the output {path} is a folder; expected a file")
     if path.suffix != suffix:

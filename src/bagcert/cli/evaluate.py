@@ -9,6 +9,7 @@ import typer
 from bagcert.cli import options
 from bagcert.cli.attack import alarm
 from bagcert.cli.console import check_output, fail, print_json, print_results, progress, say, warn
+from bagcert.errors import BagcertError, UsageError
 from bagcert.records import ATTACK_FIGURES, spread
 
 if TYPE_CHECKING:
@@ -77,7 +78,6 @@ def evaluate(
     started = time.perf_counter()
     from bagcert.data.preprocess import Preprocessing
     from bagcert.defenses.bagcert import load
-    from bagcert.errors import BagcertError, UsageError
     from bagcert.evaluation.evaluate import evaluate as run
     from bagcert.evaluation.evaluate import log_path, write_evaluation
     from bagcert.evaluation.selection import select_images

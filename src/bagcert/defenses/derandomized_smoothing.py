@@ -125,7 +125,8 @@ class DerandomizedSmoothing(ScoreMapDefense):
         if not 0 <= tolerance < 1:
             raise UsageError(f"the tolerance of softmax values must be at least 0 and below 1, got {tolerance}")
         get_rule(rule)
-        self.class_names, self.image_size = self.classifier.class_names, self.classifier.image_size
+        self.model, self.class_names = self.classifier.model, self.classifier.class_names
+        self.image_size = self.classifier.image_size
         self.grid = ablation_grid(ablation, size_px, stride, self.image_size)
         self.ablation, self.size_px, self.stride = ablation, size_px, stride
         self.votes, self.threshold = votes, threshold
@@ -166,7 +167,7 @@ class DerandomizedSmoothing(ScoreMapDefense):
         """Yield the logits of all ablated images in the order (image, position), one forward pass at a time."""
         positions, device = self.positions, self.device
         rows = torch.arange(len(batch) * len(positions))
-        self.classifier.model.eval()  # batch norm in train mode would make votes depend on each other
+        self.model.eval()  # batch norm in train mode would make votes depend on each other
         for part in rows.split(self.at_once):
             chosen = batch[(part // len(positions)).to(batch.device)].to(device)
             ablated = ablate(chosen, positions[part % len(positions)], self.ablation, self.size_px)
