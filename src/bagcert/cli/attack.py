@@ -1,5 +1,7 @@
 """`bagcert attack`."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,9 +61,6 @@ def attack(
     The attacks know the defense. If an attack breaks a certified image, the image and its patch are saved and the exit
     code is 4.
     """
-    import time
-    from dataclasses import replace
-
     started = time.perf_counter()
     import torch
 

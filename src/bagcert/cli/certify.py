@@ -1,5 +1,7 @@
 """`bagcert certify`."""
 
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -87,9 +89,6 @@ def certify(
 
     Results for single images are printed. For large data sets, use --data and --out, which write them to files.
     """
-    from contextlib import ExitStack
-    from dataclasses import asdict
-
     if data is not None or out is not None:
         if data is None or out is None:
             raise UsageError("--data and --out need each other: the source of the images, and the folder for the rows")

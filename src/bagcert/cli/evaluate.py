@@ -1,6 +1,8 @@
 """`bagcert evaluate`."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,8 +75,6 @@ def evaluate(
     With --attack, also measures the accuracy under attack. The true robust accuracy lies between the certified
     accuracy and the accuracy under attack.
     """
-    import time
-
     started = time.perf_counter()
     from bagcert.data.preprocess import Preprocessing
     from bagcert.defenses.bagcert import load
@@ -153,9 +153,6 @@ def _attacked(
     placements: str | None,
 ) -> "tuple[Evaluation, Bracket]":
     """Attacks the images that could be read and adds the results to the rows of the evaluation."""
-    import time
-    from dataclasses import replace
-
     from bagcert.attacks.evaluate import attack_choices, attack_dataset, upright_batches
     from bagcert.attacks.settings import Settings
     from bagcert.evaluation.evaluate import labels_for
