@@ -158,7 +158,8 @@ def masks_table() -> list[str]:
         )
     return [
         f"`{runs[0]['model']}` against {PATCH}x{PATCH} px on {runs[0]['images']:,} held-out training images, with "
-        "neighboring masks merged (`bagcert evaluate cifar10 --data data/cifar10 --split held-out --masks-per-axis K`):",
+        "neighboring masks merged (`bagcert evaluate cifar10 --data data/cifar10 --split held-out --masks-per-axis K "
+        "--json`):",
         "",
         *lines,
     ]

@@ -22,8 +22,6 @@ class Certificate:
         worst_placement: int64 [batch, windows, 4], each `[top, left, height, width]` in pixels: the placements at which
             patches come closest to changing the prediction. One window per patch of the threat, or two for double
             masking.
-        rule: name of the rule.
-        threat: the threat model.
         locality: "exact" if scores outside a patch's reach do not change. "measured" if they can change slightly and
             the certificate accounts for the measured change; a measurement is not a proven bound. "unchecked" if the
             locality of the network was not measured on this device, as for `BagCert(scorer)` without

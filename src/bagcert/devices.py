@@ -18,11 +18,7 @@ from bagcert.errors import UnsoundError, UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Convert `auto`, `cpu`, `cuda`, `cuda:N` or `mps` to an available device.
-
-    Raises:
-        UsageError: unknown device name, or a device that this machine does not have.
-    """
+    """Convert `auto`, `cpu`, `cuda`, `cuda:N` or `mps` to an available device."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

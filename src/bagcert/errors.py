@@ -42,6 +42,11 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(known)}"
 
 
+def reason_of(error: Exception) -> str:
+    """First line of the text of an error, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def cleaned(text: object) -> str:
     r"""Replace control and bidirectional characters by "?"; the length stays the same.
 

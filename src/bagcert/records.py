@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from bagcert.io.deprecated import NAMES
@@ -127,7 +128,6 @@ def headline_column(records: Sequence[ImageRecord], deployed: Sequence[str] | No
     image, otherwise the first.
 
     Args:
-        records: records of all images.
         deployed: the deployed [rule, patch] of the model.
     """
     if not records:
@@ -197,12 +197,11 @@ class RunInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dict for JSON, with the schema version first and without empty optional fields."""
-        values = asdict(self)
-        values["results"] = [_without_attack(row) if self.attack is None else row for row in values["results"]]
-        for name in ("placements", "attack", "notes", "pixels", "masks_per_axis", "deployed"):
-            if not values[name]:
-                del values[name]
-        return {"schema_version": values.pop("schema_version"), **values}
+        values = document(self, ("placements", "attack", "notes", "pixels", "masks_per_axis", "deployed"))
+        if self.attack is None:
+            for row, figure in product(values["results"], ATTACK_FIGURES):
+                del row[figure]
+        return values
 
     def to_csv(self) -> str:
         """Convert the results to CSV with one line per rule and patch."""
@@ -219,11 +218,13 @@ class RunInfo:
         return text.getvalue()
 
 
+def document(result: Any, optional: Sequence[str] = ("notes",)) -> dict[str, Any]:
+    """Convert a result to a dict for JSON, with the schema version first and without empty `optional` fields."""
+    values = {"schema_version": result.schema_version, **asdict(result)}
+    return {name: value for name, value in values.items() if value or name not in optional}
+
+
 ATTACK_FIGURES = ("attacked_accuracy", "attempts", "certified_attempts", "broken_certificates")
-
-
-def _without_attack(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ATTACK_FIGURES}
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> list[float]:

@@ -34,11 +34,7 @@ ATTACKS: dict[str, Attack] = {
 
 
 def get_attack(name: str) -> Attack:
-    """Look up an attack by name.
-
-    Raises:
-        UsageError: unknown name.
-    """
+    """Look up an attack by name."""
     if name not in ATTACKS:
         raise UsageError(f"unknown attack {name!r}{nearest(name, ATTACKS)}")
     return ATTACKS[name]

@@ -72,12 +72,7 @@ def _ranked(victim: Victim, surrogate: Surrogate, count: int | None, generator: 
 
 
 def _by_windows(
-    victim: Victim,
-    surrogate: Surrogate,
-    windows: Windows,
-    some: Tensor,
-    count: int | None,
-    generator: torch.Generator,
+    victim: Victim, surrogate: Surrogate, windows: Windows, some: Tensor, count: int | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     label = victim.prediction[some].to(surrogate.device)
     maps = surrogate.clean[some.to(surrogate.device)]

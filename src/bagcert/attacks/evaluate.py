@@ -16,7 +16,7 @@ from bagcert.attacks.settings import Settings
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.base import Defense
 from bagcert.errors import UnreadableError, UsageError
-from bagcert.records import SCHEMA_VERSION, named
+from bagcert.records import SCHEMA_VERSION, document, named
 from bagcert.threat import PatchThreatModel
 
 Batch = tuple[Sequence[int], np.ndarray, np.ndarray]
@@ -61,8 +61,6 @@ class Bracket:
     """Result of `bracket`.
 
     Attributes:
-        rows: one row per rule and threat.
-        records: one record per image.
         alarm_folder: folder with the images of broken certificates; None if no certificate was broken.
     """
 
@@ -100,39 +98,27 @@ class AttackInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dict for JSON, with the schema version first and without empty notes."""
-        values = asdict(self)
-        if not self.notes:
-            del values["notes"]
-        return {"schema_version": values.pop("schema_version"), **values}
+        return document(self)
 
 
 @dataclass
 class _Tally:
-    """Results of one rule against one threat, accumulated over batches."""
-
     rule: str
     notation: str
     results: list[AttackResult] = field(default_factory=list)
     library: list[Tensor] = field(default_factory=list)
 
     def row(self) -> AttackRow:
-        weights = [len(result) for result in self.results]
-
-        def mean(name: str) -> float:
-            right = [
-                round(getattr(result, name) * weight) for result, weight in zip(self.results, weights, strict=True)
-            ]
-            return sum(right) / sum(weights)
-
-        first = self.results[0].records[0]
         records = [record for result in self.results for record in result.records]
+        labels = np.concatenate([result.labels for result in self.results])
+        right = [record for record, label in zip(records, labels, strict=True) if record.prediction == label]
         return AttackRow(
             rule=self.rule,
-            patch=first.patch,
-            threat=first.threat,
-            clean_accuracy=mean("clean_accuracy"),
-            attacked_accuracy=mean("attacked_accuracy"),
-            certified_accuracy=mean("certified_accuracy"),
+            patch=records[0].patch,
+            threat=records[0].threat,
+            clean_accuracy=len(right) / len(records),
+            attacked_accuracy=sum(not record.broken for record in right) / len(records),
+            certified_accuracy=sum(record.certified for record in right) / len(records),
             attempts=sum(record.attempts for record in records),
             certified_attempts=sum(record.attempts for record in records if record.certified),
             broken_certificates=sum(len(result.alarms) for result in self.results),
@@ -160,19 +146,12 @@ def attack_dataset(
     `Bracket.broken_certificates`.
 
     Args:
-        defense: the defense.
         batches: (indices, images, labels) with images as for `attack`, all of one size.
         patches, rules: one row is computed for each pair.
         attacks: names from `ATTACKS`; all attacks if empty.
-        settings: strength of the attacks.
         allowed: where patches may lie: boolean [height, width] or path of a mask image; default: everywhere.
-        save: folder for the successful adversarial images, as PNG.
         about: information about the run, included in the files about broken certificates.
         on_progress: called with (finished images, including fractions; broken images so far) over all rows.
-
-    Raises:
-        UsageError: invalid images, patch, rule or attack.
-        UnreadableError: there are no batches.
     """
     settings = settings or Settings()
     tallies = [_Tally(rule, patch) for patch in patches for rule in rules]
@@ -243,16 +222,9 @@ def upright_batches(
     """Yield batches of a dataset for `attack_dataset`; all images must be upright and have the network's `size`.
 
     Args:
-        images: the dataset.
-        labels: true labels of all images.
         size: (height_px, width_px).
-        batch_size: number of images per batch.
         numbers: indices of the images; default: all images.
         sources: dict that receives the name of each image by its index.
-
-    Raises:
-        UsageError: an image has another size, so the patch would have to be applied before resizing.
-        UnreadableError: an image cannot be read.
     """
     chosen = list(range(len(images)) if numbers is None else numbers)
     for start in range(0, len(chosen), batch_size):

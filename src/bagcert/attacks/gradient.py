@@ -53,12 +53,7 @@ class _Rows:
     `image` and `placement` are on the CPU, all other tensors on the device of the network.
 
     Attributes:
-        image: indices of the images.
-        placement: placements of the patches.
-        rival, left_out: target class and fixed mask of the objective.
         contents: float [rows, patches, height, width, channels] in [0, 255].
-        mean, square: first and second moment of Adam.
-        best: lowest loss so far.
         kept: integer-valued contents with that loss.
     """
 

@@ -48,11 +48,7 @@ def objective(
     """Compute the objective of each row; below 0, the corresponding condition for a changed prediction holds.
 
     Args:
-        kind: the objective.
-        maps: maps of the patched images.
-        label: the clean prediction.
         rival: the target class; UNTARGETED for any class except the label (only for the sum).
-        windows: the masks.
         left_out: index of a mask that is applied in addition; -1 for none.
         class_scores: function from sums over kept regions to class scores; the identity if maps contain class scores.
     """

@@ -19,9 +19,14 @@ def canvas_size(threat: PatchThreatModel) -> tuple[int, int]:
     return max(h for h, _ in threat.shapes), max(w for _, w in threat.shapes)
 
 
+@lru_cache(maxsize=16)
 def every_placement(threat: PatchThreatModel) -> Int[Tensor, "placements 4"]:
     """All maximal placements of one patch, sorted by (shape, top, left)."""
-    return _every_placement(threat)
+    parts = []
+    for shape in threat.maximal_shapes:
+        corners = torch.as_tensor(threat.corners(shape))
+        parts.append(torch.cat([corners, torch.tensor(shape).expand(len(corners), 2)], 1))
+    return torch.cat(parts)
 
 
 def nearest_placements(threat: PatchThreatModel, rectangles: Int[Tensor, "*rows 4"]) -> Int[Tensor, "*rows 4"]:
@@ -95,12 +100,3 @@ def stays_inside(
         else:
             fine[row] = not bool(differs.any())
     return fine
-
-
-@lru_cache(maxsize=16)
-def _every_placement(threat: PatchThreatModel) -> Tensor:
-    parts = []
-    for shape in threat.maximal_shapes:
-        corners = torch.as_tensor(threat.corners(shape))
-        parts.append(torch.cat([corners, torch.tensor(shape).expand(len(corners), 2)], 1))
-    return torch.cat(parts)

@@ -19,13 +19,8 @@ class AttackRecord:
     """Result of the attacks on one image under one rule and threat.
 
     Attributes:
-        rule: name of the rule.
         patch: [height_px, width_px] for a single unrestricted patch of one shape, else None.
-        threat: the threat in the patch notation.
-        prediction: the clean prediction.
-        certified: whether the clean prediction is certified.
         broken: whether an attack changed the prediction (for detection: without raising an alert).
-        attack: name of the successful attack, or None.
         placement: `[top, left, height, width]` in pixels of each patch of the successful attack, or None.
         patched_prediction: prediction on the patched image; the clean prediction if no attack succeeded.
         attempts: number of patched images on which the rule was evaluated.
@@ -48,11 +43,9 @@ class AttackResult:
     """Result of the attacks on a batch under one rule and threat.
 
     Attributes:
-        records: one record per image.
         labels: true labels [batch], used only for accuracies.
         images: the clean images, uint8 [batch, height, width, channels].
         patched: successful adversarial images by index in the batch.
-        threat: the threat model.
     """
 
     records: list[AttackRecord]
@@ -122,30 +115,14 @@ class AttackResult:
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 pixels [height, width, 1 or 3] to a PNG file atomically.
-
-    Raises:
-        BagcertError: the file cannot be written.
-    """
+    """Write uint8 pixels [height, width, 1 or 3] to a PNG file atomically."""
     buffer = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
 
 
 def save_broken(result: AttackResult, i: int, folder: Path, name: str, index: int, about: dict[str, Any]) -> None:
-    """Write the clean and the patched image, the placement and the verdicts of a broken certificate for analysis.
-
-    Args:
-        result: result of the attacks on the batch.
-        i: index of the image in the batch.
-        folder: folder of the files.
-        name: prefix of the file names.
-        index: index of the image in the dataset.
-        about: information about the model and the dataset.
-
-    Raises:
-        BagcertError: a file cannot be written.
-    """
+    """Write the clean and the patched image, the placement and the verdicts of a broken certificate for analysis."""
     write_png(folder / f"{name}-clean.png", result.images[i])
     write_png(folder / f"{name}-patched.png", result.patched[i])
     verdict = {**about, "index": index, "label": int(result.labels[i]), **asdict(result.records[i])}

@@ -14,14 +14,9 @@ class Settings:
     """Strength of attacks.
 
     Attributes:
-        steps: number of optimization steps of the gradient attack.
         restarts: number of restarts, with different contents, target classes and objectives.
         placements: number of placements attacked per image, most promising first; None for all.
-        seed: random seed.
         rows: number of patched images per forward pass.
-
-    Raises:
-        UsageError: a number is below 1, or the seed is below 0.
     """
 
     steps: int = 40

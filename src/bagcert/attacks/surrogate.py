@@ -34,7 +34,6 @@ class Surrogate(Protocol):
     """Interface of surrogates, which compute score maps of patched images.
 
     Attributes:
-        device: device of the maps.
         clean: maps [batch, channels, rows, cols] of the clean images; one channel per class, or the evidence pooled by
             a readout.
         windows: windows of the threat, or None if every patch reaches all regions.
@@ -57,11 +56,7 @@ class Surrogate(Protocol):
 
 
 def surrogate_of(victim: Victim) -> Surrogate:
-    """Create the surrogate for the defense of a victim.
-
-    Raises:
-        UsageError: white-box attacks do not support this type of defense.
-    """
+    """Create the surrogate for the defense of a victim."""
     defense: Defense = victim.defense
     if isinstance(defense, BagCert):
         return LocalSurrogate(victim, defense)
@@ -168,8 +163,6 @@ class _Axis:
     """Crops along one axis for every placement.
 
     Attributes:
-        length: length of every crop in pixels.
-        stride: stride of the regions in pixels.
         start: for each side of a patch, the first pixel of the crop, int [placements].
         touched: for each side of a patch, the regions that see the patch, boolean [placements, regions].
     """
@@ -208,8 +201,6 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Crop:
-    """Evaluates the network on crops around single patches."""
-
     rows: _Axis
     cols: _Axis
 

@@ -16,11 +16,7 @@ AT_ONCE = 256  # patched images per call of the defense
 
 
 def check_images(images: object) -> None:
-    """Check that images are a non-empty uint8 array [batch, height, width, channels].
-
-    Raises:
-        UsageError: they are not.
-    """
+    """Check that images are a non-empty uint8 array [batch, height, width, channels]."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         form = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
         raise UsageError(f"attacked images must be a uint8 array [batch, height, width, channels], got {form}")
@@ -33,10 +29,6 @@ class Victim:
     prediction. For detection rules, the patched image must also raise no alert.
 
     Args:
-        defense: the defense.
-        images: uint8 [batch, height, width, channels].
-        threat: threat model for images of this size.
-        rule: the deployed rule.
         library: contents uint8 [patches, height, width, channels] found on other images; new contents are added.
 
     Attributes:
@@ -44,9 +36,6 @@ class Victim:
         broken: boolean [batch], whether the image is broken.
         attempts: int64 [batch], number of patched images on which the rule was evaluated.
         attack, placement, patched, patched_prediction: the first success on each image; None or missing without one.
-
-    Raises:
-        UsageError: invalid images.
     """
 
     def __init__(
@@ -98,10 +87,6 @@ class Victim:
         """Evaluate the defense on patched images; return which of them break their image.
 
         Args:
-            attack: name of the attack, for the record.
-            image: index of the image of each row.
-            contents: contents of the patches.
-            placements: placements of the patches.
             counted: whether these attempts were counted already when the rule was evaluated on their score maps.
 
         Raises:

@@ -22,7 +22,6 @@ class FileVerdict:
     """The result for one image file. Sizes and placements are in pixels of the file as stored.
 
     Attributes:
-        source: the file.
         size_px: [height, width] as stored.
         exif_orientation: 1 (upright) to 8.
         prediction, class_name: prediction of the first requested rule and patch.
@@ -30,7 +29,6 @@ class FileVerdict:
             double-masking defense is built for one patch; it certifies that size and all smaller ones.
         largest_certifiable_px: side of the largest square patch for which a defense built for it would certify the
             same prediction.
-        results: one per rule and patch.
     """
 
     source: str

@@ -12,14 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bagcert.data.image_set import in_threads
-from bagcert.data.parquet import (
-    FORM,
-    LABEL_COLUMN,
-    MAX_ROWS,
-    class_names_of,
-    image_column,
-    read_group,
-)
+from bagcert.data.parquet import FORM, LABEL_COLUMN, MAX_ROWS, class_names_of, image_column, read_group
 from bagcert.data.photo import Photo, read_image
 from bagcert.data.remote import is_address
 from bagcert.data.shards import reading
@@ -38,7 +31,6 @@ class Part:
         first: the number of its first image within the run.
         files: image files; empty for rows of a Parquet file.
         shard: the Parquet file, as listed; None for image files.
-        start, stop: range of rows of the Parquet file.
     """
 
     number: int
@@ -69,7 +61,6 @@ class Work:
     """All parts of a run.
 
     Attributes:
-        parts: in order.
         fingerprint: a hash of the names and states of all files.
         class_names: class names in the Parquet files; empty if there are none.
     """
@@ -88,7 +79,6 @@ def list_work(data: str, part_size: int, limit: int | None = None) -> Work:
 
     Args:
         data: as in `bagcert.data.storage.list_files`.
-        part_size: maximum number of images in a part.
         limit: use the first `limit` images only; Parquet files beyond them are not opened.
 
     Raises:

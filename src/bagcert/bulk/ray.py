@@ -20,8 +20,7 @@ from bagcert.io.optional import require
 
 MOST_BLOCKS = 10_000
 """Above this number of parts, a worker gets several at a time, so that Ray does not track millions of tasks."""
-OBJECT_STORE_BYTES = 1 << 28
-"""Parts and rows are small, so this is less than Ray's default of a third of the memory."""
+OBJECT_STORE_BYTES = 1 << 28  # parts and rows are small, so this is less than Ray's default of a third of the memory
 MOST_RETRIES = 5
 """Number of retries of a part after its worker died: a part that kills every worker must not run forever."""
 

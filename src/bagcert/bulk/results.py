@@ -16,28 +16,23 @@ from bagcert.bulk.parts import Part, Work
 from bagcert.bulk.worker import CertifyJob
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import BagcertError, UnreadableError, UsageError
-from bagcert.io.files import RANDOM_LETTERS, open_regular, read_regular, write_atomically
+from bagcert.io.files import RANDOM_LETTERS, open_regular, read_input, write_atomically
 from bagcert.records import wilson_interval
 from bagcert.threat import MAX_MASK_BYTES
 
-RUN = "_run.json"
-"""The underscore makes readers of Parquet folders ignore the file."""
-OLD_RUN = "run.json"
+RUN = "_run.json"  # the underscore makes readers of Parquet folders ignore the file
+OLD_RUN = "run.json"  # its name in an older version
 RUN_VERSION = 1
 MAX_RUN_BYTES = 1 << 24
 KEY = b"bagcert"
 
 
 def run_identity(model: BagCert, job: CertifyJob, work: Work, **choices: Any) -> dict[str, Any]:
-    """Describes everything that the rows of a run depend on: hashes of model, data and mask, and all options.
-
-    Raises:
-        UnreadableError: the mask of allowed placements cannot be read.
-    """
-    try:
-        mask = job.placements and hashlib.sha256(read_regular(job.placements, MAX_MASK_BYTES)).hexdigest()
-    except OSError as error:
-        raise UnreadableError(f"the mask {job.placements} cannot be read: {error.strerror or error}") from None
+    """Describes everything that the rows of a run depend on: hashes of model, data and mask, and all options."""
+    mask = None
+    if job.placements:
+        content = read_input(job.placements, MAX_MASK_BYTES, f"the mask {job.placements}")
+        mask = hashlib.sha256(content).hexdigest()
     return {
         "schema_version": RUN_VERSION,
         "model": model.name,
@@ -66,7 +61,6 @@ class ResultFolder:
 
     Args:
         folder: a new or empty folder, or the folder of the same run.
-        run: description of the run, from `run_identity`.
 
     Raises:
         UsageError: the folder holds another run or other files.
@@ -80,11 +74,11 @@ class ResultFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             names = [entry.name for entry in folder.iterdir()]
+            if OLD_RUN in names and RUN not in names:
+                (folder / OLD_RUN).rename(folder / RUN)
+                names = [RUN if name == OLD_RUN else name for name in names]
         except OSError as error:
             raise BagcertError(f"the folder {folder} cannot be used: {error.strerror or error}") from None
-        if OLD_RUN in names and RUN not in names:
-            _rename(folder)
-            names = [RUN if name == OLD_RUN else name for name in names]
         if RUN in names:
             there = read_run(folder)
             for name in (*run, *there):  # name the first difference: later ones may follow from it
@@ -143,19 +137,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     return _read(folder / RUN)
 
 
-def _rename(folder: Path) -> None:
-    """Renames the description of a run from an older version."""
-    try:
-        (folder / OLD_RUN).rename(folder / RUN)
-    except OSError as error:
-        raise BagcertError(f"the folder {folder} cannot be used: {error.strerror or error}") from None
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_regular(path, MAX_RUN_BYTES))
-    except OSError as error:
-        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
+        found = json.loads(read_input(path, MAX_RUN_BYTES))
     except (ValueError, RecursionError):
         raise UnreadableError(f"{path} is damaged; it is not the description of a run") from None
     if not isinstance(found, dict) or found.get("schema_version") != RUN_VERSION or type(found.get("parts")) is not int:
@@ -207,9 +191,6 @@ def summarize(folder: Path) -> dict[str, Any]:
 
     Shares are relative to the images without an error. Accuracies are computed if every image has a label, and the data
     has the model's class names or none.
-
-    Raises:
-        UnreadableError: as for `read_run` and `read_rows`.
     """
     run = read_run(folder)
     rows = [PatchSummary(rule, patch) for rule in run["rules"] for patch in run["patches"]]
@@ -260,7 +241,6 @@ def _file_name(number: int) -> str:
 
 
 def _numbers(part: Part) -> list[int]:
-    """Returns the numbers of the part's images within the run."""
     return list(range(part.first, part.first + len(part)))
 
 

@@ -76,12 +76,8 @@ def certify_many(
         out: a folder for `_run.json` and one Parquet file per part, with rows as in `bagcert.bulk.worker.SCHEMA`.
         model, device, dtype, portable, backend, masks_per_axis: as for `load`.
         patches, rules: by default those of the model; sizes in pixels of each image as stored.
-        engine: a name in ENGINES.
-        limit: certify the first `limit` images only.
         workers: number of workers; by default one, and on Ray one per core or GPU of the cluster.
         placements, fit: as for `bagcert.bulk.files.certify_files`.
-        batch_size: images per forward pass.
-        part_size: images per part.
         on_progress: called with (images done, images in all).
 
     Returns:

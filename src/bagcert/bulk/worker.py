@@ -27,8 +27,7 @@ from bagcert.threat import PatchThreatModel
 if TYPE_CHECKING:
     from bagcert.scores import ScoreMap
 
-MOST_SCORES = 1 << 24
-"""Maximum number of scores to collect for one call of the rules."""
+MOST_SCORES = 1 << 24  # maximum number of scores to collect for one call of the rules
 
 RESULT = pa.struct(
     [
@@ -67,11 +66,8 @@ class CertifyJob:
 
     Attributes:
         model, device, dtype, portable, backend, masks_per_axis: as for `bagcert.defenses.bagcert.load`.
-        weights_sha256: expected hash of the model's weights.
         patches, rules: at least one of each.
         placements: a mask image, readable for every worker.
-        fit: resizing mode for images of other sizes.
-        batch_size: images per forward pass.
     """
 
     model: str
@@ -100,10 +96,6 @@ class _Input:
 
 class Worker:
     """Certifies parts with one loaded model.
-
-    Args:
-        job: options of the run.
-        model: the model of the job, if it is already loaded.
 
     Raises:
         UnsoundError: the model with this name has different weights on this machine.
@@ -189,7 +181,8 @@ class Worker:
         fitting: list[tuple[list[int], ScoreMap, list[PatchThreatModel]]] = []
         for (size, _), chosen, score_map in self._preprocessing.score_maps(scores, shapes):
             try:
-                fitting.append((chosen, score_map, self._threats(size)))
+                threats = [PatchThreatModel.parse(patch, size, self.job.placements) for patch in self.job.patches]
+                fitting.append((chosen, score_map, threats))
             except UsageError as error:  # the patch does not fit into images of this size
                 for i in chosen:
                     verdicts[i] = {"error": str(error)}
@@ -217,7 +210,6 @@ class Worker:
 
         Args:
             some: groups of images: positions in `verdicts`, score map, one threat per patch.
-            verdicts: verdict columns of each image.
         """
         for rule in self.job.rules:
             for column, patch in enumerate(self.job.patches):
@@ -226,10 +218,6 @@ class Worker:
                 for (chosen, _, _), certificate in zip(some, certificates, strict=True):
                     for i, record in zip(chosen, Record.each(certificate), strict=True):
                         verdicts[i]["results"].append(_result(record, patch))
-
-    def _threats(self, size: tuple[int, int]) -> list[PatchThreatModel]:
-        """Parses each patch for images of this size."""
-        return [PatchThreatModel.parse(patch, size, self.job.placements) for patch in self.job.patches]
 
 
 def _result(record: Record, patch: str) -> dict[str, Any]:

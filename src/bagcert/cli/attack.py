@@ -1,5 +1,7 @@
 """`bagcert attack`."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +22,8 @@ from bagcert.cli.options import (
     Rules,
     Split,
 )
+from bagcert.errors import UsageError
+from bagcert.io.files import require_writable, write_atomically
 from bagcert.records import in_unit
 
 if TYPE_CHECKING:
@@ -59,8 +63,7 @@ def attack(
     records: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.jsonl",
-            help="Write one JSON record per image, with the attack and placement that succeeded.",
+            metavar="FILE.jsonl", help="Write one JSON record per image, with the attack and placement that succeeded."
         ),
     ] = None,
     save: Annotated[
@@ -72,9 +75,6 @@ def attack(
     The attacks know the defense. If an attack breaks a certified image, the image and its patch are saved and the exit
     code is 4.
     """
-    import time
-    from dataclasses import replace
-
     started = time.perf_counter()
     import torch
 
@@ -131,10 +131,7 @@ def attack(
         dtype=dtype_name(loaded.scorer.autocast_dtype),
         threads=torch.get_num_threads(),
         versions=versions(),
-        seconds={
-            "load": round(load_seconds, 3),
-            "total": round(time.perf_counter() - started, 3),
-        },
+        seconds={"load": round(load_seconds, 3), "total": round(time.perf_counter() - started, 3)},
         seed=seed,
         attack=attack_choices(attack or (), settings, batch_size),
         results=found.rows,
@@ -160,8 +157,6 @@ def alarm(found: "Bracket") -> None:
 
 
 def _count(text: str) -> int | None:
-    from bagcert.errors import UsageError
-
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
@@ -170,9 +165,6 @@ def _count(text: str) -> int | None:
 
 
 def _check_folder(path: Path | None) -> None:
-    from bagcert.errors import UsageError
-    from bagcert.io.files import require_writable
-
     if path is not None:
         if path.exists() and not path.is_dir():
             raise UsageError(f"--save needs a folder, but {path} is a file")
@@ -181,8 +173,6 @@ def _check_folder(path: Path | None) -> None:
 
 def _write(info: "AttackInfo", images: list, out: Path | None, records: Path | None) -> None:
     import json
-
-    from bagcert.io.files import write_atomically
 
     if records is not None:
         write_atomically(records, "".join(image.to_json() + "\n" for image in images).encode())

@@ -7,6 +7,7 @@ import typer
 
 from bagcert.cli.console import print_json, print_table, progress, say, say_notes
 from bagcert.cli.options import DATA_HELP, LIMIT_HELP, Device, Json
+from bagcert.errors import UsageError
 from bagcert.records import in_unit
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ def benchmark(
     table and draws plots. Networks and results that DIR already holds are reused, so rerunning the command resumes an
     interrupted run.
     """
-    from bagcert.errors import UsageError
     from bagcert.evaluation.benchmark import benchmark as run
     from bagcert.report.benchmark_plots import draw
 

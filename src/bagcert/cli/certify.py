@@ -1,5 +1,7 @@
 """`bagcert certify`."""
 
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -7,15 +9,28 @@ import typer
 
 from bagcert.cli.certify_many import certify_data
 from bagcert.cli.console import check_output, fail, print_json, print_table, progress, say, styled, warn
-from bagcert.cli.options import Backend, Device, Dtype, Fit, Json, MasksPerAxis, Patches, Placements, Portable, Rules
-from bagcert.records import in_unit
+from bagcert.cli.options import (
+    MODEL_HELP,
+    Backend,
+    Device,
+    Dtype,
+    Fit,
+    Json,
+    MasksPerAxis,
+    Patches,
+    Placements,
+    Portable,
+    Rules,
+)
+from bagcert.errors import UsageError
+from bagcert.records import SCHEMA_VERSION, in_unit
 
 
 def certify(
     images: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Image files, or folders of them.")
     ] = None,
-    model: Annotated[str, typer.Option(help="A shipped model, a model folder, or a hub id (owner/name).")] = "default",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "default",
     patch: Patches = None,
     rule: Rules = None,
     placements: Placements = None,
@@ -87,11 +102,6 @@ def certify(
 
     Results for single images are printed. For large data sets, use --data and --out, which write them to files.
     """
-    from contextlib import ExitStack
-    from dataclasses import asdict
-
-    from bagcert.errors import UsageError
-
     if data is not None or out is not None:
         if data is None or out is None:
             raise UsageError("--data and --out need each other: the source of the images, and the folder for the rows")
@@ -132,7 +142,6 @@ def certify(
     from bagcert.devices import device_name
     from bagcert.evaluation.evaluate import versions
     from bagcert.proofs.file import RecordFile
-    from bagcert.records import SCHEMA_VERSION
 
     if resume and record is None:
         raise UsageError("--resume needs the --record file to resume")

@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from bagcert.cli.console import fail, print_json, print_table, progress, say
+from bagcert.errors import BagcertError
 from bagcert.records import in_unit
 
 
 def certify_data(data: str, out: Path, engine: str, json: bool, **choices: Any) -> None:
-    """Certifies a data source and prints a summary of the result folder.
-
-    Args:
-        data, out, engine, choices: as for `bagcert.bulk.run.certify_many`.
-        json: print JSON instead of a table.
-    """
+    """Certifies a data source and prints a summary of the result folder."""
     from bagcert.bulk.run import certify_many
-    from bagcert.errors import BagcertError
 
     try:
         # Ray reports dead workers on stdout, which is reserved for results.

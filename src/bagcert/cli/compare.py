@@ -7,6 +7,7 @@ import typer
 
 from bagcert.cli.console import print_json, print_table, say
 from bagcert.cli.options import Json
+from bagcert.errors import UsageError
 
 if TYPE_CHECKING:
     from bagcert.evaluation.compare import Comparison
@@ -35,7 +36,6 @@ def compare(
 
     Uses McNemar's exact test and a paired bootstrap, for clean and certified accuracy.
     """
-    from bagcert.errors import UsageError
     from bagcert.evaluation.compare import compare as run
     from bagcert.evaluation.image_records import read_image_records
 

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from bagcert.errors import cleaned
+from bagcert.errors import UsageError, cleaned
+from bagcert.io.files import require_writable
 from bagcert.records import RunInfo, in_unit
 from bagcert.training.launcher import is_first_here
 
@@ -87,8 +88,6 @@ def print_table(
     Args:
         rows: one cell per column; plain text, or text from `styled`.
         left, right: names of the left-aligned columns, and of the right-aligned columns after them.
-        title: the line above the table.
-        fold: wrap long cells instead of truncating them.
         first_whole: never wrap the first column, even if the table becomes wider than the terminal.
         names: the first column holds file names. If the table is too wide, the names are printed above it as a
             numbered list, and the table shows the numbers.
@@ -120,7 +119,6 @@ def _table(
     fold: bool,
     first_whole: bool,
 ) -> Table:
-    """Builds the table that `print_table` prints."""
     table = Table(title=None if title is None else styled(title), title_justify="left", box=HEAVY_HEAD)
     for number, name in enumerate((*left, *right)):
         table.add_column(
@@ -151,15 +149,7 @@ def print_json(value: Any) -> None:
 
 
 def check_output(path: Path, suffix: str = ".json") -> None:
-    """Checks before the work starts that an output path can be written.
-
-    Raises:
-        UsageError: the path is a folder, or has another suffix.
-        BagcertError: the path cannot be written.
-    """
-    from bagcert.errors import UsageError
-    from bagcert.io.files import require_writable
-
+    """Checks before the work starts that an output path can be written."""
     if path.is_dir():
         raise UsageError(f"the output {path} is a folder; expected a file")
     if path.suffix != suffix:

@@ -7,6 +7,8 @@ import typer
 
 from bagcert.cli.console import fail, print_json, print_table, progress, say
 from bagcert.cli.options import Device, Dtype, Json, Model, OnePatch
+from bagcert.errors import UnreadableError
+from bagcert.records import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from bagcert.defenses.bagcert import BagCert
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
 def doctor(
     model: Model,
     onnx: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.onnx", help="Measure this file, exported from MODEL, in onnxruntime."),
+        Path | None, typer.Option(metavar="FILE.onnx", help="Measure this file, exported from MODEL, in onnxruntime.")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -40,7 +41,6 @@ def doctor(
     from bagcert.defenses.bagcert import load
     from bagcert.locality import measure, measure_onnx
     from bagcert.locality.cache import keep
-    from bagcert.records import SCHEMA_VERSION
 
     loaded = load(model, device, dtype=dtype, checked=False)
     batch = None if data is None else _first_images(loaded, data)
@@ -66,7 +66,6 @@ def _first_images(loaded: "BagCert", data: str) -> Any:
     from bagcert.data import load_dataset
     from bagcert.data.photo import as_batch
     from bagcert.data.preprocess import Preprocessing
-    from bagcert.errors import UnreadableError
 
     found = load_dataset(data, "test", 16)
     preprocessing = Preprocessing(loaded.image_size)

@@ -1,31 +1,17 @@
 """`bagcert evaluate`."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bagcert.cli import options
 from bagcert.cli.attack import alarm
 from bagcert.cli.console import check_output, fail, print_json, print_results, progress, say, warn
-from bagcert.cli.options import (
-    Backend,
-    Data,
-    Device,
-    Dtype,
-    FailUnder,
-    Fit,
-    Json,
-    Limit,
-    MasksPerAxis,
-    Model,
-    Patches,
-    Placements,
-    Portable,
-    Resize,
-    Rules,
-    Split,
-)
+from bagcert.errors import BagcertError, UsageError
 from bagcert.records import ATTACK_FIGURES, spread
 
 if TYPE_CHECKING:
@@ -36,24 +22,24 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Model,
-    data: Data,
-    split: Split = "test",
-    patch: Patches = None,
-    rule: Rules = None,
-    placements: Placements = None,
-    masks_per_axis: MasksPerAxis = None,
-    fit: Fit = "squash",
-    limit: Limit = None,
+    model: options.Model,
+    data: options.Data,
+    split: options.Split = "test",
+    patch: options.Patches = None,
+    rule: options.Rules = None,
+    placements: options.Placements = None,
+    masks_per_axis: options.MasksPerAxis = None,
+    fit: options.Fit = "squash",
+    limit: options.Limit = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 250,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    backend: Backend = "torch",
-    portable: Portable = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    backend: options.Backend = "torch",
+    portable: options.Portable = False,
     repeat: Annotated[
         int, typer.Option(min=1, help="Number of passes over the data; the reported seconds are medians.")
     ] = 1,
-    json: Json = False,
+    json: options.Json = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +60,7 @@ def evaluate(
             "attack. Takes about a second per image and row.",
         ),
     ] = False,
-    resize: Resize = False,
+    resize: options.Resize = False,
     largest: Annotated[
         bool,
         typer.Option(
@@ -83,19 +69,16 @@ def evaluate(
             "patch certifies, and print the distribution of the sizes.",
         ),
     ] = False,
-    fail_under_certified: FailUnder = None,
+    fail_under_certified: options.FailUnder = None,
 ) -> None:
     """Measure the clean and certified accuracy of a model on a data set, for all rules and patches in one pass.
 
     With --attack, also measures the accuracy under attack. The true robust accuracy lies between the certified
     accuracy and the accuracy under attack.
     """
-    import time
-
     started = time.perf_counter()
     from bagcert.data.preprocess import Preprocessing
     from bagcert.defenses.bagcert import load
-    from bagcert.errors import BagcertError, UsageError
     from bagcert.evaluation.evaluate import evaluate as run
     from bagcert.evaluation.evaluate import log_path, write_evaluation
     from bagcert.evaluation.selection import select_images
@@ -171,9 +154,6 @@ def _attacked(
     placements: str | None,
 ) -> "tuple[Evaluation, Bracket]":
     """Attacks the images that could be read and adds the results to the rows of the evaluation."""
-    import time
-    from dataclasses import replace
-
     from bagcert.attacks.evaluate import attack_choices, attack_dataset, upright_batches
     from bagcert.attacks.settings import Settings
     from bagcert.evaluation.evaluate import labels_for

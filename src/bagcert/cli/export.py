@@ -8,6 +8,8 @@ import typer
 from bagcert.cli.certify import places
 from bagcert.cli.console import check_output, print_json, progress, say
 from bagcert.cli.options import ExportedRule, Fit, Json, MasksPerAxis, Model, OnePatch, Placements
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.records import SCHEMA_VERSION, in_unit
 
 if TYPE_CHECKING:
     from bagcert.defenses.bagcert import BagCert
@@ -72,9 +74,7 @@ def export(
     certificate; sat is a counterexample.
     """
     from bagcert.defenses.bagcert import load
-    from bagcert.errors import UsageError
     from bagcert.exporting.writer import export as run
-    from bagcert.records import SCHEMA_VERSION
 
     check_output(out, ".onnx")
     if vnnlib is not None:
@@ -124,12 +124,10 @@ def _export_property(
     fit: str,
     json: bool,
 ) -> None:
-    """Writes the property of one image and reports its placement and class."""
     from bagcert.data.photo import read_image
     from bagcert.data.preprocess import Preprocessing
     from bagcert.defenses.bagcert import load
     from bagcert.exporting.vnnlib import write_property
-    from bagcert.records import SCHEMA_VERSION
 
     placement = None if at is None else _placement(at)
     with progress("exporting"):
@@ -155,8 +153,6 @@ def _placement(text: str) -> tuple[int, int, int, int]:
     >>> _placement("3,4,5,5")
     (3, 4, 5, 5)
     """
-    from bagcert.errors import UsageError
-
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 4 or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
         raise UsageError(f"--at must be TOP,LEFT,HEIGHT,WIDTH in whole px, such as 3,4,5,5; got {text!r}")
@@ -171,7 +167,6 @@ def _images(model: "BagCert", data: str, split: str, count: int, fit: str) -> "C
     from bagcert.data import load_dataset
     from bagcert.data.photo import as_batch
     from bagcert.data.preprocess import Preprocessing
-    from bagcert.errors import UnreadableError
     from bagcert.evaluation.evaluate import labels_for
     from bagcert.exporting.writer import Calibration
 
@@ -186,8 +181,6 @@ def _images(model: "BagCert", data: str, split: str, count: int, fit: str) -> "C
 
 
 def _print(found: "Exported", image_size: tuple[int, int]) -> None:
-    from bagcert.records import in_unit
-
     check, about = found.check, found.metadata
     patch = in_unit(about["patch"], "at " + "x".join(map(str, image_size)))
     lines = [

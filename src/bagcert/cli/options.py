@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name).")]
+MODEL_HELP = "A shipped model, a model folder, or a hub id (owner/name)."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 DATA_HELP = (
     "digits, cifar10 (downloaded from the hub), or a path or URL of class folders, Parquet files, tar shards or the "
     "original CIFAR-10 pickles."
@@ -27,8 +28,7 @@ OnePatch = Annotated[
     ),
 ]
 ExportedRule = Annotated[
-    str | None,
-    typer.Option("--rule", metavar="RULE", help="Rule: vote or double-masking. Default: the model's rule."),
+    str | None, typer.Option("--rule", metavar="RULE", help="Rule: vote or double-masking. Default: the model's rule.")
 ]
 Patches = Annotated[
     list[str] | None,
@@ -65,8 +65,7 @@ Placements = Annotated[
     ),
 ]
 Fit = Annotated[
-    str,
-    typer.Option(help="Resizing mode for images of other sizes: squash (ignore the aspect ratio) or center-crop."),
+    str, typer.Option(help="Resizing mode for images of other sizes: squash (ignore the aspect ratio) or center-crop.")
 ]
 Resize = Annotated[
     bool,
@@ -81,8 +80,7 @@ Dtype = Annotated[
     str, typer.Option(help="Data type of the network's arithmetic: float32 or bfloat16. The rules are exact in both.")
 ]
 Backend = Annotated[
-    str,
-    typer.Option(help="Runtime of the forward pass: torch, onnxruntime, or auto (the faster one on this machine)."),
+    str, typer.Option(help="Runtime of the forward pass: torch, onnxruntime, or auto (the faster one on this machine).")
 ]
 Portable = Annotated[
     bool,

@@ -5,16 +5,13 @@ from typing import Annotated
 import typer
 
 from bagcert.cli.console import progress, say
-from bagcert.cli.options import ExportedRule, OnePatch
+from bagcert.cli.options import ExportedRule, Model, OnePatch
 
 STEPS = 4  # upper bound of the steps of an export, for the progress bar
 
 
 def page(
-    model: Annotated[
-        str,
-        typer.Argument(help="A shipped model, a model folder, or a hub id (owner/name)."),
-    ] = "digits",
+    model: Model = "digits",
     patch: OnePatch = None,
     rule: ExportedRule = None,
     data: Annotated[

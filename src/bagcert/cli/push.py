@@ -7,6 +7,7 @@ import typer
 
 from bagcert.cli.console import print_json, say, tell
 from bagcert.cli.options import Json, Model
+from bagcert.records import SCHEMA_VERSION
 
 
 def push(
@@ -32,7 +33,6 @@ def push(
 
     from bagcert.hub import push as hub
     from bagcert.hub.card import RESULTS
-    from bagcert.records import SCHEMA_VERSION
 
     files = hub.prepare(model, repo_id)
     if dry_run is not None:

@@ -31,8 +31,7 @@ def train(
     epochs: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            help="Number of epochs. Default: the recipe's. With --resume: a new total, if the recipe allows it.",
+            min=1, help="Number of epochs. Default: the recipe's. With --resume: a new total, if the recipe allows it."
         ),
     ] = None,
     minutes: Annotated[
@@ -78,8 +77,7 @@ def train(
         bool, typer.Option("--resume", help="Resume training from the checkpoint in the run folder.")
     ] = False,
     init: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Start from the weights of this model. Default: random weights."),
+        str | None, typer.Option(metavar="MODEL", help="Start from the weights of this model. Default: random weights.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Train on the first N images only. Default: all.")] = None,
     device: Device = "auto",
@@ -94,12 +92,7 @@ def train(
 
     if epochs is not None and minutes is not None:
         raise UsageError("--epochs and --minutes cannot be combined")
-    given = {
-        "train.epochs": epochs,
-        "defense.patch": patch,
-        "data.groups": groups,
-        "data.class_names": class_names,
-    }
+    given = {"train.epochs": epochs, "defense.patch": patch, "data.groups": groups, "data.class_names": class_names}
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
     recipe, folder = choose_recipe(what, out, [*overrides, *(set_ or ())], size, resume)
     if print_recipe:

@@ -9,6 +9,8 @@ import typer
 
 from bagcert.cli.console import fail, print_json, progress, say, warn
 from bagcert.cli.options import Device, Json
+from bagcert.errors import UnreadableError, UsageError
+from bagcert.records import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,10 +44,8 @@ def verify(
     Without --model, the verdicts are verified from the recorded scores and geometry. With --model, the scores and the
     geometry are verified as well.
     """
-    from bagcert.errors import UnreadableError, UsageError
     from bagcert.proofs.lines import from_line, lines
     from bagcert.proofs.verify import VerifyResult, verify_readout, verify_record
-    from bagcert.records import SCHEMA_VERSION
 
     if images is not None and model is None:
         raise UsageError("--images needs --model: the images are only read to recompute the scores")

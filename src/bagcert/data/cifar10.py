@@ -8,7 +8,7 @@ import numpy as np
 
 from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.data.photo import Photo, read_image
-from bagcert.errors import UnreadableError, UsageError, sanitize
+from bagcert.errors import UnreadableError, UsageError, reason_of, sanitize
 from bagcert.io.files import read_regular
 from bagcert.io.optional import require
 
@@ -25,8 +25,7 @@ MD5 = {
 }
 """Published checksums of the original files. No other pickle is read."""
 _INNER_FOLDER = "cifar-10-batches-py"
-MAX_FILE_BYTES = 1 << 28
-"""A batch has 31 MB; larger files are refused before they are read."""
+MAX_FILE_BYTES = 1 << 28  # a batch has 31 MB; larger files are refused before they are read
 
 
 def load_cifar10(split: str = "test") -> ImageSet:
@@ -44,7 +43,7 @@ def load_cifar10(split: str = "test") -> ImageSet:
         labels = np.asarray(table["label"], dtype=np.int64)
     except Exception as error:  # the hub's clients raise many kinds, none of them common to all
         raise UnreadableError(
-            f"CIFAR-10 cannot be fetched from the hub ({HUB_ID}): {_first_line(error)}; "
+            f"CIFAR-10 cannot be fetched from the hub ({HUB_ID}): {sanitize(reason_of(error))}; "
             "check the network, or give a folder with its Parquet files or its original pickles"
         ) from error
 
@@ -99,7 +98,3 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     batch = pickle.loads(content, encoding="bytes")
     images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), np.asarray(batch[b"labels"], dtype=np.int64)
-
-
-def _first_line(error: Exception) -> str:
-    return sanitize((str(error).splitlines() or [type(error).__name__])[0])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bagcert.errors import CONTROL, UnreadableError, UsageError, sanitize
-from bagcert.io.files import read_regular
+from bagcert.io.files import read_lines
 
 CLASS_NAMES = "classes.txt"
 """The file that `load_folder` looks for next to the class folders or next to the split folders."""
@@ -17,17 +17,8 @@ def read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
     A line is the name of a folder, a separator (a space, tab, colon, comma or equals sign) and the display name. Empty
     lines are skipped.
-
-    Raises:
-        UnreadableError: the file is missing or not text.
-        UsageError: a line without a known folder or without a name, a folder named twice, or one name for two folders.
     """
-    try:
-        lines = read_regular(path, MAX_BYTES).decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise UnreadableError(f"the class names {path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UnreadableError(f"the class names {path} are not text in UTF-8") from None
+    lines = read_lines(path, MAX_BYTES, f"the class names {path}")
     known = sorted(folders, key=len, reverse=True)  # the longest matching folder name wins
     names: dict[str, str] = {}
     for number, line in enumerate(map(str.strip, lines), start=1):

@@ -18,9 +18,6 @@ def load_digits(split: str = "test", seed: int = 0) -> ImageSet:
     """Loads digits in a fixed stratified split: 1,437 images in `train`, 360 in `test`.
 
     Values 0..16 are scaled to 0..255 and repeated in three channels.
-
-    Raises:
-        UsageError: unknown split.
     """
     if split not in ("train", "test"):
         raise UsageError(f"digits has no split {split!r}; it has train and test")

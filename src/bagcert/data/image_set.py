@@ -32,7 +32,6 @@ class ImageSet:
         name: the dataset, as the user wrote it.
         split: the split; "all" for data without splits.
         labels: int64 [images], indices into `class_names`.
-        class_names: one per class.
         source: image number -> Photo; called from several threads.
         rows: int64 [images], the image number to pass to `source`; None for 0, 1, 2, ...
         notes: remarks to print with every result on these images, such as that they are a sample.

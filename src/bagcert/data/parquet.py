@@ -4,8 +4,6 @@ Reads with pyarrow, without a cache: 10,000 small images take about a second.
 """
 
 import json
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ from jaxtyping import Int64
 
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo, read_image
-from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, reading, state_of
+from bagcert.data.shards import CachingSource, Shard, find_shards, is_glob, open_shard, reading, state_of
 from bagcert.errors import CONTROL, UnreadableError, sanitize
 
 if TYPE_CHECKING:
@@ -24,17 +22,14 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("image", "img")
 FORM = "Parquet"
 LABEL_COLUMN = "label"
-CACHE_BYTES = 1 << 30
-"""Encoded row groups are cached in memory up to this size. The row group in use is always kept."""
+CACHE_BYTES = 1 << 30  # encoded row groups are cached in memory up to this size. The row group in use is always kept.
 MAX_ROWS = 50_000_000
 """Limit on the number of rows, checked before the labels are read: equal labels compress to almost nothing."""
 MAX_ROW_GROUP_BYTES = 1 << 32
 """Limit on the encoded images of a row group, which is read as a whole and may be compressed to almost nothing."""
-MAX_CLASSES = 100_000
-"""Limit on the number of classes: each label up to the largest one gets a class name."""
+MAX_CLASSES = 100_000  # limit on the number of classes: each label up to the largest one gets a class name
 MAX_NAME_LENGTH = 1000
-READ_ROWS = 256
-"""Number of rows to read between checks of a row group's size."""
+READ_ROWS = 256  # number of rows to read between checks of a row group's size
 
 
 def is_parquet(path: Path) -> bool:
@@ -51,7 +46,6 @@ def load_parquet(path: Path, split: str = "test") -> ImageSet:
     Args:
         path: a folder with `<split>-*.parquet` or `<split>.parquet`; or a file or a glob, whose images are all used
             for any split.
-        split: split of a folder.
 
     Raises:
         UnreadableError: no such file, or a file that is truncated, not Parquet, or has missing columns, no rows, or
@@ -73,19 +67,17 @@ def parquet_images(name: str, split: str, files: Sequence[Shard]) -> ImageSet:
     return ImageSet(name, split, labels, names, shards)
 
 
-class _Shards:
+class _Shards(CachingSource):
     """Image source over several Parquet files. Row groups are read on demand and cached."""
 
     def __init__(self, files: Sequence[Shard]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.cache_bytes = CACHE_BYTES
+        super().__init__(CACHE_BYTES)
         self.labels: list[np.ndarray] = []
         self.class_names: tuple[str, ...] = ()
         self._groups: list[tuple[Shard, int]] = []
-        self._kept: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
-        self._lock = threading.Lock()
         self._state: dict[Shard, tuple[int, int | str]] = {}
         sizes = []
         for path in files:
@@ -117,36 +109,29 @@ class _Shards:
         path, number = self._groups[group]
         row -= int(self._ends[group - 1]) if group else 0
         name = f"{path} row {row}" + (f" of row group {number}" if number else "")
-        encoded = self._images(group)[row].as_py()
+        encoded = self.cached_block(group)[row].as_py()
         if not isinstance(encoded, bytes):
             raise UnreadableError(f"{name} has no image bytes")
         return read_image(encoded, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
 
     def block_of(self, rows: Int64[np.ndarray, " images"]) -> Int64[np.ndarray, " images"]:
         """Returns the row group of each image, numbered over all files."""
         return np.searchsorted(self._ends, rows, side="right").astype(np.int64)
 
-    def _images(self, group: int) -> "pa.ChunkedArray":
-        with self._lock:
-            if group not in self._kept:
-                path, number = self._groups[group]
-                with reading(path, FORM), open_shard(path) as raw:
-                    if state_of(raw) != self._state[path]:
-                        raise UnreadableError(f"{path} was changed while it was in use")
-                    images = read_group(raw, path, number)
-                    if len(images) != self._ends[group] - (self._ends[group - 1] if group else 0):
-                        raise UnreadableError(f"{path}: row group {number} holds {len(images)} images, not one per row")
-                    self._kept[group] = images
-                while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self.cache_bytes:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(group)
-            return self._kept[group]
+    def read_block(self, block: int) -> "pa.ChunkedArray":
+        """Reads the encoded images of a row group."""
+        path, number = self._groups[block]
+        with reading(path, FORM), open_shard(path) as raw:
+            if state_of(raw) != self._state[path]:
+                raise UnreadableError(f"{path} was changed while it was in use")
+            images = read_group(raw, path, number)
+            if len(images) != self._ends[block] - (self._ends[block - 1] if block else 0):
+                raise UnreadableError(f"{path}: row group {number} holds {len(images)} images, not one per row")
+        return images
+
+    def size_of(self, content: "pa.ChunkedArray") -> int:
+        """Returns the size of a row group in bytes, in which repeated images count once."""
+        return content.nbytes
 
     def fingerprint(self) -> bytes:
         """Returns a hash of the names, sizes and modification times of the files when they were opened."""

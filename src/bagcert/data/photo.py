@@ -23,6 +23,9 @@ from torch import Tensor
 from bagcert.errors import UnreadableError, UsageError, sanitize
 from bagcert.io.files import open_regular
 
+Images = np.ndarray | Tensor
+"""A batch of images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1]."""
+
 MAX_IMAGE_PIXELS = 100_000_000
 """Images of more pixels are refused before they are decoded (100 Mpx, 300 MB of RGB): a file of a few hundred bytes
 may claim any number."""
@@ -141,7 +144,7 @@ def read_image(image: str | Path | bytes | io.IOBase, name: str | None = None) -
     return _decode(image, name)
 
 
-def as_batch(images: np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width"]:
+def as_batch(images: Images) -> Float[Tensor, "batch 3 height width"]:
     """Converts images to network input: float32 [batch, 3, height, width] in [0, 1].
 
     Args:
@@ -176,7 +179,7 @@ def as_batch(images: np.ndarray | Tensor) -> Float[Tensor, "batch 3 height width
     return images
 
 
-def with_batch_axis(images: object) -> np.ndarray | Tensor:
+def with_batch_axis(images: object) -> Images:
     """Adds the batch axis to a single image; returns a batch unchanged.
 
     Raises:

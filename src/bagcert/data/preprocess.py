@@ -109,12 +109,7 @@ class Preprocessing:
     def score_maps(
         self, scores: ScoreMap, shapes: Sequence[StoredShape]
     ) -> list[tuple[StoredShape, list[int], ScoreMap]]:
-        """Groups the score map of a batch by photo shape: (shape, positions in the batch, score map of the group).
-
-        Args:
-            scores: scores of the network over its input.
-            shapes: shape of each photo.
-        """
+        """Groups the score map of a batch by photo shape: (shape, positions in the batch, score map of the group)."""
         members: dict[StoredShape, list[int]] = {}
         for position, shape in enumerate(shapes):
             members.setdefault(shape, []).append(position)

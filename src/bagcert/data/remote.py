@@ -7,8 +7,7 @@ from typing import Any
 from bagcert.errors import BagcertError, UnreadableError, UsageError, sanitize
 from bagcert.io.optional import require
 
-EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}
-"""Protocol -> (library, extra that installs it)."""
+EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3")}  # protocol -> (library, extra that installs it)
 
 
 def is_address(spec: Any) -> bool:
@@ -17,11 +16,7 @@ def is_address(spec: Any) -> bool:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """Returns the fsspec file system of a URL (cached by fsspec) and the path in it.
-
-    Raises:
-        UsageError: unknown protocol, or a missing library.
-    """
+    """Returns the fsspec file system of a URL (cached by fsspec) and the path in it."""
     from fsspec.core import url_to_fs
 
     protocol = address.partition("://")[0]

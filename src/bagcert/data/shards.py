@@ -3,6 +3,9 @@
 import glob
 import io
 import os
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +15,48 @@ from bagcert.data.remote import etag, file_system, translate_store_errors
 from bagcert.errors import BagcertError, UnreadableError, UsageError, sanitize
 from bagcert.io.files import open_regular
 
-Shard = Path | str
-"""A local path, or a URL."""
+Shard = Path | str  # a local path, or a URL
 
 
 def is_glob(path: Path) -> bool:
     """Returns whether a path is a glob pattern and not the name of an existing file."""
     return glob.has_magic(str(path)) and not path.exists()
+
+
+class CachingSource(ABC):
+    """Base class of image sources that read blocks of images from shards and cache them.
+
+    The cache holds at most `cache_bytes`, but always the block in use. It is not pickled.
+    """
+
+    def __init__(self, cache_bytes: int) -> None:
+        self.cache_bytes = cache_bytes
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @abstractmethod
+    def read_block(self, block: int) -> Any:
+        """Reads a block from its shard."""
+
+    def size_of(self, content: Any) -> int:
+        """Returns the size of a block in bytes."""
+        return len(content)
+
+    def cached_block(self, block: int) -> Any:
+        """Returns the content of a block, from the cache if possible."""
+        with self._lock:
+            if block not in self._kept:
+                self._kept[block] = self.read_block(block)
+                while len(self._kept) > 1 and sum(map(self.size_of, self._kept.values())) > self.cache_bytes:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(block)
+            return self._kept[block]
 
 
 def find_shards(path: Path, split: str, suffix: str) -> tuple[list[Shard], str]:

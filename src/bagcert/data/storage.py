@@ -23,12 +23,7 @@ PARQUET = ".parquet"
 
 @dataclass(frozen=True, order=True)
 class Stored:
-    """A listed file.
-
-    Attributes:
-        path: absolute path, or URL.
-        state: size, and entity tag or modification time, to detect changes.
-    """
+    """A listed file."""
 
     path: str
     state: str

@@ -22,10 +22,8 @@ def from_torch(
     from `dataset.targets` if present; otherwise every item is read once.
 
     Args:
-        dataset: dataset with `__len__` and `__getitem__`.
         class_names: by default `dataset.classes`, or "0", "1", ... up to the largest label.
         name: name of the dataset in messages and records.
-        split: split in messages and records.
 
     Raises:
         UsageError: not a map-style dataset, or items of another format.

@@ -10,8 +10,6 @@ Source: A. Aizman, G. Maltby, T. Breuel, "High performance I/O for large scale d
 
 import json
 import tarfile
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,12 @@ from bagcert.data.folder import EXTENSIONS
 from bagcert.data.image_set import ImageSet
 from bagcert.data.parquet import MAX_CLASSES, MAX_ROWS
 from bagcert.data.photo import MAX_IMAGE_BYTES, Photo, read_image
-from bagcert.data.shards import Shard, find_shards, is_glob, open_shard, reading, state_of
+from bagcert.data.shards import CachingSource, Shard, find_shards, is_glob, open_shard, reading, state_of
 from bagcert.errors import UnreadableError, sanitize
 
-CACHE_BYTES = 1 << 28
-"""Blocks are cached in memory up to this size. The block in use is always kept."""
-BLOCK_BYTES = 1 << 24
-"""Size of a block of neighboring images that are read together, in bytes."""
-MAX_LABEL_BYTES = 1 << 16
-"""Limit on the size of labels and file names, checked before they are read."""
+CACHE_BYTES = 1 << 28  # blocks are cached in memory up to this size. The block in use is always kept.
+BLOCK_BYTES = 1 << 24  # size of a block of neighboring images that are read together, in bytes
+MAX_LABEL_BYTES = 1 << 16  # limit on the size of labels and file names, checked before they are read
 _BLOCK = tarfile.BLOCKSIZE
 _LABELS = ("cls", "json")
 _LONG_NAMES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
@@ -50,7 +45,6 @@ def load_webdataset(path: Path, split: str = "test") -> ImageSet:
 
     Args:
         path: a folder with `<split>-*.tar`; or a file or a glob, whose images are all used for any split.
-        split: split of a folder.
 
     Raises:
         UnreadableError: no such file, compressed, truncated, not a tar file, or a sample without image or label.
@@ -69,11 +63,11 @@ def tar_images(name: str, split: str, files: Sequence[Shard]) -> ImageSet:
     return ImageSet(name, split, source.labels, tuple(str(label) for label in range(largest + 1)), source)
 
 
-class _Tars:
+class _Tars(CachingSource):
     """Image source over several tar shards. Blocks of neighboring images are read on demand and cached."""
 
     def __init__(self, files: Sequence[Shard]) -> None:
-        self.cache_bytes = CACHE_BYTES
+        super().__init__(CACHE_BYTES)
         self._files = list(files)
         self._states = []
         samples: list[tuple[int, int, int, int]] = []
@@ -86,14 +80,6 @@ class _Tars:
         columns = np.asarray(samples, dtype=np.int64).reshape(-1, 4).T
         self._shard, self._start, self._size, self.labels = (column.copy() for column in columns)
         self._block = _blocks(self._shard, self._start, self._size)
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
 
     def __call__(self, row: int) -> Photo:
         """Returns the image with this number."""
@@ -106,7 +92,7 @@ class _Tars:
         block = int(self._block[row])
         first = int(np.searchsorted(self._block, block))
         start = int(self._start[row] - self._start[first])
-        return read_image(self._bytes(block)[start : start + int(self._size[row])], name)
+        return read_image(self.cached_block(block)[start : start + int(self._size[row])], name)
 
     def block_of(self, rows: Int64[np.ndarray, " images"]) -> Int64[np.ndarray, " images"]:
         """Returns the block of each image."""
@@ -117,25 +103,20 @@ class _Tars:
         names = (str(path).rsplit("/", 1)[-1] for path in self._files)
         return repr(list(zip(names, self._states, strict=True))).encode()
 
-    def _bytes(self, block: int) -> bytes:
-        with self._lock:
-            if block not in self._kept:
-                first, end = np.searchsorted(self._block, [block, block + 1])
-                number, last = int(self._shard[first]), int(end) - 1
-                path = self._files[number]
-                size = int(self._start[last] + self._size[last] - self._start[first])
-                with reading(path, "a tar file"), open_shard(path) as file:
-                    if state_of(file) != self._states[number]:
-                        raise UnreadableError(f"{path} was changed while it was in use")
-                    file.seek(int(self._start[first]))
-                    content = file.read(size)
-                if len(content) != size:
-                    raise UnreadableError(f"{path} is cut short")
-                self._kept[block] = content
-                while len(self._kept) > 1 and sum(map(len, self._kept.values())) > self.cache_bytes:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(block)
-            return self._kept[block]
+    def read_block(self, block: int) -> bytes:
+        """Reads the bytes of a block of neighboring images."""
+        first, end = np.searchsorted(self._block, [block, block + 1])
+        number, last = int(self._shard[first]), int(end) - 1
+        path = self._files[number]
+        size = int(self._start[last] + self._size[last] - self._start[first])
+        with reading(path, "a tar file"), open_shard(path) as file:
+            if state_of(file) != self._states[number]:
+                raise UnreadableError(f"{path} was changed while it was in use")
+            file.seek(int(self._start[first]))
+            content = file.read(size)
+        if len(content) != size:
+            raise UnreadableError(f"{path} is cut short")
+        return content
 
 
 def _blocks(shard: np.ndarray, start: np.ndarray, size: np.ndarray) -> np.ndarray:

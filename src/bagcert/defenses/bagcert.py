@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from bagcert.defenses.region_defense import RegionDefense
 from bagcert.devices import resolve_device, tune_malloc
-from bagcert.errors import UnreadableError, UsageError, nearest
+from bagcert.errors import UnreadableError, UsageError, nearest, reason_of
 from bagcert.locality import LocalityReport, cached_report, require_local
 from bagcert.locality.cache import cache_folder
 from bagcert.nets.region_scorer import RegionScorer, not_finite
@@ -45,13 +45,10 @@ class BagCert(RegionDefense):
     ("double-masking"); docs/method.md.
 
     Args:
-        scorer: the network.
         rule: the deployed rule, a name from `bagcert.rules.RULES`.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
         masks_per_axis: the deployed limit, see the property `masks_per_axis`; None keeps the limit of the scorer.
-        config: config of a loaded model.
-        weights_sha256: SHA-256 of the weights file of a loaded model.
-        folder: folder of a loaded model.
+        config, weights_sha256, folder: of a loaded model.
 
     Attributes:
         locality: report of `check_locality`, or None if it was not called. `load` calls it.
@@ -119,9 +116,6 @@ class BagCert(RegionDefense):
         Args:
             portable: as for `load`.
 
-        Returns:
-            The model itself.
-
         Raises:
             UnsoundError: scores change too much for sound certificates.
         """
@@ -133,13 +127,9 @@ class BagCert(RegionDefense):
         return self
 
     def to(self, device: str | torch.device) -> "BagCert":
-        """Move the network to a device, in place. If locality was measured before, it is measured on the new device.
+        """Move the network to a device (auto, cpu, cuda, cuda:N or mps), in place.
 
-        Args:
-            device: auto, cpu, cuda, cuda:N or mps.
-
-        Returns:
-            The model itself.
+        If locality was measured before, it is measured on the new device.
 
         Raises:
             UsageError: unknown device, or a backend that runs on the CPU only.
@@ -174,9 +164,6 @@ class BagCert(RegionDefense):
         Args:
             folder: created if it does not exist; an existing model in it is replaced.
             name: name of the model for tables; defaults to its current name.
-
-        Returns:
-            The folder.
 
         Raises:
             UsageError: the network contains an operation that cannot be saved or does not take RGB images, or the patch
@@ -274,9 +261,6 @@ def load(
             one. Locality is measured on that backend. Heads and rules do not depend on it.
         masks_per_axis: limit for the masks per axis instead of that of the model, see `BagCert.masks_per_axis`.
 
-    Returns:
-        The deployed model.
-
     Raises:
         UsageError: unknown model, device, dtype or backend, or a missing library.
         UnreadableError: the model files are damaged or invalid.
@@ -372,7 +356,6 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG]))
     except Exception as error:  # errors of the hub, the file system or an HTTP library
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnreadableError(
-            f"{name!r} is not a local folder, and it cannot be downloaded from the hub: {reason}"
+            f"{name!r} is not a local folder, and it cannot be downloaded from the hub: {reason_of(error)}"
         ) from None

@@ -9,10 +9,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from bagcert.certificate import Certificate
+from bagcert.data.photo import Images
 from bagcert.errors import UsageError
 from bagcert.rules import Rule, get_rule
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchLike, PatchThreatModel
+
+Placements = np.ndarray | str | Path | None
+"""Where patches may lie: boolean [height, width], the path of a mask image, or None for everywhere."""
 
 
 class Defense(ABC):
@@ -44,23 +48,13 @@ class Defense(ABC):
 
     @abstractmethod
     def predict(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, rule: str | None = None, placements: Placements = None
     ) -> Int[Tensor, " batch"]:
         """Predict the class index of each image; arguments as for `certify`."""
 
     @abstractmethod
     def certify(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, rule: str | None = None, placements: Placements = None
     ) -> Certificate:
         """Compute prediction, certificate, margin and worst placement of each image.
 
@@ -84,11 +78,7 @@ class Detector(Defense):
 
     @abstractmethod
     def alert(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, placements: Placements = None
     ) -> Bool[Tensor, " batch"]:
         """Which images raise the alert; arguments as for `certify`."""
 
@@ -109,7 +99,7 @@ class ScoreMapDefense(Defense):
     """Base class of defenses that apply a rule from `bagcert.rules.RULES` to a score map, computed by the subclass."""
 
     @abstractmethod
-    def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
+    def score_map(self, images: Images) -> ScoreMap:
         """Compute the score map of images uint8 [batch, height, width, 3] or float [batch, 3, height, width]."""
 
     @property
@@ -118,45 +108,23 @@ class ScoreMapDefense(Defense):
         return self.named_rule(self.rule).guarantee
 
     def named_rule(self, name: str) -> Rule:
-        """Look up a rule by name, with the parameters of this defense.
-
-        Raises:
-            UsageError: unknown name.
-        """
+        """Look up a rule by name, with the parameters of this defense."""
         return get_rule(name)
 
     def predict(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, rule: str | None = None, placements: Placements = None
     ) -> Int[Tensor, " batch"]:
         """Predict the class index of each image; arguments as for `certify`."""
         score_map = self.score_map(images)
         return self.named_rule(rule or self.rule).predict(score_map, self.threat(score_map, patch, placements))
 
     def certify(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, rule: str | None = None, placements: Placements = None
     ) -> Certificate:
         """Compute prediction, certificate, margin and worst placement of each image.
 
-        The certificate is marked `locality: unchecked` if locality was not measured; see `Certificate`.
-
-        Args:
-            images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
-            patch: the patch, in the notation of `PatchThreatModel.parse`; default: the deployed patch.
-            rule: a name from `bagcert.rules.RULES`; default: the deployed rule.
-            placements: where patches may lie: boolean [height, width] or path of a mask image; default: everywhere.
-
-        Raises:
-            UsageError: invalid images, patch or rule.
+        `rule` is a name from `bagcert.rules.RULES`. The certificate is marked `locality: unchecked` if locality was not
+        measured; see `Certificate`.
         """
         certificate = self.certify_scores(self.score_map(images), patch, rule=rule, placements=placements)
         if certificate.locality == "exact" and not self.locality_checked:
@@ -174,19 +142,15 @@ class ScoreMapDefense(Defense):
         patch: PatchLike | None = None,
         *,
         rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        placements: Placements = None,
     ) -> Certificate:
         """Certify from an existing score map, so that other patches and rules need no further forward pass."""
         return self.named_rule(rule or self.rule).certify(score_map, self.threat(score_map, patch, placements))
 
     def threat(
-        self, score_map: ScoreMap, patch: PatchLike | None = None, placements: np.ndarray | str | Path | None = None
+        self, score_map: ScoreMap, patch: PatchLike | None = None, placements: Placements = None
     ) -> PatchThreatModel:
-        """Create the threat model for the image size of a score map.
-
-        Raises:
-            UsageError: invalid patch, or `placements` combined with a threat model.
-        """
+        """Create the threat model for the image size of a score map; arguments as for `certify`."""
         chosen = deployed_or(patch, self.patch, placements)
         return PatchThreatModel.parse(chosen, score_map.grid.image_size, placements)
 

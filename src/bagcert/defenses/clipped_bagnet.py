@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bagcert.data.photo import Images
 from bagcert.defenses.region_defense import RegionDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import get_rule
@@ -31,9 +32,7 @@ class ClippedBagNet(RegionDefense):
 
     Args:
         scorer: the network; its head is not used. The tolerance measured by `bagcert.load` is kept.
-        rule: the deployed rule, a name from `bagcert.rules.RULES`.
-        patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
-        name: name of the defense in tables.
+        rule, patch, name: as for `RegionDefense`.
 
     Raises:
         UsageError: unknown rule, or a network that pools regions by attention.
@@ -46,12 +45,8 @@ class ClippedBagNet(RegionDefense):
         get_rule(rule)
         super().__init__(scorer, rule, patch, name)
 
-    def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """Compute the score map of a batch, with scores from 0 to 1000.
-
-        Raises:
-            UsageError: invalid images, or images too small for the network.
-        """
+    def score_map(self, images: Images) -> ScoreMap:
+        """Compute the score map of a batch, with scores from 0 to 1000."""
         batch = self.scorer.as_batch(images)
         grid = self.scorer.grid((batch.shape[2], batch.shape[3]))  # gives a clear error if the image is too small
         z, tolerance = self.scorer.forward_batch(batch), self.scorer.tolerance

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bagcert.data.photo import as_batch
+from bagcert.data.photo import Images, as_batch
 from bagcert.defenses.base import ScoreMapDefense
+from bagcert.defenses.undefended import Undefended
 from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
 from bagcert.rules import get_rule
@@ -32,10 +33,7 @@ VOTE_KINDS = ("threshold", "argmax")
 
 
 def ablate(
-    images: Float[Tensor, "batch 3 height width"],
-    positions: Int[Tensor, "batch 2"],
-    ablation: str,
-    size_px: int,
+    images: Float[Tensor, "batch 3 height width"], positions: Int[Tensor, "batch 2"], ablation: str, size_px: int
 ) -> Float[Tensor, "batch 6 height width"]:
     """Ablate each image at one position: `[x, 1 - x]` for kept pixels, zero for hidden pixels.
 
@@ -78,8 +76,7 @@ class DerandomizedSmoothing(ScoreMapDefense):
     Args:
         model: maps ablated images [batch, 6, height, width] (see `ablate`) to logits [batch, classes]. It is put into
             eval mode. Its output for one image must not depend on the other images of the batch.
-        class_names: class names by logit index.
-        image_size: (height_px, width_px).
+        class_names, image_size, patch, name: as for `PixelDefense`.
         ablation: what a position keeps: a band of columns ("column"), a band of rows ("row") or a square ("block").
         size_px: width of the band, or side of the block.
         stride: distance between positions in pixels; the first position is 0.
@@ -87,8 +84,6 @@ class DerandomizedSmoothing(ScoreMapDefense):
             for the class with the largest logit; ties go to the lowest index.
         threshold: threshold in (0, 1].
         rule: the deployed rule, a name from `bagcert.rules.RULES`.
-        patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
-        name: name of the defense in tables.
         at_once: number of ablated images per forward pass; bounds memory.
         fixed_batch: whether every forward pass has exactly `at_once` images; the last batch is padded.
         tolerance: bound on the change of a softmax value when it is recomputed.
@@ -120,8 +115,7 @@ class DerandomizedSmoothing(ScoreMapDefense):
         fixed_batch: bool = True,
         tolerance: float = 0.0,
     ) -> None:
-        if len(class_names) < 2:
-            raise UsageError(f"a classifier needs at least two class names, got {len(class_names)}")
+        self.classifier = Undefended(model, class_names, image_size)
         if votes not in VOTE_KINDS:
             raise UsageError(f"votes are {' or '.join(VOTE_KINDS)}, got {votes!r}")
         if not 0 < threshold <= 1:
@@ -131,9 +125,8 @@ class DerandomizedSmoothing(ScoreMapDefense):
         if not 0 <= tolerance < 1:
             raise UsageError(f"the tolerance of softmax values must be at least 0 and below 1, got {tolerance}")
         get_rule(rule)
-        self.model = model.eval()
-        self.class_names = tuple(class_names)
-        self.image_size = (image_size[0], image_size[1])
+        self.model, self.class_names = self.classifier.model, self.classifier.class_names
+        self.image_size = self.classifier.image_size
         self.grid = ablation_grid(ablation, size_px, stride, self.image_size)
         self.ablation, self.size_px, self.stride = ablation, size_px, stride
         self.votes, self.threshold = votes, threshold
@@ -143,8 +136,7 @@ class DerandomizedSmoothing(ScoreMapDefense):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        weight = next(self.model.parameters(), None)
-        return torch.device("cpu") if weight is None else weight.device
+        return self.classifier.device
 
     @property
     def positions(self) -> Int[Tensor, "positions 2"]:
@@ -152,12 +144,8 @@ class DerandomizedSmoothing(ScoreMapDefense):
         rows, cols = (torch.arange(count) * self.stride for count in self.grid.map_size)
         return torch.cartesian_prod(rows, cols)
 
-    def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """Compute the votes of a batch: 0 or 1 for each class and position.
-
-        Raises:
-            UsageError: invalid images, images of another size, or a model that does not return one logit per class.
-        """
+    def score_map(self, images: Images) -> ScoreMap:
+        """Compute the votes of a batch: 0 or 1 for each class and position. Images must have size `image_size`."""
         batch = as_batch(images)
         if tuple(batch.shape[2:]) != self.image_size:
             expected, found = (f"{size[0]}x{size[1]}" for size in (self.image_size, batch.shape[2:]))
@@ -187,12 +175,7 @@ class DerandomizedSmoothing(ScoreMapDefense):
                 empty = ablated.new_zeros(self.at_once - len(part), *ablated.shape[1:])
                 ablated = torch.cat([ablated, empty])
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                logits = self.model(ablated)
-            if logits.shape != (len(ablated), len(self.class_names)):
-                raise UsageError(
-                    f"the model must give [batch, {len(self.class_names)}] logits for its class names, "
-                    f"got {list(logits.shape)}"
-                )
+                logits = self.classifier.logits(ablated)
             yield logits[: len(part)].float()
 
     def _votes(self, logits: Float[Tensor, "rows classes"]) -> Int[Tensor, "rows classes"]:

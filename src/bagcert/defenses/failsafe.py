@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor
 
 from bagcert.certificate import Certificate
-from bagcert.data.photo import with_batch_axis
+from bagcert.data.photo import Images, with_batch_axis
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UsageError
 from bagcert.rules import get_rule
 from bagcert.threat import PatchLike, PatchThreatModel
 
-Fallback = Callable[[np.ndarray | Tensor], Sequence[int | None] | np.ndarray | Tensor]
+Fallback = Callable[[Images], Sequence[int | None] | np.ndarray | Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class FailSafe:
             )
         PatchThreatModel.parse(self.threat, model.image_size)
 
-    def __call__(self, images: np.ndarray | Tensor) -> list[Verdict]:
+    def __call__(self, images: Images) -> list[Verdict]:
         """Compute a verdict for each image.
 
         Args:
@@ -105,7 +105,7 @@ class FailSafe:
             )
         ]
 
-    def _fall_back(self, images: np.ndarray | Tensor, doubtful: np.ndarray) -> list[int | None]:
+    def _fall_back(self, images: Images, doubtful: np.ndarray) -> list[int | None]:
         if self.fallback is None or not len(doubtful):
             return [None] * len(doubtful)
         answers = self.fallback(images[doubtful])

@@ -13,14 +13,14 @@ shapes are supported; rounding errors are included (`bagcert.defenses.interval_l
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
+from bagcert.data.photo import Images
+from bagcert.defenses.base import Placements
 from bagcert.defenses.interval_layers import Box, flat_layers, last_layer, margin_bounds, through
 from bagcert.defenses.pixel_defense import PixelDefense
 from bagcert.defenses.pixel_masks import covered, unions
@@ -43,18 +43,15 @@ class IntervalBounds(PixelDefense):
     Args:
         model: `nn.Sequential` of Conv2d, Linear, ReLU, Flatten, AvgPool2d, BatchNorm2d and the package's `Normalize`
             (Identity and Dropout have no effect), mapping images [batch, 3, height, width] in [0, 1] to logits.
-        class_names: class names by logit index.
-        image_size: (height_px, width_px) of the images for which the network is built.
-        patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
-        name: name of the defense in tables.
+        class_names, image_size, patch, name: as for `PixelDefense`.
         batch_size: number of boxes propagated at once.
 
     Raises:
-        UsageError: a layer cannot be bounded or has hooks, there are fewer than two classes, or the patch does not fit.
+        UsageError: as for `PixelDefense`, or a layer cannot be bounded or has hooks.
 
     >>> model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
     >>> defense = IntervalBounds(model, ("red", "green", "blue"), (8, 8), patch=2)
-    >>> image = np.full((1, 8, 8, 3), (0, 51, 0), dtype=np.uint8)
+    >>> image = torch.tensor([0, 51, 0], dtype=torch.uint8).expand(1, 8, 8, 3)
     >>> defense.certify(image).margin.tolist()  # 0.2 * 60 / 64 - 4 / 64 logits, less a little for rounding
     [124]
     """
@@ -88,48 +85,29 @@ class IntervalBounds(PixelDefense):
         return 1 + (len(boxes_of(threat)) if certify else 0)
 
     def predict(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, rule: str | None = None, placements: Placements = None
     ) -> Int[Tensor, " batch"]:
-        """Predict the class with the largest logit in float64; ties go to the lowest index. `patch` has no influence.
-
-        Raises:
-            UsageError: as for `certify`.
-        """
-        batch, _ = self._asked(images, patch, rule, placements)
+        """Predict the class with the largest float64 logit; ties go to the lowest index. `patch` has no influence."""
+        batch, _ = self.check_inputs(images, patch, rule, placements)
         return self._labels(batch)
 
     def certify(
         self,
-        images: np.ndarray | Tensor,
+        images: Images,
         patch: PatchLike | None = None,
         *,
         rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        placements: Placements = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Certificate:
         """Compute prediction and certificate of each image.
 
         The margin is floor(1000 * b) with b the smallest lower bound of z_y - z_c. It is at least 0 if b is positive
         (certified) and at most -1 otherwise. `worst_placement` is the first placement with the smallest bound,
-        [batch, K, 4] for K patches.
-
-        Args:
-            images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
-            patch: the patch, in the notation of `PatchThreatModel.parse`; default: the deployed patch.
-            rule: "interval-bounds" or None.
-            placements: where patches may lie, as for `BagCert.certify`.
-            on_progress: called with (number of propagated boxes, total number of boxes) over all images.
-
-        Raises:
-            UsageError: invalid images or patch, an unsupported image size, another rule, or more than 20,000
-                placements or unions of placements.
+        [batch, K, 4] for K patches. At most 20,000 placements or unions of placements are supported. `on_progress` is
+        called with (number of propagated boxes, total number of boxes) over all images.
         """
-        batch, threat = self._asked(images, patch, rule, placements)
+        batch, threat = self.check_inputs(images, patch, rule, placements)
         label = self._labels(batch)
         boxes = boxes_of(threat).to(batch.device)
         total = len(batch) * len(boxes)
@@ -145,15 +123,12 @@ class IntervalBounds(PixelDefense):
         margin = torch.where(certified, units.clamp(min=0), units.clamp(max=-1))
         return Certificate(label, certified, margin, boxes[at], RULE, threat)
 
-    def _asked(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None,
-        rule: str | None,
-        placements: np.ndarray | str | Path | None,
+    def check_inputs(
+        self, images: Images, patch: PatchLike | None, rule: str | None, placements: Placements
     ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel]:
+        """Convert the arguments of `certify` as for all pixel defenses, with images in float64."""
         flat_layers(self.classifier.model)  # hooks may have been added since construction
-        batch, threat = self.check_inputs(images, patch, rule, placements)
+        batch, threat = super().check_inputs(images, patch, rule, placements)
         return batch.double(), threat
 
     def _labels(self, batch: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, " batch"]:

@@ -171,7 +171,6 @@ def margin_bounds(
     difference of two bounds, because contributions to both logits cancel.
 
     Args:
-        box: box of the activations before the last layer.
         weight, bias: weights of the last layer, in the dtype of the box. If `weight` is None, the box contains logits.
         label: class index y of each row.
     """

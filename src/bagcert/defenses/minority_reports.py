@@ -12,15 +12,14 @@ prediction that differs, or whose lead is within the rounding tolerance.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
-from bagcert.defenses.base import Detector
+from bagcert.data.photo import Images
+from bagcert.defenses.base import Detector, Placements
 from bagcert.defenses.pixel_defense import PixelDefense
 from bagcert.defenses.pixel_masks import MaskedClassifier, PixelMasks
 from bagcert.scores import exact_arithmetic
@@ -33,24 +32,16 @@ class MinorityReports(PixelDefense, Detector):
     """Classifier that raises an alert if masking some part of the image changes its prediction.
 
     Args:
-        model: maps images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; it includes its own
-            normalization. It is put into eval mode.
-        class_names: class names by logit index.
-        image_size: (height_px, width_px) of the images for which the network is built.
-        patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
+        model, class_names, image_size, patch, name: as for `PixelDefense`.
         stride: distance between masks in pixels; masks are `stride - 1` px larger than the patch.
-        name: name of the defense in tables.
         fill: value of masked pixels, one value or one per channel, typically the mean color of the data.
         batch_size: number of masked images per forward pass.
         tolerance: in logits. A masked prediction with a smaller lead also raises the alert, since the same masked
             image may be rounded differently in another batch.
 
-    Raises:
-        UsageError: fewer than two classes, a patch that does not fit, or an argument out of range.
-
     >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> defense = MinorityReports(model, ("red", "green", "blue"), (8, 8), patch=2, stride=2)
-    >>> defense.alert(np.full((1, 8, 8, 3), (0, 90, 0), dtype=np.uint8)).tolist()
+    >>> defense.alert(torch.tensor([0, 90, 0], dtype=torch.uint8).expand(1, 8, 8, 3)).tolist()
     [False]
     """
 
@@ -76,11 +67,7 @@ class MinorityReports(PixelDefense, Detector):
         self.masks(self.deployed_threat())
 
     def masks(self, threat: PatchThreatModel) -> PixelMasks:
-        """Build the masks for a threat; every patch of the threat is covered by a mask.
-
-        Raises:
-            UsageError: more than 3,000 masks.
-        """
+        """Build the masks for a threat; every patch of the threat is covered by a mask. The limit is 3,000 masks."""
         return PixelMasks.strided(threat, self.stride)
 
     def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
@@ -88,54 +75,28 @@ class MinorityReports(PixelDefense, Detector):
         return 1 + (len(self.masks(threat)) if certify else 0)
 
     def predict(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, rule: str | None = None, placements: Placements = None
     ) -> Int[Tensor, " batch"]:
-        """Predict without masks; `patch` has no influence. Use `alert` to find out whether the image may be attacked.
-
-        Raises:
-            UsageError: as for `certify`.
-        """
+        """Predict without masks; `patch` has no influence. Use `alert` to find out whether an image may be attacked."""
         batch, _ = self.check_inputs(images, patch, rule, placements)
         with exact_arithmetic(batch.device):
             return self.classifier.predict(batch)
 
     def alert(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, placements: Placements = None
     ) -> Bool[Tensor, " batch"]:
         """Which images raise the alert: some masked prediction differs. The negation of `certify(...).certified`."""
         return ~self.certify(images, patch, placements=placements).certified
 
     def certify(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, rule: str | None = None, placements: Placements = None
     ) -> Certificate:
         """Compute the plain prediction and certify it if every masked prediction equals it.
 
         The margin is 0 if all masks agree (certified) and -1 otherwise. `worst_placement` contains the rectangles of a
         mask (not of a patch), [batch, K, 4] for K patches: the first mask that disagrees or, for certified images, the
-        mask with the smallest lead. A mask that covers all pixels never agrees.
-
-        Args:
-            images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
-            patch: patch for which the masks are built; default: the deployed patch.
-            rule: "minority-reports" or None.
-            placements: where patches may lie, as for `BagCert.certify`; the masks cover all placements.
-
-        Raises:
-            UsageError: invalid images or patch, another rule, too many masks, or logits that do not match the classes.
+        mask with the smallest lead. A mask that covers all pixels never agrees. The masks cover all placements, also if
+        `placements` restricts them.
         """
         batch, threat = self.check_inputs(images, patch, rule, placements)
         device = batch.device

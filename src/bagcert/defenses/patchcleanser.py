@@ -11,14 +11,14 @@ within the rounding tolerance does not agree either; several shapes and several 
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
+from bagcert.data.photo import Images
+from bagcert.defenses.base import Placements
 from bagcert.defenses.pixel_defense import PixelDefense
 from bagcert.defenses.pixel_masks import MaskedClassifier, PixelMasks
 from bagcert.rules.masks import majority
@@ -33,24 +33,16 @@ class PatchCleanser(PixelDefense):
     """Certified defense that applies double masking to the pixels of an image.
 
     Args:
-        model: maps images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; it includes its own
-            normalization. It is put into eval mode. Train it with cutout.
-        class_names: class names by logit index.
-        image_size: (height_px, width_px) of the images for which the network is built.
-        patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
+        model, class_names, image_size, patch, name: as for `PixelDefense`. Train the network with cutout.
         masks_per_axis: k; there are k^2 masks for one shape. Fewer, larger masks need fewer passes and certify less.
-        name: name of the defense in tables.
         fill: value of masked pixels, one value or one per channel, typically the mean color of the data.
         batch_size: number of masked images per forward pass.
         tolerance: in logits. In the certificate a label with a smaller lead over the runner-up does not agree, since
             the same masked image may be rounded differently in another batch.
 
-    Raises:
-        UsageError: fewer than two classes, a patch that does not fit, or an argument out of range.
-
     >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> defense = PatchCleanser(model, ("red", "green", "blue"), (8, 8), patch=2, masks_per_axis=3)
-    >>> defense.certify(np.full((1, 8, 8, 3), (0, 90, 0), dtype=np.uint8)).certified.tolist()
+    >>> defense.certify(torch.tensor([0, 90, 0], dtype=torch.uint8).expand(1, 8, 8, 3)).certified.tolist()
     [True]
     """
 
@@ -76,11 +68,7 @@ class PatchCleanser(PixelDefense):
         self.masks(self.deployed_threat())
 
     def masks(self, threat: PatchThreatModel) -> PixelMasks:
-        """Build the masks for a threat.
-
-        Raises:
-            UsageError: more than 3,000 masks, or unions of masks for several patches.
-        """
+        """Build the masks for a threat. The limit is 3,000 masks, or unions of masks for several patches."""
         return PixelMasks.per_axis(threat, self.masks_per_axis)
 
     def forward_passes(self, threat: PatchThreatModel, certify: bool) -> int:
@@ -96,48 +84,37 @@ class PatchCleanser(PixelDefense):
         return pairs if certify else pairs - common * (common - 1) // 2
 
     def predict(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, rule: str | None = None, placements: Placements = None
     ) -> Int[Tensor, " batch"]:
         """Predict by double masking.
 
         The prediction is the label on which all masks agree, otherwise the label of the first disagreeing mask that
-        passes the second round, otherwise the majority label. Arguments and errors are as for `certify`.
+        passes the second round, otherwise the majority label.
         """
-        batch, _, masks = self._asked(images, patch, rule, placements)
+        batch, threat = self.check_inputs(images, patch, rule, placements)
+        masks = self.masks(threat).to(batch.device)
         with exact_arithmetic(batch.device):
             return torch.cat([self._predict(some, masks)[0] for some in batch.split(self.masked.batch_size)])
 
     def certify(
         self,
-        images: np.ndarray | Tensor,
+        images: Images,
         patch: PatchLike | None = None,
         *,
         rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        placements: Placements = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Certificate:
         """Compute prediction and certificate of each image; an image is finished at its first disagreeing pair.
 
         The margin is 0 if all pairs of masks agree (certified) and -1 otherwise. `worst_placement` contains two masks
         (not patches), [batch, 2, 4], or [batch, 2K, 4] for K patches: the first pair that disagrees (the same mask
-        twice if a single mask disagrees) or, for certified images, the pair with the smallest lead.
-
-        Args:
-            images: uint8 [batch, height, width, 3], or float [batch, 3, height, width] in [0, 1].
-            patch: patch for which the masks are built; default: the deployed patch.
-            rule: "patchcleanser" or None.
-            placements: where patches may lie, as for `BagCert.certify`; the masks cover all placements.
-            on_progress: called with (number of finished pairs of masks, total number of pairs) over all images.
-
-        Raises:
-            UsageError: invalid images or patch, another rule, too many masks, or logits that do not match the classes.
+        twice if a single mask disagrees) or, for certified images, the pair with the smallest lead. The masks cover all
+        placements, also if `placements` restricts them. `on_progress` is called with (number of finished pairs of
+        masks, total number of pairs) over all images.
         """
-        batch, threat, masks = self._asked(images, patch, rule, placements)
+        batch, threat = self.check_inputs(images, patch, rule, placements)
+        masks = self.masks(threat).to(batch.device)
         count, done = len(masks), 0
         total = len(batch) * count * (count + 1) // 2
         predictions, certified, worst = [], [], []
@@ -156,16 +133,6 @@ class PatchCleanser(PixelDefense):
                 on_progress(done, total)
         holds = torch.cat(certified)
         return Certificate(torch.cat(predictions), holds, holds.long() - 1, torch.cat(worst), RULE, threat)
-
-    def _asked(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None,
-        rule: str | None,
-        placements: np.ndarray | str | Path | None,
-    ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel, PixelMasks]:
-        batch, threat = self.check_inputs(images, patch, rule, placements)
-        return batch, threat, self.masks(threat).to(batch.device)
 
     def _predict(
         self, images: Float[Tensor, "batch 3 height width"], masks: PixelMasks

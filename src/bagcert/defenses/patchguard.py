@@ -26,8 +26,7 @@ class PatchGuard(RegionDefense):
         scorer: the network. Its positive scores are the evidence, so it should have a fixed-point head.
         threshold: T in [0, 1) as an exact fraction: a `Fraction`, an int, or a string such as "1/5". The strongest
             window of a class is masked if it holds more than this share of the evidence of the class; 0 masks always.
-        patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
-        name: name of the defense in tables.
+        patch, name: as for `RegionDefense`.
 
     Raises:
         UsageError: invalid threshold, or a network that pools regions by attention.

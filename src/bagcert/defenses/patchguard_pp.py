@@ -10,13 +10,12 @@ counts against clean accuracy.
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from bagcert.defenses.base import Detector
+from bagcert.data.photo import Images
+from bagcert.defenses.base import Detector, Placements
 from bagcert.defenses.region_defense import RegionDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import Rule, get_rule
@@ -32,8 +31,7 @@ class PatchGuardPlusPlus(RegionDefense, Detector):
         scorer: the network. Real-valued scores are its integers divided by the scale of its fixed-point head.
         confidence: tau in [0, 1), the confidence that a masked prediction needs to raise the alert. With 0 this is the
             rule "detection". With a higher value fewer images raise the alert and fewer are certified.
-        patch: the deployed patch, in the notation of `PatchThreatModel.parse`; the masks are built for it.
-        name: name of the defense in tables.
+        patch, name: as for `RegionDefense`.
 
     Raises:
         UsageError: `confidence` is out of range, or the network pools regions by attention.
@@ -49,21 +47,12 @@ class PatchGuardPlusPlus(RegionDefense, Detector):
         super().__init__(scorer, "detection", patch, name)
 
     def alert(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, placements: Placements = None
     ) -> Bool[Tensor, " batch"]:
-        """Which images raise the alert: some confident masked prediction differs from `predict`.
-
-        Raises:
-            UsageError: invalid images or patch.
-        """
+        """Which images raise the alert: some confident masked prediction differs from `predict`."""
         score_map = self.score_map(images)
-        return alerts(
-            score_map, self.threat(score_map, patch, placements), confidence=self.confidence, scale=self.scale
-        )
+        threat = self.threat(score_map, patch, placements)
+        return alerts(score_map, threat, confidence=self.confidence, scale=self.scale)
 
     def named_rule(self, name: str) -> Rule:
         """Look up a rule by name; detection gets the confidence threshold of this defense."""

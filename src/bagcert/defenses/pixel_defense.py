@@ -1,15 +1,13 @@
 """Base class of defenses that wrap an ordinary image classifier."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bagcert.data.photo import as_batch
-from bagcert.defenses.base import Defense, deployed_or
+from bagcert.data.photo import Images, as_batch
+from bagcert.defenses.base import Defense, Placements, deployed_or
 from bagcert.defenses.undefended import Undefended
 from bagcert.errors import UsageError
 from bagcert.threat import PatchLike, PatchThreatModel
@@ -19,14 +17,15 @@ class PixelDefense(Defense):
     """Base class of defenses that wrap an image classifier. Each has exactly one rule.
 
     Args:
-        model: maps images [batch, 3, height, width] in [0, 1] to logits [batch, classes].
+        model: maps images [batch, 3, height, width] in [0, 1] to logits [batch, classes]; it includes its own
+            normalization. It is put into eval mode.
         class_names: class names by logit index.
         image_size: (height_px, width_px) of the images for which the network is built.
         patch: the deployed patch, in the notation of `PatchThreatModel.parse`.
         name: name of the defense in tables.
 
     Raises:
-        UsageError: fewer than two classes.
+        UsageError: fewer than two classes, a patch that does not fit, or another argument out of range.
     """
 
     def __init__(
@@ -42,19 +41,11 @@ class PixelDefense(Defense):
         return self.classifier.device
 
     def deployed_threat(self) -> PatchThreatModel:
-        """Threat model of the deployed patch for images of size `image_size`.
-
-        Raises:
-            UsageError: the patch does not fit.
-        """
+        """Threat model of the deployed patch for images of size `image_size`."""
         return PatchThreatModel.parse(self.patch, self.image_size)
 
     def check_inputs(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None,
-        rule: str | None,
-        placements: np.ndarray | str | Path | None,
+        self, images: Images, patch: PatchLike | None, rule: str | None, placements: Placements
     ) -> tuple[Float[Tensor, "batch 3 height width"], PatchThreatModel]:
         """Convert the arguments of `certify` to images on the device of the network and a threat model for their size.
 

@@ -49,12 +49,6 @@ def unions(rectangles: list[tuple[int, ...]], patches: int, most: int, remedy: s
 
     Args:
         rectangles: `[top, left, height, width]` in pixels.
-        patches: number of rectangles per union.
-        most: maximum number of unions.
-        remedy: advice at the end of the error message.
-
-    Raises:
-        UsageError: there are more than `most` unions.
     """
     count = comb(len(rectangles) + patches - 1, patches)
     if count > most:
@@ -153,14 +147,9 @@ class MaskedClassifier:
     """Evaluates a classifier on masked images in batches of bounded size.
 
     Args:
-        classifier: the classifier.
         fill: value of masked pixels in [0, 1], one value or one per channel.
-        batch_size: number of masked images per forward pass.
         tolerance: in logits. A masked image agrees with a label only if the lead of that label is at least the
             tolerance, since the same image may be rounded differently in another batch.
-
-    Raises:
-        UsageError: an argument is out of range.
     """
 
     def __init__(
@@ -188,9 +177,6 @@ class MaskedClassifier:
         Ties go to the lowest index. Must be called inside `bagcert.scores.exact_arithmetic`.
 
         Args:
-            images: images on the device of the classifier.
-            masks: the masks.
-            image: index of the image of each row.
             chosen: one or more index tensors of masks; all masks of a row are applied together.
         """
         self.classifier.model.eval()
@@ -215,9 +201,6 @@ class MaskedClassifier:
         """Check whether all pairs of masks give the label; an image is finished at its first pair that does not.
 
         Args:
-            images: images on the device of the classifier.
-            masks: the masks.
-            label: expected label of each image.
             pairs: indices of masks, in the order in which they are tried.
             on_progress: called with the number of finished pairs, summed over images.
 

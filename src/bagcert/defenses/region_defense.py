@@ -1,8 +1,6 @@
 """Base class of defenses whose score map comes from a region scorer."""
 
-import numpy as np
-from torch import Tensor
-
+from bagcert.data.photo import Images
 from bagcert.defenses.base import ScoreMapDefense
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.scores import ScoreMap
@@ -29,10 +27,6 @@ class RegionDefense(ScoreMapDefense):
         """Whether the network's locality was measured on its device; see `BagCert.check_locality`."""
         return self.scorer.locality_checked
 
-    def score_map(self, images: np.ndarray | Tensor) -> ScoreMap:
-        """Compute the score map of images uint8 [batch, height, width, 3] or float [batch, 3, height, width].
-
-        Raises:
-            UsageError: invalid images, or images too small for the network.
-        """
+    def score_map(self, images: Images) -> ScoreMap:
+        """Compute the score map of a batch; the images must not be too small for the network."""
         return self.scorer.score_map(images)

@@ -47,12 +47,7 @@ TRAININGS: dict[str, Training] = {
     "cutout": Training("whole", ("loss.name=cross-entropy", "augment.cutout={patch}", "defense.rule=vote")),
     "columns": Training(
         "whole",
-        (
-            "loss.name=cross-entropy",
-            "augment.ablation=column",
-            "augment.ablation_size={column}",
-            "defense.rule=vote",
-        ),
+        ("loss.name=cross-entropy", "augment.ablation=column", "augment.ablation_size={column}", "defense.rule=vote"),
     ),
     "blocks": Training(
         "whole",
@@ -71,8 +66,6 @@ class Setting:
     """Inputs from which a defense is built.
 
     Attributes:
-        scorer: the trained network.
-        patch: the deployed patch.
         column_px, block_px: widths in pixels of the column bands and blocks of derandomized smoothing.
     """
 

@@ -1,16 +1,14 @@
 """Undefended baseline: an ordinary classifier with the interface of a defense and no certificates."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bagcert.certificate import Certificate
-from bagcert.data.photo import as_batch
-from bagcert.defenses.base import Defense
+from bagcert.data.photo import Images, as_batch
+from bagcert.defenses.base import Defense, Placements
 from bagcert.errors import UsageError
 from bagcert.scores import lowest_argmax
 from bagcert.threat import PatchLike, PatchThreatModel
@@ -34,7 +32,7 @@ class Undefended(Defense):
 
     >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> defense = Undefended(model, ("red", "green", "blue"), (8, 8))
-    >>> defense.predict(np.full((1, 8, 8, 3), (0, 9, 0), dtype=np.uint8)).tolist()
+    >>> defense.predict(torch.tensor([0, 9, 0], dtype=torch.uint8).expand(1, 8, 8, 3)).tolist()
     [1]
     """
 
@@ -43,12 +41,7 @@ class Undefended(Defense):
     patch: PatchLike = 1
 
     def __init__(
-        self,
-        model: nn.Module,
-        class_names: Sequence[str],
-        image_size: tuple[int, int],
-        *,
-        name: str = "undefended",
+        self, model: nn.Module, class_names: Sequence[str], image_size: tuple[int, int], *, name: str = "undefended"
     ) -> None:
         if len(class_names) < 2:
             raise UsageError(f"a classifier needs at least two class names, got {len(class_names)}")
@@ -67,14 +60,14 @@ class Undefended(Defense):
         """Number of forward passes per image."""
         return 1
 
-    def logits(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+    def logits(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Compute the logits of images in [0, 1], differentiable.
 
         Raises:
             UsageError: the model does not return one logit per class.
         """
         logits = self.model(images)
-        if logits.ndim != 2 or logits.shape[1] != len(self.class_names):
+        if logits.shape != (len(images), len(self.class_names)):
             raise UsageError(
                 f"the model must give [batch, {len(self.class_names)}] logits for its class names, "
                 f"got {list(logits.shape)}"
@@ -82,18 +75,9 @@ class Undefended(Defense):
         return logits
 
     def predict(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, rule: str | None = None, placements: Placements = None
     ) -> Int[Tensor, " batch"]:
-        """Predict the class with the largest logit; ties go to the lowest index. `patch` has no influence.
-
-        Raises:
-            UsageError: invalid images, or a rule other than "none".
-        """
+        """Predict the class with the largest logit; ties go to the lowest index. `patch` has no influence."""
         if rule not in (None, RULE):
             raise UsageError(f"an undefended classifier has no rule {rule!r}; leave it out, or give {RULE!r}")
         self.model.eval()
@@ -102,19 +86,11 @@ class Undefended(Defense):
         return lowest_argmax(torch.cat(parts))
 
     def certify(
-        self,
-        images: np.ndarray | Tensor,
-        patch: PatchLike | None = None,
-        *,
-        rule: str | None = None,
-        placements: np.ndarray | str | Path | None = None,
+        self, images: Images, patch: PatchLike | None = None, *, rule: str | None = None, placements: Placements = None
     ) -> Certificate:
         """Compute the predictions; no image is certified and all margins are -1.
 
-        `worst_placement` is the first admissible placement.
-
-        Raises:
-            UsageError: invalid images or patch, or a rule other than "none".
+        `worst_placement` is the first admissible placement. The only rule is "none".
         """
         batch = as_batch(images)
         prediction = self.predict(batch, rule=rule)

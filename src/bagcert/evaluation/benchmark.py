@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from bagcert.io.files import read_regular, write_together
 from bagcert.nets import get_architecture
 from bagcert.nets.cost import multiply_adds
 from bagcert.nets.saved_model import CONFIG, read_model
-from bagcert.records import SCHEMA_VERSION, ImageRecord, Record, wilson_interval
+from bagcert.records import SCHEMA_VERSION, ImageRecord, Record, document, wilson_interval
 from bagcert.threat import PatchThreatModel
 from bagcert.training.checkpoint import CHECKPOINT
 from bagcert.training.loop import train
@@ -46,12 +46,10 @@ class Networks:
     """The networks that a benchmark trains, and the training budget.
 
     Attributes:
-        recipe: base recipe of all trainings.
         regions, whole, plain: (architecture, depth) of networks with small receptive fields, of networks that see the
             whole image, and of networks for interval bounds.
         multiply_adds: MACs of one forward pass of every network, or of the passes that a training step uses in its
             place; determines the widths.
-        epochs: number of epochs of every training.
         column_px, block_px: sizes of the ablations that randomized smoothing keeps.
         some: number of images on which defenses with many forward passes are evaluated.
     """
@@ -80,11 +78,9 @@ class BenchmarkRow:
     """Results of one defense against one patch, as in its JSON file.
 
     Attributes:
-        guarantee: "recovery", "detection" or "none".
         clean_accuracy: share of images classified correctly; for a detector, correctly and without an alert.
         certified_accuracy: share of images classified correctly and certified.
         images: number of images, chosen by `limit` and `subset_seed`.
-        multiply_adds: MACs of one forward pass of its network.
         forward_passes: maximum number per image, for `predict` and for `certify`.
         images_per_second: measured speed of `predict` and of `certify`.
         peak_memory_mib: peak memory of the process while the defense ran.
@@ -120,10 +116,7 @@ class BenchmarkRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-serializable dictionary that starts with the schema version. Empty notes are omitted."""
-        values = asdict(self)
-        if not self.notes:
-            del values["notes"]
-        return {"schema_version": values.pop("schema_version"), **values}
+        return document(self)
 
 
 _ROW = TypeAdapter(BenchmarkRow)

@@ -6,13 +6,13 @@ Psychometrika 1947 (the exact form is the binomial test on the discordant pairs)
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from bagcert.errors import UsageError, sanitize
-from bagcert.records import SCHEMA_VERSION, ImageRecord, Record
+from bagcert.records import SCHEMA_VERSION, ImageRecord, Record, document
 
 RESAMPLES = 10_000
 
@@ -23,8 +23,6 @@ class PairedTest:
 
     Attributes:
         measure: "clean" or "certified" accuracy.
-        first, second: accuracy of each run.
-        difference: second minus first.
         interval95: confidence interval of the difference, from a percentile bootstrap over images.
         only_first, only_second: number of images that only one run classifies correctly (and certifies).
         p_value: p-value of McNemar's exact two-sided test of no difference.
@@ -45,9 +43,6 @@ class Comparison:
     """Two runs, one rule against one threat each.
 
     Attributes:
-        rules, threat: rule of each run, and threat.
-        images: number of images in both runs.
-        tests: tests of clean and certified accuracy.
         changed: for each image on which the runs differ, a dictionary with `index`, `label`, and pairs `prediction` and
             `certified` of both runs.
     """
@@ -61,8 +56,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON, the schema version first."""
-        values = asdict(self)
-        return {"schema_version": values.pop("schema_version"), **values}
+        return document(self)
 
 
 def compare(
@@ -79,7 +73,6 @@ def compare(
         first, second: records from `read_image_records`.
         rules: rule of each run; optional if a run has only one for the threat.
         threat: threat as in the records; optional if the runs have only one in common.
-        seed: random seed of the bootstrap.
 
     Raises:
         UsageError: the runs have no image in common, disagree on a label, or the choice of rows is ambiguous.

@@ -70,11 +70,9 @@ def evaluate(
     An image that cannot be read is skipped, counted in `RunInfo.unreadable` and named in `Evaluation.errors`.
 
     Args:
-        model: a loaded defense.
         data: a data set, or its name as in `bagcert.data.load_dataset`.
         patches, rules: by default those of the model. Sizes are in pixels of the data set's images.
         limit: maximum number of images, see `ImageSet.take`.
-        batch_size: images per forward pass.
         placements: a mask image of allowed placements.
         fit: resizing mode for images of other sizes, "squash" or "center-crop".
         repeat: number of passes over the data; reported seconds are medians.

@@ -15,7 +15,7 @@ from PIL import Image
 
 from bagcert.data.image_set import ImageSet
 from bagcert.data.photo import Photo, turn
-from bagcert.data.preprocess import Preprocessing
+from bagcert.data.preprocess import Preprocessing, StoredShape
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation.gallery_file import MOST_PICTURES, MOST_REGIONS, MOST_SIDE_PX, Gallery, Picture
@@ -65,18 +65,14 @@ def make_gallery(
 
     Args:
         model, images, placements, fit: as for the evaluation.
-        records: records of the evaluation.
         most: number of pictures, at most 32.
         deployed: the model's [rule, patch], see `headline_column`.
-
-    Raises:
-        UnreadableError: an image can no longer be read.
     """
     preprocessing = Preprocessing(model.image_size, fit)
     some = [records[position] for position in chosen(records, min(most, MOST_PICTURES), deployed)]
 
-    def prepared(photo: Photo) -> tuple[np.ndarray, np.ndarray, tuple[int, int], int]:
-        return preprocessing.apply(photo), thumbnail(photo.upright()), photo.stored_size, photo.orientation
+    def prepared(photo: Photo) -> tuple[np.ndarray, np.ndarray, StoredShape]:
+        return preprocessing.apply(photo), thumbnail(photo.upright()), (photo.stored_size, photo.orientation)
 
     found = images.prepare_each([record.index for record in some], prepared)
     if lost := [error for error in found if isinstance(error, UnreadableError)]:
@@ -86,30 +82,18 @@ def make_gallery(
         return Gallery(model.class_names, [])
     column = headline_column(records, deployed)
     maps = model.score_map(np.stack([item[0] for item in ready]))
-    return Gallery(
-        model.class_names,
-        [
-            picture(
-                maps[i : i + 1],
-                preprocessing,
-                small,
-                size,
-                orientation,
-                record.index,
-                record.results[column],
-                placements,
-            )
-            for i, ((_, small, size, orientation), record) in enumerate(zip(ready, some, strict=True))
-        ],
-    )
+    pictures = [
+        picture(maps[i : i + 1], preprocessing, small, shape, record.index, record.results[column], placements)
+        for i, ((_, small, shape), record) in enumerate(zip(ready, some, strict=True))
+    ]
+    return Gallery(model.class_names, pictures)
 
 
 def picture(
     net_map: ScoreMap,
     preprocessing: Preprocessing,
     pixels: np.ndarray,
-    stored_size: tuple[int, int],
-    orientation: int,
+    shape: StoredShape,
     index: int,
     verdict: Record,
     placements: str | Path | None = None,
@@ -118,8 +102,9 @@ def picture(
 
     Args:
         pixels: uint8 [height, width, 3], the photo upright and small.
-        stored_size, orientation: of the photo as stored, to whose pixels the verdict's placements belong.
+        shape: of the photo as stored, to whose pixels the verdict's placements belong.
     """
+    stored_size, orientation = shape
     stored = preprocessing.geometry(stored_size, orientation).score_map(net_map)
     upright_size = stored_size[::-1] if turn(orientation)[0] else stored_size
     upright = preprocessing.geometry(upright_size, 1).grid(net_map.grid)
@@ -157,15 +142,12 @@ def photo_picture(
     """The picture of one photo, by one further forward pass.
 
     Args:
-        model, fit, placements: as the photo was certified.
-        photo: as stored; it is drawn upright.
-        verdict: of one rule and patch on it.
         most: the longest side of the picture in pixels.
     """
     preprocessing = Preprocessing(model.image_size, fit)
     net_map = model.score_map(preprocessing.apply(photo)[None])
-    small = thumbnail(photo.upright(), most)
-    return picture(net_map, preprocessing, small, photo.stored_size, photo.orientation, 0, verdict, placements)
+    shape = (photo.stored_size, photo.orientation)
+    return picture(net_map, preprocessing, thumbnail(photo.upright(), most), shape, 0, verdict, placements)
 
 
 def votes(net_map: ScoreMap, prediction: int, rival: int) -> np.ndarray:

@@ -14,15 +14,15 @@ from typing import Annotated
 
 import numpy as np
 from jaxtyping import Int16, UInt8
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from bagcert.errors import UnreadableError, sanitize
+from bagcert.errors import UnreadableError
 from bagcert.io.files import open_regular, write_atomically
+from bagcert.nets.saved_model import first_line
 
 MOST_PICTURES = 32
 MOST_SIDE_PX = 256
-MOST_REGIONS = 1024
-"""Limit per axis. No shipped network has a map larger than 1000x1000."""
+MOST_REGIONS = 1024  # limit per axis. No shipped network has a map larger than 1000x1000.
 MAX_BYTES = 1 << 27
 """Limit on the file and on its decompressed content: 128 MiB, enough for 32 pictures with 1000x1000 regions."""
 
@@ -34,7 +34,6 @@ class Picture:
     """One image of an evaluation, with the EXIF orientation applied.
 
     Attributes:
-        index: its number in the data set.
         prediction, runner_up: class indices; the runner-up has the next largest sum over all regions.
         size_px: [height, width] of the photo, upright; placements are in these pixels.
         pixels: uint8 [height, width, 3], made smaller where the photo has a side above `MOST_SIDE_PX`.
@@ -114,20 +113,12 @@ def gallery_bytes(gallery: Gallery) -> bytes:
 
 
 def write_gallery(gallery: Gallery, path: Path) -> None:
-    """Writes a gallery file atomically.
-
-    Raises:
-        BagcertError: the file cannot be written.
-    """
+    """Writes a gallery file atomically."""
     write_atomically(path, gallery_bytes(gallery))
 
 
 def read_gallery(path: Path) -> Gallery:
-    """Reads a gallery file.
-
-    Raises:
-        UnreadableError: the file cannot be read, is larger than 128 MiB (also decompressed), or is not a gallery.
-    """
+    """Reads a gallery file."""
     try:
         with open_regular(path, MAX_BYTES) as file, zipfile.ZipFile(file) as parts:
             if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:
@@ -135,12 +126,8 @@ def read_gallery(path: Path) -> Gallery:
             return _gallery(parts)
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UnreadableError(f"{path} is not a gallery: {where}: {sanitize(first['msg'].lower())}") from None
     except Exception as error:  # the zip, deflate and npy readers raise many kinds of errors for damaged files
-        raise UnreadableError(f"{path} is not a gallery: {sanitize(error or type(error).__name__)}") from None
+        raise UnreadableError(f"{path} is not a gallery: {first_line(error)}") from None
 
 
 def _gallery(parts: zipfile.ZipFile) -> Gallery:

@@ -9,8 +9,7 @@ from bagcert.errors import UnreadableError
 from bagcert.io.files import open_regular
 from bagcert.records import ImageRecord
 
-MAX_LINE_BYTES = 1 << 24
-"""Limit on the length of a line, enough for about 50,000 verdicts on one image."""
+MAX_LINE_BYTES = 1 << 24  # limit on the length of a line, enough for about 50,000 verdicts on one image
 
 _RECORD = TypeAdapter(ImageRecord)
 

@@ -18,14 +18,13 @@ from pydantic import TypeAdapter, ValidationError
 from bagcert.data.image_set import ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.errors import BagcertError, UnreadableError, UsageError
-from bagcert.io.files import open_regular, read_regular
+from bagcert.io.files import open_regular, read_input
 from bagcert.nets.cost import update_with_weights
 from bagcert.records import ImageRecord
 from bagcert.threat import MAX_MASK_BYTES
 
 FORMAT = 1
-MAX_LINE_BYTES = 1 << 28
-"""Limit on the length of a line, enough for a batch of 100,000 images with ten verdicts each."""
+MAX_LINE_BYTES = 1 << 28  # limit on the length of a line, enough for a batch of 100,000 images with ten verdicts each
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,7 @@ def log_path(path: Path) -> Path:
 
 
 def run_identity(model: BagCert, images: ImageSet, placements: str | Path | None, **choices: Any) -> dict[str, Any]:
-    """Describes everything that the records depend on: hashes of model, data and mask, and all options.
-
-    Raises:
-        UnreadableError: the mask of allowed placements cannot be read.
-    """
+    """Describes everything that the records depend on: hashes of model, data and mask, and all options."""
     mask = described_mask(placements)
     weights = hashlib.sha256()
     update_with_weights(weights, model.scorer)
@@ -78,17 +73,10 @@ def run_identity(model: BagCert, images: ImageSet, placements: str | Path | None
 
 
 def described_mask(placements: str | Path | None) -> dict[str, str] | None:
-    """Returns the name and the hash of a mask image; None without one.
-
-    Raises:
-        UnreadableError: the mask cannot be read.
-    """
+    """Returns the name and the hash of a mask image; None without one."""
     if placements is None:
         return None
-    try:
-        content = read_regular(placements, MAX_MASK_BYTES)
-    except OSError as error:
-        raise UnreadableError(f"the mask {placements} cannot be read: {error.strerror or error}") from None
+    content = read_input(placements, MAX_MASK_BYTES, f"the mask {placements}")
     return {"file": Path(placements).name, "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -96,9 +84,7 @@ class EvaluationLog:
     """The log file of an evaluation, to which batches are appended.
 
     Args:
-        path: path of the file.
         run: description of everything the records depend on, as plain data, including `patches` and `rules`.
-        resume: resume from an existing file, if there is one.
 
     Attributes:
         batches: complete batches of an earlier run, in order.

@@ -36,9 +36,7 @@ class Model:
     `bagcert evaluate`.
 
     Args:
-        defense: a defense, for example from `bagcert.load`.
         patch, rule: as for `certify`; by default the deployed ones. Sizes are in pixels of the input images.
-        fit: resizing mode for images of other sizes, as for `Preprocessing`.
     """
 
     def __init__(
@@ -87,7 +85,6 @@ class Dataset:
     """An image set as a MAITE data set: uint8 [3, height, width], a one-hot label, and the image's source as its id.
 
     Args:
-        images: from `bagcert.data.load_dataset`.
         model: model to whose classes the labels are matched by name; by default, the labels of the image set.
 
     Raises:

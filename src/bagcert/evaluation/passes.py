@@ -21,10 +21,8 @@ from bagcert.rules.largest import largest_certifiable_px
 from bagcert.rules.together import certify_together
 from bagcert.threat import PatchThreatModel
 
-READ_AT_ONCE = 64
-"""Number of photos that are decoded in parallel."""
-MOST_SIZES = 1024
-"""Number of image sizes for which threats are cached."""
+READ_AT_ONCE = 64  # number of photos that are decoded in parallel
+MOST_SIZES = 1024  # number of image sizes for which threats are cached
 
 
 @dataclass
@@ -87,7 +85,6 @@ class Found:
 
     Attributes:
         seconds: time of the forward pass, then of each setting.
-        waited: total time spent waiting for images, in seconds.
     """
 
     seconds: list[float]

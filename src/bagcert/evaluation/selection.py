@@ -13,8 +13,7 @@ from bagcert.data.preprocess import Preprocessing
 from bagcert.errors import BagcertError, UsageError
 from bagcert.nets.saved_model import ModelConfig
 
-HELD_OUT = "held-out"
-"""The split name of the images that were held out of the training set."""
+HELD_OUT = "held-out"  # the split name of the images that were held out of the training set
 
 
 def select_images(
@@ -31,13 +30,8 @@ def select_images(
 
     Args:
         config: config of the model; None if its training is unknown.
-        data: as in `bagcert.data.load_dataset`.
         split: the split; `held-out` for the images held out of the training split.
-        limit: maximum number of images.
         resize: preprocessing that resizes every image first; None for no resizing.
-
-    Raises:
-        UsageError: the held-out images are requested but unknown.
     """
     if split == HELD_OUT:
         images = load_dataset(data, "train")
@@ -116,7 +110,6 @@ class _Resized:
 
 
 def _rest(config: ModelConfig, images: ImageSet, trained: np.ndarray) -> ImageSet:
-    """Returns the images that were not trained on."""
     rest = images.subset(np.flatnonzero(~trained))
     note = (
         f"the {len(rest):,} images that were held out when {config.name} was trained on the other "

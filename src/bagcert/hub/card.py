@@ -88,13 +88,8 @@ def model_card(config: ModelConfig, weights_sha256: str, results: RunInfo | None
     Names come from files and are untrusted: each is put into a code span on one line, where markup has no effect.
 
     Args:
-        config: config of the model.
-        weights_sha256: hash of its weights.
         results: measured results; with None, the card states that there are none.
         repo_id: `owner/name`, already validated.
-
-    Raises:
-        UsageError: the config names an unknown rule.
     """
     height, width = config.image_size
     rule = get_rule(config.rule)

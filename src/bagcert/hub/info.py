@@ -15,10 +15,6 @@ def describe(name: str) -> dict[str, Any]:
 
     `multiply_adds` are the MACs for one image of the model's size. `results` are the rows of the evaluation next to the
     weights.
-
-    Raises:
-        UsageError: no such model.
-        UnreadableError: its files are damaged, or the evaluation next to the weights belongs to other weights.
     """
     folder = model_folder(name)
     scorer, config = read_model(folder)

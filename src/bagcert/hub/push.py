@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bagcert.defenses.bagcert import model_folder
-from bagcert.errors import BagcertError, UnreadableError, UsageError, sanitize
+from bagcert.errors import BagcertError, UnreadableError, UsageError, reason_of, sanitize
 from bagcert.hub.card import MAX_RESULTS_BYTES, RESULTS, model_card, read_results
 from bagcert.io.files import read_regular, write_atomically
 from bagcert.nets.saved_model import CONFIG, MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES, WEIGHTS, read_model, weights_sha256
@@ -42,7 +42,6 @@ def prepare(model: str | Path, repo_id: str) -> dict[str, bytes]:
 
     Args:
         model: a shipped model, a model folder, or a hub id.
-        repo_id: `owner/name` on the hub.
 
     Raises:
         UsageError: no such model, or an invalid hub id.
@@ -85,8 +84,6 @@ def push(files: Mapping[str, bytes], repo_id: str, private: bool = False) -> str
     """Uploads files to a repository of the hub in one commit. Creates the repository if needed.
 
     Args:
-        files: from `prepare`.
-        repo_id: `owner/name`.
         private: create a new repository as private. An existing repository is not changed.
 
     Returns:
@@ -106,9 +103,8 @@ def push(files: Mapping[str, bytes], repo_id: str, private: bool = False) -> str
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message="Model published by bagcert")
         except Exception as error:  # the hub's own, the file system's, and those of whatever HTTP library it uses
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BagcertError(
-                f"{repo_id} cannot be published: {sanitize(reason)}; are you logged in (hf auth login)?"
+                f"{repo_id} cannot be published: {sanitize(reason_of(error))}; are you logged in (hf auth login)?"
             ) from None
     return str(url)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from bagcert.errors import BagcertError
+from bagcert.errors import BagcertError, UnreadableError
 
 RANDOM_LETTERS = 8  # of `tempfile`, at the end of a temporary name
 PREVIOUS = "previous"  # as many letters
@@ -43,11 +43,7 @@ def open_regular(path: str | Path, limit_bytes: int | None = None) -> io.Buffere
 
 
 def read_regular(path: str | Path, limit_bytes: int) -> bytes:
-    """Reads a regular file. The file may grow while it is read, but not beyond the limit.
-
-    Raises:
-        OSError: as `open_regular`.
-    """
+    """Reads a regular file. The file may grow while it is read, but not beyond the limit."""
     with open_regular(path, limit_bytes) as file:
         parts, rest = [], limit_bytes + 1
         while rest and (part := file.read(min(rest, 1 << 24))):  # memory is set aside for as much as is asked for
@@ -58,12 +54,28 @@ def read_regular(path: str | Path, limit_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file atomically: after a crash, the file is either complete or absent.
+def read_input(path: str | Path, limit_bytes: int, name: str = "") -> bytes:
+    """Reads a regular file that the user named.
 
     Raises:
-        BagcertError: the file cannot be written. No partial file is left.
+        UnreadableError: the file cannot be read. The sentence begins with `name`, by default the path.
     """
+    try:
+        return read_regular(path, limit_bytes)
+    except OSError as error:
+        raise UnreadableError(f"{name or path} cannot be read: {error.strerror or error}") from None
+
+
+def read_lines(path: Path, limit_bytes: int, name: str) -> list[str]:
+    """Reads the lines of a text file in UTF-8 as `read_input`; `name` is a plural."""
+    try:
+        return read_input(path, limit_bytes, name).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UnreadableError(f"{name} are not text in UTF-8") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file atomically: after a crash, the file is either complete or absent."""
     write_together({path: content})
 
 
@@ -131,11 +143,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Checks that a file can be written at `path`, without leaving one. Call it before long computations.
-
-    Raises:
-        BagcertError: the path cannot be written.
-    """
+    """Checks that a file can be written at `path`, without leaving one. Call it before long computations."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

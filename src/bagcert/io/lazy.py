@@ -13,7 +13,6 @@ def lazy_names(
     """Creates `__getattr__` and `__dir__` for a package whose public names are defined in other modules.
 
     Args:
-        package: full name of the package.
         homes: public name -> module that defines it, or "module:other" if it is called `other` there.
         deprecated: old name -> new name. Old names still work, with a DeprecationWarning.
 

@@ -12,12 +12,8 @@ def require(module: str, extra: str, what: str = "this") -> Any:
     """Imports an optional library, or raises an error that names the extra to install.
 
     Args:
-        module: import name of the library, such as `onnxruntime`.
         extra: extra of this package, as in `pip install "bagcert[...]"`.
         what: the feature that needs the library, as the singular subject of the error message.
-
-    Raises:
-        UsageError: the library is not installed.
 
     >>> require("json", "onnx").dumps([1])
     '[1]'
@@ -41,13 +37,6 @@ def installed(modules: Sequence[str]) -> bool:
 
 def require_installed(modules: Sequence[str], extra: str, what: str = "this") -> None:
     """Checks that several optional libraries are installed, without importing them.
-
-    Args:
-        modules: import names of the top-level packages.
-        extra, what: as in `require`.
-
-    Raises:
-        UsageError: at least one library is not installed.
 
     >>> require_installed(["json", "no_such_library"], "onnx", "exporting")
     Traceback (most recent call last):

@@ -39,10 +39,6 @@ def cached_report(model: Any, thorough: bool = False) -> LocalityReport:
 
     A thorough report in the cache, for example from `bagcert doctor`, replaces a short one. Refusals are not cached,
     nor are reports on networks with custom layers, whose behavior is not determined by their text and weights.
-
-    Args:
-        model: a defense.
-        thorough: whether a thorough report is needed.
     """
     folder = cache_folder()
     if folder is None or not _described(model):

@@ -49,13 +49,9 @@ def measure(
         grid: the declared geometry; default: derived from the layers.
         images: clean images in [0, 1] to test in addition to noise and gray.
         thorough: False selects the short check used at load, with a tenth of the cost and without gradients and drift.
-        seed: random seed of contents and places.
 
     Returns:
         The report. For a network with a layer that is not local, the report contains the reason for the refusal.
-
-    Raises:
-        UsageError: the network cannot be traced, or the patch does not fit.
     """
     scorer: RegionScorer = getattr(model, "scorer", model)
     size = scorer.image_size
@@ -157,10 +153,6 @@ def _proved_bound(scorer: RegionScorer, declared: RegionGrid) -> float | None:
 
 def require_local(report: LocalityReport, portable: bool = False) -> None:
     """Refuse a model that is not local on this device, so that certificates would not be sound.
-
-    Args:
-        report: the report of the measurement.
-        portable: whether certificates must also hold across configurations.
 
     Raises:
         UnsoundError: the model is not local; the message contains the reason.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bagcert.devices import dtype_name
-from bagcert.errors import UnreadableError, UnsoundError, UsageError
-from bagcert.io.files import read_regular
+from bagcert.errors import UnreadableError, UnsoundError, UsageError, reason_of
+from bagcert.io.files import read_input
 from bagcert.io.optional import require
 from bagcert.locality.measurement import run_probes, shapes_for
 from bagcert.locality.report import LocalityReport
@@ -37,10 +37,7 @@ class OnnxScores:
 
     def __init__(self, path: Path) -> None:
         self._runtime: Any = require("onnxruntime", "onnx", "measuring an ONNX file")
-        try:
-            self._model = read_regular(path, MOST_BYTES)
-        except OSError as error:
-            raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
+        self._model = read_input(path, MOST_BYTES)
         self._path = path
         self._session = self._start(torch.get_num_threads())
         first = self._session.get_inputs()[0]
@@ -67,7 +64,7 @@ class OnnxScores:
         try:
             (scores,) = self._session.run([self._output], {self._input: feed})
         except Exception as error:  # onnxruntime has many exception types
-            raise UsageError(f"{self._path} does not run on images {list(feed.shape)}: {_first_line(error)}") from None
+            raise UsageError(f"{self._path} does not run on images {list(feed.shape)}: {reason_of(error)}") from None
         return torch.from_numpy(np.asarray(scores))
 
     @contextmanager
@@ -87,7 +84,7 @@ class OnnxScores:
         try:
             return self._runtime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise UnreadableError(f"{self._path} is not an ONNX model: {_first_line(error)}") from None
+            raise UnreadableError(f"{self._path} is not an ONNX model: {reason_of(error)}") from None
 
 
 def measure_onnx(
@@ -96,14 +93,7 @@ def measure_onnx(
     """Run the numerical probes of `measure` on an ONNX file, with the geometry and the head of its original model.
 
     Args:
-        path: the ONNX file.
         model: the defense or region scorer from which the file was exported.
-        patch, images, seed: as for `measure`.
-
-    Raises:
-        UsageError: onnxruntime is not installed, the file has unsuitable inputs or outputs, or the patch does not fit.
-        UnreadableError: the file is not an ONNX model.
-        UnsoundError: the file returns a map of another size than the model.
     """
     scorer: RegionScorer = getattr(model, "scorer", model)
     scores = OnnxScores(path)
@@ -141,7 +131,3 @@ def measure_onnx(
         thorough=True,
         guardable=scorer.readout is None,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

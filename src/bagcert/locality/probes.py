@@ -50,10 +50,7 @@ class Prober:
     """Runs probes of one backend on clean images.
 
     Attributes:
-        backend: the backend.
         images: clean images [images, channels, height, width] in [0, 1], used cyclically.
-        places: placements of patches, used cyclically.
-        random: random generator of contents.
         seen: largest absolute score of each batch of clean images so far.
     """
 

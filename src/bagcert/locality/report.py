@@ -26,13 +26,10 @@ class Probe:
     """Result of one probe: the largest change of scores that should not change.
 
     Attributes:
-        name: description of the probe.
         kind: "leak" within one configuration, "NaN" within one configuration for patches of NaN, or "drift" across
             configurations.
-        trials: number of compared images.
         scores: number of compared scores; scores in reach of the patch are excluded.
         largest_z: largest change of a real-valued score; inf if a score was, became, or ceased to be NaN or infinite.
-        largest_levels: largest change of an integer score.
     """
 
     name: str
@@ -48,13 +45,9 @@ class LocalityReport:
     """Locality measurement of one model on one device and dtype.
 
     Attributes:
-        model: name of the model.
-        backend: "torch" or "onnxruntime".
-        device, dtype, threads: configuration of the measurement.
         image_size: (height_px, width_px).
         patches: (height_px, width_px) of the tested patches.
         footprint: regions reached by NaN in pixel rows and columns, compared with the declared receptive fields.
-        probes: results of the numerical probes.
         largest_score: largest |z| of clean images, to which limits are relative; inf if one is not finite.
         activation_bound: bound on all values in the network for any image, or None if unknown or not needed. It is
             needed if NaN spreads beyond the receptive fields although the layers are local: see `cannot_overflow`.

@@ -19,9 +19,6 @@ class Backend:
     Attributes:
         scores: maps images float32 [batch, channels, height, width] to `z` [batch, classes, rows, cols] on the CPU, as
             deployed. Pixels are in [0, 1], or NaN if `takes_nan`.
-        head: maps `z` to integer scores.
-        grid: the declared geometry.
-        channels: number of image channels.
         takes_nan: whether images can contain NaN (not the case for uint8 images).
         gradient: gradient with respect to the images of the sum of `z` weighted by a second tensor; None if there are
             no gradients.
@@ -41,10 +38,6 @@ class Backend:
 
 def torch_backend(scorer: RegionScorer, grid: RegionGrid | None = None) -> Backend:
     """Create the backend of a region scorer as deployed with torch.
-
-    Args:
-        scorer: the region scorer.
-        grid: the declared geometry; default: derived from the layers.
 
     Raises:
         UnsoundError: a layer is not local (only if `grid` is None).

@@ -9,7 +9,7 @@ from bagcert.errors import UsageError, nearest
 from bagcert.nets.bagnet import BagNet
 from bagcert.nets.region_convnet import RegionConvNet
 from bagcert.nets.region_pyramid import RegionPyramid
-from bagcert.nets.region_resnet import RegionResNet
+from bagcert.nets.region_resnet import RegionResNet, Stem
 
 Build = Callable[..., nn.Module]
 
@@ -22,9 +22,7 @@ class Architecture:
         build: function (classes, width, depth, padded, channels=3) that creates a module from normalized images to
             region scores.
         image_size: (height_px, width_px) for which it is designed; other sizes work as well.
-        width, depth: defaults for recipes.
         receptive_field_px, stride_px: declared geometry; verified by tests.
-        summary: one-line description for tables.
     """
 
     build: Build
@@ -41,7 +39,7 @@ def _require_depth(depth: int, least: int) -> None:
         raise UsageError(f"this architecture needs a depth of at least {least} blocks, got {depth}")
 
 
-def _resnet(stem: tuple[tuple[int, int, float], ...], looks_around: int) -> Build:
+def _resnet(stem: Stem, looks_around: int) -> Build:
     """Networks with `depth` residual blocks, of which `looks_around` evenly spaced ones have a 3x3 kernel."""
 
     def build(classes: int, width: int, depth: int, padded: bool, channels: int = 3) -> nn.Module:
@@ -62,7 +60,7 @@ def _bagnet(receptive_field: int) -> Build:
     return build
 
 
-def _convnet(stem: tuple[tuple[int, int, float], ...]) -> Build:
+def _convnet(stem: Stem) -> Build:
     def build(classes: int, width: int, depth: int, padded: bool, channels: int = 3) -> nn.Module:
         _require_depth(depth, 1)
         return RegionConvNet(classes, width, stem, depth, padded, channels)
@@ -84,6 +82,10 @@ _S2_RF8 = ((3, 1, 0.25), (4, 2, 1.0), (2, 1, 1.0))
 _S4_RF8 = ((4, 2, 0.25), (3, 2, 1.0))
 _PLAIN_S4 = ((4, 2, 0.5), (4, 2, 1.0))
 _S4 = ((3, 1, 0.25), (4, 2, 0.5), (4, 2, 1.0))
+_P4_RF7 = ((3, 1, 0.25, 0), (3, 2, 0.5, 2), (2, 2, 1.0, 0))
+_P4_RF8 = ((3, 1, 0.25, 0), (2, 2, 0.5, 2), (3, 2, 1.0, 0))
+_P8 = ((3, 1, 0.125, 0), (3, 2, 0.25, 1), (3, 2, 0.5, 1), (3, 2, 1.0, 1))
+_CLASSIFIER = "stride 8, 3x3 blocks; an ordinary classifier, for teachers and PatchCleanser"
 
 ARCHITECTURES: dict[str, Architecture] = {
     "resnet-rf3": Architecture(_resnet(_S1, 0), (8, 8), 64, 3, 3, 1, "stride 1, 1x1 blocks only"),
@@ -115,33 +117,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "pyramid-rf4s4": Architecture(
         _pyramid((2, 2, 0.5, 2), (2, 2, 1.0, 0)), (32, 32), 192, 6, 4, 4, "stride 4, two blocks at stride 2"
     ),
-    "pyramid-rf7s4": Architecture(
-        _pyramid((3, 1, 0.25, 0), (3, 2, 0.5, 2), (2, 2, 1.0, 0)),
-        (32, 32),
-        192,
-        6,
-        7,
-        4,
-        "stride 4, two blocks at stride 2",
-    ),
-    "pyramid-rf8s4": Architecture(
-        _pyramid((3, 1, 0.25, 0), (2, 2, 0.5, 2), (3, 2, 1.0, 0)),
-        (32, 32),
-        192,
-        6,
-        8,
-        4,
-        "stride 4, two blocks at stride 2",
-    ),
-    "pyramid-rf45s8": Architecture(
-        _pyramid((3, 1, 0.125, 0), (3, 2, 0.25, 1), (3, 2, 0.5, 1), (3, 2, 1.0, 1), kernel=3),
-        (32, 32),
-        384,
-        1,
-        45,
-        8,
-        "stride 8, 3x3 blocks; an ordinary classifier, for teachers and PatchCleanser",
-    ),
+    "pyramid-rf7s4": Architecture(_pyramid(*_P4_RF7), (32, 32), 192, 6, 7, 4, "stride 4, two blocks at stride 2"),
+    "pyramid-rf8s4": Architecture(_pyramid(*_P4_RF8), (32, 32), 192, 6, 8, 4, "stride 4, two blocks at stride 2"),
+    "pyramid-rf45s8": Architecture(_pyramid(*_P8, kernel=3), (32, 32), 384, 1, 45, 8, _CLASSIFIER),
     "convnet-rf10s4": Architecture(
         _convnet(_PLAIN_S4), (32, 32), 128, 1, 10, 4, "stride 4, no batch norm, no shortcuts"
     ),
@@ -152,11 +130,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def get_architecture(name: str) -> Architecture:
-    """Look up an architecture by name.
-
-    Raises:
-        UsageError: unknown name.
-    """
+    """Look up an architecture by name."""
     if name not in ARCHITECTURES:
         raise UsageError(f"unknown architecture {name!r}{nearest(name, ARCHITECTURES)}")
     return ARCHITECTURES[name]

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from bagcert.aggregation import HIDDEN_UNIT, POOLED_LIMIT, VALUE_LIMIT, WEIGHT_LIMIT, AttentionPooling
 from bagcert.errors import UsageError
 
-UNITS = 32
-"""Number of integer steps per unit of a value, pooled value or hidden value."""
-FIRST_WEIGHT = 16.0
-"""Initial attention weight of a region in an untrained network."""
+UNITS = 32  # number of integer steps per unit of a value, pooled value or hidden value
+FIRST_WEIGHT = 16.0  # initial attention weight of a region in an untrained network
 
 
 LARGEST_LOGIT = math.log(WEIGHT_LIMIT)
@@ -53,10 +51,7 @@ class AttentionReadout(nn.Module):
     """Attention pooling and a small network: maps [batch, values + heads, rows, cols] to class scores.
 
     Args:
-        classes: number of classes.
-        values: number of pooled channels.
         heads: number of attention heads; each pools `values / heads` channels.
-        hidden: number of hidden units after the pooling.
         map_size: (rows, columns). Each head has a learned bias per region, so it can attend to a part of the image.
     """
 
@@ -141,11 +136,7 @@ class AttentionReadout(nn.Module):
         return torch.cat([products.flatten(1, 2), weights], 1)
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Split into values in integer units and logarithms of attention weights, without clipping or rounding.
-
-        Raises:
-            UsageError: the map has another size.
-        """
+        """Split into values in integer units and logarithms of attention weights, without clipping or rounding."""
         if z.shape[2:] != self.position.shape[1:]:
             expected, found = ("x".join(map(str, shape[-2:])) for shape in (self.position.shape, z.shape))
             raise UsageError(f"attention pooling is for maps of {expected} regions, got {found}; resize the images")
@@ -173,12 +164,7 @@ def attention_masking_loss(
     needs two readouts per window and no further forward pass.
 
     Args:
-        readout: the readout.
-        z: output of the network.
-        labels: true labels.
         windows: 1 in the regions of each window, 0 elsewhere.
-        full_weight: weight of the second term.
-        label_smoothing: label smoothing of both cross-entropies.
         targets: class probabilities for both cross-entropies, instead of the labels. The labels still choose windows.
     """
     evidence = readout.evidence(z).flatten(2)

@@ -40,11 +40,8 @@ class BagNet(nn.Sequential):
     """BagNet with a receptive field of 9, 17 or 33 px.
 
     Args:
-        classes: number of output channels.
         width: channels of the first stage (64 in the paper).
-        receptive_field: 9, 17 or 33 px.
         depth: number of blocks per stage relative to ResNet-50 (3, 4, 6, 3); 1.0 in the paper.
-        inputs: number of image channels.
     """
 
     def __init__(self, classes: int, width: int, receptive_field: int, depth: float = 1.0, inputs: int = 3) -> None:

@@ -12,8 +12,6 @@ def multiply_adds(build: Callable[[], nn.Module], channels: int, image_size: tup
     """Count the multiply-adds of a forward pass of one image, on the meta device without allocating weights.
 
     Args:
-        build: function that creates the network.
-        channels: number of input channels.
         image_size: (height_px, width_px).
 
     >>> multiply_adds(lambda: nn.Conv2d(3, 2, 1), 3, (4, 4))

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from operator import getitem
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,8 +20,7 @@ from bagcert.errors import UsageError, sanitize
 from bagcert.nets.receptive_field.derive import eval_mode
 
 MOST_STEPS = 10_000
-MOST_VALUES = 1 << 28
-"""Limit for the number of values of one result for one image."""
+MOST_VALUES = 1 << 28  # limit for the number of values of one result for one image
 MOST_VALUES_IN_ALL = 1 << 32
 STORED = "tensors/"  # prefix of the names of tensors; dots are replaced since torch does not allow them
 
@@ -53,10 +53,6 @@ def _size(x: Tensor, dim: int) -> int:
     return x.shape[dim]
 
 
-def _item(parts: Any, index: int) -> Tensor:
-    return parts[index]
-
-
 def _softmax(x: Tensor, dim: int, *_: Any) -> Tensor:
     return torch.softmax(x, dim)
 
@@ -78,7 +74,7 @@ def _of_torch(name: str) -> Callable[..., Any]:
 
 OPERATIONS: dict[str, Callable[..., Any]] = {name: _of_torch(name) for name in _NAMED.split()} | {
     "batch_norm": _batch_norm,
-    "item": _item,
+    "item": getitem,
     "layer_norm": _layer_norm,
     "select": _select,
     "size": _size,
@@ -124,7 +120,6 @@ class NetworkGraph(BaseModel):
     """Operations of a network, from normalized images to real-valued scores.
 
     Attributes:
-        steps: operations in order of execution.
         parameters, buffers: names and shapes of the tensors, all float32.
         output: number of the step whose result is the score map.
     """
@@ -195,11 +190,7 @@ class GraphNetwork(nn.Module):
         return self._computed(images, lambda result: None)
 
     def require_bounded(self, images: Tensor) -> Tensor:
-        """Execute the graph on the meta device, which computes only shapes, and check the sizes of all results.
-
-        Raises:
-            UsageError: the operations are inconsistent, or a result is too large.
-        """
+        """Execute the graph on the meta device, which computes only shapes, and check the sizes of all results."""
         total = 0
 
         def count(result: Any) -> None:
@@ -254,7 +245,6 @@ def as_graph(net: nn.Module, image: tuple[int, int, int]) -> GraphNetwork:
     """Convert a network to a list of operations with `torch.export`, with copies of its weights on the CPU.
 
     Args:
-        net: module from normalized images to region scores.
         image: (channels, height, width) of the example image.
 
     Raises:

@@ -25,12 +25,7 @@ HEADS: tuple[HeadName, ...] = ("binary", "fixed-point", "attention-pooling")
 
 
 class Head(ABC):
-    """Base class of heads, which convert network outputs to score maps.
-
-    Attributes:
-        name: name in recipes and configs.
-        low, high: range of the integers.
-    """
+    """Base class of heads, which convert network outputs to score maps."""
 
     name: ClassVar[HeadName]
     low: ClassVar[int]
@@ -50,7 +45,6 @@ class Head(ABC):
         """Compute a real-valued version of the map in integer units, with gradients even where integers are clipped.
 
         Args:
-            z: output of the network.
             softness: width of the soft step in units of `z`, for binary heads.
         """
 
@@ -60,12 +54,7 @@ class Head(ABC):
         return self.integers(z).to(soft.dtype) + (soft - soft.detach())  # in this order the value is exact
 
     def class_scores(self, sums: Float[Tensor, "*batch channels"], regions: int) -> Float[Tensor, "*batch classes"]:
-        """Compute class scores from sums over kept regions, with gradients; exact if the sums are exact.
-
-        Args:
-            sums: sums over the kept regions.
-            regions: number of regions of the whole map.
-        """
+        """Compute class scores from sums over the kept of all `regions`, with gradients; exact if the sums are."""
         return sums
 
     def score_map(
@@ -116,7 +105,6 @@ class AttentionHead(Head):
     """Attention-pooling head: values and attention weights of every region; see `bagcert.aggregation`.
 
     Attributes:
-        readout: the trainable readout.
         frozen: the integer readout if available; otherwise it is created from `readout`.
     """
 
@@ -127,11 +115,7 @@ class AttentionHead(Head):
 
     @cached_property
     def pooling(self) -> AttentionPooling:  # type: ignore[override]
-        """Integer readout, on the device of the weights.
-
-        Raises:
-            UsageError: a weight is so large that integer sums would not be exact.
-        """
+        """Integer readout, on the device of the weights."""
         if self.frozen is not None and self.frozen.bias.device == self.readout.position.device:
             return self.frozen
         return self.readout.frozen()
@@ -152,11 +136,7 @@ class AttentionHead(Head):
         return exact + (soft - soft.detach())
 
     def slack(self, z: Tensor, tolerance: float) -> None:
-        """Return None; slack is not supported by attention pooling.
-
-        Raises:
-            UnsoundError: `tolerance` is positive; no worst case is known for this aggregation.
-        """
+        """Return None, or raise an error if `tolerance` is positive: no worst case is known for this aggregation."""
         if tolerance > 0:
             raise UnsoundError("attention pooling needs a network whose locality is exact on this device and dtype")
 
@@ -174,13 +154,9 @@ def make_head(
 
 
 def check_readout(values: int | None, attention_heads: int | None, hidden: int | None, ablated: bool) -> None:
-    """Says whether a readout of these sizes can stand behind a network.
+    """Raise a ValueError, for the validators of recipes and configs, if a network cannot have a readout of these sizes.
 
-    Args:
-        ablated: the network takes ablated images, as derandomized smoothing makes them.
-
-    Raises:
-        ValueError: it cannot; for the validators of recipes and configs.
+    `ablated` networks take ablated images, as derandomized smoothing makes them.
     """
     if not values or not attention_heads or not hidden or values % attention_heads:
         raise ValueError(

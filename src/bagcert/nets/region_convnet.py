@@ -6,27 +6,19 @@ fully connected layer, so that images of any size are supported.
 
 from torch import nn
 
+from bagcert.nets.region_resnet import Stem
+
 
 class RegionConvNet(nn.Sequential):
     """Strided convolutions with ReLU, followed by a 1x1 classifier for every region.
 
     Args:
-        classes: output channels.
         width: channels of the last convolution.
-        stem: (kernel, stride, share of `width`) of each convolution.
-        depth: 1x1 convolutions after them.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
-        channels: of the input.
     """
 
     def __init__(
-        self,
-        classes: int,
-        width: int,
-        stem: tuple[tuple[int, int, float], ...],
-        depth: int,
-        padded: bool = True,
-        channels: int = 3,
+        self, classes: int, width: int, stem: Stem, depth: int, padded: bool = True, channels: int = 3
     ) -> None:
         layers: list[nn.Module] = []
         for kernel, stride, share in stem:

@@ -9,12 +9,10 @@ class RegionPyramid(nn.Sequential):
     """Stages of a convolution and residual blocks, further blocks, and a 1x1 output layer.
 
     Args:
-        classes: output channels.
         width: channels of the last stage.
         stages: (kernel, stride, share of `width`, residual blocks) of each stage.
         depth: 1x1 residual blocks after the last stage.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
-        channels: of the input.
         kernel: kernel of the residual blocks of the stages.
     """
 

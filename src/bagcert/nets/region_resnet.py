@@ -6,6 +6,9 @@ are replaced by 1x1 convolutions. The kernels determine the receptive field.
 
 from torch import Tensor, nn
 
+Stem = tuple[tuple[int, int, float], ...]
+"""(kernel, stride, share of the network's width) of each convolution before the blocks."""
+
 
 def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> list[nn.Module]:
     """A convolution followed by batch norm, adjacent so that they can be folded into one layer."""
@@ -35,22 +38,12 @@ class RegionResNet(nn.Sequential):
     """Stem convolutions, residual blocks, and a 1x1 classifier for every region.
 
     Args:
-        classes: output channels.
-        width: channels of the residual blocks.
-        stem: (kernel, stride, share of `width`) of each stem convolution.
         blocks: kernel of each residual block.
         padded: zero padding ("same" maps), or none (every region sees real pixels only).
-        channels: of the input.
     """
 
     def __init__(
-        self,
-        classes: int,
-        width: int,
-        stem: tuple[tuple[int, int, float], ...],
-        blocks: tuple[int, ...],
-        padded: bool = True,
-        channels: int = 3,
+        self, classes: int, width: int, stem: Stem, blocks: tuple[int, ...], padded: bool = True, channels: int = 3
     ) -> None:
         layers: list[nn.Module] = []
         for kernel, stride, share in stem:

@@ -56,8 +56,6 @@ class RegionScorer(nn.Module):
         image_size: (height_px, width_px) of the images for which the network is built.
         head: "binary" (scores `[z > 0]`, range [0, 1]), "fixed-point" (`clip(round(z * scale), ±2047)`), or
             "attention-pooling" (values and attention weights for a readout, see `bagcert.aggregation`).
-        scale: scale of the fixed-point head.
-        readout: readout of the attention-pooling head; None for other heads.
         mean, std: normalization per channel, applied as the first layer: three values for RGB images, one for gray
             images, or six for ablated images `[x, 1 - x]` (`bagcert.defenses.derandomized_smoothing`), which only
             `forward` supports.
@@ -138,7 +136,6 @@ class RegionScorer(nn.Module):
             module: maps normalized images [batch, channels, height, width] to scores.
             class_names, image_size, head, mean, std: as for the class.
             scale: scale of the fixed-point head; "auto" calibrates it on `images`, see `calibrate`.
-            images: images for calibration, as for `score_map`.
 
         Raises:
             UnsoundError: a layer is not local (the message names it), or the module exceeds its derived geometry.
@@ -171,9 +168,6 @@ class RegionScorer(nn.Module):
         Args:
             images: at least one image, as for `score_map`.
 
-        Returns:
-            The region scorer itself.
-
         Raises:
             UsageError: invalid images, another head, or scores that are not finite or all 0.
         """
@@ -190,7 +184,6 @@ class RegionScorer(nn.Module):
         return self
 
     def _require_local(self) -> None:
-        """Run the checks of `from_module`."""
         weight = next((p for p in self.net.parameters() if p.is_floating_point()), None)
         if weight is not None:
             if weight.dtype != torch.float32:

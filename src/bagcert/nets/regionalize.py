@@ -113,7 +113,6 @@ class _End:
         """Process one node and return which of dimensions 2 and 3 it pools.
 
         Args:
-            node: the node.
             between: whether the node lies between the mean over one of the dimensions and the mean over the other.
         """
         layer, name, target = self._layer(node), self._name(node), node.target

@@ -17,12 +17,7 @@ DIGITS = tuple(str(digit) for digit in range(10))
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample image.
-
-    Attributes:
-        name: label of its button.
-        png: content of the PNG file.
-    """
+    """One sample image."""
 
     name: str
     png: bytes
@@ -32,12 +27,7 @@ def sample_pictures(model: BagCert, data: str | None = None) -> list[Sample]:
     """Returns the first image of each class of a data set, at most eight; generated images without data.
 
     Args:
-        model: the model, which determines the image size.
         data: as for `load_dataset`; by default the digits for a model trained on digits.
-
-    Raises:
-        UsageError: no such data.
-        UnreadableError: an image cannot be read.
     """
     if data is None and tuple(model.class_names) == DIGITS:
         data = "digits"

@@ -35,12 +35,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Resource:
-    """One file of the page.
-
-    Attributes:
-        content_type: value of the Content-Type header.
-        body: content of the file.
-    """
+    """One file of the page."""
 
     content_type: str
     body: bytes
@@ -53,11 +48,6 @@ class PageServer(ThreadingHTTPServer):
 
     Args:
         resources: path, such as `/page.js` -> file; `/` is the start page.
-        port: port number, or 0 for a free port.
-
-    Raises:
-        UsageError: an invalid port, or a port that is in use or reserved.
-        BagcertError: the server cannot listen on the loopback address.
     """
 
     daemon_threads = True
@@ -92,8 +82,6 @@ class PageServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Handles GET and HEAD requests for the resources."""
-
     server: PageServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "bagcert", ""

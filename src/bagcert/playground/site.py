@@ -42,15 +42,9 @@ def build_site(
     Exports the model, which also compares the exported file with the package's rules.
 
     Args:
-        model: a float32 model on the CPU.
         patch, rule: what to deploy; by default those of the model.
         data: source of the sample images, as for `load_dataset`; by default the digits for a model trained on digits,
             and generated images for any other.
-        on_step: called with the name of each step.
-
-    Raises:
-        UsageError: a missing library, a rule or network that cannot be exported, or an invalid patch or data set.
-        UnsoundError: a check of the export failed.
     """
     samples = sample_pictures(model, data)
     with tempfile.TemporaryDirectory(prefix="bagcert-page-") as folder:
@@ -89,11 +83,7 @@ def content_type(path: str) -> str:
 
 
 def static_files() -> Iterator[tuple[str, bytes]]:
-    """Reads the static files of the page, as path and content.
-
-    Raises:
-        BagcertError: the package was installed without them.
-    """
+    """Reads the static files of the page, as path and content."""
     root = resources.files("bagcert.playground") / "static"
     if not root.is_dir():
         raise BagcertError("the files of the page are missing from this installation of bagcert; install it again")

@@ -10,11 +10,7 @@ if TYPE_CHECKING:
 
 
 def figure(width: float, height: float) -> "Figure":
-    """Creates an empty figure; sizes in inches.
-
-    Raises:
-        UsageError: matplotlib is not installed. The message names the extra to install.
-    """
+    """Creates an empty figure; sizes in inches."""
     require("matplotlib", "report", "drawing")
     from matplotlib.figure import Figure
 

@@ -22,17 +22,7 @@ MOST_SIDE = 1024
 def write_explanation(
     picture: "Picture", class_names: Sequence[str], verdict: "Record", source: str, path: Path
 ) -> None:
-    """Draws a photo and its region map side by side and writes them as PNG.
-
-    Args:
-        model, fit, placements: as for the certification of the photo.
-        photo: the photo as stored; it is drawn upright.
-        verdict: result of one rule and patch for this photo.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-        BagcertError: the file cannot be written.
-    """
+    """Draws a photo and its region map side by side and writes them as PNG."""
     drawing = figure(9.0, 4.6)
     _draw(drawing, picture, class_names, verdict, source)
     write_atomically(path, drawn(drawing, "png"))

@@ -32,11 +32,7 @@ MOST_CLASSES_LISTED = 100
 
 
 def write_report(inputs: Inputs, path: Path, title: str | None = None) -> None:
-    """Writes the page atomically.
-
-    Raises:
-        BagcertError: the page cannot be written.
-    """
+    """Writes the page atomically."""
     write_atomically(path, render(inputs, title).encode())
 
 
@@ -52,7 +48,6 @@ def render(inputs: Inputs, title: str | None = None) -> str:
 
 
 def _headline(runs: Sequence[Run]) -> str:
-    """Summarizes the results of every run in sentences."""
     sentences = []
     for run in runs:
         info = run.info
@@ -70,7 +65,6 @@ def _headline(runs: Sequence[Run]) -> str:
 
 
 def _notes(info: RunInfo) -> str:
-    """Renders the notes of a run, such as that its images are a sample."""
     return "".join(f'<p class="note">Note: {escape(note)}.</p>' for note in info.notes or ())
 
 
@@ -101,11 +95,8 @@ def _curves(runs: Sequence[Run]) -> str:
         patches,
         {name: [(low, high) for _, (_, low, high) in points] for name, points in ordered.items()},
     )
-    return _section("Certified accuracy against patch size", chart + svg.legend(list(curves)) + _note_interval())
-
-
-def _note_interval() -> str:
-    return '<p class="note">Bars are 95 % intervals (Wilson). Lines only join points of one rule.</p>'
+    note = '<p class="note">Bars are 95 % intervals (Wilson). Lines only join points of one rule.</p>'
+    return _section("Certified accuracy against patch size", chart + svg.legend(list(curves)) + note)
 
 
 def _run(run: Run) -> str:
@@ -145,7 +136,6 @@ def _run(run: Run) -> str:
 
 
 def _asked(info: RunInfo) -> str:
-    """Renders the settings of a run."""
     limit = "" if info.limit is None else f", --limit {info.limit}" if info.notes else f", the first {info.limit:,}"
     unreadable = f", {info.unreadable:,} unreadable left out" if info.unreadable else ""
     seconds = info.seconds

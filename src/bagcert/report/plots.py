@@ -15,10 +15,6 @@ def write_plots(inputs: Inputs, folder: Path) -> list[Path]:
     """Writes `certified-patch`, `margins-N` and `training-N`, each as .png and .pdf; returns their paths.
 
     N is the number of the run, from 1.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-        BagcertError: a file cannot be written.
     """
     figures: dict[str, Any] = {}
     if inputs.runs:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from bagcert.errors import UnreadableError, UsageError, sanitize
 from bagcert.evaluation.gallery_file import Gallery, gallery_path, read_gallery
 from bagcert.evaluation.image_records import read_image_records
-from bagcert.io.files import read_regular
+from bagcert.io.files import read_input
 from bagcert.records import ImageRecord, RunInfo
 
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
@@ -34,14 +34,7 @@ def patch_title(patches: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation: its results, and its records and gallery if they exist.
-
-    Attributes:
-        path: path of the results file.
-        info: content of the results file.
-        records: one record per image, or None.
-        gallery: pictures of some images, or None.
-    """
+    """One evaluation: its results, and its records and gallery if they exist."""
 
     path: Path
     info: RunInfo
@@ -114,11 +107,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
 
 
 def read_run(path: Path) -> Run:
-    """Reads the results of an evaluation, and its records and gallery if they exist.
-
-    Raises:
-        UnreadableError: a file is damaged, or the files do not belong together.
-    """
+    """Reads the results of an evaluation, and its records and gallery if they exist."""
     info = _info(path)
     beside = path.with_suffix(".records.jsonl")
     records = read_image_records(beside) if beside.exists() else None
@@ -137,21 +126,17 @@ def read_run(path: Path) -> Run:
 
 
 def read_training(folder: Path) -> Training:
-    """Reads the metrics of a run folder, and name and recipe from its config if training is finished.
-
-    Raises:
-        UnreadableError: a file is damaged.
-    """
+    """Reads the metrics of a run folder, and name and recipe from its config if training is finished."""
     path = folder / METRICS
     points = []
-    for number, line in enumerate(_read(path, MAX_METRICS_BYTES).splitlines(), 1):
+    for number, line in enumerate(read_input(path, MAX_METRICS_BYTES).splitlines(), 1):
         point = _json(line, f"line {number} of {path}")
         if not isinstance(point, dict):
             raise UnreadableError(f"line {number} of {path} is not an object of numbers")
         points.append({name: float(value) for name, value in point.items() if _is_finite(value)})
     name, recipe = folder.name, {}
     if (folder / CONFIG).exists():
-        config = _json(_read(folder / CONFIG, MAX_JSON_BYTES), str(folder / CONFIG))
+        config = _json(read_input(folder / CONFIG, MAX_JSON_BYTES), str(folder / CONFIG))
         if not isinstance(config, dict) or not isinstance(config.get("name", name), str):
             raise UnreadableError(f"{folder / CONFIG} is not a model config")
         recipe = config.get("recipe", {})
@@ -239,7 +224,7 @@ def patch_curves(runs: Sequence[Run]) -> tuple[list[str], dict[str, dict[str, tu
 
 
 def _info(path: Path) -> RunInfo:
-    text = _read(path, MAX_JSON_BYTES)
+    text = read_input(path, MAX_JSON_BYTES)
     values = _json(text, str(path))
     if not isinstance(values, dict) or "results" not in values:
         raise UnreadableError(f"{path} is not the JSON of an evaluation, as bagcert evaluate --out writes it")
@@ -260,13 +245,6 @@ def _info(path: Path) -> RunInfo:
         if row.patch is not None and (len(row.patch) != 2 or min(row.patch) < 1):
             raise UnreadableError(f"{path}: a patch is [height, width], got {sanitize(row.patch)}")
     return info
-
-
-def _read(path: Path, limit: int) -> bytes:
-    try:
-        return read_regular(path, limit)
-    except OSError as error:
-        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _json(text: bytes, what: str) -> Any:

@@ -10,12 +10,9 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 72, 12, 12, 42
-"""Left margin: room for numbers of six characters and the axis label."""
-CHARACTER = 7.5
-"""Maximum width of a character of the page's text, in units of the picture."""
-SERIES = 8
-"""Number of series colors in the page's style."""
+LEFT, RIGHT, TOP, BOTTOM = 72, 12, 12, 42  # left margin: room for numbers of six characters and the axis label
+CHARACTER = 7.5  # maximum width of a character of the page's text, in units of the picture
+SERIES = 8  # number of series colors in the page's style
 
 Points = Sequence[tuple[float, float]]
 
@@ -31,7 +28,6 @@ def lines(
     """Draws lines with points; with `x_names`, the x of each point is an index into that list.
 
     Args:
-        series: name -> (x, y) points.
         intervals: name -> (low, high) of each point, drawn as bars.
     """
     every = [point for points in series.values() for point in points]

@@ -14,17 +14,13 @@ from torch import Tensor
 from bagcert.errors import UsageError
 from bagcert.training.random import Source, draw, draw_uniform
 
+Batch = UInt8[Tensor, "batch channels height width"]
 
-def random_crop(
-    images: UInt8[Tensor, "batch channels height width"],
-    padding: int,
-    generator: Source,
-    mode: str = "reflect",
-) -> UInt8[Tensor, "batch channels height width"]:
+
+def random_crop(images: Batch, padding: int, generator: Source, mode: str = "reflect") -> Batch:
     """Pads each image by `padding` px on all sides and crops it to its original size at a random offset.
 
     Args:
-        images: uint8 [batch, channels, height, width].
         padding: in px; 0 returns the images unchanged.
         generator: on the device of the images.
         mode: "reflect" (mirrored without repeating the border pixel) or "zero".
@@ -39,12 +35,7 @@ def random_crop(
     return crop(images, offsets, padding, mode)
 
 
-def crop(
-    images: UInt8[Tensor, "batch channels height width"],
-    offsets: Int64[Tensor, "batch 2"],
-    padding: int,
-    mode: str = "reflect",
-) -> UInt8[Tensor, "batch channels height width"]:
+def crop(images: Batch, offsets: Int64[Tensor, "batch 2"], padding: int, mode: str = "reflect") -> Batch:
     """Pads image b and crops it at row `offsets[b, 0]` and column `offsets[b, 1]` of the padded image."""
     _check_crop(images, padding, mode)
     batch, channels, height, width = images.shape
@@ -60,10 +51,7 @@ def crop(
 
 
 def random_resized_crop(
-    images: UInt8[Tensor, "batch channels height width"],
-    size: tuple[int, int],
-    least_share: float,
-    generator: Source,
+    images: Batch, size: tuple[int, int], least_share: float, generator: Source
 ) -> UInt8[Tensor, "batch channels out_height out_width"]:
     """Crops a box of random area, aspect ratio and position from each image and resizes it to `size`.
 
@@ -71,15 +59,11 @@ def random_resized_crop(
     / height) is uniform between those of 3/4 and 4/3. A side longer than the image is clipped to it.
 
     Args:
-        images: uint8 [batch, channels, height, width].
         size: (height_px, width_px) of the result.
         least_share: smallest fraction of the area, above 0 and at most 1.
         generator: on the device of the images.
 
     Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, section 6.
-
-    Raises:
-        UsageError: a share or a size out of range.
     """
     if not 0 < least_share <= 1:
         raise UsageError(f"a random resized crop keeps a share of the area above 0 and at most 1, got {least_share}")
@@ -93,9 +77,7 @@ def random_resized_crop(
 
 
 def resized_crop(
-    images: UInt8[Tensor, "batch channels height width"],
-    boxes: Float[Tensor, "batch 4"],
-    size: tuple[int, int],
+    images: Batch, boxes: Float[Tensor, "batch 4"], size: tuple[int, int]
 ) -> UInt8[Tensor, "batch channels out_height out_width"]:
     """Crops the box [top, left, height, width] of `boxes[b]`, in fractional px, from image b and resizes it to `size`.
 
@@ -109,29 +91,19 @@ def resized_crop(
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def random_flip(
-    images: UInt8[Tensor, "batch channels height width"], generator: Source
-) -> UInt8[Tensor, "batch channels height width"]:
+def random_flip(images: Batch, generator: Source) -> Batch:
     """Mirrors each image left to right with probability 1/2."""
     chosen = draw(2, len(images), generator).bool()
     return flip(images, chosen)
 
 
-def flip(
-    images: UInt8[Tensor, "batch channels height width"], chosen: Bool[Tensor, " batch"]
-) -> UInt8[Tensor, "batch channels height width"]:
+def flip(images: Batch, chosen: Bool[Tensor, " batch"]) -> Batch:
     """Mirrors the chosen images left to right and returns the others unchanged."""
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
-def cutout(
-    images: UInt8[Tensor, "batch channels height width"], size: int, generator: Source, fill: int = 0
-) -> UInt8[Tensor, "batch channels height width"]:
-    """Sets a square of `size` px at a random position inside each image to `fill`.
-
-    Raises:
-        UsageError: a size that is negative or does not fit, or a fill outside 0..255.
-    """
+def cutout(images: Batch, size: int, generator: Source, fill: int = 0) -> Batch:
+    """Sets a square of `size` px at a random position inside each image to `fill`."""
     height, width = images.shape[2:]
     if not 0 <= size <= min(height, width):
         raise UsageError(f"a cutout of {size} px does not fit into images of {height}x{width} px")
@@ -140,9 +112,7 @@ def cutout(
     return cover(images, torch.stack([tops, lefts], 1), size, fill)
 
 
-def cover(
-    images: UInt8[Tensor, "batch channels height width"], corners: Int64[Tensor, "batch 2"], size: int, fill: int = 0
-) -> UInt8[Tensor, "batch channels height width"]:
+def cover(images: Batch, corners: Int64[Tensor, "batch 2"], size: int, fill: int = 0) -> Batch:
     """Sets the square of `size` px at row `corners[b, 0]`, column `corners[b, 1]` of image b to `fill`."""
     if not 0 <= fill <= 255:
         raise UsageError(f"a fill is 0 to 255, got {fill}")
@@ -153,18 +123,12 @@ def cover(
     return images.masked_fill(covered[0][:, None, :, None] & covered[1][:, None, None, :], fill)
 
 
-def random_color(
-    images: UInt8[Tensor, "batch channels height width"], strength: float, generator: Source
-) -> UInt8[Tensor, "batch channels height width"]:
+def random_color(images: Batch, strength: float, generator: Source) -> Batch:
     """Changes brightness, contrast and saturation of each image by random factors.
 
     Args:
-        images: uint8 [batch, 3, height, width].
         strength: the three factors are uniform in [1 - strength, 1 + strength]; 0 returns the images unchanged.
         generator: on the device of the images.
-
-    Raises:
-        UsageError: a strength outside [0, 1).
     """
     if not 0 <= strength < 1:
         raise UsageError(f"a color augmentation has a strength of at least 0 and below 1, got {strength}")
@@ -174,9 +138,7 @@ def random_color(
     return recolor(images, factors.T)
 
 
-def recolor(
-    images: UInt8[Tensor, "batch channels height width"], factors: Float[Tensor, "batch 3"]
-) -> UInt8[Tensor, "batch channels height width"]:
+def recolor(images: Batch, factors: Float[Tensor, "batch 3"]) -> Batch:
     """Multiplies brightness, contrast and saturation of image b by `factors[b]`, in this order.
 
     Contrast is the distance of a pixel from the mean gray value of its image. Saturation is the distance from the gray

@@ -21,7 +21,6 @@ class Share:
     """Sharding of a batch: it is cut into parts for gradient accumulation, and each part is divided among processes.
 
     Attributes:
-        batch: number of images in the whole batch, over all processes.
         parts: number of gradient accumulation steps.
         process, processes: rank of this process, and number of processes.
 
@@ -66,7 +65,6 @@ class Batches(Protocol):
     """Iterator over one process's share of the batches of a training set.
 
     Attributes:
-        share: the sharding, which determines this process's images.
         epoch_steps: number of steps in an epoch. An incomplete last batch is dropped.
     """
 

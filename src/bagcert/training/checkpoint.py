@@ -30,8 +30,6 @@ class RunFolder:
     """The state of a run that is saved in its checkpoint.
 
     Attributes:
-        step: number of finished optimizer steps.
-        steps: number of steps of the whole run.
         decay_start: the step at which the learning rate of the schedule hold starts to fall; None for other schedules.
             The checkpoint of that step is kept, so that a run can be resumed with more epochs.
         seconds: training time so far, including earlier sessions of a resumed run.
@@ -68,12 +66,7 @@ class RunFolder:
         return chosen.eval()
 
     def open(self, resume: bool) -> None:
-        """Starts a new run, or loads the checkpoint of a run with the same recipe.
-
-        Raises:
-            UsageError: the folder holds an unfinished or a different run, or there is nothing to resume.
-            UnreadableError: the checkpoint is damaged.
-        """
+        """Starts a new run, or loads the checkpoint of a run with the same recipe."""
         path = self.folder / CHECKPOINT
         for name in (CHECKPOINT, HELD, METRICS, RECIPE, WEIGHTS, CONFIG):
             remove_leftovers(self.folder / name)
@@ -109,9 +102,6 @@ class RunFolder:
 
         Recipes are compared by value: keys that did not exist when the run was started have their default, and the
         path to the data may differ.
-
-        Raises:
-            UsageError: the recipe differs otherwise, or its schedule does not allow this change.
         """
         written = written_recipe(self.folder)
         own = self.recipe
@@ -217,12 +207,7 @@ class RunFolder:
 
 
 def check_run_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """Checks a run folder before images are read; raises the errors of `RunFolder.open` early.
-
-    Raises:
-        UsageError: the folder holds an unfinished run, or there is nothing to resume.
-        BagcertError: the path is a file.
-    """
+    """Checks a run folder before images are read; raises the errors of `RunFolder.open` early."""
     if folder.exists() and not folder.is_dir():
         raise BagcertError(f"{folder} cannot be written: it is not a folder")
     unfinished = (folder / CHECKPOINT).exists()
@@ -248,11 +233,7 @@ def written_recipe(folder: Path) -> Recipe | None:
 
 
 def _read_checkpoint(path: Path) -> Any:
-    """Reads tensors, numbers, text, lists and dicts from a checkpoint, without executing code in it.
-
-    Raises:
-        Exception: the file was not written by `torch.save`; the type of the exception varies.
-    """
+    """Reads tensors, numbers, text, lists and dicts from a checkpoint, without executing code in it."""
     with open_regular(path, MAX_CHECKPOINT_BYTES) as file:
         size = os.fstat(file.fileno()).st_size
         parts = zipfile.ZipFile(file).infolist()

@@ -32,13 +32,9 @@ def choose_recipe(
         out: the run folder; by default `runs/NAME`.
         overrides: recipe values, as `section.key=value`.
         size: size of the network's images, as `HxW` or the side of a square.
-        resume: resume an existing run.
-
-    Raises:
-        UsageError: none of these, or a wrong key or value.
-        UnreadableError: the recipe cannot be read.
     """
-    changes = [*_size_override(size), *overrides]
+    pixels = None if size is None else _parsed(size)
+    changes = [*overrides] if pixels is None else [f"model.image_size={list(pixels)}", *overrides]
     if what is None:
         if not resume or out is None:
             raise UsageError("training needs a recipe, or a folder of images; --resume needs a run folder")
@@ -62,7 +58,7 @@ def choose_recipe(
     if resume and (folder / RECIPE).is_file():
         recipe = load_recipe(str(folder / RECIPE), changes)
     else:
-        recipe = load_recipe(PHOTOS_64 if _is_large(size) else PHOTOS, [f"name={name}", *changes])
+        recipe = load_recipe(PHOTOS_64 if pixels and min(pixels) >= LARGE_PX else PHOTOS, [f"name={name}", *changes])
     return recipe.changed(data={"name": what}), folder
 
 
@@ -75,14 +71,6 @@ def _parsed(size: str) -> tuple[int, int]:
     if found is None:
         raise UsageError(f"a size is a side in px, such as 32, or HEIGHTxWIDTH; got {size!r}")
     return int(found[1]), int(found[2] or found[1])
-
-
-def _is_large(size: str | None) -> bool:
-    return size is not None and min(_parsed(size)) >= LARGE_PX
-
-
-def _size_override(size: str | None) -> list[str]:
-    return [] if size is None else [f"model.image_size={list(_parsed(size))}"]
 
 
 def _name_of(images: Path) -> str:

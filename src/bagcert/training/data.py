@@ -20,8 +20,7 @@ from bagcert.training.launcher import processes_here
 from bagcert.training.recipe import Recipe
 from bagcert.training.stream import StreamedBatches, stream_order
 
-SAMPLED_IMAGES = 2048
-"""Number of streamed images from which mean and standard deviation of the pixels are computed."""
+SAMPLED_IMAGES = 2048  # number of streamed images from which mean and standard deviation of the pixels are computed
 
 
 VALIDATION_FOLDERS = ("val", "valid", "validation")
@@ -33,9 +32,6 @@ class Sources:
     """The data of a run before any image is decoded.
 
     Attributes:
-        training: training images.
-        validation: held-out images.
-        name, split: name and split of the data, as requested.
         held_out_by: how the validation images were chosen, for the model's provenance.
         class_folders: class folders in the order of the classes if they have display names, else None.
     """
@@ -53,12 +49,9 @@ class TrainingData:
     """The data of a run in one process.
 
     Attributes:
-        training: training images.
-        batches: batches of the training images.
         sample: uint8 [images, 3, height, width], all training images, or some of a stream.
         held_out: uint8 [images, height, width, 3], not trained on. The first `train.validate_images` are stratified by
             class.
-        held_out_labels: int64 [images].
     """
 
     training: ImageSet
@@ -114,10 +107,6 @@ def load_training_data(
 
     Without streaming, these are all images. With streaming, they are a sample and the held-out images of one
     validation, both taken from a few blocks of the files, so that only a small part of the data is read.
-
-    Raises:
-        UsageError: batches too small to share, images of different sizes, or more of them than memory holds.
-        UnreadableError: an image that cannot be read.
     """
     training, validation = sources.training, sources.validation
     prepare = Preprocessing(recipe.model.image_size).apply if recipe.model.image_size else None
@@ -144,7 +133,6 @@ def load_training_data(
 
 
 def _validation_folder(spec: str) -> ImageSet | None:
-    """Loads the validation split of class folders; None if there is none."""
     if spec in DATASETS or is_address(spec):
         return None
     root = Path(spec).expanduser()
@@ -175,7 +163,6 @@ def _tensor(pixels: np.ndarray) -> Tensor:
 
 
 def _require_memory(source: ImageSet, count: int, recipe: Recipe) -> None:
-    """Checks before decoding that the decoded images fit into memory."""
     side = recipe.augment.resize
     height, width = (side, side) if side else recipe.model.image_size or source.read([0])[0].stored_size
     needed = count * height * width * 3

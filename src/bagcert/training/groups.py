@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from bagcert.data.image_set import ImageSet
-from bagcert.errors import UnreadableError, UsageError, sanitize
-from bagcert.io.files import read_regular
+from bagcert.errors import UsageError, sanitize
+from bagcert.io.files import read_lines
 
 PREFIX = "prefix"
 MAX_BYTES = 1 << 28
@@ -19,14 +19,9 @@ def groups_of(images: ImageSet, how: str) -> Int64[np.ndarray, " images"]:
     """Returns the group number of each image.
 
     Args:
-        images: images from class folders.
         how: "prefix": files of one class folder whose names (without extension) agree up to the last `_`, `-`, `.` or
             space form a group; a name without any of these is its own group. Otherwise a text file with a line
             `class folder/file,group` for each image; a tab or space may replace the comma.
-
-    Raises:
-        UsageError: images without file names, or the file lacks an image.
-        UnreadableError: the file is missing or not text.
     """
     files: tuple[Path, ...] | None = getattr(images.source, "files", None)
     if files is None:
@@ -87,12 +82,7 @@ def _prefix(name: str) -> str:
 
 
 def _read(path: Path) -> dict[str, str]:
-    try:
-        lines = read_regular(path, MAX_BYTES).decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise UnreadableError(f"the groups {path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UnreadableError(f"the groups {path} are not text in UTF-8") from None
+    lines = read_lines(path, MAX_BYTES, f"the groups {path}")
     listed = {}
     for number, line in enumerate(map(str.strip, lines), start=1):
         parts = next((parts for separator in ",\t " if (parts := line.rsplit(separator, 1))[1:]), None)

@@ -17,8 +17,7 @@ from bagcert.nets.region_scorer import RegionScorer
 from bagcert.threat import PatchThreatModel
 from bagcert.training.random import Source, draw
 
-GROWTH = 0.5
-"""Share of all steps over which the boxes grow from points to all patch contents in [0, 1]."""
+GROWTH = 0.5  # share of all steps over which the boxes grow from points to all patch contents in [0, 1]
 
 
 class BoundedLoss:
@@ -28,7 +27,6 @@ class BoundedLoss:
         scorer: its network is a sequence of layers with bounds that ends with a 1x1 convolution.
         threat: in every step, each image gets one random attack of this threat.
         full_weight: w.
-        device: device of the images.
 
     Raises:
         UsageError: a network of another kind, or a threat with more than 20,000 attacks.
@@ -52,15 +50,7 @@ class BoundedLoss:
         share: float,
         generator: Source,
     ) -> Float[Tensor, " batch"]:
-        """Computes one loss per image.
-
-        Args:
-            clean: the loss of the unchanged images.
-            images: images in [0, 1].
-            labels: class of each image.
-            share: share of finished steps, from 0 to 1.
-            generator: random numbers for the choice of attacks.
-        """
+        """Computes one loss per image."""
         chosen = draw(len(self.boxes), len(images), generator)
         hidden = covered(self.boxes[chosen], (images.shape[2], images.shape[3]))[:, None]
         worst = self.worst_logits(images, hidden, min(1.0, share / GROWTH), labels)
@@ -77,8 +67,6 @@ class BoundedLoss:
         """Bounds the lead of each class's logit over the label's logit; differentiable.
 
         Args:
-            images: images in [0, 1].
-            hidden: the pixels under a patch.
             size: 1 for all contents in [0, 1]; a smaller value shrinks the box around the image by that factor.
             labels: labels of the images. The column of the label is 0.
         """

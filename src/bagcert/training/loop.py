@@ -50,7 +50,6 @@ class Progress:
     """Progress of a run, passed to the caller after every step.
 
     Attributes:
-        step, steps: number of finished steps, and of all steps.
         epoch, epochs: current epoch, from 1, and number of epochs.
         seconds: training time so far, including earlier sessions of a resumed run.
         epoch_ends: whether this was the last step of its epoch.
@@ -90,13 +89,8 @@ def train(
     by validation accuracy would bias the reported validation accuracy upwards.
 
     Args:
-        data: a data set or its name, instead of the recipe's.
-        resume: resume from the checkpoint in `out`.
+        data, resume, limit, device, on_progress, validation: as for `bagcert.train`.
         init: model folder whose weights to start from. The last layer is initialized randomly if the classes differ.
-        limit: train on the first `limit` images only.
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        on_progress: called after every step.
-        validation: validation images, instead of a part of the training images.
         minutes: train for as many epochs as fit into this time, instead of the recipe's epochs, see
             `bagcert.training.pace`. A resumed run keeps its epochs.
         scorer: a network to train instead of the recipe's. It is trained in place, and its weights are written to `out`
@@ -229,11 +223,7 @@ def train(
 
 
 def _given(scorer: RegionScorer | None, sources: Sources, images: TrainingData) -> RegionScorer:
-    """Checks that a user-defined network fits the data, and returns it.
-
-    Raises:
-        UsageError: it has other classes or takes images of another size.
-    """
+    """Checks that a user-defined network fits the data, and returns it."""
     assert scorer is not None
     if scorer.channels != 3:
         raise UsageError(f"training is on RGB images, the network takes {scorer.channels} channels")

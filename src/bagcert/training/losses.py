@@ -16,18 +16,19 @@ from bagcert.grid import WindowBlock
 from bagcert.scores import window_sums
 from bagcert.training.random import Source, draw
 
+Scores = Float[Tensor, "batch classes rows cols"]
+Labels = Int[Tensor, " batch"]
+Losses = Float[Tensor, " batch"]
 Targets = Float[Tensor, "batch classes"] | None
 """Class probabilities that replace the labels in cross-entropies, such as those of a teacher."""
 
 
-def mean_scores(scores: Float[Tensor, "batch classes rows cols"]) -> Float[Tensor, "batch classes"]:
+def mean_scores(scores: Scores) -> Float[Tensor, "batch classes"]:
     """`S_c / (m n)`."""
     return scores.float().mean((2, 3))
 
 
-def margin_loss(
-    scores: Float[Tensor, "batch classes rows cols"], labels: Int[Tensor, " batch"], margin: float
-) -> Float[Tensor, " batch"]:
+def margin_loss(scores: Scores, labels: Labels, margin: float) -> Losses:
     """BagCert's hinge `max(0, M - min_{c != y} (S_y - S_c) / (m n))`, on scores in [0, 1]."""
     means = mean_scores(scores)
     truth = means.gather(1, labels[:, None])[:, 0]
@@ -36,50 +37,39 @@ def margin_loss(
 
 
 def smooth_margin_loss(
-    scores: Float[Tensor, "batch classes rows cols"],
-    labels: Int[Tensor, " batch"],
+    scores: Scores,
+    labels: Labels,
     margin: float,
     temperature: float,
     label_smoothing: float = 0.0,
     targets: Targets = None,
-) -> Float[Tensor, " batch"]:
+) -> Losses:
     """The hinge's smooth form `CE(tau * (S / (m n) - M * onehot(y)))`."""
     shifted = mean_scores(scores) - margin * F.one_hot(labels, scores.shape[1])
     return _cross_entropy(temperature * shifted, labels, label_smoothing, targets)
 
 
-def cross_entropy_loss(
-    scores: Float[Tensor, "batch classes rows cols"],
-    labels: Int[Tensor, " batch"],
-    label_smoothing: float = 0.0,
-    targets: Targets = None,
-) -> Float[Tensor, " batch"]:
+def cross_entropy_loss(scores: Scores, labels: Labels, label_smoothing: float = 0.0, targets: Targets = None) -> Losses:
     """Cross-entropy of the mean scores, for training without certification."""
     return _cross_entropy(mean_scores(scores), labels, label_smoothing, targets)
 
 
-def clipped_loss(
-    scores: Float[Tensor, "batch classes rows cols"],
-    labels: Int[Tensor, " batch"],
-    temperature: float = 12.0,
-    label_smoothing: float = 0.0,
-) -> Float[Tensor, " batch"]:
+def clipped_loss(scores: Scores, labels: Labels, temperature: float = 12.0, label_smoothing: float = 0.0) -> Losses:
     """`CE(tau * mean of tanh(0.05 z - 1))`: scores as Clipped BagNet deploys them (Zhang et al., DLS 2020)."""
     return cross_entropy_loss(temperature * torch.tanh(0.05 * scores.float() - 1), labels, label_smoothing)
 
 
 def masked_features_loss(
-    scores: Float[Tensor, "batch classes rows cols"],
-    labels: Int[Tensor, " batch"],
+    scores: Scores,
+    labels: Labels,
     windows: Float[Tensor, "windows rows cols"],
     generator: Source,
     label_smoothing: float = 0.0,
-) -> Float[Tensor, " batch"]:
+) -> Losses:
     """Cross-entropy of the mean scores outside one random window of each map.
 
     Args:
         windows: windows from `window_masks`, drawn uniformly.
-        generator: random numbers, on the device of the scores.
 
     Source: Xiang et al., "PatchGuard", USENIX Security 2021, section 4.
     """
@@ -97,20 +87,20 @@ def window_masks(windows: Sequence[WindowBlock], device: torch.device) -> Float[
     return torch.as_tensor(np.stack(masks), dtype=torch.float32, device=device)
 
 
-def one_hot_penalty(scores: Float[Tensor, "batch classes rows cols"]) -> Float[Tensor, " batch"]:
+def one_hot_penalty(scores: Scores) -> Losses:
     """Penalty on regions that vote for several classes: the mean over regions of `max(0, sum_c s_c - 1)`."""
     return (scores.float().sum(1) - 1).clamp(min=0).mean((1, 2))
 
 
 def double_masking_loss(
-    scores: Float[Tensor, "batch classes rows cols"],
-    labels: Int[Tensor, " batch"],
+    scores: Scores,
+    labels: Labels,
     windows: Sequence[WindowBlock],
     full_weight: float = 0.3,
     label_smoothing: float = 0.0,
     temperature: float = 1.0,
     targets: Targets = None,
-) -> Float[Tensor, " batch"]:
+) -> Losses:
     """`CE(mean of kept scores) + full_weight * CE(mean of all scores)`; kept scores exclude the two worst windows.
 
     The windows are chosen greedily from the map: first the one that supports the label most against its runner-up,
@@ -138,7 +128,7 @@ def _kept_means(scores: Tensor, keep: Tensor) -> Tensor:
 
 @torch.no_grad()
 def two_worst_windows_removed(
-    scores: Float[Tensor, "batch classes rows cols"], labels: Int[Tensor, " batch"], windows: Sequence[WindowBlock]
+    scores: Scores, labels: Labels, windows: Sequence[WindowBlock]
 ) -> Float[Tensor, "batch rows cols"]:
     """Returns a mask that is 0 in the two windows whose removal hurts the label most (greedy), and 1 elsewhere."""
     sums = scores.sum((2, 3)).scatter(1, labels[:, None], -torch.inf)

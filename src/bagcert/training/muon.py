@@ -15,7 +15,6 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         kernels: parameters with at least two axes.
-        others: batch norms, biases and the classifier.
         learning_rate, weight_decay: settings for the kernels. Updates have the same root mean square as AdamW's.
         others_learning_rate: learning rate of the others, which have no weight decay.
 

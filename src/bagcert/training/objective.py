@@ -105,12 +105,7 @@ def augment(images: Tensor, recipe: Recipe, generator: Source) -> Tensor:
 
 @torch.no_grad()
 def hardest_cutout(
-    images: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
-    generator: Source,
-    scorer: RegionScorer,
-    objective: Objective,
+    images: Tensor, labels: Tensor, recipe: Recipe, generator: Source, scorer: RegionScorer, objective: Objective
 ) -> Tensor:
     """Applies to each image the one of `cutout_candidates` random cutout squares with the largest loss.
 

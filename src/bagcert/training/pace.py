@@ -28,14 +28,7 @@ MEASURED_SECONDS, FEWEST_STEPS, MOST_STEPS = 3.0, 3, 50
 
 @dataclass(frozen=True)
 class Pace:
-    """Measured speed of training.
-
-    Attributes:
-        step_seconds: duration of one optimizer step.
-        epoch_steps: number of steps in an epoch.
-        validation_seconds: duration of one validation.
-        validate_every: epochs between validations.
-    """
+    """Measured speed of training."""
 
     step_seconds: float
     epoch_steps: int

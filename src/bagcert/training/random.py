@@ -16,7 +16,6 @@ class ShardedGenerator:
 
     Attributes:
         generator: generator with the same state on all processes.
-        batch: number of images in the whole batch.
         rows: positions of the share's images in the batch, on the device of the generator.
     """
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from bagcert.errors import UnreadableError, UsageError, cleaned, nearest, sanitize
-from bagcert.io.files import read_regular
+from bagcert.io.files import read_input
 from bagcert.nets.heads import check_readout
 
 MAX_RECIPE_BYTES = 1 << 16
@@ -23,7 +23,6 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 def _square(size: Any) -> Any:
-    """Converts the side of a square to [height, width]."""
     return (size, size) if type(size) is int else size
 
 
@@ -34,53 +33,46 @@ class _Section(BaseModel):
 class DataSection(_Section):
     """Dataset and validation split."""
 
-    name: str = Field(default="digits", description="name, path or URL of the data set; `--data` overrides it")
+    name: str = Field("digits", description="name, path or URL of the data set; `--data` overrides it")
     validation: float = Field(
-        default=0.1, gt=0, lt=1, description="share of the training set to hold out, unless the data has a folder `val`"
+        0.1, gt=0, lt=1, description="share of the training set to hold out, unless the data has a folder `val`"
     )
-    split_seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the choice of held-out images")
+    split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the choice of held-out images")
     groups: str | None = Field(
-        default=None,
+        None,
         description="groups of images to keep on one side of the validation split: `prefix` (files of a class folder "
         "whose names agree up to the last `_`, `-`, `.` or space), or a file with a line `class/file,group` for each "
         "image",
     )
     class_names: str | None = Field(
-        default=None, description="a file with a line `folder: name` for each class folder to be shown under that name"
+        None, description="a file with a line `folder: name` for each class folder to be shown under that name"
     )
-    class_weights: bool = Field(default=False, description="weight classes by inverse frequency")
-    streaming: bool = Field(default=False, description="decode images on demand instead of all at the start")
-    workers: int = Field(
-        default=2, ge=0, le=1024, description="decoding processes per training process, when streaming"
-    )
+    class_weights: bool = Field(False, description="weight classes by inverse frequency")
+    streaming: bool = Field(False, description="decode images on demand instead of all at the start")
+    workers: int = Field(2, ge=0, le=1024, description="decoding processes per training process, when streaming")
     shuffle: int = Field(
-        default=10_000,
-        ge=1,
-        le=2**31,
-        description="images to shuffle together, when streaming; blocks are shuffled as well",
+        10_000, ge=1, le=2**31, description="images to shuffle together, when streaming; blocks are shuffled as well"
     )
 
 
 class ModelSection(_Section):
     """Architecture of the region scorer."""
 
-    architecture: str = Field(default="resnet-rf10s2", description="a name from `bagcert info`")
-    width: int | None = Field(default=None, ge=8, le=65536, description="the architecture's own when absent")
-    depth: int | None = Field(
-        default=None, ge=1, le=4096, description="residual blocks; the architecture's own when absent"
-    )
-    padded: bool = Field(default=True, description="zero padding; without it, regions lie entirely inside the image")
+    architecture: str = Field("resnet-rf10s2", description="a name from `bagcert info`")
+    width: int | None = Field(None, ge=8, le=65536, description="the architecture's own when absent")
+    depth: int | None = Field(None, ge=1, le=4096, description="residual blocks; the architecture's own when absent")
+    padded: bool = Field(True, description="zero padding; without it, regions lie entirely inside the image")
     image_size: Annotated[tuple[Pixels, Pixels], BeforeValidator(_square)] | None = Field(
-        default=None, description="`[height, width]` in px that images are squashed to; their own when absent"
+        None, description="`[height, width]` in px that images are squashed to; their own when absent"
     )
     head: Literal["binary", "fixed-point", "attention-pooling"] = Field(
-        default="fixed-point",
+        "fixed-point",
         description="how scores become integers, and regions an answer: 0 or 1 for each class, or fixed-point "
         "numbers, both summed over regions; or attention pooling and a small network",
     )
-    values: int = Field(default=128, ge=1, le=1024, description="pooled values of the attention-pooling head")
-    attention_heads: int = Field(default=8, ge=1, le=1024, description="each weighs values / attention_heads values")
-    hidden: int = Field(default=64, ge=1, le=1024, description="hidden units of the attention-pooling readout")
+    values: int = Field(128, ge=1, le=1024, description="pooled values of the attention-pooling head")
+    attention_heads: int = Field(8, ge=1, le=1024, description="each weighs values / attention_heads values")
+    hidden: int = Field(64, ge=1, le=1024, description="hidden units of the attention-pooling readout")
 
     @property
     def readout(self) -> dict[str, int]:
@@ -93,11 +85,9 @@ class ModelSection(_Section):
 class DefenseSection(_Section):
     """Default rule and patch of the deployed model, and the patch to train against."""
 
-    rule: str = Field(default="double-masking", description="the rule that predicts and certifies")
+    rule: str = Field("double-masking", description="the rule that predicts and certifies")
     patch: str = Field(
-        default="5",
-        max_length=1000,
-        description="as for `--patch`, in px of the resized image or as a share (`2%`)",
+        "5", max_length=1000, description="as for `--patch`, in px of the resized image or as a share (`2%`)"
     )
     masks_per_axis: int | None = Field(
         default=None, ge=1, le=16384, description="largest number of masks per axis; absent: all windows of the patch"
@@ -108,121 +98,95 @@ class LossSection(_Section):
     """The training objective; see docs/method.md, "Training"."""
 
     name: Literal[
-        "margin",
-        "smooth-margin",
-        "double-masking",
-        "cross-entropy",
-        "clipped",
-        "masked-features",
-        "interval-bounds",
-    ] = Field(default="double-masking", description="the loss; use `double-masking` with the rule of that name")
-    margin: float = Field(default=0.4, gt=0, le=1, description="margin of the two margin losses")
+        "margin", "smooth-margin", "double-masking", "cross-entropy", "clipped", "masked-features", "interval-bounds"
+    ] = Field("double-masking", description="the loss; use `double-masking` with the rule of that name")
+    margin: float = Field(0.4, gt=0, le=1, description="margin of the two margin losses")
     temperature: float = Field(
-        default=12.0, gt=0, description="factor on mean scores, for smooth-margin, clipped, and binary double-masking"
+        12.0, gt=0, description="factor on mean scores, for smooth-margin, clipped, and binary double-masking"
     )
     full_weight: float = Field(
-        default=0.3, ge=0, description="weight of the unmasked term of double-masking and interval-bounds losses"
+        0.3, ge=0, description="weight of the unmasked term of double-masking and interval-bounds losses"
     )
     one_hot_penalty: float = Field(
-        default=0.0, ge=0, description="weight of a penalty on regions that score for several classes"
+        0.0, ge=0, description="weight of a penalty on regions that score for several classes"
     )
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="share of each target that is spread over all classes"
-    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target that is spread over all classes")
     teacher: str | None = Field(
-        default=None,
+        None,
         description="a model (name or folder) whose prediction for each augmented image is mixed into the target; for "
         "the cross-entropy, smooth-margin and double-masking losses",
     )
-    teacher_weight: float = Field(default=0.9, gt=0, le=1, description="share of the teacher in the target")
-    teacher_temperature: float = Field(
-        default=2.0, gt=0, description="divisor of the teacher's mean scores before the softmax"
-    )
+    teacher_weight: float = Field(0.9, gt=0, le=1, description="share of the teacher in the target")
+    teacher_temperature: float = Field(2.0, gt=0, description="divisor of the teacher's mean scores before the softmax")
 
 
 class OptimizerSection(_Section):
     """Optimizer and learning-rate schedule, which begins with a linear warm-up."""
 
     name: Literal["adamw", "muon", "sgd"] = Field(
-        default="adamw", description="`muon` uses Muon for convolution kernels and AdamW for the rest"
+        "adamw", description="`muon` uses Muon for convolution kernels and AdamW for the rest"
     )
-    learning_rate: float = Field(default=2e-3, gt=0, description="maximum learning rate of the schedule")
+    learning_rate: float = Field(2e-3, gt=0, description="maximum learning rate of the schedule")
     others_share: float = Field(
-        default=0.5, gt=0, description="for muon: learning rate of all that is no inner kernel, as a share"
+        0.5, gt=0, description="for muon: learning rate of all that is no inner kernel, as a share"
     )
-    weight_decay: float = Field(
-        default=0.01, ge=0, description="weight decay of kernels; batch norm and biases have none"
-    )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="for sgd")
-    warmup: float = Field(default=0.2, ge=0, lt=1, description="length of the linear warm-up, as a share of all steps")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of kernels; batch norm and biases have none")
+    momentum: float = Field(0.9, ge=0, lt=1, description="for sgd")
+    warmup: float = Field(0.2, ge=0, lt=1, description="length of the linear warm-up, as a share of all steps")
     schedule: Literal["cosine", "hold"] = Field(
-        default="cosine",
+        "cosine",
         description="after warm-up: cosine to zero; or the top rate, then linear to zero in the last `decay` share",
     )
-    decay: float = Field(default=0.25, gt=0, le=1, description="share of all steps, for the schedule hold")
+    decay: float = Field(0.25, gt=0, le=1, description="share of all steps, for the schedule hold")
     warmup_steps: int | None = Field(
-        default=None, ge=1, description="warm-up in steps, instead of warmup; needed to extend a run"
+        None, ge=1, description="warm-up in steps, instead of warmup; needed to extend a run"
     )
-    gradient_clip: float | None = Field(
-        default=None, gt=0, description="gradient clipping: maximum norm; absent: no clipping"
-    )
+    gradient_clip: float | None = Field(None, gt=0, description="gradient clipping: maximum norm; absent: no clipping")
 
 
 class AugmentSection(_Section):
     """Batched augmentation on the device."""
 
     resized_crop: float | None = Field(
-        default=None, gt=0, le=1, description="least share of the area that a random resized crop keeps; absent: none"
+        None, gt=0, le=1, description="least share of the area that a random resized crop keeps; absent: none"
     )
     resize: Pixels | None = Field(
-        default=None, description="side in px that training images are squashed to before the random resized crop"
+        None, description="side in px that training images are squashed to before the random resized crop"
     )
-    crop: int = Field(default=2, ge=0, le=16384, description="px of padding before the random crop")
-    crop_mode: Literal["reflect", "zero"] = Field(default="reflect", description="content of the padding")
-    flip: bool = Field(default=True, description="mirror half of the images, left to right")
+    crop: int = Field(2, ge=0, le=16384, description="px of padding before the random crop")
+    crop_mode: Literal["reflect", "zero"] = Field("reflect", description="content of the padding")
+    flip: bool = Field(True, description="mirror half of the images, left to right")
     color: float = Field(
-        default=0.0,
+        0.0,
         ge=0,
         lt=1,
         description="brightness, contrast and saturation are multiplied by numbers drawn from [1 - color, 1 + color]",
     )
-    cutout: int = Field(default=0, ge=0, le=16384, description="side in px of a square painted black; 0 for none")
+    cutout: int = Field(0, ge=0, le=16384, description="side in px of a square painted black; 0 for none")
     cutout_candidates: int = Field(
-        default=1,
-        ge=1,
-        le=100,
-        description="random squares per image, of which the one with the largest loss is painted",
+        1, ge=1, le=100, description="random squares per image, of which the one with the largest loss is painted"
     )
     ablation: Literal["none", "column", "row", "block"] = Field(
-        default="none", description="hide all but a random band or block, as derandomized smoothing does"
+        "none", description="hide all but a random band or block, as derandomized smoothing does"
     )
-    ablation_size: int = Field(default=4, ge=1, le=16384, description="px of the band or the block's side")
+    ablation_size: int = Field(4, ge=1, le=16384, description="px of the band or the block's side")
 
 
 class TrainSection(_Section):
     """Training loop."""
 
-    epochs: int = Field(default=30, ge=1, le=1_000_000, description="passes over the training images")
-    batch_size: int = Field(
-        default=128, ge=2, le=1_000_000, description="images per step, over all processes and parts"
-    )
-    accumulate: int = Field(default=1, ge=1, le=1_000_000, description="gradient accumulation steps, to save memory")
-    ema: float = Field(
-        default=0.999, ge=0, lt=1, description="decay of the EMA weights that the model uses; 0 for no EMA"
-    )
+    epochs: int = Field(30, ge=1, le=1_000_000, description="passes over the training images")
+    batch_size: int = Field(128, ge=2, le=1_000_000, description="images per step, over all processes and parts")
+    accumulate: int = Field(1, ge=1, le=1_000_000, description="gradient accumulation steps, to save memory")
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the EMA weights that the model uses; 0 for no EMA")
     precision: Literal["fp32", "bf16"] = Field(
-        default="bf16",
-        description="precision of the network's arithmetic; bf16 is faster on GPUs and on CPUs with AMX",
+        "bf16", description="precision of the network's arithmetic; bf16 is faster on GPUs and on CPUs with AMX"
     )
-    compile: bool = Field(default=False, description="use torch.compile: slower start, faster steps")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="random seed of weights, order and augmentation")
-    validate_every: int = Field(
-        default=1, ge=1, description="epochs between validations; each validation writes the model"
-    )
-    validate_images: int = Field(default=1000, ge=1, description="maximum number of held-out images per validation")
-    checkpoint_every: int = Field(
-        default=200, ge=1, description="steps between checkpoints, in addition to one per epoch"
-    )
+    compile: bool = Field(False, description="use torch.compile: slower start, faster steps")
+    seed: int = Field(0, ge=0, lt=2**63, description="random seed of weights, order and augmentation")
+    validate_every: int = Field(1, ge=1, description="epochs between validations; each validation writes the model")
+    validate_images: int = Field(1000, ge=1, description="maximum number of held-out images per validation")
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints, in addition to one per epoch")
 
 
 class Recipe(_Section):
@@ -282,9 +246,7 @@ def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
     if name_or_file not in shipped and path.suffix != ".toml":
         raise UsageError(f"there is no recipe {name_or_file!r}{nearest(name_or_file, shipped, 0.5)}")
     try:
-        values = tomllib.loads(read_regular(path, MAX_RECIPE_BYTES).decode())
-    except OSError as error:
-        raise UnreadableError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
+        values = tomllib.loads(read_input(path, MAX_RECIPE_BYTES, f"the recipe {path}").decode())
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and thousands of brackets
         raise UnreadableError(f"the recipe {path} is not valid TOML: {sanitize(error)}") from None
     for override in overrides:

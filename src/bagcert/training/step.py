@@ -19,11 +19,7 @@ from bagcert.training.teacher import Teacher
 
 
 class Losses:
-    """The objective of a recipe for one network, and the interval bound loss and the teacher if the recipe has them.
-
-    Raises:
-        UsageError: the recipe does not fit the network or the threat.
-    """
+    """The objective of a recipe for one network, and the interval bound loss and the teacher if the recipe has them."""
 
     def __init__(self, recipe: Recipe, scorer: RegionScorer, threat: PatchThreatModel, device: torch.device) -> None:
         self.objective: Objective = make_objective(recipe, scorer, threat, device)
@@ -34,17 +30,7 @@ class Losses:
 
 
 class Stepper:
-    """Performs optimizer steps.
-
-    Args:
-        recipe: the recipe of the run.
-        scorer: the network, on the device.
-        losses: losses of this network.
-        optimizer: optimizer of its parameters.
-        accelerator, group: of this process.
-        class_weights: float32 [classes], on the device.
-        share: the sharding of batches.
-    """
+    """Performs optimizer steps."""
 
     def __init__(
         self,
@@ -69,7 +55,6 @@ class Stepper:
         """Updates the weights and returns this process's loss before the update.
 
         Args:
-            parts: this process's parts of the batch.
             step: number of the step, from 0, which seeds the random numbers.
             done: share of finished steps, from 0 to 1.
         """
@@ -90,7 +75,6 @@ class Stepper:
         return total
 
     def _losses(self, part: BatchPart, step: int, done: float) -> Tensor:
-        """Computes one loss per image."""
         recipe, losses = self.recipe, self.losses
         generator = _draws(self.accelerator.device, recipe.train.seed, step, self.share, part)
         batch = network_input(part.images, part.labels, recipe, generator, self.scorer, losses.objective, self.autocast)

@@ -57,9 +57,6 @@ class StreamedBatches:
     Args:
         images: the training set. Its source must be picklable if there are workers.
         prepare: Photo -> uint8 [height, width, 3]; None if all images have the right size.
-        size: (height_px, width_px) of prepared images.
-        share: the sharding, which determines this process's images.
-        window: number of images that are shuffled together.
         workers: number of worker processes; 0 decodes in threads of this process.
     """
 
@@ -140,8 +137,6 @@ class StreamedBatches:
 
 
 class _Tasks:
-    """The tasks as a batch sampler for `DataLoader`."""
-
     def __init__(self, batches: StreamedBatches, step: int, readers: int) -> None:
         self.batches, self.step, self.readers = batches, step, readers
 
@@ -150,8 +145,6 @@ class _Tasks:
 
 
 class _Decoder(Dataset):
-    """The dataset of a worker: images and their preprocessing."""
-
     def __init__(self, images: ImageSet, prepare: Prepare, size: tuple[int, int]) -> None:
         self.images, self.prepare, self.size = images, prepare, size
 

@@ -20,17 +20,7 @@ TAUGHT_LOSSES = ("cross-entropy", "smooth-margin", "double-masking")
 
 
 class Teacher:
-    """A trained network whose predictions are mixed into the targets of a student.
-
-    Args:
-        section: the recipe's loss, with the teacher's name or folder.
-        student: the network to train.
-        device: device of the training.
-
-    Raises:
-        UsageError: there is no such model, it does not fit the student's images or classes, or the loss does not take
-            a teacher.
-    """
+    """A trained network whose predictions are mixed into the targets of a student."""
 
     def __init__(self, section: LossSection, student: RegionScorer, device: torch.device) -> None:
         if section.name not in TAUGHT_LOSSES:
@@ -52,12 +42,7 @@ class Teacher:
     def targets(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch classes"]:
-        """Computes the targets: `(1 - w) * smoothed label + w * softmax(mean teacher scores / temperature)`.
-
-        Args:
-            images: the augmented images in [0, 1] that the student gets.
-            labels: true labels.
-        """
+        """Computes the targets: `(1 - w) * smoothed label + w * softmax(mean teacher scores / temperature)`."""
         section, classes = self.section, len(self.scorer.class_names)
         scores = self.scorer(images).float()
         taught = (self._class_scores(scores) / section.teacher_temperature).softmax(1)

@@ -71,7 +71,6 @@ def derive_grid(
         module: maps images [batch, channels, height, width] to a map [batch, classes, rows, columns]. It is executed in
             eval mode, and its state is restored afterwards.
         image_size: (height_px, width_px).
-        channels: number of image channels.
         batch_sizes: batch sizes, in addition to two, for which the network must compute the same.
 
     Returns:
@@ -264,7 +263,6 @@ class _Naming:
 
 
 def _interpret(run: Pass, steps: Steps | None, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Execute one torch function and compute the footprint of its result."""
     call = Call(run, func, args, kwargs)
     try:
         return _interpreted(call, steps)

@@ -25,8 +25,6 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 
 @dataclass(frozen=True)
 class _Kept:
-    """One mutable object with a copy of its content."""
-
     name: str
     content: Any
     read: Callable[[], Any]
@@ -35,9 +33,6 @@ class _Kept:
 
 class ModuleState:
     """Snapshot of the state of a network.
-
-    Args:
-        module: the network.
 
     >>> net = nn.BatchNorm2d(2)
     >>> state = ModuleState(net)

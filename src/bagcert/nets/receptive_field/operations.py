@@ -20,7 +20,7 @@ from bagcert.nets.receptive_field.footprint import COL, ROW, Call, Footprint, Tr
 _Prints = Footprint | list[Footprint] | None
 
 
-def _pointwise(call: Call, *args: Any, **kwargs: Any) -> _Prints:
+def _pointwise(call: Call, *args, **kwargs) -> _Prints:
     """Elementwise operations: the union of the broadcast footprints of the operands."""
     if not isinstance(call.out, Tensor):  # `where` with a condition alone
         call.unsupported("returns no tensor of the same size")
@@ -36,42 +36,34 @@ def _pointwise(call: Call, *args: Any, **kwargs: Any) -> _Prints:
     return Footprint(dims, np.logical_or.reduce(rows), np.logical_or.reduce(cols))
 
 
-def _expand(call: Call, *args: Any, **kwargs: Any) -> _Prints:
+def _expand(call: Call, *args, **kwargs) -> _Prints:
     return _pointwise(call)
 
 
-def _same(call: Call, input: Any, *args: Any, **kwargs: Any) -> _Prints:
+def _same(call: Call, input, *args, **kwargs) -> _Prints:
     """Operations that keep all values at their positions."""
     return input.footprint if isinstance(input, Tracked) else None
 
 
-def tells_no_values(call: Call, *args: Any, **kwargs: Any) -> _Prints:
+def tells_no_values(call: Call, *args, **kwargs) -> _Prints:
     """Operations that return sizes, types or constants rather than pixel values."""
     if len(call.tracked) > 1 or not isinstance(args[0] if args else kwargs.get("input"), Tracked):
         call.unsupported("fills a tensor with a value of the image")
     return None
 
 
-def _random(call: Call, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> _Prints:
+def _random(call: Call, input, p=0.5, training=True, inplace=False) -> _Prints:
     if training:
         call.refuse("it draws random numbers in eval mode, so the map changes everywhere from run to run")
     return call.print_of(input)
 
 
-def _prelu(call: Call, input: Any, weight: Any) -> _Prints:
+def _prelu(call: Call, input, weight) -> _Prints:
     return call.print_of(input)
 
 
 def _batch_norm(
-    call: Call,
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    *rest: Any,
-    **options: Any,
+    call: Call, input, running_mean, running_var, weight=None, bias=None, training=False, *rest, **options
 ) -> _Prints:
     footprint = call.print_of(input)
     if call.func is torch.batch_norm:  # weight and bias come first there
@@ -83,30 +75,21 @@ def _batch_norm(
     return footprint
 
 
-def _layer_norm(call: Call, input: Any, normalized_shape: Any, *rest: Any, **options: Any) -> _Prints:
+def _layer_norm(call: Call, input, normalized_shape, *rest, **options) -> _Prints:
     footprint = call.print_of(input)
     if any(dim >= input.ndim - len(normalized_shape) for dim in footprint.dims):
         call.refuse("it normalizes over rows and columns, not over channels alone")
     return footprint
 
 
-def _linear(call: Call, input: Any, weight: Any, bias: Any = None) -> _Prints:
+def _linear(call: Call, input, weight, bias=None) -> _Prints:
     footprint = call.print_of(input)
     if input.ndim - 1 in footprint.dims:
         call.refuse("it mixes all columns of the map")
     return footprint
 
 
-def _conv(
-    call: Call,
-    input: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> _Prints:
+def _conv(call: Call, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> _Prints:
     kernel, dilation = tuple(weight.shape[2:]), _pair(dilation)
     before = _pair(padding) if not isinstance(padding, str) else (0, 0)
     if padding == "same":  # an odd total puts the extra pixel after
@@ -115,38 +98,29 @@ def _conv(
 
 
 def _max_pool(
-    call: Call,
-    input: Any,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
+    call: Call, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
 ) -> _Prints:
     kernel = _pair(kernel_size)
     return _windows(call, input, kernel, _pair(stride) if stride else kernel, _pair(dilation), _pair(padding))
 
 
-def _avg_pool(
-    call: Call, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, *rest: Any, **options: Any
-) -> _Prints:
+def _avg_pool(call: Call, input, kernel_size, stride=None, padding=0, *rest, **options) -> _Prints:
     kernel = _pair(kernel_size)
     return _windows(call, input, kernel, _pair(stride) if stride else kernel, (1, 1), _pair(padding))
 
 
-def _channel_shuffle(call: Call, input: Any, groups: int) -> _Prints:
+def _channel_shuffle(call: Call, input, groups) -> _Prints:
     return call.plain_print_of(input)
 
 
-def _pixel_unshuffle(call: Call, input: Any, downscale_factor: int) -> _Prints:
+def _pixel_unshuffle(call: Call, input, downscale_factor) -> _Prints:
     block = _pair(downscale_factor)
     return _windows(call, input, block, block, (1, 1), (0, 0))
 
 
 def _windows(
     call: Call,
-    input: Any,
+    input,
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
@@ -170,7 +144,7 @@ def _pair(value: Any) -> tuple[int, ...]:
     return values * 2 if len(values) == 1 else values
 
 
-def _pad(call: Call, input: Any, pad: Any, mode: str = "constant", value: Any = None) -> _Prints:
+def _pad(call: Call, input, pad, mode="constant", value=None) -> _Prints:
     footprint = call.print_of(input)
     for pair in range(len(pad) // 2):
         dim, sides = input.ndim - 1 - pair, (pad[2 * pair], pad[2 * pair + 1])
@@ -191,7 +165,7 @@ def _take(source: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return seen[source] & (source >= 0)[:, None]
 
 
-def _getitem(call: Call, input: Any, index: Any) -> _Prints:
+def _getitem(call: Call, input, index) -> _Prints:
     footprint = call.print_of(input)
     items = list(index) if isinstance(index, tuple) else [index]
     if not all(item is None or item is ... or type(item) in (int, slice) for item in items):
@@ -218,7 +192,7 @@ def _getitem(call: Call, input: Any, index: Any) -> _Prints:
     return result.moved(order.index)
 
 
-def _pieces(call: Call, input: Any, *args: Any, **kwargs: Any) -> _Prints:
+def _pieces(call: Call, input, *args, **kwargs) -> _Prints:
     """Operations that return slices of rows, columns or channels; applied to positions to find where each one goes."""
     footprint, several = call.print_of(input), isinstance(call.out, tuple | list)
     parts = list(call.out) if several else [call.out]
@@ -236,7 +210,7 @@ def _pieces(call: Call, input: Any, *args: Any, **kwargs: Any) -> _Prints:
     return prints if several else prints[0]
 
 
-def _cat(call: Call, tensors: Any, dim: int = 0) -> _Prints:
+def _cat(call: Call, tensors, dim=0) -> _Prints:
     ndim = call.out.ndim
     first, dim = call.tracked[0].footprint, dim % ndim
     if any(t.footprint.dims != first.dims for t in call.tracked) or dim == first.dims[0]:
@@ -254,7 +228,7 @@ def _table(value: Tensor, axis: int, dim: int, pixels: int) -> np.ndarray:
     return np.zeros((value.shape[dim], pixels), dtype=bool)
 
 
-def _over(call: Call, input: Any, dims: Any) -> _Prints:
+def _over(call: Call, input, dims) -> _Prints:
     """Reductions over some dimensions, which are removed or kept with size 1."""
     footprint = call.print_of(input)
     dims = dims if isinstance(dims, tuple | list) else () if dims is None else (dims,)
@@ -271,34 +245,34 @@ def _over(call: Call, input: Any, dims: Any) -> _Prints:
     return footprint.moved(lambda dim: dim - sum(g < dim for g in gone))
 
 
-def _reduce(call: Call, input: Any, dim: Any = None, *rest: Any, **options: Any) -> _Prints:
+def _reduce(call: Call, input, dim=None, *rest, **options) -> _Prints:
     if isinstance(dim, Tensor) or isinstance(options.get("other"), Tensor):  # max(a, b)
         return _pointwise(call)
     return _over(call, input, options.get("axis", dim))
 
 
-def _normalize(call: Call, input: Any, p: float = 2.0, dim: Any = 1, *rest: Any, **options: Any) -> _Prints:
+def _normalize(call: Call, input, p=2.0, dim=1, *rest, **options) -> _Prints:
     return _over(call, input, dim)
 
 
-def _glu(call: Call, input: Any, dim: int = -1) -> _Prints:
+def _glu(call: Call, input, dim=-1) -> _Prints:
     return _over(call, input, dim)
 
 
-def _permute(call: Call, input: Any, *given: Any, dims: Any = ()) -> _Prints:
+def _permute(call: Call, input, *given, dims=()) -> _Prints:
     footprint = call.print_of(input)
     dims = dims or (given[0] if isinstance(given[0], tuple | list) else given)
     order = [dim % input.ndim for dim in dims]
     return footprint.moved(order.index)
 
 
-def _transpose(call: Call, input: Any, dim0: int, dim1: int) -> _Prints:
+def _transpose(call: Call, input, dim0, dim1) -> _Prints:
     order = list(range(input.ndim))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return _permute(call, input, order)
 
 
-def _reshape(call: Call, input: Any, *shape: Any, **options: Any) -> _Prints:
+def _reshape(call: Call, input, *shape, **options) -> _Prints:
     """Reshaping, which may only regroup channels, as in a channel shuffle."""
     footprint, old, new = call.print_of(input), input.shape, call.out.shape
     inner = (0, input.ndim - 2, input.ndim - 1)

@@ -95,9 +95,7 @@ class Steps:
         """Record an operation in the first pass, or compare it with the recorded one in a later pass.
 
         Args:
-            operation: the called function.
             operands: all operands; those computed from the image as `FromImage`.
-            batch: number of images in this pass.
             sizes_may_differ: whether integers may be the number of images, as in the arguments of `view`.
 
         Returns:
@@ -182,7 +180,6 @@ class Pass(TorchDispatchMode):
     """Intercepts the dispatched operations of one forward pass.
 
     Args:
-        batch: number of images.
         layers: the layers being called, innermost last; updated by the caller.
         steps: recorded operations of earlier passes, or None if dispatched operations are not compared.
     """

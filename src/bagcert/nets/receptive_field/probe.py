@@ -63,16 +63,14 @@ def probe_grid(
     Args:
         module: maps images [batch, channels, height, width] to a map [batch, classes, rows, columns].
         image_size: (height_px, width_px).
-        channels: number of image channels.
         device: device of the images; default: the device of the module. The module is not moved.
-        batch_size: number of images per forward pass.
         as_is: whether to measure in the current mode of the module instead of eval mode.
 
     Raises:
         UsageError: the output is not a single map, or is NaN without NaN in the image.
     """
     height, width = image_size
-    image = _random_image(module, channels, image_size, device, torch.Generator().manual_seed(0))
+    image = _random_image(module, (channels, height, width), device, torch.Generator().manual_seed(0))
     with _undisturbed(module, as_is):
         plain = _forward(module, image)[0]
         if not plain.dtype.is_floating_point:
@@ -82,7 +80,7 @@ def probe_grid(
         else:
             changed = torch.isnan
         seen = []
-        for axis, pixels in enumerate((height, width)):
+        for axis, pixels in enumerate(image_size):
             found = []
             for start in range(0, pixels, batch_size):
                 count = min(batch_size, pixels - start)
@@ -116,7 +114,6 @@ def check_locality(
         declared: the grid on which certificates are based.
         patch: (height_px, width_px) of the patches of the numerical probe; default: a quarter of each side. They are
             placed in the corners, in the center and at three random places, with three contents each.
-        seed: random seed of contents and places.
 
     Returns:
         The report. The caller decides whether a numerical leak is acceptable.
@@ -127,9 +124,11 @@ def check_locality(
     """
     if declared.image_size != tuple(image_size):
         raise UsageError(f"the declared grid is for images of {declared.image_size} px, not {tuple(image_size)} px")
+    random = torch.Generator().manual_seed(seed)
+    image = _random_image(module, (channels, *image_size), device, random)
     measured = None
     cheaper = sum(declared.map_size) < sum(image_size)
-    if not cheaper or _sees_more(module, declared, channels, device, batch_size, as_is):
+    if not cheaper or _sees_more(module, image, declared, batch_size, as_is):
         measured = probe_grid(module, image_size, channels, device, batch_size, as_is)
         _require_covered(measured, declared)
         if cheaper:
@@ -139,8 +138,6 @@ def check_locality(
             )
     height, width = image_size
     shape = patch or (max(1, height // 4), max(1, width // 4))
-    random = torch.Generator().manual_seed(seed)
-    image = _random_image(module, channels, image_size, device, random)
     places = _places(image_size, shape, random)
     with _undisturbed(module, as_is):
         leaks = [
@@ -150,16 +147,8 @@ def check_locality(
     return ProbeReport(True, max(leaks), measured, len(leaks) * len(places))
 
 
-def _sees_more(
-    module: nn.Module,
-    declared: RegionGrid,
-    channels: int,
-    device: torch.device | str | None,
-    batch_size: int,
-    as_is: bool,
-) -> bool:
+def _sees_more(module: nn.Module, image: Tensor, declared: RegionGrid, batch_size: int, as_is: bool) -> bool:
     """Whether a region depends on pixels that it is declared not to see, or the map has another size."""
-    image = _random_image(module, channels, declared.image_size, device, torch.Generator().manual_seed(0))
     with _undisturbed(module, as_is):
         plain = _forward(module, image)[0]
         if tuple(plain.shape[1:]) != declared.map_size:
@@ -240,15 +229,11 @@ def _places(image_size: tuple[int, int], shape: tuple[int, int], random: torch.G
 
 
 def _random_image(
-    module: nn.Module,
-    channels: int,
-    image_size: tuple[int, int],
-    device: torch.device | str | None,
-    random: torch.Generator,
+    module: nn.Module, size: tuple[int, int, int], device: torch.device | str | None, random: torch.Generator
 ) -> Tensor:
-    """Random image [1, channels, height, width] in [0, 1] with the dtype and device of the module's weights."""
+    """Random image [1, *size] in [0, 1] with the dtype and device of the module's weights."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.rand(1, channels, *image_size, generator=random).to(device or weight.device, weight.dtype)
+    return torch.rand(1, *size, generator=random).to(device or weight.device, weight.dtype)
 
 
 def _require_map_size(found: tuple[int, ...], declared: RegionGrid) -> None:

@@ -16,8 +16,7 @@ from bagcert.nets.runtimes.onnxruntime import OnnxRuntimeRunner
 
 __all__ = ["BACKENDS", "RUNNERS", "Runner", "fastest_backend", "get_runner", "installed_backends"]
 
-RUNNERS: dict[str, type[Runner]] = {"onnxruntime": OnnxRuntimeRunner}
-"""Backends other than torch, by name."""
+RUNNERS: dict[str, type[Runner]] = {"onnxruntime": OnnxRuntimeRunner}  # backends other than torch, by name
 
 BACKENDS = ("torch", *RUNNERS)
 
@@ -28,13 +27,8 @@ def get_runner(name: str, scorer: Any, dtype: torch.dtype | None = None, folder:
     The weights are copied: later changes of the scorer do not affect the runner.
 
     Args:
-        name: one of `BACKENDS`.
-        scorer: a region scorer, on the CPU.
         dtype: None is float32.
         folder: cache folder for graphs; None for no cache.
-
-    Raises:
-        UsageError: unknown backend, missing libraries, or an unsupported dtype or device.
     """
     if name not in BACKENDS:
         raise UsageError(f"unknown backend {name!r}{nearest(name, BACKENDS)}")

@@ -25,15 +25,6 @@ class Runner(ABC):
 
     Args:
         net: maps images in [0, 1] to `z`, from `inference_copy`.
-        folder: cache folder for graphs; None for no cache.
-
-    Attributes:
-        name: name of the backend.
-        libraries: the packages it needs.
-        extra: extra that installs them, as in `pip install "bagcert[...]"`.
-
-    Raises:
-        UsageError: a library is missing.
     """
 
     name: ClassVar[str]

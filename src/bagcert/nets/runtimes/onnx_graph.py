@@ -40,13 +40,8 @@ def to_onnx(module: nn.Module, image: tuple[int, int, int], outputs: Sequence[st
     The graph contains standard operators and weights, and no information about the machine.
 
     Args:
-        module: the module.
         image: (channels, height, width).
-        outputs: a name for each output.
         batch: batch size; None for any batch size.
-
-    Returns:
-        An `onnx.ModelProto`.
 
     Raises:
         UsageError: a layer cannot be expressed in ONNX.
@@ -79,9 +74,7 @@ def graph_of(net: nn.Module, image: tuple[int, int, int], folder: Path | None = 
     The folder only saves time: a damaged file in it is replaced, and a folder that cannot be written is not an error.
 
     Args:
-        net: module from `inference_copy`.
         image: (channels, height, width).
-        folder: cache folder.
     """
     key = network_key(net, image)
     if key is None:
@@ -152,7 +145,6 @@ def _forget_origin(model: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the exporter's internal log messages."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
