@@ -1,6 +1,10 @@
 """Small data, models and recipes, so that whole runs take a fraction of a second."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -8,9 +12,20 @@ from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.region_scorer import RegionScorer
+from bagcert.training.loop import Progress, train
 from bagcert.training.recipe import Recipe, parse_recipe
 
 COLORS = ("red", "green", "blue")
+
+
+class Trap:
+    """A pickle that leaves a file behind if it is run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
 def pixels(labels: np.ndarray, size: tuple[int, int] = (8, 8), tint: int = 60, seed: int = 0) -> np.ndarray:
@@ -77,3 +92,15 @@ def recipe(**changes: object) -> Recipe:
         section, _, last = key.partition("__")
         values.setdefault(section, {})[last] = value
     return parse_recipe(values)
+
+
+def stopped_run(folder: Path, after: int, **changes: object) -> Path:
+    """A run of `recipe` that dies in the step after `after`, without a chance to save."""
+
+    def die(at: Progress) -> None:
+        if at.step == after:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(recipe(**changes), folder, image_set(), device="cpu", on_progress=die)
+    return folder

@@ -14,6 +14,7 @@ import torch
 from bagcert.errors import BagcertError, UnreadableError
 from bagcert.io import files
 from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig, read_config, read_model, weights_sha256, write_model
+from tests import tiny
 
 FACTS = {
     "name": "tiny",
@@ -163,13 +164,9 @@ def test_damaged_weights_refused(tmp_path, damage):
 
 @pytest.mark.parametrize("save", [pickle.dump, torch.save])
 def test_pickles_not_executed(tmp_path, save):
-    class Trap:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
     written(tmp_path)
     with (tmp_path / WEIGHTS).open("wb") as file:
-        save({"net.0.weight": Trap()}, file)
+        save({"net.0.weight": tiny.Trap(tmp_path / "executed")}, file)
     with pytest.raises(UnreadableError, match="not a valid safetensors file"):
         read_model(tmp_path)
     assert not (tmp_path / "executed").exists()

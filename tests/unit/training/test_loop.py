@@ -51,18 +51,6 @@ def _weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def _stopped(folder: Path, after: int, recipe=None) -> Path:
-    """A run that dies in the step after `after`, without a chance to save."""
-
-    def die(at: training.Progress) -> None:
-        if at.step == after:
-            raise RuntimeError("the process died")
-
-    with pytest.raises(RuntimeError, match="died"):
-        train(recipe or tiny.recipe(), folder, tiny.image_set(), device="cpu", on_progress=die)
-    return folder
-
-
 def _refused(words: str, folder: Path, images=None, error=UsageError, recipe=(), **options) -> None:
     """Training by a tiny recipe with these changes ends in one sentence with these words."""
     with pytest.raises(error) as raised:
@@ -102,7 +90,7 @@ def test_seed_decides_weights(whole: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [4, 5, 6, 9, 11])
 def test_resume_after_any_step(whole: Path, tmp_path: Path, after: int) -> None:
-    folder = _stopped(tmp_path, after)
+    folder = tiny.stopped_run(tmp_path, after)
     assert (folder / "model.safetensors").exists() == (after >= 6)  # the first epoch ends there and is validated
     train(tiny.recipe(), folder, tiny.image_set(), resume=True, device="cpu")
     assert _weights(folder) == _weights(whole)
@@ -158,7 +146,7 @@ def test_resume_after_kill_and_ctrl_c(small, tmp_path: Path, number: signal.Sign
 
 
 def test_resume_refused_for_another_run(tmp_path: Path) -> None:
-    _stopped(tmp_path, 5)
+    tiny.stopped_run(tmp_path, 5)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     _refused("--resume", tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
@@ -171,18 +159,8 @@ def test_resume_without_an_unfinished_run_refused(whole: Path, tmp_path: Path) -
         _refused("no unfinished run", folder, resume=True)
 
 
-class _Trap:
-    """A pickle that would leave a file behind if it were run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def test_checkpoint_damaged(tmp_path: Path) -> None:
-    checkpoint = _stopped(tmp_path, 5) / "checkpoint.pt"
+    checkpoint = tiny.stopped_run(tmp_path, 5) / "checkpoint.pt"
     good = checkpoint.read_bytes()
     state = torch.load(checkpoint, weights_only=True)
     del state["optimizer"]
@@ -191,7 +169,7 @@ def test_checkpoint_damaged(tmp_path: Path) -> None:
         b"",
         b"not a checkpoint",
         good[: len(good) // 2],
-        pickle.dumps(_Trap(tmp_path / "sprung")),
+        pickle.dumps(tiny.Trap(tmp_path / "sprung")),
         pickle.dumps(7),
         (tmp_path / "incomplete").read_bytes(),
     ):
@@ -286,7 +264,7 @@ def test_cutout_hardest_candidate() -> None:
 def test_resume_with_options(tmp_path: Path, changes: dict) -> None:
     recipe = tiny.recipe(**changes)
     train(recipe, tmp_path / "whole", tiny.image_set(), device="cpu")
-    folder = _stopped(tmp_path / "killed", 5, recipe)
+    folder = tiny.stopped_run(tmp_path / "killed", 5, **changes)
     train(recipe, folder, tiny.image_set(), resume=True, device="cpu")
     assert _weights(folder) == _weights(tmp_path / "whole")
     train(tiny.recipe(), tmp_path / "plain", tiny.image_set(), device="cpu")
@@ -406,7 +384,7 @@ def test_learning_rate(warmup: float) -> None:
 
 
 def test_resume_of_an_older_recipe(whole: Path, tmp_path: Path) -> None:
-    folder = _stopped(tmp_path, 6)
+    folder = tiny.stopped_run(tmp_path, 6)
     written = (folder / "recipe.toml").read_text()
     older = "".join(line for line in written.splitlines(keepends=True) if not line.startswith("color = "))
     assert older != written
