@@ -226,8 +226,14 @@ def _another_rule(record: dict[str, Any]) -> None:
 
 
 FORGERIES: list[Callable[[dict[str, Any]], None]] = [
-    *(_certify, _certify_with_margin, _other_class, _better_margin),
-    *(_one_score, _larger_threat, _smaller_fields, _another_rule),
+    _certify,
+    _certify_with_margin,
+    _other_class,
+    _better_margin,
+    _one_score,
+    _larger_threat,
+    _smaller_fields,
+    _another_rule,
 ]
 
 

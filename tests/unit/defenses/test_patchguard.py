@@ -62,12 +62,8 @@ class TestPatchGuard:
     def test_no_patch_breaks_a_certificate(self, threshold):
         defense = PatchGuard(scorer(), threshold, patch=2)
         clean = defense.certify(images(tint=75))
-        broken = torch.tensor(
-            [
-                bool((defense.predict(patched(image, 2)) != label).any())
-                for image, label in zip(images(tint=75), clean.prediction, strict=True)
-            ]
-        )
+        answers = [defense.predict(patched(image, 2)) for image in images(tint=75)]
+        broken = torch.stack([(found != label).any() for found, label in zip(answers, clean.prediction, strict=True)])
         assert clean.certified.any()
         assert broken.any()
         assert not (clean.certified & broken).any()
@@ -81,24 +77,17 @@ class TestPatchGuard:
         with pytest.raises(UsageError, match="unknown rule"):
             defense.predict(images(), rule="guess")
 
-    @pytest.mark.parametrize("threshold", ["1", "-1/2", "half"])
-    def test_a_threshold_that_is_none_is_refused(self, threshold):
-        with pytest.raises(UsageError, match="an exact share"):
-            PatchGuard(scorer(), threshold)
-
 
 class TestPatchGuardPlusPlus:
     def test_without_a_threshold_it_is_detection(self):
         defense = PatchGuardPlusPlus(scorer(), patch=2)
-        found, plain = (
-            defense.certify(images(tint=40)),
-            tiny.color_model(size=SIZE).certify(images(tint=40), 2, rule="detection"),
-        )
+        batch, plain = images(tint=40), tiny.color_model(size=SIZE).certify(images(tint=40), 2, rule="detection")
+        found = defense.certify(batch)
         assert torch.equal(found.prediction, plain.prediction)
         assert torch.equal(found.certified, plain.certified)
-        assert torch.equal(defense.predict(images(tint=40)), plain.prediction)
-        alert = defense.alert(images(tint=40))
-        expected = [oracle.alert(scores, masks(2)) for scores in defense.score_map(images(tint=40)).scores.numpy()]
+        assert torch.equal(defense.predict(batch), plain.prediction)
+        alert = defense.alert(batch)
+        expected = [oracle.alert(scores, masks(2)) for scores in defense.score_map(batch).scores.numpy()]
         assert alert.tolist() == expected == (~found.certified).tolist()
         assert 0 < sum(expected) < len(expected)
         assert (defense.guarantee, defense.forward_passes(), found.rule) == ("detection", 1, "detection")
@@ -137,7 +126,16 @@ class TestPatchGuardPlusPlus:
         alerts = [PatchGuardPlusPlus(one, 0.34, patch=2).alert(images(30, 40)) for one in (fine, coarse)]
         assert (alerts[0] == alerts[1]).float().mean() > 0.9
 
-    @pytest.mark.parametrize("confidence", [-0.1, 1.0])
-    def test_a_confidence_that_is_none_is_refused(self, confidence):
-        with pytest.raises(UsageError, match="at least 0 and below 1"):
-            PatchGuardPlusPlus(scorer(), confidence)
+    @pytest.mark.parametrize(
+        ("kind", "value", "message"),
+        [
+            (PatchGuard, "1", "an exact share"),
+            (PatchGuard, "-1/2", "an exact share"),
+            (PatchGuard, "half", "an exact share"),
+            (PatchGuardPlusPlus, -0.1, "at least 0 and below 1"),
+            (PatchGuardPlusPlus, 1.0, "at least 0 and below 1"),
+        ],
+    )
+    def test_thresholds_refused(self, kind, value, message):
+        with pytest.raises(UsageError, match=message):
+            kind(scorer(), value)
