@@ -23,24 +23,9 @@ def test_json_out_records_and_images(tmp_path: Path) -> None:
     document = json.loads(result.out)
     assert json.loads(out.read_text()) == document
     assert list(document) == [
-        "schema_version",
-        "model",
-        "weights_sha256",
-        "data",
-        "split",
-        "images",
-        "limit",
-        "device",
-        "dtype",
-        "threads",
-        "versions",
-        "seconds",
-        "seed",
-        "attack",
-        "results",
-        "notes",
-        "pixels",
-    ]
+        "schema_version", "model", "weights_sha256", "data", "split", "images", "limit", "device", "dtype", "threads",
+        "versions", "seconds", "seed", "attack", "results", "notes", "pixels",
+    ]  # fmt: skip
     assert (document["model"], document["data"], document["split"]) == ("digits", "digits", "test")
     assert (document["images"], document["device"], document["dtype"]) == (4, "cpu", "float32")
     assert document["attack"] == {
@@ -56,16 +41,9 @@ def test_json_out_records_and_images(tmp_path: Path) -> None:
     assert [line["index"] for line in lines] == [0, 1, 2, 3]
     for column, row in enumerate(document["results"]):
         assert list(row) == [
-            "rule",
-            "patch",
-            "threat",
-            "clean_accuracy",
-            "attacked_accuracy",
-            "certified_accuracy",
-            "attempts",
-            "certified_attempts",
-            "broken_certificates",
-        ]
+            "rule", "patch", "threat", "clean_accuracy", "attacked_accuracy", "certified_accuracy", "attempts",
+            "certified_attempts", "broken_certificates",
+        ]  # fmt: skip
         assert (row["patch"], row["threat"], row["broken_certificates"]) == ([2, 2], "2", 0)
         assert row["certified_accuracy"] <= row["attacked_accuracy"] <= row["clean_accuracy"]
         assert row["attempts"] == sum(line["results"][column]["attempts"] for line in lines) > 0

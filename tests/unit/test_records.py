@@ -11,31 +11,12 @@ from bagcert.records import SCHEMA_VERSION, ImageRecord, Record, Row, RunInfo, w
 from bagcert.threat import PatchThreatModel
 
 RUN_KEYS = [
-    "schema_version",
-    "model",
-    "weights_sha256",
-    "data",
-    "split",
-    "images",
-    "limit",
-    "device",
-    "backend",
-    "dtype",
-    "threads",
-    "versions",
-    "seconds",
-    "results",
-]
+    "schema_version", "model", "weights_sha256", "data", "split", "images", "limit", "device", "backend", "dtype",
+    "threads", "versions", "seconds", "results",
+]  # fmt: skip
 ROW_KEYS = [
-    "rule",
-    "patch",
-    "threat",
-    "clean_accuracy",
-    "certified_accuracy",
-    "certified_share",
-    "interval95",
-    "seconds",
-]
+    "rule", "patch", "threat", "clean_accuracy", "certified_accuracy", "certified_share", "interval95", "seconds",
+]  # fmt: skip
 RECORD_KEYS = ["rule", "patch", "threat", "prediction", "certified", "margin", "worst_placement", "locality"]
 
 
