@@ -51,7 +51,7 @@ FAST_TESTS = [
     "tests/proofs/test_theorem_cases.py",
     "tests/unit/rules/test_double_masking.py",
     "tests/unit/rules/test_largest.py",
-    "tests/unit/data/test_photo.py::test_a_tiff_that_pillow_turns_while_loading_keeps_its_stored_pixels",
+    "tests/unit/data/test_photo.py::test_tiff_keeps_stored_pixels",
     "tests/unit/proofs/test_record.py::test_a_name_given_twice_is_done_twice",
     "tests/unit/proofs/test_pooling_records.py",
     "tests/properties/test_exactness.py::test_agreement_script",

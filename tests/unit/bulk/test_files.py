@@ -95,14 +95,17 @@ def test_turned_photos_are_certified_as_stored(tmp_path: Path, orientation: int)
 
 
 @pytest.mark.parametrize("patch", ["0", "five", "9", ""])
-def test_a_patch_that_makes_no_sense_is_an_error_not_a_verdict(tmp_path: Path, patch: str) -> None:
+def test_patch_refused(tmp_path: Path, patch: str) -> None:
     with pytest.raises(UsageError):
         list(certify_files(tiny.color_model(), [_save(tmp_path / "a.png")], [patch]))
 
 
-def test_an_unknown_rule_is_told_before_any_file_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="did you mean vote"):
-        next(certify_files(tiny.color_model(), [tmp_path / "missing.png"], rules=["votes"]))
+@pytest.mark.parametrize(
+    ("options", "message"), [({"patches": ["five"]}, "got 'five'"), ({"rules": ["votes"]}, "did you mean vote")]
+)
+def test_options_refused_before_any_file_is_read(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        next(certify_files(tiny.color_model(), [tmp_path / "missing.png"], **options))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (24, 20)])
@@ -184,11 +187,6 @@ def test_an_image_too_small_for_the_patch_is_an_error_in_its_place(tmp_path: Pat
     assert first.exit_code == 2
     assert "small.png: a patch of 9x9 px does not fit into an image of 6x6 px" in first.error
     assert isinstance(second, FileVerdict)
-
-
-def test_a_patch_outside_the_notation_stops_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="got 'five'"):
-        next(certify_files(tiny.color_model(), [tmp_path / "a.png", tmp_path / "b.png"], ["five"]))
 
 
 def _record_file(path: Path, resume: bool = False) -> RecordFile:

@@ -75,8 +75,16 @@ def test_train_is_five_batches_in_order_and_the_inner_folder_is_found(tmp_path: 
         load_dataset(tmp_path, "validation")
 
 
+def _refused(tmp_path: Path, content: bytes, reason: str | None) -> None:
+    (tmp_path / "test_batch").write_bytes(content)
+    with pytest.raises(UnreadableError, match=reason) as caught:
+        load_pickles(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 class _Runs:
-    """Unpickled carelessly, this touches a file."""
+    """Unpickled carelessly, this calls a function."""
 
     def __init__(self, command: object, *arguments: object) -> None:
         self.call = (command, arguments)
@@ -87,7 +95,7 @@ class _Runs:
 
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     proof = tmp_path / "proof"
-    attacks = [
+    for attack in (
         pickle.dumps({"data": _Runs(os.system, f"touch {proof}")}),
         pickle.dumps({"data": _Runs(eval, f"open({str(proof)!r}, 'w')")}),
         pickle.dumps({"data": _Runs(__import__, "os")}),
@@ -97,12 +105,8 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
         b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
         pickle.dumps({"data": np.array([object], dtype=object)}),
         pickle.dumps({"data": np.datetime64("2020-01-01")}),
-    ]
-    for attack in attacks:
-        (tmp_path / "test_batch").write_bytes(attack)
-        with pytest.raises(UnreadableError, match="test_batch") as caught:
-            load_pickles(tmp_path)
-        assert "\n" not in str(caught.value)
+    ):
+        _refused(tmp_path, attack, "test_batch")
     assert not proof.exists()
 
 
@@ -124,10 +128,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     ],
 )
 def test_other_content_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "test_batch").write_bytes(content)
-    with pytest.raises(UnreadableError) as caught:
-        load_pickles(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+    _refused(tmp_path, content, None)
 
 
 def _hub(monkeypatch: pytest.MonkeyPatch, load: object) -> None:
@@ -167,13 +168,6 @@ def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
         load_dataset("cifar10")
     with pytest.raises(UsageError, match="no split 'val'"):
         load_dataset("cifar10", "val")
-
-
-def _refused(tmp_path: Path, content: bytes, reason: str) -> None:
-    (tmp_path / "test_batch").write_bytes(content)
-    with pytest.raises(UnreadableError, match=reason) as caught:
-        load_pickles(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory has other units elsewhere")
