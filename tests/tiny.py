@@ -1,11 +1,13 @@
 """Small data, models and recipes, so that whole runs take a fraction of a second."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from bagcert.data.image_set import ArraySource, ImageSet
@@ -16,6 +18,12 @@ from bagcert.training.loop import Progress, train
 from bagcert.training.recipe import Recipe, parse_recipe
 
 COLORS = ("red", "green", "blue")
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 class Trap:

@@ -3,27 +3,20 @@
 import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from bagcert.data import load_dataset, parquet
 from bagcert.errors import UnreadableError, UsageError
+from tests import tiny
 
 
 def _pixels(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 5, 4, 3), dtype=np.uint8)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def _write(
@@ -33,10 +26,9 @@ def _write(
     column: str = "img",
     nested: bool = True,
     names: list[str] | None = None,
-    encode: Callable[[np.ndarray], bytes] = _png,
     **options: object,
 ) -> Path:
-    encoded = [encode(image) for image in pixels]
+    encoded = [tiny.png(image) for image in pixels]
     images = [{"bytes": each, "path": None} for each in encoded] if nested else encoded
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if nested else pa.binary()
     table = pa.table({column: pa.array(images, kind), "label": pa.array(labels)})
@@ -103,7 +95,7 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
 
 
 def _tables() -> dict[str, tuple[pa.Table, str]]:
-    png = _png(_pixels(1)[0])
+    png = tiny.png(_pixels(1)[0])
     return {
         "no label": (pa.table({"image": [png]}), "no integer column 'label'; its columns are image"),
         "text label": (pa.table({"image": [png], "label": ["cat"]}), r"no integer column.*label \(string\)"),
@@ -157,7 +149,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
 
 
 def test_an_image_repeated_a_thousand_times_is_held_once(tmp_path: Path) -> None:
-    image = _png(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
+    image = tiny.png(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
     for nested in (True, False):
         images = pa.array([{"bytes": image}] * 1000) if nested else pa.array([image] * 1000)
         table = pa.table({"image": images, "label": [0] * 1000})
@@ -222,7 +214,7 @@ def test_a_file_that_changes_or_vanishes_in_use_is_told(tmp_path: Path) -> None:
 
 
 def test_a_column_whose_name_is_no_text_is_told(tmp_path: Path) -> None:
-    table = pa.table({"image": [_png(_pixels(1)[0])], "label": [0], "zzzz": [1]})
+    table = pa.table({"image": [tiny.png(_pixels(1)[0])], "label": [0], "zzzz": [1]})
     file = io.BytesIO()
     pq.write_table(table, file, store_schema=False)
     (tmp_path / "a.parquet").write_bytes(file.getvalue().replace(b"zzzz", b"\x8d" * 4))
