@@ -1,6 +1,7 @@
 """Small data, models and recipes, so that whole runs take a fraction of a second."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,18 @@ def stopped_run(folder: Path, after: int, **changes: object) -> Path:
     with pytest.raises(InterruptedError):
         train(recipe(**changes), folder, image_set(), device="cpu", on_progress=die)
     return folder
+
+
+EXTREMES = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0], [255, 255, 255]], dtype=np.uint8)
+"""Pure colors, black and white."""
+
+
+def attacked(image: np.ndarray, side: int, contents: Iterable[np.ndarray] = EXTREMES) -> np.ndarray:
+    """The image with each content at every placement of a square, the last row and column included."""
+    found = []
+    for top, left in np.ndindex(image.shape[0] - side + 1, image.shape[1] - side + 1):
+        for content in contents:
+            copy = image.copy()
+            copy[top : top + side, left : left + side] = content
+            found.append(copy)
+    return np.stack(found)

@@ -27,19 +27,6 @@ def images(count: int = 9, tint: int = 90, seed: int = 0) -> np.ndarray:
     return tiny.pixels(np.arange(count) % 3, SIZE, tint, seed)
 
 
-def patched(image: np.ndarray, side: int) -> np.ndarray:
-    """Every pure color, black and white at every placement."""
-    colors = [np.uint8(color) for color in ([255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0], [255, 255, 255])]
-    found = []
-    for top in range(SIZE[0] - side + 1):
-        for left in range(SIZE[1] - side + 1):
-            for color in colors:
-                copy = image.copy()
-                copy[top : top + side, left : left + side] = color
-                found.append(copy)
-    return np.stack(found)
-
-
 def masks(side: int) -> list[np.ndarray]:
     grid = scorer().grid()
     return oracle.mask_set(grid.rows_seen, grid.cols_seen, [(side, side)])
@@ -62,7 +49,7 @@ class TestPatchGuard:
     def test_no_patch_breaks_a_certificate(self, threshold):
         defense = PatchGuard(scorer(), threshold, patch=2)
         clean = defense.certify(images(tint=75))
-        answers = [defense.predict(patched(image, 2)) for image in images(tint=75)]
+        answers = [defense.predict(tiny.attacked(image, 2)) for image in images(tint=75)]
         broken = torch.stack([(found != label).any() for found, label in zip(answers, clean.prediction, strict=True)])
         assert clean.certified.any()
         assert broken.any()
@@ -112,7 +99,7 @@ class TestPatchGuardPlusPlus:
         clean = defense.certify(batch)
         caught = 0
         for index in clean.certified.nonzero()[:, 0].tolist():
-            changed = patched(batch[index], 2)
+            changed = tiny.attacked(batch[index], 2)
             wrong = defense.predict(changed) != clean.prediction[index]
             assert bool(defense.alert(changed)[wrong].all())
             caught += int(wrong.sum())
