@@ -110,12 +110,17 @@ def picture(tmp_path, index, size=None):
     return file, pixels
 
 
-def paint(page, color):
+def put(page, name, value, event):
+    """A value into a field, and the event that says so."""
     page.value(
-        f"(() => {{ const e = document.getElementById('color'); e.value = '{color}'; "
-        "e.dispatchEvent(new Event('input', {bubbles: true})); })()"
+        f"(() => {{ const e = document.getElementById('{name}'); e.value = '{value}'; "
+        f"e.dispatchEvent(new Event('{event}', {{bubbles: true}})); }})()"
     )
     settled(page)
+
+
+def paint(page, color):
+    put(page, "color", color, "input")
 
 
 def cell(page):
@@ -231,10 +236,7 @@ def test_the_keyboard_moves_and_resizes_within_the_picture(page):
     assert patch_of(page) == (top - 1, 0, 1, 1)
     assert "Patch of 1 × 1 pixels" in page.value("document.getElementById('patch').getAttribute('aria-label')")
     settled(page)
-    page.value(
-        "(() => { const e = document.getElementById('left'); e.value = '99'; e.dispatchEvent(new Event('change')); })()"
-    )
-    settled(page)
+    put(page, "left", 99, "change")
     assert patch_of(page) == (top - 1, 7, 1, 1)
 
 
@@ -242,10 +244,7 @@ def test_the_keyboard_moves_and_resizes_within_the_picture(page):
 def test_pictures_of_another_size_are_fitted_and_others_refused_in_a_sentence(page, model, tmp_path):
     file, _ = picture(tmp_path, 3, (160, 80))
     for fit in ("squash", "center-crop"):
-        page.value(
-            f"(() => {{ const e = document.getElementById('fit'); e.value = '{fit}'; "
-            "e.dispatchEvent(new Event('change')); })()"
-        )
+        put(page, "fit", fit, "change")
         page.choose("#file", file)
         page.wait("document.getElementById('source').textContent.includes('80 × 160 pixels, fitted to 8 × 8')")
         settled(page)

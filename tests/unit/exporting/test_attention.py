@@ -22,7 +22,7 @@ from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
 from tests import oracle, tiny
 from tests.properties.pooling import PoolingCase
-from tests.unit.exporting.files import check_only_images_are_certified, session
+from tests.unit.exporting.files import check_any_number_of_images, check_only_images_are_certified, session
 
 pytestmark = pytest.mark.slow
 
@@ -287,12 +287,7 @@ def test_the_file_answers_as_the_definitions_do(files):
 
 
 def test_any_number_of_images(files):
-    run = session(files["plain"][1])
-    images = as_input(random_images(7, seed=1))
-    together = run.run(None, {"images": images})
-    for number in range(7):
-        for whole, alone in zip(together, run.run(None, {"images": images[number : number + 1]}), strict=True):
-            assert np.array_equal(whole[number], alone[0])
+    check_any_number_of_images(session(files["plain"][1]), as_input(random_images(7, seed=1)))
 
 
 def test_a_file_certifies_no_image_that_is_none(files):
