@@ -74,9 +74,7 @@ def lying_vote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULES, "vote", fake)
 
 
-def test_a_broken_certificate_exits_with_4_and_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying_vote: None
-) -> None:
+def test_broken_certificate_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying_vote: None) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("attack", *QUICK, "--rule", "vote", "--patch", "4", "--attack", "gradient", "--json")
     assert result.code == 4
@@ -108,9 +106,7 @@ def test_evaluate_brackets_the_robust_accuracy(tmp_path: Path) -> None:
         assert row["certified_attempts"] > 0
 
 
-def test_evaluate_with_an_attack_that_breaks_a_certificate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying_vote: None
-) -> None:
+def test_evaluate_broken_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying_vote: None) -> None:
     monkeypatch.chdir(tmp_path)
     asked = ("digits", "--data", "digits", "--limit", 2, "--device", "cpu", "--rule", "vote", "--patch", "4")
     result = run("evaluate", *asked, "--attack")

@@ -233,7 +233,7 @@ def test_recipe_refused(home: Path, tmp_path: Path) -> None:
 # Output
 
 
-def test_outputs_not_writable_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bagcert.evaluation.evaluate.evaluate", None)  # whoever calls it fails
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.json").mkdir()
@@ -304,7 +304,7 @@ def test_train_prints_the_recipe_it_would_use(home: Path, tmp_path: Path) -> Non
     assert load_recipe(str(tmp_path / "printed.toml")) == expected
 
 
-def test_train_init_and_default_folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_init(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = ("--init", home / "model", "--set", "train.epochs=1", "--limit", "50", "--device", "cpu")
     result = run("train", home / "tiny.toml", "--data", home / "data", *options)
@@ -358,7 +358,7 @@ def mixed(home: Path, photo: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_certify_goes_on_after_a_bad_file_and_exits_with_5(home: Path, mixed: Path) -> None:
+def test_certify_leaves_bad_files_out(home: Path, mixed: Path) -> None:
     result = run("certify", mixed, mixed / "missing.png", "--model", home / "model", "--patch", "2", "--json")
     assert result.code == 5
     found = json.loads(result.out)

@@ -238,7 +238,7 @@ FORGERIES: list[Callable[[dict[str, Any]], None]] = [
 
 
 @pytest.mark.parametrize("forge", FORGERIES, ids=lambda forge: forge.__name__.strip("_"))
-def test_forged_record_with_a_fresh_hash(
+def test_forged_record_refused(
     forge: Callable[[dict[str, Any]], None], records: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     (record,) = [r for r in records if r["rule"] == "double-masking" and not r["verdict"]["certified"]][:1]

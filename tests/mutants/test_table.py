@@ -30,7 +30,7 @@ def test_names_say_which_mutant_is_meant():
     }  # fmt: skip
 
 
-def test_the_tests_run_against_a_copy_and_notice_what_is_wrong_with_it():
+def test_trial_runs_against_a_copy():
     context = server(preload=False)
     mutant = named("the last row is no placement")
     trial = run(context, mutant, QUICK)

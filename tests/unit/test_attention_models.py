@@ -133,7 +133,7 @@ class TestLoading:
         with pytest.raises(UsageError, match="too small"):
             config.build()
 
-    def test_a_scorer_needs_a_readout_for_this_head_and_no_other(self):
+    def test_readout_for_this_head_and_no_other(self):
         with pytest.raises(UsageError, match="needs a readout"):
             RegionScorer(nn.Conv2d(3, 8, 1), tiny.COLORS, (8, 8), "attention-pooling")
         with pytest.raises(UsageError, match="no other head takes one"):

@@ -93,7 +93,7 @@ def _certificate(notation: str, worst: torch.Tensor) -> Certificate:
     )
 
 
-def test_each_image_of_a_certificate_becomes_a_record_of_plain_values() -> None:
+def test_record_of_each_image() -> None:
     worst = torch.tensor([[[0, 1, 2, 8]], [[6, 0, 2, 8]]])
     first, second = Record.each(_certificate("2x8", worst))
     assert first == Record("vote", [2, 8], "2x8", 2, True, 5, [0, 1, 2, 8])

@@ -27,7 +27,7 @@ def _save(path: Path, label: int = 0, size: tuple[int, int] = (8, 8), orientatio
     return path
 
 
-def test_image_files_are_the_named_ones_and_those_below_folders(tmp_path: Path) -> None:
+def test_image_files(tmp_path: Path) -> None:
     names = ["b.png", "a.PNG", "deep/er/c.jpg", "deep/d.webp"]
     for name in (*names, ".hidden.png", ".folder/e.png", "deep/.f.png"):
         _save(tmp_path / "photos" / name)
@@ -180,7 +180,7 @@ def test_smaller_rectangles_within_a_mask_on_a_photo_count(tmp_path: Path) -> No
         assert verdict.results[0].margin == min(margins)
 
 
-def test_an_image_too_small_for_the_patch_is_an_error_in_its_place(tmp_path: Path) -> None:
+def test_image_too_small_for_the_patch(tmp_path: Path) -> None:
     small, large = _save(tmp_path / "small.png", size=(6, 6)), _save(tmp_path / "large.png", size=(20, 20))
     first, second = certify_files(tiny.color_model(), [small, large], ["9"])
     assert isinstance(first, FileError)
@@ -194,7 +194,7 @@ def _record_file(path: Path, resume: bool = False) -> RecordFile:
     return RecordFile(path, tiny.color_model(), ["vote", "detection"], ["2"], environment, resume=resume)
 
 
-def test_certificates_are_in_the_record_before_the_verdict_is_given(tmp_path: Path) -> None:
+def test_record_written_before_the_verdict(tmp_path: Path) -> None:
     files = [_save(tmp_path / f"{label}.png", label, (10 + label, 12)) for label in range(3)]
     (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:60])
     files.insert(1, tmp_path / "cut.png")

@@ -61,7 +61,7 @@ def test_a_python_2_pickle(tmp_path: Path) -> None:
     assert not images.array().any()
 
 
-def test_train_is_five_batches_in_order_and_the_inner_folder_is_found(tmp_path: Path) -> None:
+def test_train_is_five_batches_in_order(tmp_path: Path) -> None:
     batches = {f"data_batch_{number}": _batch(3, number) for number in range(1, 6)}
     _write(tmp_path / "cifar-10-batches-py", {**batches, "test_batch": _batch()})
     images = load_dataset(tmp_path, "train")

@@ -292,7 +292,7 @@ class TestCertificates:
         assert levine_feizi(ScoreMap(last, 0, 1, grid), threat).margin.item() == 0
 
     @pytest.mark.parametrize("ablation", ABLATIONS)
-    def test_placements_looked_at_one_by_one_certify_at_least_as_much(self, ablation):
+    def test_placements_one_by_one_certify_no_less(self, ablation):
         random = np.random.default_rng(2)
         grid = ablation_grid(ablation, 4, 1 if ablation != "block" else 2, (16, 16))
         votes = random.random((300, 3, *grid.map_size)) < random.random((300, 3, 1, 1)) ** 2

@@ -93,7 +93,7 @@ class TestPatchGuardPlusPlus:
         assert alerts[3].sum() < alerts[0].sum()
 
     @pytest.mark.parametrize("confidence", [0.0, 0.345])
-    def test_a_patch_that_changes_a_certified_answer_raises_the_alert(self, confidence):
+    def test_alert_where_a_certified_answer_changes(self, confidence):
         defense = PatchGuardPlusPlus(scorer(), confidence, patch=2)
         batch = images(9, 50)
         clean = defense.certify(batch)

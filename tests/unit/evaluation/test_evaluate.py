@@ -106,7 +106,7 @@ def test_only_a_single_patch_has_a_size(notation: str, patch: list[int] | None, 
     assert (row.patch, row.threat) == (patch, notation)
 
 
-def test_photos_of_all_sizes_and_orientations_keep_their_order() -> None:
+def test_photos_keep_their_order() -> None:
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 40).tolist()
     sizes = [(8, 8), (8, 12), (12, 8), (31, 17)]
@@ -152,9 +152,7 @@ def test_a_mask_restricts_the_placements(images: ImageSet, tmp_path: Path) -> No
     assert "placements" not in anywhere.info.to_dict()
 
 
-def test_repeats_give_medians_and_the_same_records(
-    images: ImageSet, evaluation: module.Evaluation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeats_give_medians(images: ImageSet, evaluation: module.Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
     laps = iter([1.0, 10.0, 5.0, 30.0, 2.0, 20.0])  # forward and rule, three times
     monkeypatch.setattr("bagcert.evaluation.passes._elapsed", lambda clock, model: next(laps))
     calls: list[tuple[int, int]] = []
@@ -180,9 +178,7 @@ NUMBERS = ("0", "1", "2")
         (NUMBERS, ("0", "1", "10", "2"), [0, 1, 3]),
     ],
 )
-def test_labels_are_matched_by_name_or_else_by_number(
-    data: tuple[str, ...], model: tuple[str, ...], expected: list[int]
-) -> None:
+def test_labels_by_name_or_number(data: tuple[str, ...], model: tuple[str, ...], expected: list[int]) -> None:
     photos = [_plain(0, (8, 8))] * len(data)
     images = ImageSet("data", "test", np.arange(len(data)), data, lambda row: photos[row])
     assert labels_for(tiny.color_model(names=model), images).tolist() == expected
@@ -223,9 +219,7 @@ def test_unknown_data_name_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [7, 60])
-def test_an_image_that_cannot_be_read_is_left_out_and_named(
-    batch_size: int, images: ImageSet, evaluation: module.Evaluation
-) -> None:
+def test_unreadable_image_left_out(batch_size: int, images: ImageSet, evaluation: module.Evaluation) -> None:
     bad = (0, 7, 8, 59)
 
     def source(row: int) -> Photo:

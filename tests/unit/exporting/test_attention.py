@@ -137,7 +137,7 @@ def module_certifies(module, images):
     return bool(certified.any())
 
 
-def test_a_runtime_that_divides_by_multiplying_certifies_nothing(monkeypatch):
+def test_runtime_that_divides_by_multiplying(monkeypatch):
     model = tiny.attention_model(size=SIDE)
     module = certified_module(model)
     images = torch.from_numpy(as_input(tiny.pixels(np.arange(3), SIDE, tint=200)))

@@ -261,7 +261,7 @@ def test_graph_without_the_check_of_its_images_refused(files, monkeypatch, tmp_p
     check_no_file(monkeypatch, tmp_path, files[1]["vote"], "vote", "certifies an image with the value nan")
 
 
-def test_images_out_of_range_lose_their_certificates_in_the_module():
+def test_images_out_of_range_not_certified():
     module = CertifiedModule(tiny.color_model(size=SIDE).scorer, "double-masking", PatchThreatModel.parse("1", SIDE))
     images = torch.zeros(1, 3, *SIDE)
     images[:, 1] = 0.5

@@ -76,7 +76,7 @@ class TestEveryHead:
         assert score_map.readout is head.pooling
 
 
-def test_attention_weights_are_rounded_exponentials_at_every_step():
+def test_attention_weights_are_rounded_exponentials():
     readout = readout_of()
     readout.position.data.zero_()
     halves = np.arange(1.5, WEIGHT_LIMIT)

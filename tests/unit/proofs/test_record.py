@@ -177,7 +177,7 @@ def _write(path: Path, resume: bool = False) -> list[str]:
     return done
 
 
-def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(tmp_path: Path) -> None:
+def test_resume_of_a_file_cut_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     assert _write(path) == ["a.png", "b.png", "c.png"]
     whole = path.read_bytes()
