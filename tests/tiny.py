@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from bagcert.aggregation import AttentionPooling
 from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.training.loop import Progress, train
 from bagcert.training.recipe import Recipe, parse_recipe
+from tests import oracle
 
 COLORS = ("red", "green", "blue")
 
@@ -128,3 +130,12 @@ def attacked(image: np.ndarray, side: int, contents: Iterable[np.ndarray] = EXTR
             copy[top : top + side, left : left + side] = content
             found.append(copy)
     return np.stack(found)
+
+
+def readout_scores(pooling: AttentionPooling, evidence: np.ndarray, mask: np.ndarray) -> list[int] | None:
+    """Class scores of an integer map [channels, rows, cols] without the regions of a mask, by the definitions."""
+    names = ("first", "first_bias", "second", "skip", "bias")
+    weights = evidence[pooling.values :].astype(int)
+    values = evidence[: pooling.values].astype(int) // np.repeat(weights, pooling.values // pooling.heads, 0)
+    found = oracle.readout_scores(values, weights, {name: getattr(pooling, name).tolist() for name in names}, mask)
+    return None if found is None else list(found)

@@ -36,7 +36,7 @@ from bagcert.rules.largest import covered_px, largest_certifiable_px, largest_ce
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 from bagcert.training.loop import train
-from tests import oracle, tiny
+from tests import tiny
 
 SIZES = {"values": 8, "attention_heads": 2, "hidden": 6}
 FACTS = {
@@ -181,12 +181,7 @@ class TestImages:
 
 def plain_scores(score_map, image, kept):
     """Class scores of the readout from the regions in `kept`, in plain integers."""
-    pooling = score_map.readout
-    matrices = {name: getattr(pooling, name).tolist() for name in ("first", "first_bias", "second", "skip", "bias")}
-    evidence = score_map.scores[image].numpy().astype(int)
-    weights = evidence[pooling.values :]
-    values = evidence[: pooling.values] // np.repeat(weights, pooling.values // pooling.heads, 0)
-    return list(oracle.readout_scores(values, weights, matrices, ~kept))
+    return tiny.readout_scores(score_map.readout, score_map.scores[image].numpy(), ~kept)
 
 
 class TestScoreMap:

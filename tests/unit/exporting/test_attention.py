@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -269,16 +270,9 @@ def test_the_file_answers_as_the_definitions_do(files):
     pixels, readout, threat = random_images(12, seed=3), model.scorer.form.pooling, PatchThreatModel.parse("2", SIDE)
     masks = oracle.mask_set(np.eye(5, dtype=bool), np.eye(5, dtype=bool), threat.shapes, threat.allowed)
     pairs = [a | b for n, a in enumerate(masks) for b in masks[n:]]
-    names = ("first", "first_bias", "second", "skip", "bias")
-    matrices = {name: getattr(readout, name).tolist() for name in names}
     answers = session(path).run(None, {"images": as_input(pixels)})
     for label, certified, margin, scores in zip(*answers, strict=True):
-        weights = scores[readout.values :]
-        values = scores[: readout.values] // weights.repeat(readout.values // readout.heads, 0)
-
-        def score(mask, values=values, weights=weights):
-            return oracle.readout_scores(values, weights, matrices, mask)
-
+        score = partial(tiny.readout_scores, readout, scores)
         expected = oracle.any_double_masking_prediction(score, masks, SIDE)
         truth = oracle.any_margin(score, pairs, expected)
         assert (label, certified) == (expected, truth >= 0)
