@@ -16,6 +16,7 @@ from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.region_scorer import RegionScorer
+from bagcert.nets.saved_model import ModelConfig
 from bagcert.training.loop import Progress, train
 from bagcert.training.recipe import Recipe, parse_recipe
 from tests import oracle
@@ -139,3 +140,25 @@ def readout_scores(pooling: AttentionPooling, evidence: np.ndarray, mask: np.nda
     values = evidence[: pooling.values].astype(int) // np.repeat(weights, pooling.values // pooling.heads, 0)
     found = oracle.readout_scores(values, weights, {name: getattr(pooling, name).tolist() for name in names}, mask)
     return None if found is None else list(found)
+
+
+def attention_config(**changes: object) -> ModelConfig:
+    """Of a small network that pools regions by attention."""
+    facts = {
+        "name": "tiny",
+        "architecture": "pyramid-rf3s2",
+        "width": 8,
+        "depth": 1,
+        "head": "attention-pooling",
+        "values": 8,
+        "attention_heads": 2,
+        "hidden": 6,
+        "scale": 1.0,
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "class_names": list(COLORS),
+        "image_size": [8, 8],
+        "rule": "double-masking",
+        "patch": "2",
+    }
+    return ModelConfig.model_validate({**facts, **changes})

@@ -9,36 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from bagcert.nets.saved_model import ModelConfig, write_model
+from bagcert.nets.saved_model import write_model
 from bagcert.proofs.lines import from_line, lines, seal, to_line
 from tests import tiny
 from tests.command import check_error, run
 from tests.unit.proofs.forged import packed, unpacked
 
-FACTS = {
-    "name": "pooled",
-    "architecture": "pyramid-rf3s2",
-    "width": 8,
-    "depth": 1,
-    "padded": True,
-    "head": "attention-pooling",
-    "scale": 1.0,
-    "values": 8,
-    "attention_heads": 2,
-    "hidden": 6,
-    "mean": [0.5] * 3,
-    "std": [0.25] * 3,
-    "class_names": list(tiny.COLORS),
-    "image_size": [12, 12],
-    "rule": "double-masking",
-    "patch": "2",
-}
-
 
 def model_folder(folder: Path, seed: int) -> Path:
     """A model with random weights that favors one color."""
     torch.manual_seed(seed)
-    config = ModelConfig.model_validate(FACTS)
+    config = tiny.attention_config(name="pooled", padded=True, image_size=[12, 12])
     scorer = config.build()
     with torch.no_grad():
         scorer.readout.skip.bias[1] = 1.5

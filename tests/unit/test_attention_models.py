@@ -29,7 +29,7 @@ from bagcert.nets.classifier import MeanScores, in_sequence
 from bagcert.nets.cost import multiply_adds
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.runtimes import get_runner
-from bagcert.nets.saved_model import CONFIG, WEIGHTS, ModelConfig, read_config, read_model, weights_sha256, write_model
+from bagcert.nets.saved_model import CONFIG, WEIGHTS, read_config, read_model, weights_sha256, write_model
 from bagcert.proofs.file import RecordFile
 from bagcert.rules import RULES
 from bagcert.rules.largest import covered_px, largest_certifiable_px, largest_certified_px
@@ -39,21 +39,6 @@ from bagcert.training.loop import train
 from tests import tiny
 
 SIZES = {"values": 8, "attention_heads": 2, "hidden": 6}
-FACTS = {
-    "name": "tiny",
-    "architecture": "pyramid-rf3s2",
-    "width": 8,
-    "depth": 1,
-    "head": "attention-pooling",
-    **SIZES,
-    "scale": 1.0,
-    "mean": [0.4, 0.5, 0.6],
-    "std": [0.2, 0.2, 0.3],
-    "class_names": list(tiny.COLORS),
-    "image_size": [8, 8],
-    "rule": "double-masking",
-    "patch": "2",
-}
 IMAGES = tiny.pixels(np.arange(12) % 3, tint=60)
 
 
@@ -71,7 +56,7 @@ def folder(tmp_path_factory):
 def written(folder, **changes):
     """A folder with fresh weights, whose config is then changed by hand."""
     torch.manual_seed(0)
-    config = ModelConfig.model_validate(FACTS)
+    config = tiny.attention_config()
     write_model(folder, config.build(), config)
     facts = {**json.loads((folder / CONFIG).read_text()), **changes}
     (folder / CONFIG).write_text(json.dumps({name: value for name, value in facts.items() if value != "absent"}))
@@ -117,7 +102,7 @@ class TestLoading:
     @pytest.mark.parametrize(("name", "layer"), [("first", "hidden"), ("second", "output"), ("skip", "output")])
     @pytest.mark.parametrize("value", [1e3, -1e9, 3e38])
     def test_weights_that_could_round_refused(self, tmp_path, name, layer, value):
-        config = ModelConfig.model_validate(FACTS)
+        config = tiny.attention_config()
         scorer = config.build()
         getattr(scorer.readout, name).weight.data[0] = value
         write_model(tmp_path, scorer, config)
@@ -129,7 +114,7 @@ class TestLoading:
             read_model(written(tmp_path, image_size=[12, 12]))
 
     def test_images_too_small_for_the_network_refused(self, tmp_path):
-        config = ModelConfig.model_validate({**FACTS, "padded": False, "image_size": [2, 8]})
+        config = tiny.attention_config(padded=False, image_size=[2, 8])
         with pytest.raises(UsageError, match="too small"):
             config.build()
 

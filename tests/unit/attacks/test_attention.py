@@ -12,7 +12,6 @@ from bagcert.attacks.settings import Settings
 from bagcert.attacks.surrogate import LocalSurrogate, surrogate_of
 from bagcert.attacks.victim import Victim
 from bagcert.defenses.bagcert import BagCert
-from bagcert.nets.saved_model import ModelConfig
 from bagcert.threat import PatchThreatModel
 from tests import tiny
 
@@ -24,12 +23,8 @@ LABELS = np.arange(24) % 3
 def network(size=(12, 10)):
     """A small convolutional network with a random readout, whose answers depend on the image."""
     torch.manual_seed(3)
-    sizes = {"values": 8, "attention_heads": 2, "hidden": 6}
-    config = ModelConfig(
-        name="random", architecture="pyramid-rf3s2", width=12, depth=1, head="attention-pooling", **sizes, scale=1.0,
-        mean=[0.5] * 3, std=[0.3] * 3, class_names=["a", "b", "c", "d"], image_size=size,
-        rule="double-masking", patch="2",
-    )  # fmt: skip
+    facts = {"width": 12, "std": [0.3] * 3, "class_names": ["a", "b", "c", "d"], "image_size": size}
+    config = tiny.attention_config(**facts)
     scorer = config.build().eval()
     torch.nn.init.normal_(scorer.readout.position)
     with torch.no_grad():
