@@ -39,3 +39,10 @@ def check_mistake(result: Result, code: int, *words: str) -> None:
     assert line.startswith("Error: ")
     for word in words:
         assert word in line
+
+
+def check_error(result: Result, code: int, *words: str) -> None:
+    """The exit code, and what stderr says, whatever else was printed."""
+    assert result.code == code, result
+    for word in words:
+        assert word in result.err, result

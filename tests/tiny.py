@@ -1,16 +1,43 @@
 """Small data, models and recipes, so that whole runs take a fraction of a second."""
 
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from bagcert.aggregation import AttentionPooling
 from bagcert.data.image_set import ArraySource, ImageSet
 from bagcert.defenses.bagcert import BagCert
 from bagcert.nets.attention_pooling import AttentionReadout
 from bagcert.nets.region_scorer import RegionScorer
+from bagcert.nets.saved_model import ModelConfig
+from bagcert.training.loop import Progress, train
 from bagcert.training.recipe import Recipe, parse_recipe
+from tests import oracle
 
 COLORS = ("red", "green", "blue")
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+class Trap:
+    """A pickle that leaves a file behind if it is run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
 def pixels(labels: np.ndarray, size: tuple[int, int] = (8, 8), tint: int = 60, seed: int = 0) -> np.ndarray:
@@ -77,3 +104,61 @@ def recipe(**changes: object) -> Recipe:
         section, _, last = key.partition("__")
         values.setdefault(section, {})[last] = value
     return parse_recipe(values)
+
+
+def stopped_run(folder: Path, after: int, **changes: object) -> Path:
+    """A run of `recipe` that dies in the step after `after`, without a chance to save."""
+
+    def die(at: Progress) -> None:
+        if at.step == after:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(recipe(**changes), folder, image_set(), device="cpu", on_progress=die)
+    return folder
+
+
+EXTREMES = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0], [255, 255, 255]], dtype=np.uint8)
+"""Pure colors, black and white."""
+
+
+def attacked(image: np.ndarray, side: int, contents: Iterable[np.ndarray] = EXTREMES) -> np.ndarray:
+    """The image with each content at every placement of a square, the last row and column included."""
+    found = []
+    for top, left in np.ndindex(image.shape[0] - side + 1, image.shape[1] - side + 1):
+        for content in contents:
+            copy = image.copy()
+            copy[top : top + side, left : left + side] = content
+            found.append(copy)
+    return np.stack(found)
+
+
+def readout_scores(pooling: AttentionPooling, evidence: np.ndarray, mask: np.ndarray) -> list[int] | None:
+    """Class scores of an integer map [channels, rows, cols] without the regions of a mask, by the definitions."""
+    names = ("first", "first_bias", "second", "skip", "bias")
+    weights = evidence[pooling.values :].astype(int)
+    values = evidence[: pooling.values].astype(int) // np.repeat(weights, pooling.values // pooling.heads, 0)
+    found = oracle.readout_scores(values, weights, {name: getattr(pooling, name).tolist() for name in names}, mask)
+    return None if found is None else list(found)
+
+
+def attention_config(**changes: object) -> ModelConfig:
+    """Of a small network that pools regions by attention."""
+    facts = {
+        "name": "tiny",
+        "architecture": "pyramid-rf3s2",
+        "width": 8,
+        "depth": 1,
+        "head": "attention-pooling",
+        "values": 8,
+        "attention_heads": 2,
+        "hidden": 6,
+        "scale": 1.0,
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "class_names": list(COLORS),
+        "image_size": [8, 8],
+        "rule": "double-masking",
+        "patch": "2",
+    }
+    return ModelConfig.model_validate({**facts, **changes})

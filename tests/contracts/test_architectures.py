@@ -79,7 +79,7 @@ def test_the_derived_grid_holds_on_images_that_are_not_square(name):
 
 
 @pytest.mark.parametrize("name", PADDED)
-def test_without_padding_every_region_sees_its_whole_receptive_field(name):
+def test_without_padding_regions_see_whole_fields(name):
     net, size = seeded(name, padded=False), own_size(name)
     grid = derive_grid(net, size)
     receptive_field, stride = declared_geometry(name)
@@ -93,7 +93,7 @@ def test_without_padding_every_region_sees_its_whole_receptive_field(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_folding_batch_norm_changes_neither_scores_nor_geometry(name):
+def test_folding_batch_norm_changes_nothing(name):
     size = own_size(name)
     scorer = RegionScorer(seeded(name), ["a", "b", "c"], size)
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
@@ -133,14 +133,14 @@ def test_a_net_without_blocks_is_refused(name):
 
 
 @pytest.mark.parametrize(("name", "least"), [("resnet-rf9", 3), ("resnet-rf13", 5), ("resnet-rf14s2", 2)])
-def test_a_depth_without_room_for_the_receptive_field_is_refused(name, least):
+def test_depth_without_room_refused(name, least):
     ARCHITECTURES[name].build(CLASSES, WIDTH, least, True)
     with pytest.raises(UsageError, match=f"at least {least} blocks, got {least - 1}"):
         ARCHITECTURES[name].build(CLASSES, WIDTH, least - 1, True)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_images_smaller_than_the_receptive_field_are_refused_in_a_sentence(name):
+def test_images_too_small_refused(name):
     if name in PADDED:
         derive_grid(seeded(name), (4, 4))  # padding makes up for what is missing
         return

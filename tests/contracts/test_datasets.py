@@ -12,25 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from bagcert.data import DATASETS, LAYOUTS, ImageSet, cifar10, load_dataset
 from bagcert.errors import UsageError
+from tests import tiny
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
 LABELS = [row % 4 for row in range(20)]
 NETWORK = {"cifar10"}
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 def _parquet(root: Path) -> str:
     for split in ("train", "test"):
-        table = pa.table({"image": [_png(pixels) for pixels in PIXELS], "label": LABELS})
+        table = pa.table({"image": [tiny.png(pixels) for pixels in PIXELS], "label": LABELS})
         pq.write_table(table, root / f"{split}-00000-of-00001.parquet", row_group_size=6)
     return str(root)
 
@@ -39,7 +33,7 @@ def _tars(root: Path) -> str:
     for split in ("train", "test"):
         with tarfile.open(root / f"{split}-000.tar", "w") as file:
             for row, (pixels, label) in enumerate(zip(PIXELS, LABELS, strict=True)):
-                for name, content in ((f"{row:02}.png", _png(pixels)), (f"{row:02}.cls", str(label).encode())):
+                for name, content in ((f"{row:02}.png", tiny.png(pixels)), (f"{row:02}.cls", str(label).encode())):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     file.addfile(info, io.BytesIO(content))
@@ -60,7 +54,7 @@ def _folders(root: Path) -> str:
         for row, (pixels, label) in enumerate(zip(PIXELS, LABELS, strict=True)):
             path = root / split / f"class{label}" / f"{row:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_png(pixels))
+            path.write_bytes(tiny.png(pixels))
     return str(root)
 
 
@@ -156,7 +150,7 @@ def test_unknown_names_name_the_known(spec: str, message: str) -> None:
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
-    path.write_bytes(_png(PIXELS[0]))
+    path.write_bytes(tiny.png(PIXELS[0]))
     with pytest.raises(UsageError, match=r"image\.png is not a dataset"):
         load_dataset(path)
 

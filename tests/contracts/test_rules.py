@@ -94,7 +94,7 @@ def test_an_unknown_rule_names_the_nearest_or_all():
 
 
 @pytest.mark.parametrize("patch", ["1", "2x3", "2+1x4", "9%", "2*2"])
-def test_maps_of_many_image_sizes_get_the_same_certificates_together(rule, patch):
+def test_maps_of_many_sizes_together(rule, patch):
     """Photos of 24 sizes, some mirrored or turned, resized to one network input: one call per set of windows."""
     net = score_map(-5, 5, batch=60)
     random = np.random.default_rng(1)

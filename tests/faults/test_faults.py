@@ -26,7 +26,7 @@ def _start(out: Path, *more: str, before: str = "") -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
 
 
-def test_runs_that_were_killed_end_like_those_that_were_not() -> None:
+def test_killed_runs_end_alike() -> None:
     run = [sys.executable, "-m", "tests.faults.run", "--kills", "3", "--json"]
     done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=280)
     found = json.loads(done.stdout)
@@ -36,7 +36,7 @@ def test_runs_that_were_killed_end_like_those_that_were_not() -> None:
     assert done.returncode == 0
 
 
-def test_a_request_to_end_leaves_whole_batches_and_a_sentence(tmp_path: Path) -> None:
+def test_request_to_end_leaves_whole_batches(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     process = _start(out)
     while not log_path(out).exists() and process.poll() is None:
@@ -55,7 +55,7 @@ def test_a_request_to_end_leaves_whole_batches_and_a_sentence(tmp_path: Path) ->
     assert json.loads(out.read_text())["images"] == len((tmp_path / "r.records.jsonl").read_text().splitlines()) == 200
 
 
-def test_files_that_may_not_grow_are_one_sentence_and_no_result(tmp_path: Path) -> None:
+def test_files_that_may_not_grow(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))"
     process = _start(out, before=limit)

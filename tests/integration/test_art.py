@@ -79,17 +79,19 @@ def check_that_certificates_hold(model, images: np.ndarray, patched: np.ndarray,
     return changed, clean.certified
 
 
+def as_art_sees(net: nn.Module, side: int) -> PyTorchClassifier:
+    options = {"clip_values": (0.0, 1.0), "device_type": "cpu"}
+    return PyTorchClassifier(net, nn.CrossEntropyLoss(), (3, side, side), 10, **options)
+
+
 def test_masked_pgd_breaks_no_certificate(model, images: np.ndarray) -> None:
-    classifier = PyTorchClassifier(
-        ClassSums(model.scorer), nn.CrossEntropyLoss(), (3, 8, 8), 10, clip_values=(0.0, 1.0), device_type="cpu"
-    )
+    classifier = as_art_sees(ClassSums(model.scorer), 8)
+    options = {"eps": 1.0, "eps_step": 0.15, "max_iter": 15, "batch_size": COUNT, "verbose": False}
     changed, certified = [], []
     for place in PLACES:
         mask = np.zeros((1, 1, 8, 8), dtype=np.float32)
         mask[:, :, place[0] : place[0] + 2, place[1] : place[1] + 2] = 1
-        attack = ProjectedGradientDescent(
-            classifier, eps=1.0, eps_step=0.15, max_iter=15, batch_size=COUNT, verbose=False
-        )
+        attack = ProjectedGradientDescent(classifier, **options)
         labels = model.predict(images, 2, rule="vote").numpy()
         patched = as_pixels(attack.generate(as_floats(images), labels, mask=np.repeat(mask, COUNT, 0)))
         assert (patched != images).any()
@@ -106,17 +108,8 @@ def test_square_attack_breaks_no_certificate(model, images: np.ndarray) -> None:
     assert certified.any()
     for i in range(4):
         place = PLACES[i % len(PLACES)]
-
         rows, cols = (slice(start, start + 2) for start in place)
-        image = as_floats(images[i : i + 1])
-        classifier = PyTorchClassifier(
-            PatchContent(model.scorer, image, place),
-            nn.CrossEntropyLoss(),
-            (3, 3, 3),
-            10,
-            clip_values=(0.0, 1.0),
-            device_type="cpu",
-        )
+        classifier = as_art_sees(PatchContent(model.scorer, as_floats(images[i : i + 1]), place), 3)
         attack = SquareAttack(classifier, norm=np.inf, eps=1.0, max_iter=40, nb_restarts=1, p_init=0.5, verbose=False)
         contents = attack.generate(np.full((1, 3, 3, 3), 0.5, dtype=np.float32))[:, :, :2, :2]
         patched = images[i : i + 1].copy()

@@ -23,24 +23,9 @@ def test_json_out_records_and_images(tmp_path: Path) -> None:
     document = json.loads(result.out)
     assert json.loads(out.read_text()) == document
     assert list(document) == [
-        "schema_version",
-        "model",
-        "weights_sha256",
-        "data",
-        "split",
-        "images",
-        "limit",
-        "device",
-        "dtype",
-        "threads",
-        "versions",
-        "seconds",
-        "seed",
-        "attack",
-        "results",
-        "notes",
-        "pixels",
-    ]
+        "schema_version", "model", "weights_sha256", "data", "split", "images", "limit", "device", "dtype", "threads",
+        "versions", "seconds", "seed", "attack", "results", "notes", "pixels",
+    ]  # fmt: skip
     assert (document["model"], document["data"], document["split"]) == ("digits", "digits", "test")
     assert (document["images"], document["device"], document["dtype"]) == (4, "cpu", "float32")
     assert document["attack"] == {
@@ -56,16 +41,9 @@ def test_json_out_records_and_images(tmp_path: Path) -> None:
     assert [line["index"] for line in lines] == [0, 1, 2, 3]
     for column, row in enumerate(document["results"]):
         assert list(row) == [
-            "rule",
-            "patch",
-            "threat",
-            "clean_accuracy",
-            "attacked_accuracy",
-            "certified_accuracy",
-            "attempts",
-            "certified_attempts",
-            "broken_certificates",
-        ]
+            "rule", "patch", "threat", "clean_accuracy", "attacked_accuracy", "certified_accuracy", "attempts",
+            "certified_attempts", "broken_certificates",
+        ]  # fmt: skip
         assert (row["patch"], row["threat"], row["broken_certificates"]) == ([2, 2], "2", 0)
         assert row["certified_accuracy"] <= row["attacked_accuracy"] <= row["clean_accuracy"]
         assert row["attempts"] == sum(line["results"][column]["attempts"] for line in lines) > 0
@@ -96,9 +74,7 @@ def lying_vote(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULES, "vote", fake)
 
 
-def test_a_broken_certificate_exits_with_4_and_is_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying_vote: None
-) -> None:
+def test_broken_certificate_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying_vote: None) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("attack", *QUICK, "--rule", "vote", "--patch", "4", "--attack", "gradient", "--json")
     assert result.code == 4
@@ -130,9 +106,7 @@ def test_evaluate_brackets_the_robust_accuracy(tmp_path: Path) -> None:
         assert row["certified_attempts"] > 0
 
 
-def test_evaluate_with_an_attack_that_breaks_a_certificate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying_vote: None
-) -> None:
+def test_evaluate_broken_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lying_vote: None) -> None:
     monkeypatch.chdir(tmp_path)
     asked = ("digits", "--data", "digits", "--limit", 2, "--device", "cpu", "--rule", "vote", "--patch", "4")
     result = run("evaluate", *asked, "--attack")

@@ -15,9 +15,13 @@ from benchmarks.flip_average import averaged_map, mirror_shift
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _run(script: str, *arguments: str) -> None:
+def _ran(script: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def _run(script: str, *arguments: str) -> None:
+    done = _ran(script, *arguments)
     assert done.returncode == 0, done.stderr
 
 
@@ -50,7 +54,7 @@ def test_growth_has_every_series_and_lines_that_fit(results: Path) -> None:
     assert run["series"]["patch sizes"]["points"][1]["patches"] == ["5", "3"]
 
 
-def test_a_rehearsal_tells_what_is_measured_from_what_follows(results: Path) -> None:
+def test_rehearsal(results: Path) -> None:
     run = json.loads((results / "rehearsals" / "imagenet64-bagcert.json").read_text())
     measured, assumed, beyond = run["measured"], run["assumed"], run["extrapolated"]
     assert [each["batch_size"] for each in measured["runs"]] == [2, 3]
@@ -61,9 +65,8 @@ def test_a_rehearsal_tells_what_is_measured_from_what_follows(results: Path) -> 
     assert beyond["training_flop"] == images * measured["training_flop_per_image"]
     fastest = max(each["images_per_second"] for each in measured["runs"])
     assert beyond["hours_here"] == pytest.approx(images / fastest / 3600, abs=0.06)
-    assert beyond["images_per_second_on_accelerators"] == pytest.approx(
-        8 * 0.9 * 1e12 / measured["training_flop_per_image"], rel=1e-3
-    )
+    rate = 8 * 0.9 * 1e12 / measured["training_flop_per_image"]
+    assert beyond["images_per_second_on_accelerators"] == pytest.approx(rate, rel=1e-3)
     assert "assumed" in beyond["accelerator_speed_from"]
 
 
@@ -94,12 +97,7 @@ def test_the_page_on_scaling_takes_them(results: Path, tmp_path: Path) -> None:
     assert text.count("Not measured yet") == 1, "of many images on Ray, which tests/unit/bulk tries"
     assert text.count("*extrapolated*") >= 3
     page.write_text(text.replace("| 1,000,000 |", "| 1,000,001 |"), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "scaling_tables.py"), "--check", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _ran("tools/scaling_tables.py", "--check", *options)
     assert done.returncode == 1
     assert "do not match" in done.stdout
 

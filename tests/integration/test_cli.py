@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -150,12 +151,12 @@ def test_a_mistyped_command_line_is_one_sentence(arguments: tuple[str, ...]) -> 
         (("--dtype", "float16"), ["'float16'", "bfloat16"]),
     ],
 )
-def test_what_evaluate_and_certify_refuse(options: tuple[str, ...], words: list[str], home: Path, photo: Path) -> None:
+def test_evaluate_and_certify_refused(options: tuple[str, ...], words: list[str], home: Path, photo: Path) -> None:
     check_mistake(run("evaluate", home / "model", "--data", home / "data", *options), 2, *words)
     check_mistake(run("certify", photo, "--model", home / "model", *options), 2, *words)
 
 
-def test_what_evaluate_refuses_of_data(home: Path, tmp_path: Path) -> None:
+def test_evaluate_data_refused(home: Path, tmp_path: Path) -> None:
     evaluate = ("evaluate", home / "model", "--data")
     check_mistake(run(*evaluate, "digit"), 2, "did you mean digits")
     check_mistake(run(*evaluate, tmp_path / "missing"), 2, "missing")
@@ -169,7 +170,7 @@ def test_what_evaluate_refuses_of_data(home: Path, tmp_path: Path) -> None:
     check_mistake(run(*evaluate, tmp_path), 5, "a.png", "no image of")
 
 
-def test_evaluate_leaves_a_bad_file_out_and_exits_with_5(home: Path, photo: Path, tmp_path: Path) -> None:
+def test_evaluate_leaves_bad_files_out(home: Path, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "red").mkdir()
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / "red" / name).write_bytes(photo.read_bytes())
@@ -213,7 +214,7 @@ def test_a_damaged_model_is_told(home: Path, tmp_path: Path) -> None:
         (("digits", "--limit", "1", "--out", "run"), 2, ["1 images"]),
     ],
 )
-def test_what_train_refuses(
+def test_train_refused(
     arguments: tuple[str, ...], code: int, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -221,17 +222,18 @@ def test_what_train_refuses(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_recipe_that_is_not_toml_is_told(tmp_path: Path) -> None:
+def test_recipe_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("name: r")
     check_mistake(run("train", tmp_path / "r.toml"), 5, "not valid TOML")
+    (tmp_path / "file").write_text("")
+    train = ("train", home / "tiny.toml", "--data", home / "data", "--out")
+    check_mistake(run(*train, tmp_path / "file"), 1, "cannot be written")
 
 
 # Output
 
 
-def test_outputs_that_cannot_be_written_are_told_before_the_work(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bagcert.evaluation.evaluate.evaluate", None)  # whoever calls it fails
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.json").mkdir()
@@ -243,16 +245,15 @@ def test_outputs_that_cannot_be_written_are_told_before_the_work(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.json"]
 
 
-def test_a_run_folder_that_cannot_be_written_is_told(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    train = ("train", home / "tiny.toml", "--data", home / "data", "--out")
-    check_mistake(run(*train, tmp_path / "file"), 1, "cannot be written")
+def failing(error: BaseException) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    return fail
 
 
-def test_a_full_disk_is_one_sentence(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
-
+def test_full_disk(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file"))
     monkeypatch.setattr(bagcert.bulk.files, "image_files", full)
     check_mistake(run("certify", "x.png"), 1, "some/file: No space left on device")
     monkeypatch.setattr("os.fsync", full)
@@ -278,21 +279,15 @@ def test_a_reader_that_goes_away_is_no_error_to_speak_of() -> None:
     assert (result.code, result.err) == (1, "")
 
 
-def test_ctrl_c_is_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bagcert.bulk.files, "image_files", interrupt)
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bagcert.bulk.files, "image_files", failing(KeyboardInterrupt()))
     result = run("certify", "x.png")
     assert (result.code, result.out) == (1, "")
     assert result.err.strip() == "Error: interrupted"
 
 
-def test_a_mistake_in_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(bagcert.bulk.files, "image_files", broken)
+def test_mistake_in_the_program_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bagcert.bulk.files, "image_files", failing(ZeroDivisionError()))
     monkeypatch.setattr(sys, "argv", ["bagcert", "certify", "x.png"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
@@ -309,9 +304,7 @@ def test_train_prints_the_recipe_it_would_use(home: Path, tmp_path: Path) -> Non
     assert load_recipe(str(tmp_path / "printed.toml")) == expected
 
 
-def test_train_starts_from_a_model_and_names_its_own_folder(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_init(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = ("--init", home / "model", "--set", "train.epochs=1", "--limit", "50", "--device", "cpu")
     result = run("train", home / "tiny.toml", "--data", home / "data", *options)
@@ -365,15 +358,13 @@ def mixed(home: Path, photo: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_certify_goes_on_after_a_bad_file_and_exits_with_5(home: Path, mixed: Path) -> None:
+def test_certify_leaves_bad_files_out(home: Path, mixed: Path) -> None:
     result = run("certify", mixed, mixed / "missing.png", "--model", home / "model", "--patch", "2", "--json")
     assert result.code == 5
     found = json.loads(result.out)
     assert found["images"] == 2
-    assert [verdict["source"] for verdict in found["results"]] == [
-        str(mixed / "a.png"),
-        str(mixed / "deep" / "c[:x:].jpg"),
-    ]
+    sources = [verdict["source"] for verdict in found["results"]]
+    assert sources == [str(mixed / "a.png"), str(mixed / "deep" / "c[:x:].jpg")]
     assert [verdict["size_px"] for verdict in found["results"]] == [[8, 8], [20, 30]]
     for verdict in found["results"]:
         assert verdict["class_name"] == sorted(tiny.COLORS)[verdict["prediction"]]
@@ -390,10 +381,8 @@ def test_certify_prints_a_table(home: Path, mixed: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(mixed.parent)
     result = run("certify", mixed.name, "--model", home / "model", "--patch", "1", "--patch", "2x3")
     assert result.code == 5
-    assert "[bold]photos/a.png" in result.out
-    assert "8x8" in result.out
-    assert "2x3" in result.out
-    assert "c[:x:].jpg" in result.out
+    for word in ("[bold]photos/a.png", "8x8", "2x3", "c[:x:].jpg"):
+        assert word in result.out
 
 
 def test_certify_without_a_readable_image(home: Path, tmp_path: Path) -> None:
@@ -459,7 +448,7 @@ def test_info_lists_what_is_there() -> None:
 # In a process of its own
 
 
-def test_no_color_is_respected_and_json_is_plain_and_nothing_is_left_behind(home: Path, tmp_path: Path) -> None:
+def test_no_color(home: Path, tmp_path: Path) -> None:
     colored = start("train", "digit", FORCE_COLOR="1", NO_COLOR="")
     assert colored.code == 2
     assert "\x1b[1;31m" in colored.err

@@ -37,7 +37,7 @@ def test_shipped_digits_model_holds_what_its_results_say():
         assert row.certified_accuracy <= row.clean_accuracy
 
 
-def test_double_masking_certifies_whatever_the_vote_certifies_on_real_binary_maps():
+def test_double_masking_certifies_what_the_vote_does():
     model = load("digits")
     model.scorer.head = "binary"  # the same network, its scores cut to [z > 0]
     score_map = model.score_map(load_dataset("digits", "test").array())

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer.main
 from PIL import Image
 
 import bagcert
+from bagcert.cli import app
 from bagcert.data import load_dataset
 from tests.command import run
 
@@ -21,6 +24,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 OTHERS = ("publishing", "many_devices", "results")  # show options of other programs
 RUN = ("tutorial", "checking", "publishing", "fail_safe", "adding_a_defense", "bring_your_network")
 BUILDERS = ("sphinx", "furo", "myst_parser")
+KNOWN: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -39,12 +43,8 @@ def commands(text: str) -> list[str]:
 def test_the_tutorial_goes_from_a_folder_to_a_certificate() -> None:
     lines = [line for language, text in blocks("tutorial") if language == "sh" for line in commands(text)]
     verbs = [line.split()[1] for line in lines]
-    assert [verb for verb in verbs if verb in ("train", "evaluate", "certify", "verify")] == [
-        "train",
-        "evaluate",
-        "certify",
-        "verify",
-    ]
+    order = ["train", "evaluate", "certify", "verify"]
+    assert [verb for verb in verbs if verb in order] == order
 
 
 @pytest.mark.parametrize("page", RUN)
@@ -89,12 +89,8 @@ def test_every_example_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: py
 
 
 def test_the_command_reference_holds_every_command_and_option() -> None:
-    import typer.main
-
-    from bagcert.cli import app
-
     page = (DOCS / "commands.md").read_text(encoding="utf-8")
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in KNOWN.items():
         assert f"\n## {name}\n" in page
         section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
         for parameter in command.params:
@@ -104,17 +100,12 @@ def test_the_command_reference_holds_every_command_and_option() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_commands_shown_anywhere_exist(page: Path) -> None:
-    import typer.main
-
-    from bagcert.cli import app
-
-    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     text = page.read_text(encoding="utf-8")
     for verb in re.findall(r"(?:^|`|    )bagcert ([a-z]+)\b", text, re.M):
-        assert verb in known, f"{page.name} shows bagcert {verb}"
+        assert verb in KNOWN, f"{page.name} shows bagcert {verb}"
     for option in re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]+)", text) if page.stem not in OTHERS else ():
         spoken = {"--help", "--version", "--fail-under"}
-        assert option in spoken or any(option in parameter.opts for c in known.values() for parameter in c.params)
+        assert option in spoken or any(option in parameter.opts for c in KNOWN.values() for parameter in c.params)
 
 
 def test_every_page_is_reached_from_the_first() -> None:
@@ -136,25 +127,16 @@ def test_the_container_file_copies_what_is_there() -> None:
 
 @pytest.mark.skipif(any(find_spec(name) is None for name in BUILDERS), reason="needs the extra docs")
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
-    done = subprocess.run(
-        [*command, "-d", str(tmp_path / "trees"), str(DOCS), str(tmp_path / "html")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "trees")]
+    done = subprocess.run([*command, DOCS, tmp_path / "html"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     built = tmp_path / "html"
     assert {f"{page.stem}.html" for page in PAGES} <= {path.name for path in built.glob("*.html")}
     method = (built / "method.html").read_text(encoding="utf-8")
     assert method.count("<math") > 30
     api = (built / "api.html").read_text(encoding="utf-8")
-    for thing in (
-        "bagcert.defenses.bagcert.load",
-        "bagcert.certificate.Certificate",
-        "bagcert.proofs.verify.verify_record",
-    ):
-        assert f'id="{thing}"' in api
+    for thing in ("defenses.bagcert.load", "certificate.Certificate", "proofs.verify.verify_record"):
+        assert f'id="bagcert.{thing}"' in api
     for page in built.glob("*.html"):  # a page asks no other server for anything
         text = page.read_text(encoding="utf-8")
         assert not re.findall(r'<(?:script|link|img)\b[^>]*(?:src|href)="(?:https?:)?//', text), page.name

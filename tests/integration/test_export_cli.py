@@ -15,7 +15,8 @@ from bagcert.data import load_dataset
 from bagcert.defenses.bagcert import load
 from bagcert.training.loop import train
 from tests import tiny
-from tests.command import run
+from tests.command import check_error, check_mistake, run
+from tests.unit.exporting.files import session
 from tests.vnnlib import Property
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -46,16 +47,13 @@ def photos(exported):
 
 
 def test_the_file_is_the_model(exported, photos):
-    import onnxruntime
-
     found = exported[1]
     assert next(iter(found)) == "schema_version"
     assert found["metadata"]["weights_sha256"] == load("digits", device="cpu", checked=False).weights_sha256
     assert found["check"]["images"] == 48 + 16
     assert found["check"]["same_verdicts"] >= 60
-    session = onnxruntime.InferenceSession(exported[0] / "digits.onnx", providers=["CPUExecutionProvider"])
     batch = (photos[0].transpose(0, 3, 1, 2) / 255).astype(np.float32)
-    label, certified, margin, scores = session.run(None, {"images": batch})
+    label, certified, margin, scores = session(exported[0] / "digits.onnx").run(None, {"images": batch})
     assert label.tolist() == photos[1].prediction.tolist()
     assert certified.tolist() == photos[1].certified.tolist()
     assert np.abs(margin - photos[1].margin.numpy()).max() <= 8  # a few scores may be one integer beside torch's
@@ -163,9 +161,7 @@ def test_vnnlib_refused(photos, tmp_path, arguments, code, message):
     photo = tmp_path / "photo.png"
     Image.fromarray(photos[0][0]).save(photo)
     given = [photo if part == "PHOTO" else part for part in arguments]
-    found, _, err = run("export", "digits", *given, "-o", tmp_path / "p.onnx")
-    assert found == code
-    assert message in " ".join(err.split())
+    check_error(run("export", "digits", *given, "-o", tmp_path / "p.onnx"), code, message)
     assert list(tmp_path.iterdir()) == [photo]
 
 
@@ -178,8 +174,6 @@ def pooling(tmp_path_factory):
 
 
 def test_attention_pooling_is_exported(pooling, tmp_path):
-    import onnxruntime
-
     code, out, err = run("export", pooling, "-o", tmp_path / "m.onnx", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
@@ -187,9 +181,8 @@ def test_attention_pooling_is_exported(pooling, tmp_path):
     assert found["check"]["maps"] > 50
     model, images = load(pooling, device="cpu"), tiny.pixels(np.arange(60) % 3, tint=120)
     expected = model.certify(images)
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     batch = (images.transpose(0, 3, 1, 2) / 255).astype(np.float32)
-    label, certified, margin, scores = session.run(None, {"images": batch})
+    label, certified, margin, scores = session(tmp_path / "m.onnx").run(None, {"images": batch})
     evidence = model.score_map(images).scores.numpy()
     same = (scores == evidence).all((1, 2, 3))  # other kernels sum in another order, next to a rounding boundary
     assert same.mean() > 0.9
@@ -214,24 +207,20 @@ def test_attention_pooling_in_8_bits(pooling, tmp_path):
 
 def test_attention_pooling_through_onnxruntime(pooling, tmp_path):
     Image.fromarray(tiny.pixels(np.array([1]), tint=200)[0]).save(tmp_path / "photo.png")
+    certify = ("certify", tmp_path / "photo.png", "--model", pooling, "--device", "cpu", "--json", "--backend")
     verdicts = []
     for backend in ("torch", "onnxruntime"):
-        code, out, err = run(
-            "certify", tmp_path / "photo.png", "--model", pooling, "--backend", backend, "--device", "cpu", "--json"
-        )
+        code, out, err = run(*certify, backend)
         assert (code, err) == (0, "")
-        verdicts.append(json.loads(out)["results"][0]["results"][0])
-    assert [(one["prediction"], one["certified"]) for one in verdicts[1:]] == [
-        (verdicts[0]["prediction"], verdicts[0]["certified"])
-    ]
+        verdict = json.loads(out)["results"][0]["results"][0]
+        verdicts.append((verdict["prediction"], verdict["certified"]))
+    assert verdicts[0] == verdicts[1]
 
 
 @pytest.mark.parametrize(("rule", "reason"), [("vote", "sums over regions"), ("detection", "double-masking can")])
 def test_attention_pooling_with_another_rule_refused(pooling, tmp_path, rule, reason):
-    code, out, err = run("export", pooling, "-o", tmp_path / "m.onnx", "--rule", rule)
-    assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert f"the rule {rule} cannot be exported for a model that pools regions by attention" in err
-    assert reason in err
+    about = f"the rule {rule} cannot be exported for a model that pools regions by attention"
+    check_mistake(run("export", pooling, "-o", tmp_path / "m.onnx", "--rule", rule), 2, about, reason)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -249,20 +238,17 @@ def test_attention_pooling_with_another_rule_refused(pooling, tmp_path, rule, re
         (("--placements", "nowhere.png"), 5, "nowhere.png"),
     ],
 )
-def test_a_mistake_is_a_sentence_and_no_file(tmp_path, arguments, code, message):
-    found = run("export", "digits", "-o", tmp_path / "m.onnx", *arguments)
-    assert (found[0], found[1]) == (code, "")
-    assert message in found[2]
-    assert len(found[2].splitlines()) == 1
+def test_mistakes_refused(tmp_path, arguments, code, message):
+    check_mistake(run("export", "digits", "-o", tmp_path / "m.onnx", *arguments), code, message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_outputs_that_cannot_be(tmp_path):
+def test_outputs_refused(tmp_path):
     (tmp_path / "m.onnx").mkdir()
-    code, _, err = run("export", "digits", "-o", tmp_path / "m.onnx")
-    assert (code, "is a folder" in err) == (2, True)
-    code, _, err = run("export", "digits", "-o", tmp_path / "m.txt")
-    assert (code, "must be a .onnx file" in err) == (2, True)
     (tmp_path / "file").touch()
-    code, _, err = run("export", "digits", "-o", tmp_path / "file" / "m.onnx")
-    assert (code, "cannot be written" in err) == (1, True)
+    for name, code, message in (
+        ("m.onnx", 2, "is a folder"),
+        ("m.txt", 2, "must be a .onnx file"),
+        ("file/m.onnx", 1, "cannot be written"),
+    ):
+        check_error(run("export", "digits", "-o", tmp_path / name), code, message)

@@ -104,9 +104,7 @@ def test_certify(photos: Path, tmp_path: Path) -> None:
     ],
     ids=lambda arguments: " ".join(str(word) for word in arguments if word not in (TEXT, NAME))[:40],
 )
-def test_a_mistake_is_quoted_without_harm(
-    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_quoted(arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = check(run(*arguments), 1, 2, 5)
     assert "Traceback" not in found.err
@@ -202,15 +200,8 @@ def test_verify(photos: Path, tmp_path: Path) -> None:
 def test_tables_of_long_commands(capsys: pytest.CaptureFixture[str]) -> None:
     """Their figures take minutes to measure, so they are made up."""
     speeds, passes = {"predict": 1.0, "certify": 2.0}, {"predict": 1, "certify": 2}
-    row = hostile(
-        BenchmarkRow,
-        limit=1,
-        subset_seed=1,
-        interval95={},
-        forward_passes=passes,
-        images_per_second=speeds,
-        versions={},
-    )
+    facts = {"limit": 1, "subset_seed": 1, "interval95": {}, "versions": {}}
+    row = hostile(BenchmarkRow, **facts, forward_passes=passes, images_per_second=speeds)
     assert asdict(row)["defense"] == TEXT
     import_module("bagcert.cli.benchmark")._print([row])
     probe = hostile(Probe, kind="leak")
@@ -220,29 +211,15 @@ def test_tables_of_long_commands(capsys: pytest.CaptureFixture[str]) -> None:
     cost = {"guard": TEXT, "tolerance_z": 0.1, "certified_accuracy": 0.5, "certified_accuracy_lost": 0.1}
     import_module("bagcert.cli.doctor")._print(report, [{**cost, "threat": TEXT, "rule": TEXT, "images": 3}])
     attack = hostile(AttackRow, patch=None)
-    info = hostile(
-        AttackInfo,
-        limit=None,
-        versions={},
-        seconds={"total": 1.0},
-        attack={"attacks": [TEXT]},
-        results=[attack],
-    )
+    seconds = {"total": 1.0}
+    info = hostile(AttackInfo, limit=None, versions={}, seconds=seconds, attack={"attacks": [TEXT]}, results=[attack])
     import_module("bagcert.cli.attack")._print(info)
     about = {"model": TEXT, "rule": TEXT, "patch": TEXT, "quantization": TEXT}
     compared = SimpleNamespace(maps=1, images=1, same_verdicts=1, scores_moved=0.1)
     accuracy = {name: {"clean_accuracy": 1.0, "certified_accuracy": 0.5} for name in ("float32", "int8")}
-    import_module("bagcert.cli.export")._print(
-        SimpleNamespace(
-            check=compared,
-            metadata=about,
-            files=[TEXT],
-            locality=TEXT,
-            leak_z=0.1,
-            accuracy={**accuracy, "images": 1, "calibration_images": 1},
-        ),
-        (8, 8),
-    )
+    accuracy |= {"images": 1, "calibration_images": 1}
+    found = SimpleNamespace(check=compared, metadata=about, files=[TEXT], locality=TEXT, leak_z=0.1, accuracy=accuracy)
+    import_module("bagcert.cli.export")._print(found, (8, 8))
     out, err = capsys.readouterr()
     assert out.count("[red]yes[/x]") >= 10
     assert not MOVES.search(out + err)

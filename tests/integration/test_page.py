@@ -110,12 +110,17 @@ def picture(tmp_path, index, size=None):
     return file, pixels
 
 
-def paint(page, color):
+def put(page, name, value, event):
+    """A value into a field, and the event that says so."""
     page.value(
-        f"(() => {{ const e = document.getElementById('color'); e.value = '{color}'; "
-        "e.dispatchEvent(new Event('input', {bubbles: true})); })()"
+        f"(() => {{ const e = document.getElementById('{name}'); e.value = '{value}'; "
+        f"e.dispatchEvent(new Event('{event}', {{bubbles: true}})); }})()"
     )
     settled(page)
+
+
+def paint(page, color):
+    put(page, "color", color, "input")
 
 
 def cell(page):
@@ -127,7 +132,7 @@ def cell(page):
 
 @in_browser
 @pytest.mark.parametrize("how", ["drop", "choose"])
-def test_a_patch_dragged_onto_a_picture_is_judged_as_by_the_package(page, model, tmp_path, how):
+def test_patch_dragged_onto_a_picture(page, model, tmp_path, how):
     file, pixels = picture(tmp_path, 40)
     page.drop("#stage", file) if how == "drop" else page.choose("#file", file)
     page.wait(f"document.getElementById('source').textContent.startsWith('{file.name}')")
@@ -172,7 +177,7 @@ def test_what_is_painted_on_the_patch_moves_with_it(page, model):
 
 
 @in_browser
-def test_noise_stays_within_the_patch_and_never_breaks_a_certificate(page, model):
+def test_noise_breaks_no_certificate(page, model):
     held, digits = 0, load_dataset("digits", "test")
     for sample in range(8):
         page.click(f"#samples button:nth-child({sample + 1})")
@@ -197,7 +202,7 @@ def test_noise_stays_within_the_patch_and_never_breaks_a_certificate(page, model
 
 
 @in_browser
-def test_a_larger_patch_may_change_the_answer_and_the_page_says_so(page, model):
+def test_larger_patch_may_change_the_answer(page, model):
     (wide, high), _ = cell(page)
     left, top, width, height = page.box("#grip")
     middle = (left + width / 2, top + height / 2)
@@ -231,21 +236,15 @@ def test_the_keyboard_moves_and_resizes_within_the_picture(page):
     assert patch_of(page) == (top - 1, 0, 1, 1)
     assert "Patch of 1 × 1 pixels" in page.value("document.getElementById('patch').getAttribute('aria-label')")
     settled(page)
-    page.value(
-        "(() => { const e = document.getElementById('left'); e.value = '99'; e.dispatchEvent(new Event('change')); })()"
-    )
-    settled(page)
+    put(page, "left", 99, "change")
     assert patch_of(page) == (top - 1, 7, 1, 1)
 
 
 @in_browser
-def test_pictures_of_another_size_are_fitted_and_others_refused_in_a_sentence(page, model, tmp_path):
+def test_pictures_fitted_or_refused(page, model, tmp_path):
     file, _ = picture(tmp_path, 3, (160, 80))
     for fit in ("squash", "center-crop"):
-        page.value(
-            f"(() => {{ const e = document.getElementById('fit'); e.value = '{fit}'; "
-            "e.dispatchEvent(new Event('change')); })()"
-        )
+        put(page, "fit", fit, "change")
         page.choose("#file", file)
         page.wait("document.getElementById('source').textContent.includes('80 × 160 pixels, fitted to 8 × 8')")
         settled(page)

@@ -51,7 +51,7 @@ def _evaluated(home: Path, out: Path, *options: object, model: str = "model") ->
     return json.loads(out.read_text()), records, done.out
 
 
-def test_photos_of_many_sizes_get_the_verdicts_of_one_at_a_time(home: Path, tmp_path: Path) -> None:
+def test_photos_of_many_sizes(home: Path, tmp_path: Path) -> None:
     asked = ("--patch", "2", "--patch", "5%", "--rule", "double-masking", "--rule", "vote")
     _, records, _ = _evaluated(home, tmp_path / "r.json", "--data", home / "mixed", *asked)
     assert len({record["source"] for record in records}) == 54
@@ -73,7 +73,7 @@ def test_photos_of_many_sizes_get_the_verdicts_of_one_at_a_time(home: Path, tmp_
             assert places[0] == places[1] == places[2]
 
 
-def test_a_limit_of_class_folders_is_a_sample_and_says_so(home: Path, tmp_path: Path) -> None:
+def test_limit_of_class_folders_is_a_sample(home: Path, tmp_path: Path) -> None:
     asked = ("--data", home / "mixed", "--limit", 18)
     info, records, out = _evaluated(home, tmp_path / "r.json", *asked)
     assert np.bincount([record["label"] for record in records]).tolist() == [3, 5, 10]  # blue, green, red
@@ -116,7 +116,7 @@ def test_images_without_splits_are_those_not_trained_on(home: Path, tmp_path: Pa
     assert [record["source"] for record in records] == list(map(str, expected))
 
 
-def test_a_split_that_was_trained_on_is_evaluated_with_a_word(home: Path, tmp_path: Path) -> None:
+def test_split_that_was_trained_on(home: Path, tmp_path: Path) -> None:
     done = run("evaluate", "digits", "--data", "digits", "--split", "train", "--limit", 9, "--patch", "1")
     assert "digits was trained on 1,293 of these 1,437 images" in done.out
     done = run("evaluate", "digits", "--data", "digits", "--split", "held-out", "--patch", "1", "--json")
@@ -124,7 +124,7 @@ def test_a_split_that_was_trained_on_is_evaluated_with_a_word(home: Path, tmp_pa
     check_mistake(run("evaluate", "digits", "--data", home / "mixed", "--split", "held-out"), 2, "train")
 
 
-def test_a_training_set_that_cannot_be_divided_again_is_warned_of(home: Path, tmp_path: Path) -> None:
+def test_training_set_that_cannot_be_divided_again(home: Path, tmp_path: Path) -> None:
     info, _, out = _evaluated(home, tmp_path / "r.json", "--data", home / "nosplit", model="limited")
     assert info["images"] == 90
     assert "may have been trained on some of these images" in out
@@ -149,7 +149,7 @@ def test_a_folder_one_level_too_high_names_the_one_below(home: Path, tmp_path: P
     check_mistake(done, 2, "has no split 'test'", f"did you mean {tmp_path / 'high' / 'own'}?")
 
 
-def test_photos_are_attacked_at_the_networks_size_on_request(home: Path, tmp_path: Path) -> None:
+def test_photos_attacked_at_the_networks_size(home: Path, tmp_path: Path) -> None:
     quick = ("--limit", 4, "--steps", 2, "--restarts", 1, "--attacked-placements", 1, "--device", "cpu")
     asked = ("attack", home / "model", "--data", home / "mixed", *quick)
     check_mistake(run(*asked), 2, "--resize")
@@ -231,9 +231,7 @@ def test_a_folder_of_rows_is_one_table(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", ["60", "200"])
-def test_tables_follow_the_width_and_names_stay_whole(
-    columns: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_follow_the_width(columns: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "a folder with a long name" / "00013"
     folder.mkdir(parents=True)
     names = [folder / f"photo_{i:040}.png" for i in range(2)]

@@ -77,7 +77,7 @@ def test_commands_of_a_block_run_one_after_the_other(commands, tmp_path):
         assert done.stdout.strip()
 
 
-def test_commands_that_download_name_recipes_and_models_that_ship():
+def test_commands_that_download_name_shipped_recipes():
     for command in COMMANDS:
         if command.startswith("bagcert train "):
             assert shlex.split(command)[2] in shipped_recipes()

@@ -44,9 +44,7 @@ def test_completion_is_offered_but_takes_no_room_in_help() -> None:
 
 
 @pytest.mark.parametrize("no_color", ["1", ""])
-def test_tables_have_colors_unless_they_are_unwanted(
-    no_color: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_have_colors(no_color: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("NO_COLOR", no_color)

@@ -1,13 +1,11 @@
 """`bagcert certify --record` and `bagcert verify`: from image files to a rechecked proof, and what forgers meet."""
 
-import base64
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
+from bagcert.data import load_dataset
+from bagcert.grid import RegionGrid
 from bagcert.proofs.lines import seal, to_line
+from bagcert.rules import get_rule
+from bagcert.scores import ScoreMap
+from bagcert.threat import PatchThreatModel
 from tests import tiny
-from tests.command import run
+from tests.command import check_error, run
+from tests.unit.proofs.forged import packed, record_of, scores_in
+
+RULES = ("vote", "levine-feizi", "double-masking", "detection")
+EVERY_RULE = [option for rule in RULES for option in ("--rule", rule)]
+MODEL = ("--model", "digits", "--device", "cpu")
 
 RULES = ("vote", "levine-feizi", "double-masking", "detection")
 
@@ -27,18 +35,13 @@ RULES = ("vote", "levine-feizi", "double-masking", "detection")
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three digits in files, and their records by every rule."""
-    from bagcert.data import load_dataset
-
     folder = tmp_path_factory.mktemp("records")
     (folder / "photos").mkdir()
     digits = load_dataset("digits", "test", 5)
     for number in (0, 2, 4):
         Image.fromarray(digits.read([number])[0].pixels).save(folder / "photos" / f"{number}.png")
-    rules = [option for rule in RULES for option in ("--rule", rule)]
-    code, out, err = run(
-        *("certify", folder / "photos", "--model", "digits", "--device", "cpu", *rules, "--json"),
-        *("--record", folder / "r.jsonl"),
-    )
+    certify = ("certify", folder / "photos", *MODEL, *EVERY_RULE, "--json")
+    code, out, err = run(*certify, "--record", folder / "r.jsonl")
     assert (code, err) == (0, "")
     assert len(json.loads(out)["results"]) == 3
     return folder
@@ -54,11 +57,11 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_a_record_of_a_part_of_the_image_says_so(home: Path, tmp_path: Path) -> None:
+def test_restricted_placements(home: Path, tmp_path: Path) -> None:
     mask = np.zeros((8, 8), dtype=np.uint8)
     mask[:3, :3] = 255
     Image.fromarray(mask).save(tmp_path / "corner.png")
-    options = ("--model", "digits", "--patch", 5, "--placements", tmp_path / "corner.png", "--device", "cpu")
+    options = (*MODEL, "--patch", 5, "--placements", tmp_path / "corner.png")
     code, out, _ = run("certify", home / "photos" / "0.png", *options, "--record", tmp_path / "c.jsonl", "--json")
     (said,) = json.loads(out)["results"][0]["results"]
     assert (code, said["threat"]) == (0, "5 within the allowed placements")
@@ -69,21 +72,15 @@ def test_a_record_of_a_part_of_the_image_says_so(home: Path, tmp_path: Path) -> 
     assert (record["record_version"], record["threat"]["shapes"]) == (2, [[5, 5]])
     old = write(tmp_path / "old.jsonl", [{**record, "record_version": 1}])
     words = "version 1 left out smaller patches within a mask"
-    code, _, err = run("verify", old)
-    assert code == 5
-    assert words in err
-    code, _, err = run("certify", home / "photos", *options, "--record", old, "--resume")
-    assert code == 2
-    assert words.replace("version 1 ", "record version 1, which ") in err
+    check_error(run("verify", old), 5, words)
+    resumed = run("certify", home / "photos", *options, "--record", old, "--resume")
+    check_error(resumed, 2, words.replace("version 1 ", "record version 1, which "))
     record["verdict"]["margin"] += 1
-    code, _, err = run("verify", write(tmp_path / "forged.jsonl", [record]))
-    assert code == 4
-    assert "double-masking, 5 within the allowed placements): the margin is" in err
+    forged = write(tmp_path / "forged.jsonl", [record])
+    check_error(run("verify", forged), 4, "double-masking, 5 within the allowed placements): the margin is")
 
 
-def test_repeated_records_and_distinct_images_are_counted(
-    home: Path, records: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_repeated_records_counted(home: Path, records: list[dict[str, Any]], tmp_path: Path) -> None:
     _, out, _ = run("verify", home / "r.jsonl")
     assert out.endswith(" not; 3 distinct images, 0 repeated records\n")
     same = {**records[1], "source": "elsewhere.png"}  # the same pixels, rule and patch under another name
@@ -95,7 +92,7 @@ def test_repeated_records_and_distinct_images_are_counted(
     assert [result["repeats_line"] for result in found["results"]] == [None, None, 1, 2]
 
 
-def test_records_are_verified_with_and_without_the_model(home: Path, records: list[dict[str, Any]]) -> None:
+def test_verified_with_and_without_the_model(home: Path, records: list[dict[str, Any]]) -> None:
     certified = sum(record["verdict"]["certified"] for record in records)
     assert 0 < certified < len(records) == 12
     code, out, err = run("verify", home / "r.jsonl")
@@ -103,20 +100,18 @@ def test_records_are_verified_with_and_without_the_model(home: Path, records: li
     basis = "given the recorded scores and geometry"
     counted = f"{certified} certified, {12 - certified} not; 3 distinct images, 0 repeated records"
     assert out == f"12 of 12 records hold, {basis}: {counted}\n"
-    options = ("--model", "digits", "--images", home / "photos", "--device", "cpu", "--json")
-    code, out, err = run("verify", home / "r.jsonl", *options)
+    code, out, err = run("verify", home / "r.jsonl", *MODEL, "--images", home / "photos", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert next(iter(found)) == "schema_version"
     assert (found["records"], found["verified"], found["certified"]) == (12, 12, certified)
+    first = records[0]
     assert found["results"][0] == {
         "line": 1,
-        "source": records[0]["source"],
+        "source": first["source"],
         "rule": "vote",
         "threat": "2",
-        "prediction": records[0]["verdict"]["prediction"],
-        "certified": records[0]["verdict"]["certified"],
-        "margin": records[0]["verdict"]["margin"],
+        **{name: first["verdict"][name] for name in ("prediction", "certified", "margin")},
         "locality": "exact",
         "verified": True,
         "fault": None,
@@ -125,15 +120,12 @@ def test_records_are_verified_with_and_without_the_model(home: Path, records: li
     }
 
 
-def test_a_run_resumed_leaves_the_same_bytes(home: Path, tmp_path: Path) -> None:
+def test_resume_leaves_the_same_bytes(home: Path, tmp_path: Path) -> None:
     whole = (home / "r.jsonl").read_bytes()
     path = tmp_path / "r.jsonl"
-    rules = [option for rule in RULES for option in ("--rule", rule)]
-    certify = ("certify", home / "photos", "--model", "digits", "--device", "cpu", *rules, "--record", path, "--json")
+    certify = ("certify", home / "photos", *MODEL, *EVERY_RULE, "--record", path, "--json")
     path.write_bytes(whole[: len(whole) // 2])
-    code, _, err = run(*certify)
-    assert code == 2
-    assert "already exists; use --resume" in err
+    check_error(run(*certify), 2, "already exists; use --resume")
     code, out, err = run(*certify, "--resume")
     assert code == 0
     assert "already held 1 of 3 images" in err
@@ -145,11 +137,9 @@ def test_a_run_resumed_leaves_the_same_bytes(home: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("case", ["replaced", "another of that name"])
-def test_a_resumed_run_certifies_an_image_that_is_not_the_recorded_one(
-    case: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_with_another_image(case: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = tmp_path / "r.jsonl"
-    certify = ("certify", "x.png", "--model", "digits", "--device", "cpu", "--record", record)
+    certify = ("certify", "x.png", *MODEL, "--record", record)
     for folder, number in (("a", 0), ("b", 2)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.png").write_bytes((home / "photos" / f"{number}.png").read_bytes())
@@ -172,12 +162,12 @@ def test_a_resumed_run_certifies_an_image_that_is_not_the_recorded_one(
     assert "already held 1 of 1 images" in err
 
 
-def test_a_killed_run_is_completed(home: Path, tmp_path: Path) -> None:
+def test_resume_after_a_kill(home: Path, tmp_path: Path) -> None:
     """A real kill -9 in mid-run; tests/unit/proofs/test_record.py cuts the file everywhere else."""
     source = (home / "photos" / "0.png").read_bytes()
     for number in range(30):
         (tmp_path / f"{number:02}.png").write_bytes(source)
-    certify = ("certify", tmp_path, "--model", "digits", "--device", "cpu", "--json")
+    certify = ("certify", tmp_path, *MODEL, "--json")
     path = tmp_path / "killed.jsonl"
     command = [sys.executable, "-m", "bagcert", *map(str, certify), "--record", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -198,15 +188,6 @@ def test_a_killed_run_is_completed(home: Path, tmp_path: Path) -> None:
     assert run("verify", path)[0] == 0
 
 
-def _pack(scores: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(scores.astype("<i2").tobytes())).decode()
-
-
-def _scores(record: dict[str, Any]) -> np.ndarray:
-    content = zlib.decompress(base64.b64decode(record["scores"]["data"]))
-    return np.frombuffer(content, "<i2").reshape(record["scores"]["shape"]).copy()
-
-
 def _certify(record: dict[str, Any]) -> None:
     record["verdict"]["certified"] = True
 
@@ -224,9 +205,9 @@ def _better_margin(record: dict[str, Any]) -> None:
 
 
 def _one_score(record: dict[str, Any]) -> None:
-    scores = _scores(record)
+    scores = scores_in(record)
     scores[record["verdict"]["prediction"]] += 1
-    record["scores"]["data"] = _pack(scores.clip(-2047, 2047))
+    record["scores"]["data"] = packed(scores.clip(-2047, 2047))
 
 
 def _larger_threat(record: dict[str, Any]) -> None:
@@ -257,7 +238,7 @@ FORGERIES: list[Callable[[dict[str, Any]], None]] = [
 
 
 @pytest.mark.parametrize("forge", FORGERIES, ids=lambda forge: forge.__name__.strip("_"))
-def test_a_forged_record_with_a_fresh_hash_fails_by_its_proof(
+def test_forged_record_refused(
     forge: Callable[[dict[str, Any]], None], records: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     (record,) = [r for r in records if r["rule"] == "double-masking" and not r["verdict"]["certified"]][:1]
@@ -271,56 +252,36 @@ def test_a_forged_record_with_a_fresh_hash_fails_by_its_proof(
 
 def _forged_for_less(record: dict[str, Any]) -> dict[str, Any]:
     """A whole false record: the same scores over receptive fields of one pixel, certified by the rules themselves."""
-    from bagcert.grid import RegionGrid
-    from bagcert.proofs.certificate_record import geometry_fields
-    from bagcert.records import Record
-    from bagcert.rules import get_rule
-    from bagcert.scores import ScoreMap
-    from bagcert.threat import PatchThreatModel
-
     grid = RegionGrid.from_axis(1, 1, 0, (8, 8))
-    score_map = ScoreMap(torch.as_tensor(_scores(record))[None], -2047, 2047, grid)
+    score_map = ScoreMap(torch.as_tensor(scores_in(record))[None], -2047, 2047, grid)
     certificate = get_rule(record["rule"]).certify(score_map, PatchThreatModel.parse("2", (8, 8)))
-    (said,) = Record.each(certificate)
-    verdict = {
-        "prediction": said.prediction,
-        "class_name": record["verdict"]["class_name"],
-        "certified": said.certified,
-        "margin": said.margin,
-        "worst_placement": said.worst_placement,
-    }
-    return {**record, "geometry": geometry_fields(grid), "verdict": verdict}
+    said = record_of(score_map, certificate)
+    verdict = {**said["verdict"], "class_name": record["verdict"]["class_name"]}
+    return {**record, "geometry": said["geometry"], "verdict": verdict}
 
 
-def test_only_the_model_shows_a_false_geometry_or_score(
-    home: Path, records: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_forged_premises(home: Path, records: list[dict[str, Any]], tmp_path: Path) -> None:
     """What docs/records.md says of premises: consistent forgeries of them pass the proof and fail against the model."""
-    model = ("--model", "digits", "--images", home / "photos", "--device", "cpu")
+    model = (*MODEL, "--images", home / "photos")
     less = _forged_for_less(next(r for r in records if r["rule"] == "double-masking"))
     forged = write(tmp_path / "less.jsonl", [less])
     assert run("verify", forged)[0] == 0
-    code, _, err = run("verify", forged, *model)
-    assert code == 4
-    assert "its geometry is not the network's: rows differ from number 0 on" in err
+    words = "its geometry is not the network's: rows differ from number 0 on"
+    check_error(run("verify", forged, *model), 4, words)
 
     # A rival far behind may gain a unit without moving the margin.
     record = next(r for r in records if r["rule"] == "vote")
-    scores = _scores(record)
+    scores = scores_in(record)
     last = int(scores.sum((1, 2)).argmin())
     scores[last, 0, 0] += 1 if scores[last, 0, 0] < 2047 else -1
-    record["scores"]["data"] = _pack(scores)
+    record["scores"]["data"] = packed(scores)
     forged = write(tmp_path / "score.jsonl", [record])
     assert run("verify", forged)[0] == 0
-    code, _, err = run("verify", forged, *model)
-    assert code == 4
-    assert "the scores differ from the network's here in 1 of 640 places by up to 1" in err
+    words = "the scores differ from the network's here in 1 of 640 places by up to 1"
+    check_error(run("verify", forged, *model), 4, words)
 
 
-def test_the_model_and_the_image_must_be_those_of_the_record(
-    home: Path, records: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    model = ("--model", "digits", "--device", "cpu")
+def test_other_model_or_image(home: Path, records: list[dict[str, Any]], tmp_path: Path) -> None:
     first = records[0]
     for change, words in (
         ({"model": {**first["model"], "weights_sha256": "0" * 64}}, "its weights_sha256 is 000"),
@@ -331,23 +292,17 @@ def test_the_model_and_the_image_must_be_those_of_the_record(
         ({"image": {**first["image"], "exif_orientation": 3}}, "exif_orientation of its image is 3"),
         ({"verdict": {**first["verdict"], "class_name": "cat"}}, "not 'cat'"),
     ):
-        code, _, err = run("verify", write(tmp_path / "r.jsonl", [{**first, **change}]), *model)
-        assert (code, words in err) == ((4, True) if words else (0, True)), err
+        found = run("verify", write(tmp_path / "r.jsonl", [{**first, **change}]), *MODEL)
+        check_error(found, 4 if words else 0, words)
     (tmp_path / "other").mkdir()
     name = Path(first["source"]).name
     Image.fromarray(tiny.pixels(np.array([1]))[0]).save(tmp_path / "other" / name)
-    path = write(tmp_path / "r.jsonl", [first])
-    code, _, err = run("verify", path, *model, "--images", tmp_path / "other")
-    assert code == 4
-    assert "the pixels_sha256 of its image is" in err
-    code, _, err = run("verify", path, *model, "--images", tmp_path)
-    assert code == 5
-    assert f"there is no file {tmp_path / name}" in err
+    verify = ("verify", write(tmp_path / "r.jsonl", [first]), *MODEL, "--images")
+    check_error(run(*verify, tmp_path / "other"), 4, "the pixels_sha256 of its image is")
+    check_error(run(*verify, tmp_path), 5, f"there is no file {tmp_path / name}")
 
 
-def test_what_cannot_be_read_and_what_does_not_hold_have_their_codes(
-    home: Path, records: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_exit_codes(home: Path, records: list[dict[str, Any]], tmp_path: Path) -> None:
     whole = (home / "r.jsonl").read_bytes()
     path = tmp_path / "r.jsonl"
     path.write_bytes(whole[:-20])
@@ -360,9 +315,8 @@ def test_what_cannot_be_read_and_what_does_not_hold_have_their_codes(
     assert line.startswith("Error: 1 of 12 records are not verified; line 12: it is not JSON, or is cut short")
 
     path.write_bytes(whole.replace(b'"certified":false', b'"certified":true', 1))
-    code, _, err = run("verify", path)
-    assert code == 5
-    assert "its SHA-256 does not match its content; it was damaged or altered" in err
+    words = "its SHA-256 does not match its content; it was damaged or altered"
+    check_error(run("verify", path), 5, words)
 
     _certify_with_margin(records[0])
     path.write_bytes(to_line(seal(records[0])) + b"{}\n")

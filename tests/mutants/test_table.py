@@ -25,22 +25,12 @@ def test_names_say_which_mutant_is_meant():
     assert Counter(mutant.name for mutant in MUTANTS).most_common(1)[0][1] == 1
     assert len({mutant.edits for mutant in MUTANTS}) == len(MUTANTS)
     assert {edit[0].split("/")[0] for mutant in MUTANTS for edit in mutant.edits} == {
-        "threat.py",
-        "aggregation.py",
-        "proofs",
-        "grid.py",
-        "scores.py",
-        "devices.py",
-        "nets",
-        "locality",
-        "exporting",
-        "rules",
-        "data",
-        "defenses",
-    }
+        "threat.py", "aggregation.py", "proofs", "grid.py", "scores.py", "devices.py", "nets", "locality", "exporting",
+        "rules", "data", "defenses",
+    }  # fmt: skip
 
 
-def test_the_tests_run_against_a_copy_and_notice_what_is_wrong_with_it():
+def test_trial_runs_against_a_copy():
     context = server(preload=False)
     mutant = named("the last row is no placement")
     trial = run(context, mutant, QUICK)

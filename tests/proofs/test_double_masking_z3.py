@@ -99,7 +99,7 @@ def test_the_proof_does_not_need_the_majority():
         assert counterexample(*claims, prediction(attacked, common) != label) is None
 
 
-def test_at_most_one_label_passes_so_that_the_order_of_the_masks_does_not_matter():
+def test_at_most_one_label_passes():
     """Two masks with different labels cannot both pass: their pair has one label, attacked or not."""
     table, bounds = free_table("table")
     for i in range(MASKS):
@@ -108,7 +108,7 @@ def test_at_most_one_label_passes_so_that_the_order_of_the_masks_does_not_matter
             assert counterexample(bounds, both, table[i][i] != table[j][j]) is None
 
 
-def test_the_three_cases_of_the_proof_exhaust_the_attacks_and_all_occur():
+def test_three_cases_exhaust_the_attacks():
     attacked, bounds = free_table("attacked")
     first = [attacked[i][i] for i in range(MASKS)]
     star, label = 0, 1

@@ -61,7 +61,7 @@ def test_case_1_all_first_round_labels_agree(label):
     assert answers(attacked)[0] == label
 
 
-def test_case_2_the_majority_is_right_and_a_disagreer_fails_at_the_mask_over_the_patch(label):
+def test_case_2_majority_right(label):
     attacked = scene(label, under_patch=6)
     assert first_round(attacked) == [1 - label] + [label] * LAST  # without its strongest region
     against = second_round(attacked, 0)
@@ -70,7 +70,7 @@ def test_case_2_the_majority_is_right_and_a_disagreer_fails_at_the_mask_over_the
     assert answers(attacked)[0] == label
 
 
-def test_case_3_the_majority_is_wrong_and_the_mask_over_the_patch_passes(label):
+def test_case_3_majority_wrong(label):
     attacked = scene(label, under_patch=9)
     assert first_round(attacked) == [1 - label] * LAST + [label]
     assert second_round(attacked, LAST) == [label] * len(MASKS)
@@ -94,7 +94,7 @@ def test_several_patches_in_case_3(label):
     assert int(attacked[0]) == label
 
 
-def test_every_content_up_to_twenty_leads_into_one_of_the_three_cases(label):
+def test_every_content_leads_into_one_case(label):
     """One rival score after the other: the cases follow one another, and the answer never moves."""
     cases = []
     for under_patch in range(20):
@@ -107,7 +107,7 @@ def test_every_content_up_to_twenty_leads_into_one_of_the_three_cases(label):
     assert set(cases) == {1, 2, 3}
 
 
-def test_where_two_windows_cover_the_map_the_vote_may_certify_more():
+def test_vote_may_certify_more_than_masking():
     """The one exception to `double masking certifies at least what the vote does`: nothing is left to count."""
     grid = RegionGrid.from_axis(1, 1, 0, (1, 4))
     threat = PatchThreatModel.parse("1x2", grid.image_size)

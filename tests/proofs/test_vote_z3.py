@@ -113,7 +113,7 @@ def test_no_attack_changes_a_certified_vote(label):
 
 
 @pytest.mark.parametrize("label", LABELS)
-def test_the_worst_attack_changes_every_vote_that_is_not_certified(label):
+def test_worst_attack_changes_uncertified_votes(label):
     """Exactness: where the margin against a rival is negative, the content that shouts for it wins."""
     w = Window.of(label)
     for rival in w.rivals:
@@ -131,7 +131,7 @@ def test_certificates_and_attackable_votes_both_exist():
     assert not impossible(w.in_range, wins(w.clean, 3), bounds, z3.Not(wins(sums, 3)))
 
 
-def test_the_symbols_stand_for_every_range_and_every_number_of_regions():
+def test_symbols_stand_for_every_range():
     """n regions within [low, high] sum to n * low ... n * high, and n * u is the difference of the two."""
     n, low, high = z3.Ints("n low high")
     assert impossible(n * (high - low) != n * high - n * low)
@@ -147,7 +147,7 @@ def test_a_larger_window_never_has_a_larger_margin():
     assert impossible(low <= own, own <= high, low <= other, other <= high, high - low + own - other < 0)
 
 
-def test_a_union_of_windows_costs_at_most_the_sum_of_their_damages():
+def test_union_costs_at_most_the_sum_of_damages():
     """K patches: with damages per part that are never negative, counting an overlap twice only helps the attacker."""
     first_only, both, second_only, total = z3.Ints("first_only both second_only total")
     parts = z3.And(first_only >= 0, both >= 0, second_only >= 0)
@@ -247,6 +247,6 @@ def test_a_sloppy_version_is_refuted_on_the_real_code(version, label, low, high)
 
 
 @pytest.mark.parametrize("version", SLOPPY)
-def test_a_sloppy_version_is_refuted_for_every_label_it_can_harm(version):
+def test_sloppy_versions_refuted(version):
     refuted = [label for label in LABELS if counterexample(SLOPPY[version], label, 0, 1, (3, 20)) is not None]
     assert refuted == [label for label in LABELS if label > 0 or version not in HARMLESS_FOR_CLASS_0]

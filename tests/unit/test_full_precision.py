@@ -29,7 +29,7 @@ def setting(request):
     torch.set_float32_matmul_precision(before)
 
 
-def test_it_is_full_inside_and_as_before_afterwards(setting):
+def test_precision_full_inside_and_restored(setting):
     with full_precision():
         assert set(product_precision()) <= FULL
         with full_precision():
@@ -38,13 +38,13 @@ def test_it_is_full_inside_and_as_before_afterwards(setting):
     assert product_precision() == setting
 
 
-def test_an_error_inside_puts_the_setting_back_and_is_raised(setting):
+def test_error_inside_restores_precision(setting):
     with pytest.raises(ZeroDivisionError), full_precision():
         1 / 0  # noqa: B018
     assert product_precision() == setting
 
 
-def test_whoever_leaves_first_leaves_it_full_for_the_others(setting):
+def test_precision_full_until_the_last_leaves(setting):
     with ExitStack() as first, ExitStack() as second:
         first.enter_context(full_precision())
         second.enter_context(full_precision())
@@ -55,7 +55,7 @@ def test_whoever_leaves_first_leaves_it_full_for_the_others(setting):
 
 
 @pytest.mark.parametrize("noticed_by", ["the one inside", "the next to enter", "another that leaves"])
-def test_a_setting_made_meanwhile_is_kept_and_whoever_was_inside_is_told(setting, noticed_by):
+def test_setting_made_meanwhile_kept_and_told(setting, noticed_by):
     """In whatever thread: what counts is that it was made between entering and leaving."""
     inside, other = full_precision(), full_precision()
     inside.__enter__()
@@ -78,7 +78,7 @@ def test_a_setting_made_meanwhile_is_kept_and_whoever_was_inside_is_told(setting
     assert product_precision() == own
 
 
-def test_threads_that_certify_at_once_count_exactly_and_leave_the_setting_as_it_was(setting):
+def test_threads_count_exactly(setting):
     """Scores whose sums end in an odd number beyond what bfloat16 and TF32 hold, against the definitions."""
     grid = RegionGrid.from_axis(2, 1, 0, (6, 7))
     scores = np.random.default_rng(0).integers(-2047, 2048, (2, 3, *grid.map_size))

@@ -56,7 +56,7 @@ def test_windows_are_those_of_the_definitions(grid, shapes, restricted, masks_pe
             assert max(block.keep.shape) <= masks_per_axis
 
 
-def test_each_window_names_an_admissible_placement_that_reaches_it(grid):
+def test_window_names_an_admissible_placement(grid):
     allowed = np.random.default_rng(8).random(grid.image_size) < 0.85
     for threat in (
         PatchThreatModel.parse(2, grid.image_size),

@@ -11,31 +11,12 @@ from bagcert.records import SCHEMA_VERSION, ImageRecord, Record, Row, RunInfo, w
 from bagcert.threat import PatchThreatModel
 
 RUN_KEYS = [
-    "schema_version",
-    "model",
-    "weights_sha256",
-    "data",
-    "split",
-    "images",
-    "limit",
-    "device",
-    "backend",
-    "dtype",
-    "threads",
-    "versions",
-    "seconds",
-    "results",
-]
+    "schema_version", "model", "weights_sha256", "data", "split", "images", "limit", "device", "backend", "dtype",
+    "threads", "versions", "seconds", "results",
+]  # fmt: skip
 ROW_KEYS = [
-    "rule",
-    "patch",
-    "threat",
-    "clean_accuracy",
-    "certified_accuracy",
-    "certified_share",
-    "interval95",
-    "seconds",
-]
+    "rule", "patch", "threat", "clean_accuracy", "certified_accuracy", "certified_share", "interval95", "seconds",
+]  # fmt: skip
 RECORD_KEYS = ["rule", "patch", "threat", "prediction", "certified", "margin", "worst_placement", "locality"]
 
 
@@ -112,7 +93,7 @@ def _certificate(notation: str, worst: torch.Tensor) -> Certificate:
     )
 
 
-def test_each_image_of_a_certificate_becomes_a_record_of_plain_values() -> None:
+def test_record_of_each_image() -> None:
     worst = torch.tensor([[[0, 1, 2, 8]], [[6, 0, 2, 8]]])
     first, second = Record.each(_certificate("2x8", worst))
     assert first == Record("vote", [2, 8], "2x8", 2, True, 5, [0, 1, 2, 8])

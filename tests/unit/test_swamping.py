@@ -140,7 +140,7 @@ def test_certified_predictions_stand_in_float32(swamp, head):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("sign", [1, -1, 0])
-def test_scores_of_clean_images_that_are_not_finite_are_refused(sign, dtype):
+def test_clean_scores_not_finite_refused(sign, dtype):
     model = swamped_model(SWAMPS["1e30"], 1e30, "fixed-point", dtype)
     if sign:
         model.scorer.net[-1].bias.data[2] = sign * torch.inf
@@ -164,7 +164,7 @@ def test_in_bfloat16_they_stand_or_the_model_is_refused(swamp, head):
 
 
 @pytest.mark.parametrize("head", ["fixed-point", "binary"])
-def test_in_bfloat16_huge_finite_scores_are_no_reason_to_refuse(head):
+def test_huge_finite_scores_in_bfloat16(head):
     model = swamped_model((1.0, (1.0, 1e10, -1e10)), 1e18, head, torch.bfloat16).check_locality()
     attempts, z = holds(model, head)
     assert attempts > 400

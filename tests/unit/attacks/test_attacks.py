@@ -83,22 +83,19 @@ def test_certified_digits_hold(patch):
 
 def test_the_gradient_attack_is_stronger_than_random_contents():
     images = load_dataset("digits", limit=16)
-    settings = Settings(steps=20, restarts=1, placements=6)
-    broken = {
-        name: attack(
-            digits(), images.array(), images.labels, 2, rule="vote", attacks=[name], settings=settings
-        ).broken.sum()
-        for name in ("random", "gradient")
-    }
-    assert broken["gradient"] > broken["random"]
+    options = {"rule": "vote", "settings": Settings(steps=20, restarts=1, placements=6)}
+    gradient, random = (
+        attack(digits(), images.array(), images.labels, 2, attacks=[name], **options).broken.sum()
+        for name in ("gradient", "random")
+    )
+    assert gradient > random
 
 
 @pytest.mark.parametrize("rule", ["vote", "double-masking"])
 def test_heads_without_slope_are_broken_all_the_same(rule):
+    images = tiny.pixels(LABELS, tint=40)
     for name in ("gradient", "score-map"):
-        result = attack(
-            binary_model(), tiny.pixels(LABELS, tint=40), LABELS, "4", rule=rule, attacks=[name], settings=QUICK
-        )
+        result = attack(binary_model(), images, LABELS, "4", rule=rule, attacks=[name], settings=QUICK)
         assert result.broken.sum() >= 3
         assert result.alarms == []
 
@@ -129,10 +126,8 @@ def test_every_placement_can_be_asked_for():
 
 def test_a_seed_fixes_the_result():
     def run(seed):
-        names = ["gradient", "transfer"]
-        result = attack(
-            tiny.color_model(), tiny.pixels(LABELS), LABELS, 4, rule=None, attacks=names, seed=seed, settings=QUICK
-        )
+        options = {"attacks": ["gradient", "transfer"], "seed": seed, "settings": QUICK}
+        result = attack(tiny.color_model(), tiny.pixels(LABELS), LABELS, 4, rule=None, **options)
         return result.records, {i: pixels.tobytes() for i, pixels in result.patched.items()}
 
     assert run(3) == run(3)

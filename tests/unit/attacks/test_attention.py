@@ -12,9 +12,8 @@ from bagcert.attacks.settings import Settings
 from bagcert.attacks.surrogate import LocalSurrogate, surrogate_of
 from bagcert.attacks.victim import Victim
 from bagcert.defenses.bagcert import BagCert
-from bagcert.nets.saved_model import ModelConfig
 from bagcert.threat import PatchThreatModel
-from tests import oracle, tiny
+from tests import tiny
 
 pytestmark = pytest.mark.slow
 
@@ -24,12 +23,8 @@ LABELS = np.arange(24) % 3
 def network(size=(12, 10)):
     """A small convolutional network with a random readout, whose answers depend on the image."""
     torch.manual_seed(3)
-    sizes = {"values": 8, "attention_heads": 2, "hidden": 6}
-    config = ModelConfig(
-        name="random", architecture="pyramid-rf3s2", width=12, depth=1, head="attention-pooling", **sizes, scale=1.0,
-        mean=[0.5] * 3, std=[0.3] * 3, class_names=["a", "b", "c", "d"], image_size=size,
-        rule="double-masking", patch="2",
-    )  # fmt: skip
+    facts = {"width": 12, "std": [0.3] * 3, "class_names": ["a", "b", "c", "d"], "image_size": size}
+    config = tiny.attention_config(**facts)
     scorer = config.build().eval()
     torch.nn.init.normal_(scorer.readout.position)
     with torch.no_grad():
@@ -48,19 +43,6 @@ def victim_of(rule="double-masking", patch="2", images=6):
     pixels = np.random.default_rng(0).integers(0, 256, (images, 12, 10, 3), dtype=np.uint8)
     model = BagCert(scorer, rule, patch=patch)
     return Victim(model, pixels, PatchThreatModel.parse(patch, (12, 10)), rule)
-
-
-def matrices_of(scorer):
-    pooling = scorer.form.pooling
-    return {name: getattr(pooling, name).tolist() for name in ("first", "first_bias", "second", "skip", "bias")}
-
-
-def oracle_scores(scorer, evidence, mask):
-    """Class scores without the regions of a mask, in plain integers; `evidence` is an integer map [channels, m, n]."""
-    readout = scorer.readout
-    weights = evidence[readout.values :]
-    values = evidence[: readout.values] // np.repeat(weights, readout.values // readout.heads, 0)
-    return oracle.readout_scores(values, weights, matrices_of(scorer), mask)
 
 
 @pytest.mark.parametrize("patch", ["2", "1x3+3x1", "2*1"])
@@ -101,7 +83,7 @@ def test_objectives_are_those_of_plain_integers(kind):
         masks = [np.zeros_like(fixed)] if kind == "sum" else [mask.numpy() for mask in windows.masks]
         leads = []
         for mask in masks:
-            scores = list(oracle_scores(scorer, evidence, mask | fixed))
+            scores = tiny.readout_scores(scorer.form.pooling, evidence, mask | fixed)
             own = scores.pop(int(rival[row]))
             leads.append(max(scores) - own)
         won = sum(lead <= found[row] for lead in leads) / len(leads)
@@ -139,7 +121,7 @@ def test_candidates_whose_masks_fail_come_first(rule):
         evidence, label = surrogate.clean[row].long().numpy(), int(victim.prediction[row])
 
         def fails(mask, rival, evidence=evidence, label=label):
-            scores = oracle_scores(scorer, evidence, mask)
+            scores = tiny.readout_scores(scorer.form.pooling, evidence, mask)
             return scores[label] <= scores[rival]
 
         pairs = [a | b for a in masks for b in masks] if rule == "double-masking" else masks

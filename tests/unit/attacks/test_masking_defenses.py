@@ -33,9 +33,8 @@ def test_a_wrong_answer_with_an_alert_breaks_nothing():
     defense = MinorityReports(model, masking.NAMES, masking.SIZE, patch=2)
     victim = Victim(defense, pixels, threat, defense.rule)
     assert victim.detects
-    assert not Victim(
-        PatchCleanser(model, masking.NAMES, masking.SIZE, patch=2), pixels, threat, "patchcleanser"
-    ).detects
+    cleanser = PatchCleanser(model, masking.NAMES, masking.SIZE, patch=2)
+    assert not Victim(cleanser, pixels, threat, "patchcleanser").detects
     wrong = 0
     for color in (0, 255):
         for place in every_placement(threat):

@@ -85,7 +85,7 @@ def test_the_answer_on_a_map_is_the_rules(rule):
     assert not surrogate.changed(image, surrogate.clean).any()
 
 
-def test_the_sum_objective_is_negative_exactly_where_the_plain_sum_changes():
+def test_sum_objective_sign():
     generator = torch.Generator().manual_seed(0)
     maps = torch.randint(-9, 10, (200, 4, 3, 3), generator=generator).float()
     label = torch.randint(0, 4, (200,), generator=generator)

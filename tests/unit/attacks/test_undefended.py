@@ -16,7 +16,7 @@ def defense(names=tiny.COLORS):
     return Undefended(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), names, (8, 8))
 
 
-def test_it_predicts_the_largest_logit_and_the_lowest_among_equals():
+def test_ties():
     assert defense().predict(IMAGES).tolist() == [0, 1, 2, 0, 1]
     assert defense().predict(np.full((1, 8, 8, 3), 7, dtype=np.uint8)).tolist() == [0]
     floats = torch.from_numpy(IMAGES).permute(0, 3, 1, 2) / 255

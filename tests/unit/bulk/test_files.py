@@ -27,7 +27,7 @@ def _save(path: Path, label: int = 0, size: tuple[int, int] = (8, 8), orientatio
     return path
 
 
-def test_image_files_are_the_named_ones_and_those_below_folders(tmp_path: Path) -> None:
+def test_image_files(tmp_path: Path) -> None:
     names = ["b.png", "a.PNG", "deep/er/c.jpg", "deep/d.webp"]
     for name in (*names, ".hidden.png", ".folder/e.png", "deep/.f.png"):
         _save(tmp_path / "photos" / name)
@@ -95,14 +95,17 @@ def test_turned_photos_are_certified_as_stored(tmp_path: Path, orientation: int)
 
 
 @pytest.mark.parametrize("patch", ["0", "five", "9", ""])
-def test_a_patch_that_makes_no_sense_is_an_error_not_a_verdict(tmp_path: Path, patch: str) -> None:
+def test_patch_refused(tmp_path: Path, patch: str) -> None:
     with pytest.raises(UsageError):
         list(certify_files(tiny.color_model(), [_save(tmp_path / "a.png")], [patch]))
 
 
-def test_an_unknown_rule_is_told_before_any_file_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="did you mean vote"):
-        next(certify_files(tiny.color_model(), [tmp_path / "missing.png"], rules=["votes"]))
+@pytest.mark.parametrize(
+    ("options", "message"), [({"patches": ["five"]}, "got 'five'"), ({"rules": ["votes"]}, "did you mean vote")]
+)
+def test_options_refused_before_any_file_is_read(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        next(certify_files(tiny.color_model(), [tmp_path / "missing.png"], **options))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (24, 20)])
@@ -177,7 +180,7 @@ def test_smaller_rectangles_within_a_mask_on_a_photo_count(tmp_path: Path) -> No
         assert verdict.results[0].margin == min(margins)
 
 
-def test_an_image_too_small_for_the_patch_is_an_error_in_its_place(tmp_path: Path) -> None:
+def test_image_too_small_for_the_patch(tmp_path: Path) -> None:
     small, large = _save(tmp_path / "small.png", size=(6, 6)), _save(tmp_path / "large.png", size=(20, 20))
     first, second = certify_files(tiny.color_model(), [small, large], ["9"])
     assert isinstance(first, FileError)
@@ -186,17 +189,12 @@ def test_an_image_too_small_for_the_patch_is_an_error_in_its_place(tmp_path: Pat
     assert isinstance(second, FileVerdict)
 
 
-def test_a_patch_outside_the_notation_stops_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="got 'five'"):
-        next(certify_files(tiny.color_model(), [tmp_path / "a.png", tmp_path / "b.png"], ["five"]))
-
-
 def _record_file(path: Path, resume: bool = False) -> RecordFile:
     environment = {"device": "cpu", "backend": "torch", "dtype": "float32", "threads": 1, "versions": {}}
     return RecordFile(path, tiny.color_model(), ["vote", "detection"], ["2"], environment, resume=resume)
 
 
-def test_certificates_are_in_the_record_before_the_verdict_is_given(tmp_path: Path) -> None:
+def test_record_written_before_the_verdict(tmp_path: Path) -> None:
     files = [_save(tmp_path / f"{label}.png", label, (10 + label, 12)) for label in range(3)]
     (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:60])
     files.insert(1, tmp_path / "cut.png")

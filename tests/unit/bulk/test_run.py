@@ -138,9 +138,7 @@ def test_a_restart_does_what_is_missing_and_nothing_else(mixed: Path, done: tupl
     assert certify_many(str(mixed), out, **ASKED)["certified_now"] == 0
 
 
-def test_files_that_are_no_part_of_the_run_are_not_counted(
-    mixed: Path, done: tuple[Path, dict], tmp_path: Path
-) -> None:
+def test_other_files_not_counted(mixed: Path, done: tuple[Path, dict], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(done[0], out)
     first = out / "part-00000000.parquet"
@@ -190,7 +188,7 @@ def test_a_folder_of_another_run_is_refused(change: dict, words: str, mixed: Pat
     assert sorted((path.name, path.stat().st_mtime_ns) for path in done[0].iterdir()) == before
 
 
-def test_data_that_changed_and_folders_of_other_things_are_refused(tmp_path: Path) -> None:
+def test_changed_data_and_other_folders_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.png").write_bytes(_encoded(0))
     certify_many(str(tmp_path / "data"), tmp_path / "out", **ASKED)
@@ -228,7 +226,7 @@ def test_a_broken_row_group_costs_its_own_rows(tmp_path: Path) -> None:
     assert [row["error"] is None for row in rows] == [True] * 3 + [False] * 3
 
 
-def test_limits_take_the_first_images_and_parts_follow_rows_not_row_groups(tmp_path: Path) -> None:
+def test_limit_and_parts_by_rows(tmp_path: Path) -> None:
     path = _shard(tmp_path / "s.parquet", [_encoded(seed) for seed in range(10)], list(range(10)), rows=3)
     work = list_work(str(path), 4, limit=9)
     assert [(part.first, part.start, part.stop) for part in work.parts] == [(0, 0, 4), (4, 4, 8), (8, 8, 9)]
@@ -278,7 +276,7 @@ def test_objects_in_s3_give_the_rows_of_files(store: str, mixed: Path, done: tup
 
 
 @pytest.mark.timeout(600)  # workers import torch three times
-def test_a_killed_worker_loses_and_doubles_nothing_and_rows_are_those_of_the_local_engine(tmp_path: Path) -> None:
+def test_killed_worker_loses_and_doubles_nothing(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     path = _shard(tmp_path / "s.parquet", [_encoded(seed) for seed in range(60)], list(range(60)), rows=20)
     asked = {**ASKED, "part_size": 2}

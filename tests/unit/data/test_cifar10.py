@@ -70,6 +70,14 @@ def test_pickles_five_batches_in_inner_folder(tmp_path: Path, monkeypatch: pytes
         load_dataset(tmp_path, "validation")
 
 
+def _refused(tmp_path: Path, content: bytes, reason: str | None) -> None:
+    (tmp_path / "test_batch").write_bytes(content)
+    with pytest.raises(UnreadableError, match=reason) as caught:
+        load_pickles(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 class _Runs:
     """Unpickled, this touches a file."""
 

@@ -21,7 +21,7 @@ def test_the_same_items_in_the_same_order() -> None:
     assert list(prefetch(iter([]))) == []
 
 
-def test_the_next_item_is_made_in_another_thread_while_this_one_is_in_use() -> None:
+def test_next_item_made_in_another_thread() -> None:
     made = threading.Event()
     threads = []
 

@@ -15,20 +15,8 @@ from bagcert.scores import ScoreMap
 
 NET = (8, 6)
 STORED = [
-    (8, 6),
-    (6, 8),
-    (16, 12),
-    (24, 18),
-    (19, 11),
-    (11, 19),
-    (5, 3),
-    (3, 9),
-    (8, 13),
-    (17, 6),
-    (1, 1),
-    (2, 40),
-    (41, 7),
-]
+    (8, 6), (6, 8), (16, 12), (24, 18), (19, 11), (11, 19), (5, 3), (3, 9), (8, 13), (17, 6), (1, 1), (2, 40), (41, 7),
+]  # fmt: skip
 
 
 def _pixels(size: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -149,11 +137,11 @@ def test_score_maps_speak_of_stored_pixels(size: tuple[int, int], orientation: i
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(UsageError, match="squash or center-crop, got 'stretch'"):
-        Preprocessing((8, 8), "stretch")
-    with pytest.raises(UsageError, match="at least 1x1"):
-        Preprocessing((0, 8))
-    with pytest.raises(UsageError, match="at least 1x1"):
-        Preprocessing((8, 8)).geometry((0, 4))
-    with pytest.raises(UsageError, match="1 to 8"):
-        Preprocessing((8, 8)).geometry((4, 4), 0)
+    for ask, message in (
+        (lambda: Preprocessing((8, 8), "stretch"), "squash or center-crop, got 'stretch'"),
+        (lambda: Preprocessing((0, 8)), "at least 1x1"),
+        (lambda: Preprocessing((8, 8)).geometry((0, 4)), "at least 1x1"),
+        (lambda: Preprocessing((8, 8)).geometry((4, 4), 0), "1 to 8"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ask()

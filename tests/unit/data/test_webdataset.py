@@ -7,19 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from bagcert.data import load_dataset, webdataset
 from bagcert.errors import UnreadableError, UsageError
+from tests import tiny
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 6, 5, 3), dtype=np.uint8)
 LABELS = [row % 3 for row in range(12)]
-
-
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def write(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.PAX_FORMAT) -> Path:
@@ -38,7 +32,7 @@ def samples(rows: range, folder: str = "") -> list[tuple[str, bytes]]:
         for row in rows
         for member in (
             (f"{folder}{row:04}.json", b'{"caption": "no label here"}'),
-            (f"{folder}{row:04}.png", png(PIXELS[row])),
+            (f"{folder}{row:04}.png", tiny.png(PIXELS[row])),
             (f"{folder}{row:04}.cls", f"{LABELS[row]}\n".encode()),
         )
     ]
@@ -92,7 +86,7 @@ def test_behind_an_address(folder: Path) -> None:
 
 
 def test_a_json_label_counts_where_there_is_no_cls(tmp_path: Path) -> None:
-    members = [("a.JPG", png(PIXELS[0])), ("a.json", b'{"label": 2}'), ("b.json", b'{"label": 1}'), ("b.png", b"")]
+    members = [("a.JPG", tiny.png(PIXELS[0])), ("a.json", b'{"label": 2}'), ("b.json", b'{"label": 1}'), ("b.png", b"")]
     images = load_dataset(write(tmp_path / "some.tar", members))
     assert images.labels.tolist() == [2, 1]
     np.testing.assert_array_equal(images.read([0])[0].pixels, PIXELS[0])
@@ -144,7 +138,7 @@ def test_files_that_are_none_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_link_in_a_shard_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "secret.png").write_bytes(png(PIXELS[0]))
+    (tmp_path / "secret.png").write_bytes(tiny.png(PIXELS[0]))
     with tarfile.open(tmp_path / "some.tar", "w") as file:
         info = tarfile.TarInfo("a.png")
         info.type, info.linkname = tarfile.SYMTYPE, str(tmp_path / "secret.png")

@@ -100,7 +100,7 @@ class TestDeployment:
         with pytest.raises(UsageError, match="did you mean vote"):
             ClippedBagNet(pixel_scorer((4, 4)), "votes")
 
-    def test_no_patch_breaks_a_certificate_and_some_break_the_rest(self):
+    def test_patches_break_exactly_what_is_not_certified(self):
         defense = ClippedBagNet(pixel_scorer((5, 5)), patch=1)
         images = tiny.pixels(np.arange(12) % 3, (5, 5), 40, seed=2)
         clean = defense.certify(images)

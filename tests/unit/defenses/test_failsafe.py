@@ -16,32 +16,18 @@ from tests import tiny
 RECOVERY = sorted(name for name, rule in RULES.items() if rule.guarantee == "recovery")
 
 
-def _attacked(image: np.ndarray, side: int, contents: list[np.ndarray]) -> np.ndarray:
-    """The image with each content at every placement, the last row and column included."""
-    height, width = image.shape[:2]
-    attacked = []
-    for top in range(height - side + 1):
-        for left in range(width - side + 1):
-            for content in contents:
-                copy = image.copy()
-                copy[top : top + side, left : left + side] = content
-                attacked.append(copy)
-    return np.stack(attacked)
-
-
 @pytest.mark.parametrize("rule", RECOVERY)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**20), tint=st.integers(10, 120))
-def test_no_color_makes_a_certified_verdict_differ_from_the_clean_one(rule: str, seed: int, tint: int) -> None:
+def test_certified_verdict_is_the_clean_one(rule: str, seed: int, tint: int) -> None:
     images = tiny.pixels(np.array([seed % 3]), (6, 7), tint, seed)
     fail_safe = FailSafe(tiny.color_model(rule, "2", (6, 7)), rule=rule)
     clean = fail_safe.model.predict(images, "2", rule=rule)[0].item()
-    pure = [np.uint8([255 * (channel == c) for c in range(3)]) for channel in range(3)]
-    for verdict in fail_safe(_attacked(images[0], 2, [*pure, np.uint8([0, 0, 0]), np.uint8([255, 255, 255])])):
+    for verdict in fail_safe(tiny.attacked(images[0], 2)):
         assert verdict.label == clean if verdict.certified else verdict.label is None
 
 
-def test_attacks_on_digits_take_certificates_away_but_never_change_one() -> None:
+def test_attacks_on_digits() -> None:
     model = bagcert.load("digits")
     fail_safe = FailSafe(model, "1")
     images, _ = _digits(8)
@@ -49,7 +35,7 @@ def test_attacks_on_digits_take_certificates_away_but_never_change_one() -> None
     lost = kept = 0
     for image, clean in zip(images, fail_safe(images), strict=True):
         label = model.predict(image[None], "1")[0].item()
-        for verdict in fail_safe(_attacked(image, 1, contents)):
+        for verdict in fail_safe(tiny.attacked(image, 1, contents)):
             if verdict.certified:
                 assert verdict.label == label
                 kept += 1
@@ -66,7 +52,7 @@ def _digits(count: int) -> tuple[np.ndarray, np.ndarray]:
     return images.array(), images.labels
 
 
-def test_verdicts_are_the_certificates_and_name_what_they_rest_on() -> None:
+def test_verdicts() -> None:
     images, _ = _digits(60)
     model = bagcert.load("digits")
     certificate = model.certify(images, "2")
@@ -82,7 +68,7 @@ def test_verdicts_are_the_certificates_and_name_what_they_rest_on() -> None:
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_the_fallback_is_asked_about_the_doubtful_images_only(as_tensor: bool) -> None:
+def test_fallback_is_asked_in_doubt(as_tensor: bool) -> None:
     images, _ = _digits(40)
     model = bagcert.load("digits")
     doubtful = ~model.certify(images, "2").certified.numpy()
@@ -101,7 +87,7 @@ def test_the_fallback_is_asked_about_the_doubtful_images_only(as_tensor: bool) -
 
 
 @pytest.mark.parametrize("kind", ["bytes", "floats", "tensor"])
-def test_the_fallback_is_given_one_image_whole(kind: str) -> None:
+def test_fallback_of_one_image(kind: str) -> None:
     """Without the batch axis as well, where indexing would take a row or a channel of it."""
     pixels = _digits(1)[0][0]
     image = pixels if kind == "bytes" else pixels.transpose(2, 0, 1).astype(np.float32) / 255
@@ -145,7 +131,7 @@ def test_a_threat_is_checked_at_once(threat: str) -> None:
         FailSafe(tiny.color_model(), threat)
 
 
-def test_a_threat_model_with_allowed_placements_is_kept() -> None:
+def test_allowed_placements() -> None:
     allowed = np.zeros((8, 8), bool)
     allowed[:2] = True
     threat = PatchThreatModel.parse("2", (8, 8), allowed)

@@ -41,7 +41,7 @@ def conv_as_matrix(layer, size):
         return (layer(units).flatten(1) - shift).T.double().numpy(), shift.double().numpy()
 
 
-def test_margins_are_those_of_interval_arithmetic_by_hand():
+def test_margins_by_hand():
     """A network of all linear layers written as matrices, ends of intervals instead of centers and radii."""
     torch.manual_seed(0)
     conv, first, last = nn.Conv2d(3, 2, 2, stride=2), nn.Linear(18, 4), nn.Linear(4, 3)
@@ -255,20 +255,21 @@ def test_other_layers_are_refused_by_name(layer, said):
         bounds(nn.Sequential(nn.ReLU(), layer, nn.Flatten(), nn.Linear(108, 3)))
 
 
-def test_mistakes_are_named():
-    model = masking.network(0)
-    with pytest.raises(UsageError, match=r"need the layers in an nn\.Sequential, got Linear"):
-        bounds(nn.Linear(3, 3))
-    with pytest.raises(UsageError, match="no rule 'vote'; leave it out, or give 'interval-bounds'"):
-        bounds(model).certify(masking.images(0, 1), rule="vote")
-    with pytest.raises(UsageError, match=r"unions of 4 of 36, more than 20,000"):
-        bounds(model, "4*1")
-    with pytest.raises(UsageError, match="batch size must be at least 1, got 0"):
-        bounds(model, batch_size=0)
-    hooked = masking.network(0)
+def test_arguments_refused():
+    model, hooked = masking.network(0), masking.network(0)
     hooked[0].register_forward_hook(lambda layer, given, out: 2 * out)
-    with pytest.raises(UsageError, match="it has hooks"):
-        bounds(hooked)
+    for ask, message in (
+        (lambda: bounds(nn.Linear(3, 3)), r"need the layers in an nn\.Sequential, got Linear"),
+        (
+            lambda: bounds(model).certify(masking.images(0, 1), rule="vote"),
+            "no rule 'vote'; leave it out, or give 'interval-bounds'",
+        ),
+        (lambda: bounds(model, "4*1"), r"unions of 4 of 36, more than 20,000"),
+        (lambda: bounds(model, batch_size=0), "batch size must be at least 1, got 0"),
+        (lambda: bounds(hooked), "it has hooks"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ask()
 
 
 def moved(*call):
@@ -314,73 +315,71 @@ def around(layer):
     return nn.Sequential(nn.AvgPool2d(8), layer, nn.Flatten())
 
 
+def small_bounds(model):
+    return IntervalBounds(model, ("r", "g", "b"), (8, 8), patch=4)
+
+
 @pytest.mark.parametrize("kind", SMALL_LAYERS)
 @pytest.mark.parametrize(
     ("alter", "said"),
     [
-        (with_hook, "has hooks"),
-        (with_pre_hook, "has hooks"),
-        (with_forward, "its method 'forward' is replaced"),
+        (with_hook, "hooks"),
+        (with_pre_hook, "hooks"),
+        (with_forward, "method 'forward' is replaced"),
     ],
 )
-def test_a_layer_that_does_something_of_its_own_is_refused_whatever_its_type(kind, alter, said):
+def test_layer_altered_refused(kind, alter, said):
     model = around(alter(SMALL_LAYERS[kind]()))
-    with pytest.raises(UsageError, match=rf"layer 1 of the network, {kind}\(.*: it.* {said.split(' ', 1)[1]}"):
-        IntervalBounds(model, ("r", "g", "b"), (8, 8), patch=4)
-    IntervalBounds(around(SMALL_LAYERS[kind]()), ("r", "g", "b"), (8, 8), patch=4)
+    with pytest.raises(UsageError, match=rf"layer 1 of the network, {kind}\(.*: it.* {said}"):
+        small_bounds(model)
+    small_bounds(around(SMALL_LAYERS[kind]()))
 
 
 @pytest.mark.parametrize("alter", [with_hook, with_pre_hook, with_forward])
-def test_a_network_that_does_something_of_its_own_is_refused(alter):
+def test_network_altered_refused(alter):
     with pytest.raises(UsageError, match="do not support the network: it"):
-        IntervalBounds(alter(around(nn.ReLU())), ("r", "g", "b"), (8, 8), patch=4)
+        small_bounds(alter(around(nn.ReLU())))
 
 
 @pytest.mark.parametrize("kind", ["Identity", "Dropout", "ReLU", "Conv2d"])
-def test_a_layer_with_layers_of_its_own_is_refused(kind):
+def test_layer_with_layers_of_its_own_refused(kind):
     with pytest.raises(UsageError, match="it has layers of its own"):
-        IntervalBounds(around(with_child(SMALL_LAYERS[kind]())), ("r", "g", "b"), (8, 8), patch=4)
+        small_bounds(around(with_child(SMALL_LAYERS[kind]())))
 
 
 @pytest.mark.parametrize("kind", [nn.Identity, nn.Dropout, nn.Sequential, nn.ReLU, nn.Flatten])
-def test_a_subclass_is_refused(kind):
+def test_subclass_refused(kind):
     class Own(kind):
         def forward(self, x):
             return moved(x)
 
     with pytest.raises(UsageError, match=r"layer 1 of the network, Own\(.*supported layers are"):
-        IntervalBounds(around(Own()), ("r", "g", "b"), (8, 8), patch=4)
+        small_bounds(around(Own()))
 
 
-def test_parametrizations_are_refused():
-    for parametrized in (
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)),
-        nn.utils.parametrizations.orthogonal(nn.Conv2d(3, 3, 1)),
-    ):
-        with pytest.raises(UsageError, match="its weights have parametrizations; remove them first"):
-            IntervalBounds(around(parametrized), ("r", "g", "b"), (8, 8), patch=4)
-
-
-def test_weights_of_another_kind_are_refused():
+def test_weights_of_another_kind_refused():
     class Weights(torch.Tensor):
         pass
 
+    for parametrize in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal):
+        with pytest.raises(UsageError, match="its weights have parametrizations; remove them first"):
+            small_bounds(around(parametrize(nn.Conv2d(3, 3, 1))))
     layer = nn.Conv2d(3, 3, 1)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Weights))
     with pytest.raises(UsageError, match="its weights are not plain tensors"):
-        IntervalBounds(around(layer), ("r", "g", "b"), (8, 8), patch=4)
+        small_bounds(around(layer))
 
 
 @pytest.mark.parametrize("pre", [True, False])
-def test_hooks_on_all_modules_are_refused_whenever_they_come(pre):
+def test_hooks_on_all_modules_refused(pre):
     modules = torch.nn.modules.module
-    defense = IntervalBounds(around(nn.ReLU()), ("r", "g", "b"), (8, 8), patch=4)
+    defense = small_bounds(around(nn.ReLU()))
     image = np.zeros((1, 3, 8, 8), np.float32)
     register = modules.register_module_forward_pre_hook if pre else modules.register_module_forward_hook
     handle = register(lambda *call: None)
     try:
         for ask in (
-            lambda: IntervalBounds(around(nn.ReLU()), ("r", "g", "b"), (8, 8), patch=4),
+            lambda: small_bounds(around(nn.ReLU())),
             lambda: defense.certify(image),
             lambda: defense.predict(image),
         ):
@@ -391,15 +390,15 @@ def test_hooks_on_all_modules_are_refused_whenever_they_come(pre):
     assert len(defense.certify(image)) == 1
 
 
-def test_a_hook_that_comes_later_is_refused():
-    defense = IntervalBounds(around(nn.Identity()), ("r", "g", "b"), (8, 8), patch=4)
+def test_later_hook_refused():
+    defense = small_bounds(around(nn.Identity()))
     with_hook(defense.classifier.model[1])
     for ask in (defense.certify, defense.predict):
         with pytest.raises(UsageError, match=r"layer 1 of the network, Identity.*it has hooks"):
             ask(np.zeros((1, 3, 8, 8), np.float32))
 
 
-def test_a_negative_standard_deviation_gives_no_negative_radius():
+def test_negative_deviation_gives_no_negative_radius():
     layer = Normalize((0.1, 0.2, 0.3), (-0.5, 0.5, -0.25)).double()
     low, high = torch.zeros(1, 3, 2, 2).double(), torch.rand(1, 3, 2, 2).double()
     box = through(layer, Box((low + high) / 2, (high - low) / 2))
@@ -407,7 +406,7 @@ def test_a_negative_standard_deviation_gives_no_negative_radius():
         assert bool(((layer(point) - box.center).abs() <= box.radius).all())
 
 
-def test_images_of_another_size_are_refused_in_a_sentence():
+def test_images_of_another_size_refused():
     model, images = masking.example(0, 2)
     defense = bounds(model)
     larger = np.pad(images, ((0, 0), (0, 0), (0, 3), (0, 1)))

@@ -105,7 +105,7 @@ def test_no_content_gives_a_wrong_answer_without_an_alert(patch, stride):
     assert unnoticed == 0
 
 
-def test_a_grid_without_corners_certifies_falsely_and_ours_does_not():
+def test_grid_without_corners_certifies_falsely():
     """The published grid hides no pixel of the border; an attack in the corner then raises no alert."""
     clean, size = np.zeros((1, 3, 6, 6), dtype=np.float32), (6, 6)
     attacked = clean.copy()
@@ -141,7 +141,7 @@ def test_pass_counts():
     assert reporter(masking.network(0), "2", 2).forward_passes(threat, certify=True) == 1 + 9
 
 
-def test_masks_are_tried_only_up_to_the_first_that_disagrees():
+def test_masks_tried_up_to_the_first_disagreement():
     asked = []
 
     class Counting(Corner):

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import bagcert
@@ -17,6 +18,7 @@ from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.runtimes.onnx_graph import network_key
 from bagcert.nets.saved_model import CONFIG, GRAPH, WEIGHTS, ModelConfig
 from bagcert.threat import PatchThreatModel
+from tests.command import run
 
 pytestmark = pytest.mark.slow
 
@@ -87,22 +89,16 @@ class TestSave:
         assert loaded.rule == "vote"
         assert PatchThreatModel.parse(loaded.patch, SIZE) == PatchThreatModel.parse(patch, SIZE)
 
-    def test_allowed_placements_cannot_be_saved(self, own, tmp_path):
-        allowed = np.zeros(SIZE, bool)
-        allowed[:5] = True
-        threat = PatchThreatModel.parse(2, SIZE, allowed)
-        with pytest.raises(UsageError, match="notation"):
-            BagCert(own.scorer, patch=threat).save(tmp_path)
-
-    def test_grey_networks_cannot_be_saved(self, tmp_path):
-        scorer = RegionScorer(nn.Conv2d(1, 3, 3), NAMES, SIZE, mean=(0.0,), std=(1.0,))
-        with pytest.raises(UsageError, match="RGB"):
-            BagCert(scorer).save(tmp_path)
-
-    def test_a_class_name_that_no_file_may_hold(self, own, tmp_path):
-        scorer = RegionScorer(own.scorer.net, ("a\n", "b", "c"), SIZE)
-        with pytest.raises(UsageError, match="control characters"):
-            BagCert(scorer, patch=2).save(tmp_path)
+    def test_what_cannot_be_saved(self, own, tmp_path):
+        threat = PatchThreatModel.parse(2, SIZE, np.arange(14 * 12).reshape(SIZE) < 5 * 12)  # only allowed at the top
+        gray = RegionScorer(nn.Conv2d(1, 3, 3), NAMES, SIZE, mean=(0.0,), std=(1.0,))
+        for model, words in (
+            (BagCert(own.scorer, patch=threat), "notation"),
+            (BagCert(gray), "RGB"),
+            (BagCert(RegionScorer(own.scorer.net, ("a\n", "b", "c"), SIZE), patch=2), "control characters"),
+        ):
+            with pytest.raises(UsageError, match=words):
+                model.save(tmp_path)
 
     def test_shipped_models_are_saved_as_they_were(self, tmp_path):
         digits = load("digits", checked=False)
@@ -139,7 +135,7 @@ class TestSave:
         loaded = load(tmp_path, checked=False)
         assert (loaded.config.architecture, loaded.patch, loaded.name) == (config.architecture, "1", "fresh")
 
-    def test_attention_pooling_is_saved_as_it_was_and_with_changed_weights(self, tmp_path):
+    def test_attention_pooling_saved(self, tmp_path):
         facts = load("digits", checked=False).config.model_dump()
         facts |= {"head": "attention-pooling", "values": 4, "attention_heads": 2, "hidden": 3}
         config = ModelConfig.model_validate(facts)
@@ -221,12 +217,6 @@ def test_dtypes_by_name_or_as_torchs_own(folder, dtype):
     assert load(folder, device="cpu", dtype=dtype, checked=False).scorer.autocast_dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", ["float16", torch.float16, torch.int8, "torch.bfloat16x"])
-def test_other_dtypes_are_refused(folder, dtype):
-    with pytest.raises(UsageError, match="a dtype must be one of float32, bfloat16"):
-        load(folder, dtype=dtype)
-
-
 class TestScale:
     def test_the_largest_score_is_the_largest_integer(self, own, images):
         scores = own.score_map(images).scores
@@ -293,37 +283,24 @@ def test_what_a_text_does_not_tell():
     assert is_told_by_text(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
 
 
-class TestCommands:
-    """Every command takes the folder."""
-
-    @pytest.fixture
-    def photos(self, tmp_path):
-        from PIL import Image
-
-        random = np.random.default_rng(0)
-        for name in NAMES[:2]:
-            (tmp_path / "photos" / name).mkdir(parents=True)
-            for number in range(3):
-                pixels = random.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
-        return tmp_path / "photos"
-
-    def test_they_take_it(self, folder, photos, tmp_path):
-        from tests.command import run
-
-        model = tmp_path / "model"
-        shutil.copytree(folder, model)
-        out = str(tmp_path / "out.json")
-        for words in (
-            ("certify", str(photos / "cat" / "0.png"), "--model", str(model)),
-            ("evaluate", str(model), "--data", str(photos), "--split", "all", "--out", out),
-            ("doctor", str(model)),
-            ("info", str(model)),
-            ("attack", str(model), "--data", str(photos), "--limit", "2"),
-            ("export", str(model), "--out", str(tmp_path / "model.onnx")),
-            ("report", out, "--out", str(tmp_path / "report.html")),
-        ):
-            done = run(*words)
-            assert done.code == 0, f"{words}: {done.err}"
-            if words[0] == "info":
-                assert "2 px at 14x12" in done.out
+def test_commands_take_the_folder(folder, tmp_path):
+    model, photos, out = tmp_path / "model", tmp_path / "photos", tmp_path / "out.json"
+    random = np.random.default_rng(0)
+    for name in NAMES[:2]:
+        (photos / name).mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(random.integers(0, 256, (*SIZE, 3), dtype=np.uint8)).save(photos / name / f"{number}.png")
+    shutil.copytree(folder, model)
+    for words in (
+        ("certify", photos / "cat" / "0.png", "--model", model),
+        ("evaluate", model, "--data", photos, "--split", "all", "--out", out),
+        ("doctor", model),
+        ("info", model),
+        ("attack", model, "--data", photos, "--limit", "2"),
+        ("export", model, "--out", tmp_path / "model.onnx"),
+        ("report", out, "--out", tmp_path / "report.html"),
+    ):
+        done = run(*words)
+        assert done.code == 0, f"{words}: {done.err}"
+        if words[0] == "info":
+            assert "2 px at 14x12" in done.out

@@ -35,9 +35,14 @@ class Pixels(nn.Module):
 
 
 def cleanser(model, patch="2", masks=3, tolerance=0.0, **options):
-    return PatchCleanser(
-        model, masking.NAMES, masking.SIZE, patch=patch, masks_per_axis=masks, tolerance=tolerance, **options
-    )
+    options |= {"patch": patch, "masks_per_axis": masks, "tolerance": tolerance}
+    return PatchCleanser(model, masking.NAMES, masking.SIZE, **options)
+
+
+def by_hand(maps, masks):
+    """On one row of six pixels, of which masks for a patch of one pixel hide strips."""
+    options = {"patch": 1, "masks_per_axis": masks, "fill": 0.0, "tolerance": 0.0}
+    return PatchCleanser(Pixels(*maps), masking.NAMES, (1, 6), **options)
 
 
 def reference_masks(patch, k):
@@ -99,13 +104,12 @@ def test_a_later_disagreer_decides_where_an_earlier_one_fails():
     maps = np.zeros((3, 3, 1, 6))
     maps[0, 0, 0], maps[1, 0, 0], maps[2, 0, 0] = [1, 1, 0, 0, 0, 0], [0, 0, 1.1, 1.1, 0, 0], [0, 0, 0, 0, 1.2, 1.2]
     image = np.ones((1, 3, 1, 6), dtype=np.float32)
-    defense = PatchCleanser(Pixels(*maps), masking.NAMES, (1, 6), patch=1, masks_per_axis=3, fill=0.0, tolerance=0.0)
     # first round: 2, 2, 1. The majority is 2; mask three says 1, but 0 with mask two.
-    assert defense.predict(image).tolist() == [2]
+    assert by_hand(maps, 3).predict(image).tolist() == [2]
     # Raise class 1 a little everywhere but under mask three: its pairs all say 1 now.
     maps[1, 1, 0, :4] = 3
     maps[2, 1, 0, 4:] = 9
-    defense = PatchCleanser(Pixels(*maps), masking.NAMES, (1, 6), patch=1, masks_per_axis=3, fill=0.0, tolerance=0.0)
+    defense = by_hand(maps, 3)
     assert defense.predict(image).tolist() == [1]
     assert not defense.certify(image).certified.item()
 
@@ -114,9 +118,7 @@ def test_majority_ties_go_to_the_lowest_class():
     # two masks: hiding the left half shows class 2, hiding the right half class 1; each fails with the other
     maps = np.zeros((3, 3, 1, 6))
     maps[2, 0, 0, 3:], maps[1, 0, 0, :3] = 1, 1
-    defense = PatchCleanser(
-        Pixels(*maps), masking.NAMES, (1, 6), patch="1x1", masks_per_axis=2, fill=0.0, tolerance=0.0
-    )
+    defense = by_hand(maps, 2)
     assert len(defense.masks(PatchThreatModel.parse(1, (1, 6)))) == 2
     assert defense.predict(np.ones((1, 3, 1, 6), dtype=np.float32)).tolist() == [1]
 
@@ -226,13 +228,16 @@ def test_masks_take_the_fill_and_the_threat_its_size():
 
 def test_mistakes_are_named():
     model = masking.network(0)
-    with pytest.raises(UsageError, match="no rule 'vote'; leave it out, or give 'patchcleanser'"):
-        cleanser(model).predict(masking.images(0, 1), rule="vote")
-    with pytest.raises(UsageError, match="does not fit"):
-        cleanser(model, "7")
-    with pytest.raises(UsageError, match="cannot be combined with a PatchThreatModel"):
-        cleanser(model).certify(
-            masking.images(0, 1), PatchThreatModel.parse(2, masking.SIZE), placements=np.ones((6, 6), dtype=bool)
-        )
-    with pytest.raises(UsageError, match=r"\[batch, 2\] logits"):
-        PatchCleanser(model, ("a", "b"), masking.SIZE, patch=2).predict(masking.images(0, 1))
+    images, threat = masking.images(0, 1), PatchThreatModel.parse(2, masking.SIZE)
+    two = PatchCleanser(model, ("a", "b"), masking.SIZE, patch=2)
+    for ask, message in (
+        (lambda: cleanser(model).predict(images, rule="vote"), "no rule 'vote'; leave it out, or give 'patchcleanser'"),
+        (lambda: cleanser(model, "7"), "does not fit"),
+        (
+            lambda: cleanser(model).certify(images, threat, placements=np.ones((6, 6), dtype=bool)),
+            "cannot be combined with a PatchThreatModel",
+        ),
+        (lambda: two.predict(images), r"\[batch, 2\] logits"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            ask()

@@ -27,19 +27,6 @@ def images(count: int = 9, tint: int = 90, seed: int = 0) -> np.ndarray:
     return tiny.pixels(np.arange(count) % 3, SIZE, tint, seed)
 
 
-def patched(image: np.ndarray, side: int) -> np.ndarray:
-    """Every pure color, black and white at every placement."""
-    colors = [np.uint8(color) for color in ([255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0], [255, 255, 255])]
-    found = []
-    for top in range(SIZE[0] - side + 1):
-        for left in range(SIZE[1] - side + 1):
-            for color in colors:
-                copy = image.copy()
-                copy[top : top + side, left : left + side] = color
-                found.append(copy)
-    return np.stack(found)
-
-
 def masks(side: int) -> list[np.ndarray]:
     grid = scorer().grid()
     return oracle.mask_set(grid.rows_seen, grid.cols_seen, [(side, side)])
@@ -62,12 +49,8 @@ class TestPatchGuard:
     def test_no_patch_breaks_a_certificate(self, threshold):
         defense = PatchGuard(scorer(), threshold, patch=2)
         clean = defense.certify(images(tint=75))
-        broken = torch.tensor(
-            [
-                bool((defense.predict(patched(image, 2)) != label).any())
-                for image, label in zip(images(tint=75), clean.prediction, strict=True)
-            ]
-        )
+        answers = [defense.predict(tiny.attacked(image, 2)) for image in images(tint=75)]
+        broken = torch.stack([(found != label).any() for found, label in zip(answers, clean.prediction, strict=True)])
         assert clean.certified.any()
         assert broken.any()
         assert not (clean.certified & broken).any()
@@ -81,24 +64,17 @@ class TestPatchGuard:
         with pytest.raises(UsageError, match="unknown rule"):
             defense.predict(images(), rule="guess")
 
-    @pytest.mark.parametrize("threshold", ["1", "-1/2", "half"])
-    def test_a_threshold_that_is_none_is_refused(self, threshold):
-        with pytest.raises(UsageError, match="an exact share"):
-            PatchGuard(scorer(), threshold)
-
 
 class TestPatchGuardPlusPlus:
     def test_without_a_threshold_it_is_detection(self):
         defense = PatchGuardPlusPlus(scorer(), patch=2)
-        found, plain = (
-            defense.certify(images(tint=40)),
-            tiny.color_model(size=SIZE).certify(images(tint=40), 2, rule="detection"),
-        )
+        batch, plain = images(tint=40), tiny.color_model(size=SIZE).certify(images(tint=40), 2, rule="detection")
+        found = defense.certify(batch)
         assert torch.equal(found.prediction, plain.prediction)
         assert torch.equal(found.certified, plain.certified)
-        assert torch.equal(defense.predict(images(tint=40)), plain.prediction)
-        alert = defense.alert(images(tint=40))
-        expected = [oracle.alert(scores, masks(2)) for scores in defense.score_map(images(tint=40)).scores.numpy()]
+        assert torch.equal(defense.predict(batch), plain.prediction)
+        alert = defense.alert(batch)
+        expected = [oracle.alert(scores, masks(2)) for scores in defense.score_map(batch).scores.numpy()]
         assert alert.tolist() == expected == (~found.certified).tolist()
         assert 0 < sum(expected) < len(expected)
         assert (defense.guarantee, defense.forward_passes(), found.rule) == ("detection", 1, "detection")
@@ -117,13 +93,13 @@ class TestPatchGuardPlusPlus:
         assert alerts[3].sum() < alerts[0].sum()
 
     @pytest.mark.parametrize("confidence", [0.0, 0.345])
-    def test_a_patch_that_changes_a_certified_answer_raises_the_alert(self, confidence):
+    def test_alert_where_a_certified_answer_changes(self, confidence):
         defense = PatchGuardPlusPlus(scorer(), confidence, patch=2)
         batch = images(9, 50)
         clean = defense.certify(batch)
         caught = 0
         for index in clean.certified.nonzero()[:, 0].tolist():
-            changed = patched(batch[index], 2)
+            changed = tiny.attacked(batch[index], 2)
             wrong = defense.predict(changed) != clean.prediction[index]
             assert bool(defense.alert(changed)[wrong].all())
             caught += int(wrong.sum())
@@ -137,7 +113,16 @@ class TestPatchGuardPlusPlus:
         alerts = [PatchGuardPlusPlus(one, 0.34, patch=2).alert(images(30, 40)) for one in (fine, coarse)]
         assert (alerts[0] == alerts[1]).float().mean() > 0.9
 
-    @pytest.mark.parametrize("confidence", [-0.1, 1.0])
-    def test_a_confidence_that_is_none_is_refused(self, confidence):
-        with pytest.raises(UsageError, match="at least 0 and below 1"):
-            PatchGuardPlusPlus(scorer(), confidence)
+    @pytest.mark.parametrize(
+        ("kind", "value", "message"),
+        [
+            (PatchGuard, "1", "an exact share"),
+            (PatchGuard, "-1/2", "an exact share"),
+            (PatchGuard, "half", "an exact share"),
+            (PatchGuardPlusPlus, -0.1, "at least 0 and below 1"),
+            (PatchGuardPlusPlus, 1.0, "at least 0 and below 1"),
+        ],
+    )
+    def test_thresholds_refused(self, kind, value, message):
+        with pytest.raises(UsageError, match=message):
+            kind(scorer(), value)

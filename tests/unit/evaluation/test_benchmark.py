@@ -43,10 +43,8 @@ def test_every_defense_has_its_row_and_records(folder: Path):
         assert row["peak_memory_mib"] > 10
     assert json.loads((folder / "undefended-1.json").read_text())["guarantee"] == "none"
     assert json.loads((folder / "patchguard++-1.json").read_text())["guarantee"] == "detection"
-    assert json.loads((folder / "column-smoothing-1.json").read_text())["forward_passes"] == {
-        "predict": 8,
-        "certify": 8,
-    }
+    passes = json.loads((folder / "column-smoothing-1.json").read_text())["forward_passes"]
+    assert passes == {"predict": 8, "certify": 8}
 
 
 def test_networks_cost_the_same_and_see_the_same(folder: Path):
@@ -97,16 +95,16 @@ def test_unfinished_training_goes_on_though_there_is_a_model(tmp_path: Path):
     assert weights_sha256(tmp_path / "run") == weights_sha256(whole)
 
 
-def test_other_questions_are_refused(folder: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="was measured with limit 30, now 20"):
-        benchmark("digits", folder, ["1"], ["undefended"], **{**QUICK, "limit": 20})
-    with pytest.raises(UsageError, match="unknown defense 'patchcleaner'; did you mean patchcleanser"):
-        benchmark("digits", tmp_path, ["1"], ["patchcleaner"], **QUICK)
-    with pytest.raises(UsageError, match="does not fit"):
-        benchmark("digits", tmp_path, ["9"], ["undefended"], **QUICK)
-    (tmp_path / "undefended-1.json").write_text("{}")
-    with pytest.raises(UnreadableError, match="not a row of a benchmark"):
-        benchmark("digits", tmp_path, ["1"], ["undefended"], **QUICK)
+def test_other_questions_refused(folder: Path, tmp_path: Path):
+    (tmp_path / "undefended-2.json").write_text("{}")
+    for out, patch, name, changes, error, message in (
+        (folder, "1", "undefended", {"limit": 20}, UsageError, "was measured with limit 30, now 20"),
+        (tmp_path, "1", "patchcleaner", {}, UsageError, "unknown defense 'patchcleaner'; did you mean patchcleanser"),
+        (tmp_path, "9", "undefended", {}, UsageError, "does not fit"),
+        (tmp_path, "2", "undefended", {}, UnreadableError, "not a row of a benchmark"),
+    ):
+        with pytest.raises(error, match=message):
+            benchmark("digits", out, [patch], [name], **{**QUICK, **changes})
 
 
 @pytest.mark.parametrize("networks", [SMALL, LARGE])
@@ -130,11 +128,8 @@ def test_the_command(folder: Path):
     assert (result.code, result.err) == (0, "")
     for name in NAMES:
         assert name in result.out
-    assert {path.name for path in folder.glob("*.png")} == {
-        "certified-clean.png",
-        "certified-speed.png",
-        "certified-patch.png",
-    }
+    plots = {path.name for path in folder.glob("*.png")}
+    assert plots == {"certified-clean.png", "certified-speed.png", "certified-patch.png"}
     assert [row["defense"] for row in json.loads(run("benchmark", *asked, "--json").out)] == NAMES
     check_mistake(run("benchmark", "--out", folder), 2, "a benchmark needs --data or --quick")
     check_mistake(run("benchmark", "--quick", "--data", "cifar10", "--out", folder), 2, "--quick uses digits")

@@ -94,23 +94,20 @@ def test_only_the_images_in_both_count():
         compare(first[:1], second[1:])
 
 
-def test_other_labels_are_other_images():
+def test_other_labels_and_rows_refused():
     with pytest.raises(UsageError, match="image 0 has the label 0 in one run and 1 in the other"):
         compare(one_rule((0, True)), [record(0, 1, ("vote", "5", 0, True))])
-
-
-def test_which_row_is_meant():
     both = [record(0, 0, ("vote", "5", 0, False), ("double-masking", "5", 0, True), ("vote", "2", 0, True))]
-    with pytest.raises(UsageError, match="name the one to compare with --patch"):
-        compare(both, both)
-    with pytest.raises(UsageError, match="the first run has the rules vote, double-masking"):
-        compare(both, both, threat="5")
+    for options, message in (
+        ({}, "name the one to compare with --patch"),
+        ({"threat": "5"}, "the first run has the rules vote, double-masking"),
+        ({"threat": "5", "rules": ("vote", "detection")}, "the second run has no rule detection against 5"),
+        ({"threat": "7"}, "no patch 7; it has 5, 2"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            compare(both, both, **options)
     found = compare(both, both, rules=("vote", "double-masking"), threat="5")
     assert [(test.first, test.second) for test in found.tests] == [(1, 1), (0, 1)]
-    with pytest.raises(UsageError, match="the second run has no rule detection against 5"):
-        compare(both, both, rules=("vote", "detection"), threat="5")
-    with pytest.raises(UsageError, match="no patch 7; it has 5, 2"):
-        compare(both, both, threat="7")
 
 
 def test_the_command(tmp_path: Path):
@@ -128,8 +125,7 @@ def test_the_command(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "damage",
-    ["", "{}\n", "[1]\n", "nonsense", "[" * 100_000, '{"index":0,"label":0,"results":[]}\n'],
+    "damage", ["", "{}\n", "[1]\n", "nonsense", "[" * 100_000, '{"index":0,"label":0,"results":[]}\n']
 )
 def test_damaged_records_are_one_sentence(tmp_path: Path, damage: str):
     path = tmp_path / "a.records.jsonl"

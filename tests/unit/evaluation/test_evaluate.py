@@ -65,16 +65,15 @@ def test_the_figures_follow_from_the_records(evaluation: module.Evaluation, imag
     assert any(0 < row.certified_accuracy < row.clean_accuracy < 1 for row in evaluation.info.results)
 
 
-def test_predictions_are_those_of_the_images_in_their_order(evaluation: module.Evaluation, images: ImageSet) -> None:
+def test_predictions_keep_the_order(evaluation: module.Evaluation, images: ImageSet) -> None:
     expected = images.array().astype(int).sum((1, 2)).argmax(1)
     column = [row.rule for row in evaluation.info.results].index("vote")
     assert [record.results[column].prediction for record in evaluation.records] == expected.tolist()
 
 
 def test_batches_change_nothing(evaluation: module.Evaluation, images: ImageSet) -> None:
-    assert (
-        evaluate(tiny.color_model(), images, patches=PATCHES, rules=RULES, batch_size=60).records == evaluation.records
-    )
+    found = evaluate(tiny.color_model(), images, patches=PATCHES, rules=RULES, batch_size=60)
+    assert found.records == evaluation.records
 
 
 def test_the_run_is_described(evaluation: module.Evaluation) -> None:
@@ -107,18 +106,13 @@ def test_only_a_single_patch_has_a_size(notation: str, patch: list[int] | None, 
     assert (row.patch, row.threat) == (patch, notation)
 
 
-def test_photos_of_all_sizes_and_orientations_keep_their_order() -> None:
+def test_photos_keep_their_order() -> None:
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 40).tolist()
     sizes = [(8, 8), (8, 12), (12, 8), (31, 17)]
     photos = [_plain(label, sizes[random.integers(4)], int(random.integers(1, 9))) for label in labels]
-    found = evaluate(
-        tiny.color_model(),
-        _photos(photos, labels),
-        patches=["2", "10%"],
-        rules=["vote", "double-masking"],
-        batch_size=3,
-    )
+    asked = {"patches": ["2", "10%"], "rules": ["vote", "double-masking"], "batch_size": 3}
+    found = evaluate(tiny.color_model(), _photos(photos, labels), **asked)
     assert [row.patch for row in found.info.results] == [[2, 2], [2, 2], None, None]
     assert [row.clean_accuracy for row in found.info.results] == [1, 1, 1, 1]
     for record, label, photo in zip(found.records, labels, photos, strict=True):
@@ -128,12 +122,6 @@ def test_photos_of_all_sizes_and_orientations_keep_their_order() -> None:
             for top, left, patch_height, patch_width in np.reshape(result.worst_placement, (-1, 4)):
                 assert 0 <= top <= height - patch_height
                 assert 0 <= left <= width - patch_width
-
-
-def test_a_patch_must_fit_into_every_photo() -> None:
-    photos = _photos([_plain(0, (12, 12)), _plain(1, (8, 8))], [0, 1])
-    with pytest.raises(UsageError, match="9x9 px does not fit into an image of 8x8 px"):
-        evaluate(tiny.color_model(), photos, patches=["9"])
 
 
 def test_center_crop_leaves_the_sides_out() -> None:
@@ -164,20 +152,12 @@ def test_a_mask_restricts_the_placements(images: ImageSet, tmp_path: Path) -> No
     assert "placements" not in anywhere.info.to_dict()
 
 
-def test_repeats_give_medians_and_the_same_records(
-    images: ImageSet, evaluation: module.Evaluation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeats_give_medians(images: ImageSet, evaluation: module.Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
     laps = iter([1.0, 10.0, 5.0, 30.0, 2.0, 20.0])  # forward and rule, three times
     monkeypatch.setattr("bagcert.evaluation.passes._elapsed", lambda clock, model: next(laps))
     calls: list[tuple[int, int]] = []
-    found = evaluate(
-        tiny.color_model(),
-        images,
-        patches=["1"],
-        rules=["vote"],
-        repeat=3,
-        on_progress=lambda done, total: calls.append((done, total)),
-    )
+    asked = {"patches": ["1"], "rules": ["vote"], "repeat": 3}
+    found = evaluate(tiny.color_model(), images, **asked, on_progress=lambda done, total: calls.append((done, total)))
     assert found.info.repeat == 3
     assert found.info.seconds["forward"] == 2
     assert found.info.results[0].seconds == 20
@@ -198,9 +178,7 @@ NUMBERS = ("0", "1", "2")
         (NUMBERS, ("0", "1", "10", "2"), [0, 1, 3]),
     ],
 )
-def test_labels_are_matched_by_name_or_else_by_number(
-    data: tuple[str, ...], model: tuple[str, ...], expected: list[int]
-) -> None:
+def test_labels_by_name_or_number(data: tuple[str, ...], model: tuple[str, ...], expected: list[int]) -> None:
     photos = [_plain(0, (8, 8))] * len(data)
     images = ImageSet("data", "test", np.arange(len(data)), data, lambda row: photos[row])
     assert labels_for(tiny.color_model(names=model), images).tolist() == expected
@@ -215,22 +193,24 @@ def test_a_class_the_model_does_not_know_is_named(data: tuple[str, ...], unknown
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"patches": ["five"]},
-        {"patches": ["0"]},
-        {"patches": ["9"]},
-        {"rules": ["votes"]},
-        {"batch_size": 0},
-        {"repeat": 0},
-        {"limit": 0},
-        {"limit": -3},
+        ({"patches": ["five"]}, None),
+        ({"patches": ["0"]}, None),
+        ({"patches": ["9"]}, "9x9 px does not fit into an image of 8x8 px"),
+        ({"rules": ["votes"]}, None),
+        ({"batch_size": 0}, None),
+        ({"repeat": 0}, None),
+        ({"limit": 0}, None),
+        ({"limit": -3}, None),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(options: dict, images: ImageSet) -> None:
-    with pytest.raises(UsageError) as error:
-        evaluate(tiny.color_model(), images, **options)
-    assert "\n" not in str(error.value)
+def test_options_refused(options: dict, message: str | None, images: ImageSet) -> None:
+    photos = _photos([_plain(0, (12, 12)), _plain(1, (8, 8))], [0, 1])
+    for data in (images, photos):  # a patch must fit into every photo
+        with pytest.raises(UsageError, match=message) as error:
+            evaluate(tiny.color_model(), data, **options)
+        assert "\n" not in str(error.value)
 
 
 def test_unknown_data_name_the_nearest() -> None:
@@ -239,9 +219,7 @@ def test_unknown_data_name_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [7, 60])
-def test_an_image_that_cannot_be_read_is_left_out_and_named(
-    batch_size: int, images: ImageSet, evaluation: module.Evaluation
-) -> None:
+def test_unreadable_image_left_out(batch_size: int, images: ImageSet, evaluation: module.Evaluation) -> None:
     bad = (0, 7, 8, 59)
 
     def source(row: int) -> Photo:
@@ -249,14 +227,8 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(
             raise UnreadableError(f"image {row} is cut short")
         return images.source(row)
 
-    found = evaluate(
-        tiny.color_model(),
-        replace(images, source=source),
-        patches=PATCHES,
-        rules=RULES,
-        batch_size=batch_size,
-        repeat=2,
-    )
+    asked = {"patches": PATCHES, "rules": RULES, "batch_size": batch_size, "repeat": 2}
+    found = evaluate(tiny.color_model(), replace(images, source=source), **asked)
     assert found.records == [record for record in evaluation.records if record.index not in bad]
     assert found.errors == [f"image {row} is cut short" for row in bad]
     assert (found.info.images, found.info.unreadable) == (56, 4)

@@ -83,9 +83,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_batch(log: Path, whole: Evalu
     again = replace(images, source=lambda row: (asked.append(row), images.source(row))[1])
     _same(_run(log, again, resume=True), whole)
     assert min(asked) == json.loads(lines[-1])["records"][-1]["index"] + 1 == 19
-    assert len(log.read_bytes().splitlines()) == 1 + 7, (
-        "a run that is killed before its results are written goes on too"
-    )
+    assert len(log.read_bytes().splitlines()) == 1 + 7
     # A run killed before its results are written reads no image again.
     _same(_run(log, _images(stop_at=5), resume=True), whole)
 
@@ -108,20 +106,20 @@ def test_seconds_are_those_of_all_batches(log: Path) -> None:
     assert [int(row.seconds) for row in info.results] == [4, 8, 12, 16]
 
 
-def test_further_passes_read_everything_and_change_no_record(log: Path, whole: Evaluation) -> None:
+def test_further_passes_change_no_record(log: Path, whole: Evaluation) -> None:
     found = _run(log, _images(), resume=True, repeat=2)
     assert found.records == whole.records
     assert found.errors == whole.errors
     assert found.info.repeat == 2
 
 
-def test_a_run_that_fails_before_its_first_batch_leaves_no_log(tmp_path: Path) -> None:
+def test_failure_before_the_first_batch(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         _run(tmp_path / "r.log", _images(), patches=["9"])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_log_is_not_overwritten_without_being_asked(log: Path) -> None:
+def test_log_not_overwritten(log: Path) -> None:
     content = log.read_bytes()
     with pytest.raises(UsageError, match="unfinished evaluation; go on with --resume, or remove it"):
         _run(log, _images())
@@ -158,7 +156,7 @@ def test_another_run_does_not_go_on_with_it(what: str, log: Path, tmp_path: Path
     assert log.read_bytes() == content
 
 
-def test_another_model_or_other_data_do_not_go_on_with_it(log: Path) -> None:
+def test_resume_with_another_model_or_data_refused(log: Path) -> None:
     model = tiny.color_model()
     model.scorer.net[0].weight.data *= 2
     options = {"patches": PATCHES, "rules": RULES, "batch_size": 4, "log": log, "resume": True}
@@ -197,7 +195,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damage_elsewhere_than_at_the_end_is_told_in_one_sentence(how: str, log: Path) -> None:
+def test_damage_before_the_end_refused(how: str, log: Path) -> None:
     log.write_bytes(DAMAGE[how](log.read_bytes()))
     content = log.read_bytes()
     with pytest.raises(UnreadableError, match=r"line \d+ of .* is damaged") as error:
@@ -215,9 +213,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
             EvaluationLog(tmp_path / name, {"patches": ["1"], "rules": ["vote"], "images": 1}, resume=True)
 
 
-def test_a_disk_that_fills_up_is_one_sentence_and_the_run_goes_on_later(
-    tmp_path: Path, whole: Evaluation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_and_resume(tmp_path: Path, whole: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
     room = 6000
 
     class Disk(io.FileIO):

@@ -60,7 +60,7 @@ def test_accuracies_are_those_of_evaluate(source, rule, defense, request):
         assert interval == pytest.approx(row.interval95[name])
 
 
-def test_a_vector_says_what_is_predicted_and_whether_it_is_certified(defense, digits):
+def test_vector_says_prediction_and_certificate(defense, digits):
     data = Dataset(digits)
     images = [data[i][0] for i in range(20)]
     certificate = defense.certify(np.stack(images).transpose(0, 2, 3, 1), 2)

@@ -31,3 +31,11 @@ def check_only_images_are_certified(run, image):
         assert margin[:2].tolist() == [-EXACT, -EXACT]
         labels.append(int(label[2]))
     return labels
+
+
+def check_any_number_of_images(run, images):
+    """Each image of a batch has the answers that it has alone."""
+    together = run.run(None, {"images": images})
+    for number in range(len(images)):
+        for whole, alone in zip(together, run.run(None, {"images": images[number : number + 1]}), strict=True):
+            assert np.array_equal(whole[number], alone[0])

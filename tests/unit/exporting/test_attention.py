@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
 from tests import oracle, tiny
 from tests.properties.pooling import PoolingCase
-from tests.unit.exporting.files import check_only_images_are_certified, session
+from tests.unit.exporting.files import check_any_number_of_images, check_only_images_are_certified, session
 
 pytestmark = pytest.mark.slow
 
@@ -137,7 +138,7 @@ def module_certifies(module, images):
     return bool(certified.any())
 
 
-def test_a_runtime_that_divides_by_multiplying_certifies_nothing(monkeypatch):
+def test_runtime_that_divides_by_multiplying(monkeypatch):
     model = tiny.attention_model(size=SIDE)
     module = certified_module(model)
     images = torch.from_numpy(as_input(tiny.pixels(np.arange(3), SIDE, tint=200)))
@@ -269,16 +270,9 @@ def test_the_file_answers_as_the_definitions_do(files):
     pixels, readout, threat = random_images(12, seed=3), model.scorer.form.pooling, PatchThreatModel.parse("2", SIDE)
     masks = oracle.mask_set(np.eye(5, dtype=bool), np.eye(5, dtype=bool), threat.shapes, threat.allowed)
     pairs = [a | b for n, a in enumerate(masks) for b in masks[n:]]
-    names = ("first", "first_bias", "second", "skip", "bias")
-    matrices = {name: getattr(readout, name).tolist() for name in names}
     answers = session(path).run(None, {"images": as_input(pixels)})
     for label, certified, margin, scores in zip(*answers, strict=True):
-        weights = scores[readout.values :]
-        values = scores[: readout.values] // weights.repeat(readout.values // readout.heads, 0)
-
-        def score(mask, values=values, weights=weights):
-            return oracle.readout_scores(values, weights, matrices, mask)
-
+        score = partial(tiny.readout_scores, readout, scores)
         expected = oracle.any_double_masking_prediction(score, masks, SIDE)
         truth = oracle.any_margin(score, pairs, expected)
         assert (label, certified) == (expected, truth >= 0)
@@ -287,12 +281,7 @@ def test_the_file_answers_as_the_definitions_do(files):
 
 
 def test_any_number_of_images(files):
-    run = session(files["plain"][1])
-    images = as_input(random_images(7, seed=1))
-    together = run.run(None, {"images": images})
-    for number in range(7):
-        for whole, alone in zip(together, run.run(None, {"images": images[number : number + 1]}), strict=True):
-            assert np.array_equal(whole[number], alone[0])
+    check_any_number_of_images(session(files["plain"][1]), as_input(random_images(7, seed=1)))
 
 
 def test_a_file_certifies_no_image_that_is_none(files):

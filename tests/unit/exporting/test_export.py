@@ -21,7 +21,7 @@ from bagcert.scores import ScoreMap, slack_of
 from bagcert.threat import PatchThreatModel
 from tests import oracle, tiny
 from tests.properties import cases
-from tests.unit.exporting.files import check_only_images_are_certified, session
+from tests.unit.exporting.files import check_any_number_of_images, check_only_images_are_certified, session
 
 RULE_NAMES = ("vote", "double-masking")
 THREATS = {"vote": "2*1", "double-masking": "2+1x3"}  # two patches; two shapes
@@ -172,12 +172,8 @@ def test_a_rule_that_is_a_little_wrong_is_noticed():
             return [label, certified, margin, np.trunc(z * 2047.0).clip(-2047, 2047).astype(np.int32)]
 
         smaller = CertifiedModule(scorer, rule, PatchThreatModel.parse("1x2", SIDE))
-        for wrong in (
-            backwards,
-            lenient,
-            rounded,
-            lambda z, m=smaller: [part.numpy() for part in m.decide(torch.from_numpy(z))],
-        ):
+        other = lambda z, m=smaller: [part.numpy() for part in m.decide(torch.from_numpy(z))]  # noqa: E731
+        for wrong in (backwards, lenient, rounded, other):
             with pytest.raises(UnsoundError), np.errstate(all="ignore"):
                 check_rule(wrong, module, scorer, threat)
 
@@ -201,7 +197,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("rule", RULE_NAMES)
-def test_the_file_answers_as_the_definitions_do(files, rule):
+def test_file_answers_as_the_definitions(files, rule):
     random = np.random.default_rng(0)
     scores = random.integers(0, (2, 4, 30, 2048), (12, 3, *SIDE, 4)).transpose(4, 0, 1, 2, 3).reshape(-1, 3, *SIDE)
     leader = random.integers(0, 3, len(scores))
@@ -223,12 +219,24 @@ def test_the_file_answers_as_the_definitions_do(files, rule):
 
 
 def test_any_number_of_images(files):
-    run = session(files[0] / "double-masking.onnx")
     images = as_images(np.random.default_rng(1).integers(0, 2048, (9, 3, *SIDE)))
-    together = run.run(None, {"images": images})
-    for number in range(9):
-        for whole, alone in zip(together, run.run(None, {"images": images[number : number + 1]}), strict=True):
-            assert np.array_equal(whole[number], alone[0])
+    check_any_number_of_images(session(files[0] / "double-masking.onnx"), images)
+
+
+def changed(graph, change):
+    """A copy of a graph with some nodes changed."""
+    copy = type(graph)()
+    copy.CopyFrom(graph)
+    change(copy.graph.node)
+    return copy
+
+
+def check_no_file(monkeypatch, folder, graph, rule, message, model=None):
+    """An export that is given this graph is refused, and leaves nothing."""
+    monkeypatch.setattr(writer, "to_onnx", lambda *given: graph)
+    with pytest.raises(UnsoundError, match=message):
+        export(model or tiny.color_model(size=SIDE), folder / "m.onnx", patch=THREATS[rule], rule=rule)
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("rule", RULE_NAMES)
@@ -242,22 +250,18 @@ def test_a_file_certifies_no_image_that_is_none(files, rule):
     assert set(check_only_images_are_certified(run, image)) == {1}
 
 
-def test_a_graph_without_the_check_of_its_images_leaves_no_file(files, monkeypatch, tmp_path):
-    graph = type(files[1]["vote"])()
-    graph.CopyFrom(files[1]["vote"])
-    (node,) = [node for node in graph.graph.node if node.op_type == "GreaterOrEqual" and "images" in node.input]
-    node.op_type = "Less"  # true of no image, so that the check refuses all
-    monkeypatch.setattr(writer, "to_onnx", lambda *given: graph)
-    with pytest.raises(UnsoundError, match="is not the package's"):
-        export(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
-    monkeypatch.setattr(writer, "to_onnx", lambda *given: files[1]["vote"])
+def test_graph_without_the_check_of_its_images_refused(files, monkeypatch, tmp_path):
+    def refuse_all(nodes):
+        (node,) = [node for node in nodes if node.op_type == "GreaterOrEqual" and "images" in node.input]
+        node.op_type = "Less"  # true of no image
+
+    graph = changed(files[1]["vote"], refuse_all)
+    check_no_file(monkeypatch, tmp_path, graph, "vote", "is not the package's")
     monkeypatch.setattr("bagcert.exporting.check.out_of_range", lambda images: images)  # as if the file took them
-    with pytest.raises(UnsoundError, match="certifies an image with the value nan"):
-        export(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
-    assert list(tmp_path.iterdir()) == []
+    check_no_file(monkeypatch, tmp_path, files[1]["vote"], "vote", "certifies an image with the value nan")
 
 
-def test_images_out_of_range_lose_their_certificates_in_the_module():
+def test_images_out_of_range_not_certified():
     module = CertifiedModule(tiny.color_model(size=SIDE).scorer, "double-masking", PatchThreatModel.parse("1", SIDE))
     images = torch.zeros(1, 3, *SIDE)
     images[:, 1] = 0.5
@@ -279,12 +283,8 @@ def test_the_file_says_what_it_is(files, rule):
     assert {node.domain for node in model.graph.node} == {""}
     names = [(value.name, value.type.tensor_type.elem_type) for value in model.graph.output]
     kinds = onnx.TensorProto
-    assert names == [
-        ("label", kinds.INT64),
-        ("certified", kinds.BOOL),
-        ("margin", kinds.INT64),
-        ("scores", kinds.INT32),
-    ]
+    expected = [("label", kinds.INT64), ("certified", kinds.BOOL), ("margin", kinds.INT64), ("scores", kinds.INT32)]
+    assert names == expected
     about = {entry.key: entry.value for entry in model.metadata_props}
     assert (about["rule"], about["patch"], about["locality"]) == (rule, THREATS[rule], "exact")
     assert json.loads(about["class_names"]) == list(tiny.COLORS)
@@ -307,24 +307,17 @@ def test_what_was_compared(files):
     ("rule", "kind", "wrong"),
     [("vote", "Less", "Greater"), ("double-masking", "ReduceMin", "ReduceMax"), ("vote", "Round", "Floor")],
 )
-def test_a_graph_that_differs_leaves_no_file(files, monkeypatch, tmp_path, rule, kind, wrong):
-    graph = type(files[1][rule])()
-    graph.CopyFrom(files[1][rule])
-    nodes = [node for node in graph.graph.node if node.op_type == kind]
-    nodes[-1].op_type = wrong
-    monkeypatch.setattr(writer, "to_onnx", lambda *given: graph)
-    with pytest.raises(UnsoundError):
-        export(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS[rule], rule=rule)
-    assert list(tmp_path.iterdir()) == []
+def test_graph_that_differs_refused(files, monkeypatch, tmp_path, rule, kind, wrong):
+    def alter(nodes):
+        [node for node in nodes if node.op_type == kind][-1].op_type = wrong
+
+    check_no_file(monkeypatch, tmp_path, changed(files[1][rule], alter), rule, None)
 
 
-def test_other_scores_than_torchs_leave_no_file(files, monkeypatch, tmp_path):
-    monkeypatch.setattr(writer, "to_onnx", lambda *given: files[1]["vote"])
+def test_other_scores_than_torchs_refused(files, monkeypatch, tmp_path):
     model = tiny.color_model(size=SIDE)
     model.scorer.net[0].weight.data *= 0.9
-    with pytest.raises(UnsoundError, match="other scores than torch"):
-        export(model, tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
-    assert list(tmp_path.iterdir()) == []
+    check_no_file(monkeypatch, tmp_path, files[1]["vote"], "vote", "other scores than torch", model)
 
 
 def test_a_leak_that_a_guard_makes_good_is_in_the_graph(files, monkeypatch, tmp_path):
@@ -352,14 +345,11 @@ def test_a_leak_that_a_guard_makes_good_is_in_the_graph(files, monkeypatch, tmp_
     assert margin[1] == margin[0] - 15 * 2  # two scores that may be one off in each region that no patch reaches
 
 
-def test_a_leak_too_large_leaves_no_file(files, monkeypatch, tmp_path):
+def test_leak_too_large_refused(files, monkeypatch, tmp_path):
     measured = writer.measure_onnx
     leak = Probe("random, batch of 7", "leak", 1, 1, 0.1, 200)
-    monkeypatch.setattr(writer, "to_onnx", lambda *given: files[1]["vote"])
     monkeypatch.setattr(writer, "measure_onnx", lambda *given: replace(measured(*given), probes=(leak,)))
-    with pytest.raises(UnsoundError, match="not local: scores outside"):
-        export(tiny.color_model(size=SIDE), tmp_path / "m.onnx", patch=THREATS["vote"], rule="vote")
-    assert list(tmp_path.iterdir()) == []
+    check_no_file(monkeypatch, tmp_path, files[1]["vote"], "vote", "not local: scores outside")
 
 
 def test_only_float32_on_the_cpu(tmp_path):

@@ -19,7 +19,7 @@ from bagcert.io.files import (
 )
 
 
-def test_it_writes_into_folders_that_do_not_exist_and_over_files_that_do(tmp_path: Path) -> None:
+def test_write_makes_folders_and_replaces_files(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "file.json"
     for content in (b"first", b"", bytes(range(256))):
         write_atomically(path, content)
@@ -30,7 +30,7 @@ def test_it_writes_into_folders_that_do_not_exist_and_over_files_that_do(tmp_pat
 
 @pytest.mark.parametrize("function", ["fsync", "replace", "chmod"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
-def test_a_failure_at_any_step_leaves_the_old_file_and_no_other(
+def test_write_failure_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, number: int
 ) -> None:
     path = tmp_path / "file"
@@ -47,7 +47,7 @@ def test_a_failure_at_any_step_leaves_the_old_file_and_no_other(
     assert [(each, each.read_bytes()) for each in tmp_path.iterdir()] == [(path, b"old")]
 
 
-def test_an_interruption_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(descriptor: int) -> None:
         raise KeyboardInterrupt
 
@@ -57,9 +57,7 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_the_new_file_is_whole_before_it_takes_the_place_of_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_is_whole_before_it_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     replace = os.replace
 
@@ -73,25 +71,22 @@ def test_the_new_file_is_whole_before_it_takes_the_place_of_the_old_one(
     assert seen == [(b"new", b"old", tmp_path)]
 
 
-def _blocked(tmp_path: Path, how: str) -> Path:
-    """A path where no file can be written, whoever runs the tests."""
+BLOCKED = {  # where no file can be written, whoever runs the tests
+    "below a file": "file/x.json",
+    "far below a file": "file/a/x.json",
+    "a folder": "folder",
+    "a long name": "x" * 300,
+}
+
+
+@pytest.mark.parametrize("name", BLOCKED.values(), ids=BLOCKED)
+def test_path_not_writable_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("a file")
     (tmp_path / "folder" / "inside").mkdir(parents=True)
-    return {
-        "below a file": tmp_path / "file" / "x.json",
-        "far below a file": tmp_path / "file" / "a" / "x.json",
-        "a folder": tmp_path / "folder",
-        "a long name": tmp_path / ("x" * 300),
-    }[how]
-
-
-@pytest.mark.parametrize("how", ["below a file", "far below a file", "a folder", "a long name"])
-def test_paths_that_cannot_be_written_are_named_in_one_sentence(tmp_path: Path, how: str) -> None:
-    path = _blocked(tmp_path, how)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BagcertError, match="cannot be written") as error:
-        write_atomically(path, b"new")
-    assert str(path) in str(error.value)
+        write_atomically(tmp_path / name, b"new")
+    assert str(tmp_path / name) in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -140,9 +135,7 @@ def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path) -> None:
         open_regular("a\0b")
 
 
-def test_a_file_that_grows_while_it_is_read_stays_within_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_of_a_growing_file_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1234")
     opened = files.open_regular
@@ -159,7 +152,7 @@ def test_a_file_that_grows_while_it_is_read_stays_within_the_limit(
 
 
 @pytest.mark.parametrize("moment", range(4))
-def test_files_that_belong_together_never_stand_beside_those_of_another_time(tmp_path: Path, moment: int) -> None:
+def test_write_together_survives_a_kill(tmp_path: Path, moment: int) -> None:
     first, last = tmp_path / "weights", tmp_path / "config"
     write_together({first: b"old weights", last: b"old config"})
     process = os.fork()
@@ -186,9 +179,7 @@ def test_files_that_belong_together_never_stand_beside_those_of_another_time(tmp
     assert {path.name for path in tmp_path.iterdir()} <= {"weights", "config"}
 
 
-def test_a_failure_before_the_first_renaming_leaves_all_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_together_failure_leaves_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, last = tmp_path / "weights", tmp_path / "config"
     write_together({first: b"old", last: b"old"})
     calls = []

@@ -22,7 +22,7 @@ def test_a_missing_library_names_the_extra(name: str) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_several_libraries_are_named_together_and_none_is_imported(tmp_path, monkeypatch) -> None:
+def test_several_libraries_named_together(tmp_path, monkeypatch) -> None:
     (tmp_path / "slow_library.py").write_text("raise AssertionError\n")
     monkeypatch.syspath_prepend(tmp_path)
     require_installed(["json", "slow_library"], "onnx")
@@ -33,14 +33,14 @@ def test_several_libraries_are_named_together_and_none_is_imported(tmp_path, mon
         require_installed(["no_such", "json", "nor_this"], "onnx", "exporting")
 
 
-def test_a_library_that_lacks_another_library_is_not_called_missing(tmp_path, monkeypatch) -> None:
+def test_library_that_lacks_another(tmp_path, monkeypatch) -> None:
     (tmp_path / "broken_library.py").write_text("import no_such_library\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         require("broken_library", "onnx")
 
 
-def test_every_place_that_asks_for_an_optional_library_asks_here(tmp_path, monkeypatch) -> None:
+def test_optional_libraries_asked_for_here(tmp_path, monkeypatch) -> None:
     from bagcert.locality.onnx import OnnxScores
     from bagcert.report.drawing import figure
 

@@ -11,7 +11,7 @@ def readout_and_map(seed=0, batch=5):
     return readout, torch.randn(batch, readout.channels, 6, 5) * 2
 
 
-def test_training_form_is_the_integer_readout_up_to_weight_rounding():
+def test_training_form_is_the_integer_readout():
     readout, z = readout_and_map()
     frozen = readout.frozen()
     evidence = readout.integers(z)
@@ -35,7 +35,7 @@ def test_integers_stay_in_range_whatever_the_scores():
     assert evidence.abs().max() <= 255 * 511
 
 
-def test_masking_loss_leaves_out_the_two_windows_that_hurt_most():
+def test_masking_loss_leaves_out_two_windows():
     readout, z = readout_and_map(batch=3)
     labels = torch.tensor([0, 1, 3])
     windows = torch.zeros(5, 6, 5)

@@ -405,7 +405,7 @@ def looks(net):
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_network_that_changes_when_called_is_refused_and_left_as_it_was(name):
+def test_network_that_changes_refused(name):
     named, change = CHANGES[name]
     net = Stateful(change)
     net.norm.eval()
@@ -417,7 +417,7 @@ def test_a_network_that_changes_when_called_is_refused_and_left_as_it_was(name):
     assert all(type(tensor) in (Tensor, nn.Parameter) for tensor in [*net.parameters(), *net.buffers()])
 
 
-def test_numbers_drawn_from_a_generator_of_its_own_are_refused():
+def test_own_generator_refused():
     net = Stateful(lambda net, y: torch.rand(1, generator=net.torch))
     before = looks(net)
     with pytest.raises(UnsoundError, match=r"rand in the network .* draws random numbers in eval mode"):
@@ -426,7 +426,7 @@ def test_numbers_drawn_from_a_generator_of_its_own_are_refused():
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_an_accepted_network_is_left_as_it_was_but_for_eval_mode(train):
+def test_accepted_network_left_as_it_was(train):
     net = Stateful(lambda net, y: None).train(train)
     before = looks(net)
     derive_grid(net, (8, 8))
@@ -439,7 +439,7 @@ def test_an_accepted_network_is_left_as_it_was_but_for_eval_mode(train):
 KEPT = {}  # outside of any network
 
 
-def test_values_kept_outside_the_network_do_not_reach_the_next_image():
+def test_values_kept_outside_refused():
     def tail(x, y):
         other, KEPT["last"] = KEPT.get("last", y), y
         return y + other
@@ -462,7 +462,7 @@ class Prepared(nn.Module):
         return self.conv(x) * self.kept
 
 
-def test_what_is_prepared_at_the_first_call_is_the_same_for_every_image():
+def test_preparation_at_the_first_call():
     net = Prepared(lambda x: torch.linspace(0, 1, x.shape[3] - 2))
     assert derive_grid(net, (8, 8)).receptive_field == (3, 3)
     assert net.kept is None
@@ -497,7 +497,7 @@ def test_states_of_many_kinds_are_compared_and_put_back():
     assert state.changed() is None
 
 
-def test_weights_that_are_computed_anew_at_each_call_are_no_change():
+def test_weights_computed_anew_are_no_change():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 2, 3)), nn.utils.spectral_norm(nn.Conv2d(2, 2, 2)))

@@ -90,7 +90,7 @@ def test_sequential_ends(layers):
     assert same_mean(module, found)
 
 
-def test_a_region_scorer_comes_of_it_and_prediction_is_the_classifiers():
+def test_region_scorer_predicts_as_the_classifier():
     torch.manual_seed(0)
     module = Functional(POOLS["flatten"])
     images = torch.rand(8, 3, *SIZE)
@@ -111,7 +111,7 @@ def test_a_copy_can_be_trained():
     assert found.fc.weight.shape == (3, 8, 1, 1)
 
 
-def test_a_layer_with_two_names_is_replaced_under_both():
+def test_layer_with_two_names():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -137,28 +137,25 @@ def test_an_average_over_windows_needs_the_image_size():
         regionalize(module, (14, 11))  # the same output size, but the last row of the map is dropped
 
 
-class Attends(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.mix, self.fc = body(), nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
-
-    def forward(self, x):
-        x = self.body(x).flatten(2).transpose(1, 2)
-        return self.fc(self.mix(x, x, x)[0].mean(1))
-
-
-class Reused(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.fc = body(), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.fc(self.fc(self.body(x).mean((2, 3))))
-
-
 class OverChannels(nn.Module):
     def forward(self, x):
         return x.mean((1, 2))
+
+
+class Ends(nn.Module):
+    """A body, a layer, and what `end` makes of both."""
+
+    def __init__(self, layer, end):
+        super().__init__()
+        self.body, self.layer, self.end = body(), layer, end
+
+    def forward(self, x):
+        return self.end(self.body(x), self.layer)
+
+
+def attended(x, mix):
+    x = x.flatten(2).transpose(1, 2)
+    return mix(x, x, x)[0].mean(1)
 
 
 REFUSED = {
@@ -175,35 +172,32 @@ REFUSED = {
         nn.Sequential(body(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 3)),
         "fold it into the linear layer",
     ),
-    "attention": (Attends(), "every position attends to every other"),
-    "reused": (Reused(), r"'fc' \(Linear\) is used more than once"),
+    "attention": (
+        Ends(nn.MultiheadAttention(8, 2, batch_first=True), attended),
+        "every position attends to every other",
+    ),
+    "reused": (
+        Ends(nn.Linear(8, 8), lambda x, layer: layer(layer(x.mean((2, 3))))),
+        r"'layer' \(Linear\) is used more than once",
+    ),
+    "between means": (
+        Ends(nn.Linear(8, 8), lambda x, layer: layer(x.mean(3)).mean(2)),
+        r"'layer' \(Linear\) is no mean pooling",
+    ),
     "channels": (nn.Sequential(body(), OverChannels()), "is not over rows and columns"),
     "no pooling": (nn.Sequential(body(), nn.ReLU()), "is no mean pooling"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_mean_of_region_scores_is_refused(case):
+def test_no_mean_of_region_scores_refused(case):
     module, why = REFUSED[case]
     with pytest.raises((UnsoundError, UsageError), match=why) as raised:
         regionalize(module)
     assert "\n" not in str(raised.value)
 
 
-def test_a_linear_layer_between_two_means_is_refused():
-    class Between(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.mix = body(), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.mix(self.body(x).mean(3)).mean(2)
-
-    with pytest.raises(UnsoundError, match=r"'mix' \(Linear\) is no mean pooling"):
-        regionalize(Between())
-
-
-def test_control_flow_is_refused_with_what_to_do_by_hand():
+def test_control_flow_refused():
     class Branches(Functional):
         def forward(self, x):
             return super().forward(x) if x.sum() > 0 else super().forward(-x)
@@ -212,25 +206,22 @@ def test_control_flow_is_refused_with_what_to_do_by_hand():
         regionalize(Branches(POOLS["mean"]))
 
 
-@pytest.mark.parametrize("module", [Functional(POOLS["flatten"]), nn.Sequential(*SEQUENTIAL["linear"]())])
-def test_the_refusal_of_a_classifier_names_the_cure(module):
-    with pytest.raises(UnsoundError, match=r"bagcert\.regionalize\(module\)"):
-        RegionScorer.from_module(module, NAMES, SIZE)
-
-
 @pytest.mark.parametrize(
-    "end",
+    "module",
     [
-        lambda x: x.mean((2, 3)),
-        lambda x: torch.flatten(x, 1),
-        lambda x: F.linear(x, torch.ones(3, x.shape[3])),
-        lambda x: x.reshape(x.shape[0], -1),
+        Functional(POOLS["flatten"]),
+        nn.Sequential(*SEQUENTIAL["linear"]()),
+        *(
+            Ends(None, end)
+            for end in (
+                lambda x, _: x.mean((2, 3)),
+                lambda x, _: torch.flatten(x, 1),
+                lambda x, _: F.linear(x, torch.ones(3, x.shape[3])),
+                lambda x, _: x.reshape(x.shape[0], -1),
+            )
+        ),
     ],
 )
-def test_every_such_end_names_the_cure(end):
-    class Ends(nn.Module):
-        def forward(self, x):
-            return end(x)
-
-    with pytest.raises(UnsoundError, match=r"bagcert\.regionalize"):
-        RegionScorer.from_module(nn.Sequential(nn.Conv2d(3, 3, 2), Ends()), NAMES, SIZE)
+def test_refusal_of_a_classifier_names_the_cure(module):
+    with pytest.raises(UnsoundError, match=r"bagcert\.regionalize\(module\)"):
+        RegionScorer.from_module(module, NAMES, SIZE)

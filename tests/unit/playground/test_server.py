@@ -78,7 +78,7 @@ def test_head_sends_the_headers_alone(server):
         "http://127.0.0.1/etc/passwd",
         "*",
     ],
-)
+)  # fmt: skip
 def test_no_other_path_leads_anywhere(server, path):
     status, headers, body = ask(server, path)
     assert (status, body) == (404, b"404 Not Found\n")

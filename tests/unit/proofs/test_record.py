@@ -131,10 +131,7 @@ def test_what_is_no_line_of_a_record() -> None:
         (to_line({**record, "model": {**record["model"], "note": ""}}), "its model has the unknown field 'note'"),
         (to_line({**record, "threat": []}), "its threat is not a JSON object"),
         (to_line({**record, "source": 5}), "its source is not text"),
-        (
-            to_line({**record, "environment": {**ENVIRONMENT, "dtype": ["float32"]}}),
-            "its environment.dtype is not text",
-        ),
+        (to_line({**record, "environment": {**ENVIRONMENT, "dtype": ["x"]}}), "its environment.dtype is not text"),
         (line.replace(b'"scale":2047.0', b'"scale":1e999'), "JSON compliant"),
         (b" " * (MOST_LINE_BYTES + 1), "more than 67,108,864 bytes"),
     ):
@@ -180,17 +177,15 @@ def _write(path: Path, resume: bool = False) -> list[str]:
     return done
 
 
-def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(tmp_path: Path) -> None:
+def test_resume_of_a_file_cut_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     assert _write(path) == ["a.png", "b.png", "c.png"]
     whole = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
     assert len(ends) == 6
     group = ends[1::2]  # where the two records of an image are there
-    random = np.random.default_rng(0).integers(0, len(whole), 4).tolist()
-    for cut in sorted(
-        {0, 1, 18, ends[0] - 1, ends[0], ends[1] - 1, ends[1], ends[2], ends[4] + 40, len(whole), *random}
-    ):
+    cuts = {0, 1, 18, ends[0] - 1, ends[0], ends[1] - 1, ends[1], ends[2], ends[4] + 40, len(whole)}
+    for cut in sorted(cuts | set(np.random.default_rng(0).integers(0, len(whole), 4).tolist())):
         path.write_bytes(whole[:cut])
         done = _write(path, resume=True)
         assert len(done) == 3 - sum(end <= cut for end in group)
@@ -261,15 +256,12 @@ def test_another_file_is_never_cut(tmp_path: Path) -> None:
         with pytest.raises((UnreadableError, UsageError), match="line 1"):
             _file(path, resume=True)
         assert path.read_bytes() == content
-    mixed = to_line(_images()[0][0]) + to_line(_images()[1][1])
-    path.write_bytes(mixed)
-    with pytest.raises(UnreadableError, match=r"line 2 .* is of another image than the line before"):
-        _file(path, resume=True)
     other = make("a.png", "detection")
     other["image"] |= {"pixels_sha256": "0" * 64}
-    path.write_bytes(to_line(_images()[0][0]) + to_line(seal(other)))
-    with pytest.raises(UnreadableError, match=r"line 2 .* is of another image than the line before"):
-        _file(path, resume=True)
+    for second in (_images()[1][1], seal(other)):
+        path.write_bytes(to_line(_images()[0][0]) + to_line(second))
+        with pytest.raises(UnreadableError, match=r"line 2 .* is of another image than the line before"):
+            _file(path, resume=True)
 
 
 def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

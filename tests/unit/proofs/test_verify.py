@@ -2,7 +2,6 @@
 
 import ast
 import base64
-import copy
 import sys
 import time
 import zlib
@@ -15,38 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from bagcert.certificate import Certificate
 from bagcert.grid import RegionGrid
-from bagcert.proofs.certificate_record import geometry_fields, scores_fields, threat_fields
+from bagcert.proofs.certificate_record import geometry_fields
 from bagcert.proofs.lines import seal
 from bagcert.proofs.verify import VerifyResult, verify_record
-from bagcert.records import Record
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 from tests.properties.cases import build, from_generator
+from tests.unit.proofs.forged import altered, check_refused, packed, record_of, scores_in, with_scores
 
 CHECKER = ("bagcert.proofs.claim", "bagcert.proofs.maps", "bagcert.proofs.verify")
-
-
-def record_of(score_map: ScoreMap, certificate: Certificate, image: int = 0) -> dict[str, Any]:
-    """What the checker reads of a record."""
-    said = Record.each(certificate)[image]
-    return {
-        "record_version": 1 if certificate.threat.allowed is None else 2,
-        "image": {"size_px": list(score_map.grid.image_size)},
-        "geometry": geometry_fields(score_map.grid),
-        "threat": threat_fields(certificate.threat),
-        "rule": certificate.rule,
-        "scores": scores_fields(score_map[image : image + 1]),
-        "locality": certificate.locality,
-        "verdict": {
-            "prediction": said.prediction,
-            "certified": said.certified,
-            "margin": said.margin,
-            "worst_placement": said.worst_placement,
-        },
-    }
+PIXELS = RegionGrid.from_axis(1, 1, 0, (8, 8))
 
 
 def certified_record(rule: str, patch: str = "2", allowed: np.ndarray | None = None, lead: int = 60) -> dict[str, Any]:
@@ -60,39 +39,15 @@ def certified_record(rule: str, patch: str = "2", allowed: np.ndarray | None = N
     return record_of(score_map, RULES[rule].certify(score_map, threat))
 
 
-def altered(record: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
-    """A copy with one value replaced."""
-    changed = copy.deepcopy(record)
-    place = changed
-    for name in path[:-1]:
-        place = place[name]
-    place[path[-1]] = value
-    return changed
-
-
-def with_scores(record: dict[str, Any], scores: np.ndarray) -> dict[str, Any]:
-    data = base64.b64encode(zlib.compress(scores.astype("<i2").tobytes())).decode()
-    return altered(record, "scores", "data", value=data)
-
-
-def scores_in(record: dict[str, Any]) -> np.ndarray:
-    data = zlib.decompress(base64.b64decode(record["scores"]["data"]))
-    return np.frombuffer(data, "<i2").reshape(record["scores"]["shape"]).copy()
-
-
 def refused(record: dict[str, Any], fault: str, *words: str) -> None:
-    verdict = verify_record(record)
-    assert (verdict.ok, verdict.fault) == (False, fault), verdict
-    for word in words:
-        assert word in verdict.reason
-    assert "\n" not in verdict.reason
+    check_refused(verify_record(record), fault, *words)
 
 
 # The module
 
 
 @pytest.mark.parametrize("module", CHECKER)
-def test_it_is_short_and_imports_nothing_of_the_package(module: str) -> None:
+def test_checker_imports_nothing_of_the_package(module: str) -> None:
     text = Path(str(sys.modules[module].__file__)).read_text()
     assert len(text.splitlines()) <= 400
     imported = set()
@@ -109,7 +64,7 @@ def test_it_is_short_and_imports_nothing_of_the_package(module: str) -> None:
 
 @pytest.mark.parametrize("slack", [False, True], ids=["exact", "measured"])
 @pytest.mark.parametrize("seed", range(2))
-def test_it_agrees_with_every_rule_on_random_cases_and_with_nothing_else(seed: int, slack: bool) -> None:
+def test_agrees_with_rules_on_random_cases(seed: int, slack: bool) -> None:
     generator = np.random.default_rng(100 * seed + slack)
     choose = from_generator(generator)
     seen = {"certified": 0, "not": 0, "several": 0, "allowed": 0}
@@ -142,7 +97,7 @@ def test_it_agrees_with_every_rule_on_random_cases_and_with_nothing_else(seed: i
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_it_takes_five_by_five_patches_on_cifar_sized_maps(rule: str) -> None:
+def test_cifar_sized_maps(rule: str) -> None:
     grid = RegionGrid.from_axis(10, 2, -4, (32, 32))
     random = np.random.default_rng(3)
     scores = random.integers(-2047, 2048, (4, 10, *grid.map_size)).astype(np.int16)
@@ -157,11 +112,8 @@ def test_it_takes_five_by_five_patches_on_cifar_sized_maps(rule: str) -> None:
 
 @pytest.mark.parametrize("patch", ["5", "2x8", "2%", "10.5%", "5+2x8", "3x2+2x3+1", "area:7", "2*2", "2*1x3+3x1"])
 @pytest.mark.parametrize("restricted", [False, True])
-def test_it_reads_the_patch_notation(patch: str, restricted: bool) -> None:
-    allowed = None
-    if restricted:
-        allowed = np.ones((8, 8), dtype=bool)
-        allowed[7, 7] = False
+def test_patch_notation(patch: str, restricted: bool) -> None:
+    allowed = np.arange(64).reshape(8, 8) < 63 if restricted else None
     for rule in ("vote", "levine-feizi", "double-masking", "detection"):
         if rule not in ("vote", "levine-feizi") and patch.startswith("2*"):
             continue  # too many pairs of unions, which is tested below
@@ -169,7 +121,7 @@ def test_it_reads_the_patch_notation(patch: str, restricted: bool) -> None:
         assert verdict.ok, verdict
 
 
-def test_what_it_cannot_go_through_is_not_verified() -> None:
+def test_limit_of_masks() -> None:
     record = certified_record("vote", "2*2")
     refused(altered(record, "rule", value="nothing"), "record", "nothing")
     record = altered(record, "rule", value="double-masking")
@@ -196,31 +148,29 @@ def large(record: dict[str, Any], side: int, regions: int, classes: int = 2) -> 
         seen = np.array([region in code for code in codes] + [False]).astype(int)
         edges = np.flatnonzero(np.diff(seen, prepend=0))
         runs.append(edges.reshape(-1, 2).tolist())
-    scores = np.zeros((classes, regions, regions), dtype="<i2")
-    data = base64.b64encode(zlib.compress(scores.tobytes())).decode()
+    scores = np.zeros((classes, regions, regions))
     return {
         **record,
         "locality": "exact",
         "image": {**record["image"], "size_px": [side, side]},
         "geometry": {"rows": runs, "cols": runs},
         "threat": {**record["threat"], "notation": "1", "shapes": [[1, 1]]},
-        "scores": {"shape": list(scores.shape), "low": 0, "high": 1, "data": data, "slack": None},
+        "scores": {"shape": list(scores.shape), "low": 0, "high": 1, "data": packed(scores), "slack": None},
         "verdict": {**record["verdict"], "worst_placement": [0, 0, 1, 1]},
     }
 
 
 @pytest.mark.parametrize("shapes", [300, 8000, 30_000])
-def test_more_shapes_than_it_goes_through_are_a_limit_at_once(shapes: int) -> None:
+def test_limit_of_shapes(shapes: int) -> None:
     terms = "+".join(f"{i}x{shapes + 1 - i}" for i in range(1, shapes + 1))
-    verdict = in_seconds(
-        verify_record, altered(certified_record("detection"), "threat", "notation", value=terms), most=0.5
-    )
+    record = altered(certified_record("detection"), "threat", "notation", value=terms)
+    verdict = in_seconds(verify_record, record, most=0.5)
     assert (verdict.fault, verdict.reason) == ("limit", f"{shapes:,} shapes are too many to check")
 
 
 @pytest.mark.parametrize("rule", ["detection", "double-masking", "robust-masking", "vote", "levine-feizi"])
 @pytest.mark.parametrize("side", [1024, 2048, 8192])
-def test_more_windows_than_it_goes_through_are_a_limit_at_once(side: int, rule: str) -> None:
+def test_limit_of_windows(side: int, rule: str) -> None:
     record = large(certified_record(rule), side, 16)
     if rule == "double-masking":
         record["verdict"]["worst_placement"] = [[0, 0, 1, 1]] * 2
@@ -231,7 +181,7 @@ def test_more_windows_than_it_goes_through_are_a_limit_at_once(side: int, rule: 
         assert (verdict.ok, verdict.fault) == (False, "limit")
 
 
-def test_more_classes_shapes_and_lines_than_it_goes_through_are_a_limit_at_once() -> None:
+def test_limit_of_classes_and_lines() -> None:
     record = large(certified_record("vote"), 2000, 16, classes=8192)
     verdict = in_seconds(verify_record, record, most=2)
     assert (verdict.fault, verdict.reason) == ("limit", "8,192 classes are too many to check")
@@ -243,20 +193,20 @@ def test_more_classes_shapes_and_lines_than_it_goes_through_are_a_limit_at_once(
     assert (verdict.ok, verdict.fault) == (False, "limit")
 
 
-def test_more_placements_than_it_goes_through_are_a_limit_within_seconds() -> None:
+def test_limit_of_placements() -> None:
     """A mask of 67 million pixels packs into a few kB."""
     record = {**large(certified_record("vote"), 8192, 4), "record_version": 2}
     stripes = (np.add.outer(np.arange(8192), np.arange(8192)) % 64) < 32
-    packed = base64.b64encode(zlib.compress(np.packbits(stripes).tobytes(), 9)).decode()
+    allowed = packed(np.packbits(stripes), "u1")
     for side, words in ((40, "the mask leaves too many placements"), (8192, "the shapes are too many")):
-        record["threat"] |= {"notation": str(side), "shapes": [[side, side]], "allowed": packed}
+        record["threat"] |= {"notation": str(side), "shapes": [[side, side]], "allowed": allowed}
         verdict = in_seconds(verify_record, record, most=8)
         assert (verdict.fault, verdict.reason) == ("limit", f"{words} to check")
 
 
 @pytest.mark.parametrize("restricted", [False, True])
 @pytest.mark.parametrize("rule", ["vote", "levine-feizi"])
-def test_a_thousand_classes_at_224_px_against_every_rectangle_of_an_area(rule: str, restricted: bool) -> None:
+def test_thousand_classes_at_224_px(rule: str, restricted: bool) -> None:
     grid = RegionGrid.from_axis(17, 8, -4, (224, 224))
     scores = np.random.default_rng(0).integers(0, 2, (1, 1000, *grid.map_size)).astype(np.int16)
     scores[:, 3] = 1
@@ -271,7 +221,7 @@ def test_a_thousand_classes_at_224_px_against_every_rectangle_of_an_area(rule: s
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_smaller_lead_does_not_carry_the_certificate(rule: str) -> None:
+def test_smaller_lead_refused(rule: str) -> None:
     record = certified_record(rule)
     assert record["verdict"]["certified"], "the forger starts from a certificate"
     scores = scores_in(record)
@@ -280,7 +230,7 @@ def test_a_smaller_lead_does_not_carry_the_certificate(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_unit_more_for_the_label_counts(rule: str) -> None:
+def test_larger_lead_refused(rule: str) -> None:
     record = certified_record(rule, lead=40)
     scores = scores_in(record)
     for columns in (slice(0, 5), slice(3, 8), slice(0, 8)):  # wider than two masks
@@ -289,7 +239,7 @@ def test_a_unit_more_for_the_label_counts(rule: str) -> None:
         refused(with_scores(record, changed), "proof", "the margin is")
 
 
-def test_a_larger_threat_is_not_covered() -> None:
+def test_larger_threat_refused() -> None:
     record = certified_record("vote")
     refused(altered(record, "threat", "shapes", value=[[3, 3]]), "proof", "means the shapes [[2, 2]]")
     refused(altered(record, "threat", "notation", value="3"), "proof", "means the shapes [[3, 3]]")
@@ -302,7 +252,7 @@ def test_a_larger_threat_is_not_covered() -> None:
         refused(larger, "proof", "the margin is")
 
 
-def test_a_dropped_placement_shows() -> None:
+def test_dropped_placement_refused() -> None:
     everywhere = np.ones((8, 8), dtype=bool)
     for rule in ("vote", "detection", "double-masking"):
         record = certified_record(rule, "2", everywhere)
@@ -310,11 +260,11 @@ def test_a_dropped_placement_shows() -> None:
         top, left = places[0][:2]
         fewer = everywhere.copy()
         fewer[top, left] = False
-        packed = base64.b64encode(zlib.compress(np.packbits(fewer).tobytes())).decode()
-        refused(altered(record, "threat", "allowed", value=packed), "proof", "worst placement")
+        allowed = packed(np.packbits(fewer), "u1")
+        refused(altered(record, "threat", "allowed", value=allowed), "proof", "worst placement")
 
 
-def test_rules_are_not_interchangeable() -> None:
+def test_other_rule_refused() -> None:
     for rule in RULES:
         record = certified_record(rule)
         for other in RULES:
@@ -323,7 +273,7 @@ def test_rules_are_not_interchangeable() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_tie_goes_to_the_lowest_class(rule: str) -> None:
+def test_ties(rule: str) -> None:
     grid = RegionGrid.from_axis(1, 1, 0, (3, 3))
     scores = np.zeros((1, 3, 3, 3), dtype=np.int16)
     scores[0, 1:] = 1
@@ -335,27 +285,21 @@ def test_a_tie_goes_to_the_lowest_class(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_worst_placement_must_be_one(rule: str) -> None:
+def test_worst_placement_must_be_one(rule: str) -> None:
     record = certified_record(rule, lead=30)
-    worst = record["verdict"]["worst_placement"]
-    places = np.reshape(worst, (-1, 4)).tolist()
+    places = np.reshape(record["verdict"]["worst_placement"], (-1, 4)).tolist()
+
+    def placed(*place: int) -> dict[str, Any]:
+        value = [list(place), *places[1:]] if len(places) > 1 else list(place)
+        return altered(record, "verdict", "worst_placement", value=value)
+
     for bad in ([7, 0, 2, 2], [-1, 0, 2, 2], [0, 0, 3, 3], [0, 7, 2, 2]):
-        changed = [bad, *places[1:]]
-        refused(
-            altered(record, "verdict", "worst_placement", value=changed if len(places) > 1 else bad),
-            "proof",
-            "is not allowed",
-        )
-    found = {verify_record(record).ok}
-    for top in range(0, 7, 2):
-        for left in range(0, 7, 2):
-            changed = [[top, left, 2, 2], *places[1:]]
-            value = changed if len(places) > 1 else changed[0]
-            found.add(verify_record(altered(record, "verdict", "worst_placement", value=value)).ok)
-    assert found == {True, False}
+        refused(placed(*bad), "proof", "is not allowed")
+    found = {verify_record(placed(top, left, 2, 2)).ok for top in range(0, 7, 2) for left in range(0, 7, 2)}
+    assert found | {verify_record(record).ok} == {True, False}
 
 
-def test_slack_may_not_be_negative_nor_hidden() -> None:
+def test_slack_negative_or_hidden_refused() -> None:
     random = np.random.default_rng(1)
     grid = RegionGrid.from_axis(3, 1, -1, (6, 6))
     scores = torch.as_tensor(random.integers(0, 30, (1, 3, 6, 6)).astype(np.int16))
@@ -363,18 +307,18 @@ def test_slack_may_not_be_negative_nor_hidden() -> None:
     score_map = ScoreMap(scores, 0, 64, grid, torch.full(scores.shape, 2))
     record = record_of(score_map, RULES["vote"].certify(score_map, PatchThreatModel.parse("2", (6, 6))))
     assert verify_record(record).ok
-    negative = base64.b64encode(zlib.compress(np.full((3, 6, 6), -2, "<i2").tobytes())).decode()
+    negative = packed(np.full((3, 6, 6), -2))
     refused(altered(record, "scores", "slack", value=negative), "record", "at least 0")
     refused(altered(record, "scores", "slack", value=None), "record", "measured")
     refused(altered(altered(record, "scores", "slack", value=None), "locality", value="exact"), "proof", "margin is")
 
 
-def test_a_smaller_geometry_is_only_as_good_as_its_word() -> None:
+def test_smaller_geometry() -> None:
     """Documented in docs/records.md: without the model, the geometry is a premise."""
     record = certified_record("vote", lead=30)
-    smaller = altered(record, "geometry", value=geometry_fields(RegionGrid.from_axis(1, 1, 0, (8, 8))))
+    smaller = altered(record, "geometry", value=geometry_fields(PIXELS))
     refused(smaller, "proof", "the margin is")  # a smaller reach leaves a larger margin, so all of it must be forged
-    score_map = ScoreMap(torch.as_tensor(scores_in(record))[None], 0, 64, RegionGrid.from_axis(1, 1, 0, (8, 8)))
+    score_map = ScoreMap(torch.as_tensor(scores_in(record))[None], 0, 64, PIXELS)
     forged = record_of(score_map, RULES["vote"].certify(score_map, PatchThreatModel.parse("2", (8, 8))))
     assert verify_record(forged).ok
 
@@ -426,34 +370,32 @@ def test_a_smaller_geometry_is_only_as_good_as_its_word() -> None:
         (("rule",), "votes", "malformed"),
     ],
 )
-def test_a_record_of_another_form_is_unreadable(path: tuple[str, ...], value: Any, words: str) -> None:
+def test_record_of_another_form_refused(path: tuple[str, ...], value: Any, words: str) -> None:
     refused(altered(certified_record("vote"), *path, value=value), "record", words)
 
 
 @pytest.mark.parametrize(("name", "value"), [("certified", 1), ("margin", 2.0), ("margin", True), ("prediction", "1")])
-def test_a_verdict_of_another_type_does_not_hold(name: str, value: Any) -> None:
+def test_verdict_of_another_type_refused(name: str, value: Any) -> None:
     refused(altered(certified_record("vote"), "verdict", name, value=value), "proof", f"the {name} is")
 
 
-def test_a_patch_that_does_not_fit_is_refused() -> None:
+def test_patch_too_large_refused() -> None:
     for notation, shape in (("9", [9, 9]), ("0", [0, 0]), ("0x3", [0, 3])):
         threat = {"notation": notation, "shapes": [shape], "patches": 1, "allowed": None}
         refused(altered(certified_record("vote"), "threat", value=threat), "record", "does not fit")
 
 
-def test_packed_data_is_not_inflated_beyond_what_it_stands_for() -> None:
-    bomb = base64.b64encode(zlib.compress(bytes(2**22))).decode()
-    record = certified_record("vote")
-    refused(altered(record, "scores", "data", value=bomb), "record", "must be of 384 bytes")
+def test_packed_data_not_inflated() -> None:
     record = certified_record("vote", allowed=np.ones((8, 8), dtype=bool))
+    bomb = packed(np.zeros(2**22), "u1")
     refused(altered(record, "threat", "allowed", value=bomb), "record", "must be of 8 bytes")
-    short = base64.b64encode(zlib.compress(bytes(383))).decode()
-    refused(altered(record, "scores", "data", value=short), "record", "must be of 384 bytes")
     more = base64.b64encode(zlib.compress(scores_in(record).tobytes()) + b"more").decode()
-    refused(altered(record, "scores", "data", value=more), "record", "must be of 384 bytes")
+    record = certified_record("vote")
+    for data in (bomb, packed(np.zeros(383), "u1"), more):
+        refused(altered(record, "scores", "data", value=data), "record", "must be of 384 bytes")
 
 
-def test_every_field_it_reads_may_be_missing_or_anything() -> None:
+def test_fields_missing_or_anything() -> None:
     record = certified_record("vote")
     paths = [(name,) for name in record]
     paths += [(name, inner) for name, value in record.items() if isinstance(value, dict) for inner in value]
@@ -468,7 +410,7 @@ def test_every_field_it_reads_may_be_missing_or_anything() -> None:
         refused(missing, "record", "malformed")
 
 
-def test_the_hash_is_no_part_of_the_proof() -> None:
+def test_hash_no_part_of_the_proof() -> None:
     record = seal({**certified_record("vote"), "source": "a.png"})
     assert verify_record(record).ok
     refused(seal(altered(record, "verdict", "margin", value=0)), "proof", "margin is")

@@ -132,12 +132,8 @@ def certificate_map(model: object, photo: Photo) -> object:
 def test_plots_are_written_as_png_and_pdf(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     written = write_plots(read_inputs([made.write(tmp_path)]), tmp_path / "plots")
-    assert [path.name for path in written] == [
-        "certified-patch.png",
-        "certified-patch.pdf",
-        "margins-1.png",
-        "margins-1.pdf",
-    ]
+    names = [f"{name}.{kind}" for name in ("certified-patch", "margins-1") for kind in ("png", "pdf")]
+    assert [path.name for path in written] == names
     assert [path.read_bytes()[:4] for path in written] == [b"\x89PNG", b"%PDF"] * 2
 
 

@@ -143,7 +143,7 @@ def test_the_choice_spreads_over_the_kinds_and_repeats() -> None:
     assert len(chosen(records[1:5], 9)) == 4
 
 
-def test_regions_are_drawn_where_they_look_and_boxes_turn_with_the_photo() -> None:
+def test_regions_and_boxes_turn_with_the_photo() -> None:
     assert edges(np.kron(np.eye(3, dtype=bool), np.ones((1, 4), dtype=bool))) == [0, 4, 8, 12]
     photo = np.zeros((10, 20))
     photo[2:5, 7:9] = 1

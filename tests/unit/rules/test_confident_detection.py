@@ -36,7 +36,7 @@ def expected(scores: np.ndarray, masks: list[np.ndarray], confidence: float) -> 
 
 
 @pytest.mark.parametrize("confidence", [0.3, 0.55, 0.9])
-def test_it_equals_the_definitions_and_holds_under_attack(confidence):
+def test_equals_the_definitions_under_attack(confidence):
     choose = from_generator(np.random.default_rng(int(100 * confidence)))
     seen = {"certified": 0, "alert": 0, "neither": 0, "caught": 0}
     for number in range(40):
@@ -74,7 +74,7 @@ def test_without_a_threshold_it_is_detection():
         assert torch.equal(raised, ~plain.certified)
 
 
-def test_at_the_threshold_itself_an_alert_is_raised_and_nothing_is_certified():
+def test_threshold_itself_raises_an_alert():
     """Both comparisons give `ROUNDING` away, so that no rounding can let an attack pass between them."""
     grid = RegionGrid.from_axis(1, 1, 0, (1, 4))
     threat = PatchThreatModel((1, 4), ((1, 1),))

@@ -32,9 +32,8 @@ def test_the_deployed_prediction_may_differ_from_the_plain_one():
     score_map = row([2, 2, 2, 2, 0], [0, 0, 0, 0, 9])
     assert score_map.predict().item() == 1
     found = double_masking(score_map, PatchThreatModel.parse(1, (1, 5)))
-    assert (
-        found.prediction.item() == double_masking_prediction(score_map, PatchThreatModel.parse(1, (1, 5))).item() == 0
-    )
+    prediction = double_masking_prediction(score_map, PatchThreatModel.parse(1, (1, 5)))
+    assert found.prediction.item() == prediction.item() == 0
     assert not found.certified.item()
 
 
@@ -118,7 +117,7 @@ def test_a_real_grid_against_every_pair(patch, greedy, monkeypatch):
 
 
 @pytest.mark.parametrize("others", [0, 8], ids=["every class open", "few classes open"])
-def test_the_worst_pair_may_overlap_where_the_lead_is_negative(others):
+def test_worst_pair_may_overlap(others):
     """The two windows that share the -3 take 7. Greedily it is 3 + 3, and no window alone takes more than 3."""
     lead = [5, -3, 5, -9, 3, 0, -9, 3, 0] + [1] * 60
     scores = [[lead], [[0] * len(lead)], *[[[-9] * len(lead)]] * others]
@@ -190,15 +189,14 @@ def test_windows_that_are_not_allowed_have_no_say():
 def test_the_worst_unions_are_not_always_the_greedy_ones():
     grid = RegionGrid.from_axis(1, 1, 0, (1, 9))
     scores = [[3, 3, 7, 8, 5, 4, 6, 8, 6], [0, 0, 3, 2, 1, 4, 0, 5, 0]]
-    found = double_masking(
-        ScoreMap(torch.tensor([[[c] for c in scores]]), 0, 9, grid), PatchThreatModel.parse("2*1x2", (1, 9))
-    )
+    score_map = ScoreMap(torch.tensor([[[c] for c in scores]]), 0, 9, grid)
+    found = double_masking(score_map, PatchThreatModel.parse("2*1x2", (1, 9)))
     assert (found.prediction.item(), found.margin.item()) == (0, 3)  # greedily 4
     taken = {cell for _, left, _, width in found.worst_placement[0].tolist() for cell in range(left, left + width)}
     assert sum(scores[0][cell] - scores[1][cell] for cell in range(9) if cell not in taken) == 3
 
 
-def test_several_patches_against_a_lower_class_and_over_everything():
+def test_several_patches_over_everything():
     score_map = row([0, 0, 0, 0, 0], [4, 3, 2, 1, 1])
     found = double_masking(score_map, PatchThreatModel.parse("2*1", (1, 5)))
     assert (found.prediction.item(), found.margin.item()) == (1, 0)  # 1 is left, and the tie rule takes it

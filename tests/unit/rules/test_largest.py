@@ -105,7 +105,7 @@ def test_two_patches():
     assert expected.any()
 
 
-def test_a_larger_square_may_be_certified_against_two_patches_where_a_smaller_one_is_not():
+def test_larger_square_certified_where_a_smaller_is_not():
     """Two windows of 3 px count the region in the middle twice; the one window of 5 px counts it once."""
     cols = np.zeros((7, 5), dtype=bool)
     cols[[0, 1, 2], [0, 2, 4]] = True  # four regions see nothing

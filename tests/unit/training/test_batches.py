@@ -9,7 +9,7 @@ from bagcert.training.batches import MemoryBatches, Share
 
 
 @pytest.mark.parametrize(("batch", "parts", "processes"), [(9, 1, 1), (9, 2, 3), (12, 3, 4), (7, 7, 1), (10, 3, 3)])
-def test_the_places_of_a_batch_are_shared_without_loss_or_repeat(batch: int, parts: int, processes: int) -> None:
+def test_places_of_a_batch_shared(batch: int, parts: int, processes: int) -> None:
     shares = [Share(batch, parts, process, processes).rows() for process in range(processes)]
     alone = Share(batch, parts).rows()
     assert np.array_equal(np.concatenate(alone), np.arange(batch))

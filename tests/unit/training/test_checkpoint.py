@@ -16,25 +16,21 @@ from bagcert.training.loop import train
 from tests import tiny
 
 
-def _stopped(folder: Path, name: str = "adamw") -> Path:
-    """A run that stops at step 5, after its checkpoint of step 4."""
-
-    def stop(at: object) -> None:
-        if at.step == 5:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        train(tiny.recipe(optimizer__name=name), folder, tiny.image_set(), device="cpu", on_progress=stop)
-    return folder / "checkpoint.pt"
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _stopped(tmp_path_factory.mktemp("run"))
+    """Of step 4."""
+    return tiny.stopped_run(tmp_path_factory.mktemp("run"), 5) / "checkpoint.pt"
 
 
-def _resume(folder: Path) -> None:
-    train(tiny.recipe(), folder, tiny.image_set(), resume=True, device="cpu")
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """A folder with the recipe of that run."""
+    (tmp_path / "recipe.toml").write_bytes((checkpoint.parent / "recipe.toml").read_bytes())
+    return tmp_path
+
+
+def _resume(folder: Path, **changes: object) -> None:
+    train(tiny.recipe(**changes), folder, tiny.image_set(), resume=True, device="cpu")
 
 
 def _first(state: dict) -> dict:
@@ -75,86 +71,71 @@ CHANGES: dict[str, tuple[Callable[[dict], object], str]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_checkpoint_in_another_form_is_refused(what: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_in_another_form_refused(what: str, checkpoint: Path, folder: Path) -> None:
     change, reason = CHANGES[what]
     state = torch.load(checkpoint, weights_only=True)
     replaced = change(state)
-    (tmp_path / "recipe.toml").write_bytes((checkpoint.parent / "recipe.toml").read_bytes())
-    torch.save(state if replaced is None else replaced, tmp_path / "checkpoint.pt")
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    torch.save(state if replaced is None else replaced, folder / "checkpoint.pt")
+    before = (folder / "checkpoint.pt").read_bytes()
     with pytest.raises(UnreadableError, match="is damaged: ") as error:
-        _resume(tmp_path)
+        _resume(folder)
     assert reason in str(error.value)
     assert str(error.value).isprintable()
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
-def test_the_halves_of_a_composed_optimizer_are_looked_at_too(tmp_path: Path) -> None:
-    path = _stopped(tmp_path, "muon")
+def test_checkpoint_of_a_composed_optimizer_refused(tmp_path: Path) -> None:
+    path = tiny.stopped_run(tmp_path, 5, optimizer__name="muon") / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
     state["optimizer"]["muon"]["state"][0]["momentum_buffer"] = torch.zeros(2)
     torch.save(state, path)
     with pytest.raises(UnreadableError, match="momentum_buffer is not what this run has"):
-        train(tiny.recipe(optimizer__name="muon"), tmp_path, tiny.image_set(), resume=True, device="cpu")
+        _resume(tmp_path, optimizer__name="muon")
 
 
-def test_a_compressed_archive_is_refused_before_it_is_unpacked(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_bytes((checkpoint.parent / "recipe.toml").read_bytes())
+def test_compressed_archive_refused(checkpoint: Path, folder: Path) -> None:
     with (
         zipfile.ZipFile(checkpoint) as source,
-        zipfile.ZipFile(tmp_path / "checkpoint.pt", "w", zipfile.ZIP_DEFLATED) as target,
+        zipfile.ZipFile(folder / "checkpoint.pt", "w", zipfile.ZIP_DEFLATED) as target,
     ):
         for part in source.infolist():
             target.writestr(part.filename, source.read(part))
         target.writestr("archive/data/bomb", bytes(1 << 20))
     with pytest.raises(UnreadableError, match="its parts are larger than the file"):
-        _resume(tmp_path)
+        _resume(folder)
 
 
-class _Trap:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-def test_code_in_any_part_of_a_checkpoint_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_bytes((checkpoint.parent / "recipe.toml").read_bytes())
-    trap = _Trap(tmp_path / "sprung")
+def test_code_in_a_checkpoint_not_run(checkpoint: Path, folder: Path) -> None:
+    trap = tiny.Trap(folder / "sprung")
     archive, legacy = io.BytesIO(), io.BytesIO()
     torch.save({**torch.load(checkpoint, weights_only=True), "metrics": trap}, archive)
     torch.save(trap, legacy, _use_new_zipfile_serialization=False)
     for content in (archive.getvalue(), legacy.getvalue(), pickle.dumps(trap)):
-        (tmp_path / "checkpoint.pt").write_bytes(content)
+        (folder / "checkpoint.pt").write_bytes(content)
         with pytest.raises(UnreadableError, match="is damaged") as error:
-            _resume(tmp_path)
+            _resume(folder)
         assert str(error.value).isprintable()
-    assert not (tmp_path / "sprung").exists()
+    assert not (folder / "sprung").exists()
 
 
-def test_pipes_and_large_files_are_refused_unread(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "recipe.toml").write_bytes((checkpoint.parent / "recipe.toml").read_bytes())
-    os.mkfifo(tmp_path / "checkpoint.pt")
+def test_pipes_and_large_files_refused(checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(folder / "checkpoint.pt")
     with pytest.raises(UnreadableError, match="not a regular file"):
-        _resume(tmp_path)
-    (tmp_path / "checkpoint.pt").unlink()
-    (tmp_path / "checkpoint.pt").write_bytes(checkpoint.read_bytes())
+        _resume(folder)
+    (folder / "checkpoint.pt").unlink()
+    (folder / "checkpoint.pt").write_bytes(checkpoint.read_bytes())
     monkeypatch.setattr(run_folder, "MAX_CHECKPOINT_BYTES", 1000)
     with pytest.raises(UnreadableError, match="more than the limit of 1,000"):
-        _resume(tmp_path)
-    (tmp_path / "recipe.toml").unlink()
-    os.mkfifo(tmp_path / "recipe.toml")
+        _resume(folder)
+    (folder / "recipe.toml").unlink()
+    os.mkfifo(folder / "recipe.toml")
     with pytest.raises(UsageError, match="another recipe"):
-        _resume(tmp_path)
+        _resume(folder)
 
 
-def test_what_a_killed_process_left_is_removed(checkpoint: Path, tmp_path: Path) -> None:
-    for name in ("recipe.toml", "checkpoint.pt"):
-        (tmp_path / name).write_bytes((checkpoint.parent / name).read_bytes())
-    (tmp_path / ".checkpoint.pt.abcd1234").write_bytes(b"half of one")
-    _resume(tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
+def test_leftovers_of_a_killed_process_removed(checkpoint: Path, folder: Path) -> None:
+    (folder / "checkpoint.pt").write_bytes(checkpoint.read_bytes())
+    (folder / ".checkpoint.pt.abcd1234").write_bytes(b"half of one")
+    _resume(folder)
+    names = {path.name for path in folder.iterdir()}
     assert names == {"recipe.toml", "metrics.jsonl", "model.safetensors", "config.json"}

@@ -23,7 +23,7 @@ def test_split_by_group_holds_out_whole_groups_of_every_class(seed: int) -> None
     assert not np.array_equal(held, split_by_group(labels, groups, 0.2, seed + 1))
 
 
-def test_split_by_group_leaves_every_class_something_to_train_on() -> None:
+def test_split_by_group_leaves_every_class() -> None:
     # Group 0 has all images of class 1 and more of class 0; group 1 and 2 are of class 0.
     groups = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
     labels = np.array([0, 0, 1, 0, 0, 0, 0, 0, 0])

@@ -32,7 +32,7 @@ def test_the_sequence_is_the_same_classifier():
     assert torch.allclose(in_sequence(network)(images), MeanScores(network)(images), atol=1e-5)
 
 
-def test_worst_logits_over_all_placements_are_the_margins_of_certificates():
+def test_worst_logits_are_margins():
     network, images = scorer(), torch.rand(6, 3, *SIZE)
     certificate = IntervalBounds(in_sequence(network), NAMES, SIZE, patch="2").certify(images)
     bounded = loss(network)

@@ -51,23 +51,13 @@ def _weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def _stopped(folder: Path, after: int, recipe=None) -> Path:
-    """A run that dies in the step after `after`, without a chance to save."""
-
-    def die(at: training.Progress) -> None:
-        if at.step == after:
-            raise RuntimeError("the process died")
-
-    with pytest.raises(RuntimeError, match="died"):
-        train(recipe or tiny.recipe(), folder, tiny.image_set(), device="cpu", on_progress=die)
-    return folder
-
-
-def _sentence(error: pytest.ExceptionInfo) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 300
-    return text
+def _refused(words: str, folder: Path, images=None, error=UsageError, recipe=(), **options) -> None:
+    """Training by a tiny recipe with these changes ends in one sentence with these words."""
+    with pytest.raises(error) as raised:
+        train(tiny.recipe(**dict(recipe)), folder, images or tiny.image_set(), **{"device": "cpu", **options})
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 300
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +66,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tiny.recipe(), tmp_path_factory.mktemp("whole"), tiny.image_set(), device="cpu")
 
 
-def test_a_run_leaves_a_model_its_recipe_and_its_metrics(whole: Path) -> None:
-    assert sorted(path.name for path in whole.iterdir()) == [
-        "config.json",
-        "metrics.jsonl",
-        "model.safetensors",
-        "recipe.toml",
-    ]
+def test_run_folder(whole: Path) -> None:
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == ["config.json", "metrics.jsonl", "model.safetensors", "recipe.toml"]
     assert load_recipe(str(whole / "recipe.toml")) == tiny.recipe()
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 6), (2, STEPS)]
@@ -95,7 +81,7 @@ def test_a_run_leaves_a_model_its_recipe_and_its_metrics(whole: Path) -> None:
     assert config.provenance["training_images"] == 54
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(whole: Path, tmp_path: Path) -> None:
+def test_seed_decides_weights(whole: Path, tmp_path: Path) -> None:
     again = train(tiny.recipe(), tmp_path / "again", tiny.image_set(), device="cpu")
     other = train(tiny.recipe(train__seed=1), tmp_path / "other", tiny.image_set(), device="cpu")
     assert _weights(again) == _weights(whole)
@@ -103,10 +89,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(whole: Pat
 
 
 @pytest.mark.parametrize("after", [4, 5, 6, 9, 11])
-def test_a_run_that_died_anywhere_ends_with_the_weights_of_one_that_did_not(
-    whole: Path, tmp_path: Path, after: int
-) -> None:
-    folder = _stopped(tmp_path, after)
+def test_resume_after_any_step(whole: Path, tmp_path: Path, after: int) -> None:
+    folder = tiny.stopped_run(tmp_path, after)
     assert (folder / "model.safetensors").exists() == (after >= 6)  # the first epoch ends there and is validated
     train(tiny.recipe(), folder, tiny.image_set(), resume=True, device="cpu")
     assert _weights(folder) == _weights(whole)
@@ -116,14 +100,6 @@ def test_a_run_that_died_anywhere_ends_with_the_weights_of_one_that_did_not(
         for run in (folder, whole)
     )
     assert metrics == expected
-
-
-def test_both_halves_of_muon_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny.recipe(optimizer__name="muon")
-    train(recipe, tmp_path / "whole", tiny.image_set(), device="cpu")
-    folder = _stopped(tmp_path / "stopped", 6, recipe)
-    train(recipe, folder, tiny.image_set(), resume=True, device="cpu")
-    assert _weights(folder) == _weights(tmp_path / "whole")
 
 
 CLI_RECIPE = """
@@ -145,7 +121,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_kill_and_ctrl_c_on_the_command_line_lose_nothing(small, tmp_path: Path, number: signal.Signals) -> None:
+def test_resume_after_kill_and_ctrl_c(small, tmp_path: Path, number: signal.Signals) -> None:
     recipe, expected = small
     out = tmp_path / "run"
     arguments = ["train", str(recipe), "--data", "digits", "--limit", "200", "--out", str(out), "--device", "cpu"]
@@ -169,44 +145,22 @@ def test_kill_and_ctrl_c_on_the_command_line_lose_nothing(small, tmp_path: Path,
     assert _weights(out) == expected
 
 
-def test_an_unfinished_run_is_not_started_over(tmp_path: Path) -> None:
-    _stopped(tmp_path, 5)
+def test_resume_refused_for_another_run(tmp_path: Path) -> None:
+    tiny.stopped_run(tmp_path, 5)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(UsageError) as error:
-        train(tiny.recipe(), tmp_path, tiny.image_set(), device="cpu")
-    assert "--resume" in _sentence(error)
+    _refused("--resume", tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    _refused("another recipe", tmp_path, recipe={"optimizer__learning_rate": 0.02}, resume=True)
+    _refused("other data or another limit", tmp_path, images=tiny.image_set(40), resume=True)
 
 
-def test_there_must_be_something_to_resume(whole: Path, tmp_path: Path) -> None:
+def test_resume_without_an_unfinished_run_refused(whole: Path, tmp_path: Path) -> None:
     for folder in (tmp_path / "nothing", whole):
-        with pytest.raises(UsageError) as error:
-            train(tiny.recipe(), folder, tiny.image_set(), resume=True, device="cpu")
-        assert "no unfinished run" in _sentence(error)
+        _refused("no unfinished run", folder, resume=True)
 
 
-def test_a_run_goes_on_only_with_its_own_recipe_and_data(tmp_path: Path) -> None:
-    _stopped(tmp_path, 5)
-    with pytest.raises(UsageError) as error:
-        train(tiny.recipe(optimizer__learning_rate=0.02), tmp_path, tiny.image_set(), resume=True, device="cpu")
-    assert "another recipe" in _sentence(error)
-    with pytest.raises(UsageError) as error:
-        train(tiny.recipe(), tmp_path, tiny.image_set(40), resume=True, device="cpu")
-    assert "other data or another limit" in _sentence(error)
-
-
-class _Trap:
-    """A pickle that would leave a file behind if it were run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_damaged_checkpoint_is_told_in_one_sentence(tmp_path: Path) -> None:
-    checkpoint = _stopped(tmp_path, 5) / "checkpoint.pt"
+def test_checkpoint_damaged(tmp_path: Path) -> None:
+    checkpoint = tiny.stopped_run(tmp_path, 5) / "checkpoint.pt"
     good = checkpoint.read_bytes()
     state = torch.load(checkpoint, weights_only=True)
     del state["optimizer"]
@@ -215,29 +169,25 @@ def test_a_damaged_checkpoint_is_told_in_one_sentence(tmp_path: Path) -> None:
         b"",
         b"not a checkpoint",
         good[: len(good) // 2],
-        pickle.dumps(_Trap(tmp_path / "sprung")),
+        pickle.dumps(tiny.Trap(tmp_path / "sprung")),
         pickle.dumps(7),
         (tmp_path / "incomplete").read_bytes(),
     ):
         checkpoint.write_bytes(content)
-        with pytest.raises(UnreadableError) as error:
-            train(tiny.recipe(), tmp_path, tiny.image_set(), resume=True, device="cpu")
-        assert "checkpoint.pt is damaged" in _sentence(error)
+        _refused("checkpoint.pt is damaged", tmp_path, error=UnreadableError, resume=True)
         assert checkpoint.read_bytes() == content
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    exploding = tiny.recipe(optimizer__learning_rate=1e30, train__checkpoint_every=1)
-    with pytest.raises(BagcertError) as error:
-        train(exploding, tmp_path, tiny.image_set(), device="cpu")
-    assert "not finite at step" in _sentence(error)
+def test_loss_not_finite_keeps_checkpoint(tmp_path: Path) -> None:
+    exploding = {"optimizer__learning_rate": 1e30, "train__checkpoint_every": 1}
+    _refused("not finite at step", tmp_path, recipe=exploding, error=BagcertError)
     assert not (tmp_path / "model.safetensors").exists()
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
-def test_weights_that_break_under_a_finite_loss_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_not_finite_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaking(recipe, scorer, threat, device):
         calls = iter(range(100))
 
@@ -271,9 +221,7 @@ def test_weights_that_break_under_a_finite_loss_are_not_saved(tmp_path: Path, mo
     ],
     ids=lambda changes: " ".join(f"{key}={value}" for key, value in changes.items()),
 )
-def test_every_objective_and_option_lowers_the_loss(
-    changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_lower_the_loss(changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = _losses(monkeypatch, tmp_path, tiny.recipe(train__epochs=8, **changes), tiny.image_set(tint=120))
     assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
     scorer, config = read_model(tmp_path)
@@ -281,7 +229,7 @@ def test_every_objective_and_option_lowers_the_loss(
     assert scorer.image_size == tuple(changes.get("model__image_size", (8, 8)))
 
 
-def test_the_hardest_of_several_cutouts_is_painted() -> None:
+def test_cutout_hardest_candidate() -> None:
     """Worked out one image and one candidate at a time, with the same draws."""
     recipe = tiny.recipe(augment__cutout=3, augment__cutout_candidates=4)
     scorer, labels = tiny.color_model().scorer, torch.tensor([0, 1, 2, 1])
@@ -304,6 +252,7 @@ def test_the_hardest_of_several_cutouts_is_painted() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
+        {"optimizer__name": "muon"},  # both of its halves
         {"loss__name": "cross-entropy"},
         {"loss__name": "masked-features"},
         {"loss__name": "clipped"},
@@ -312,17 +261,17 @@ def test_the_hardest_of_several_cutouts_is_painted() -> None:
         {"augment__resized_crop": 0.3},
     ],
 )
-def test_how_other_defenses_are_trained_resumes_to_the_same_weights(tmp_path: Path, changes: dict) -> None:
+def test_resume_with_options(tmp_path: Path, changes: dict) -> None:
     recipe = tiny.recipe(**changes)
     train(recipe, tmp_path / "whole", tiny.image_set(), device="cpu")
-    folder = _stopped(tmp_path / "killed", 5, recipe)
+    folder = tiny.stopped_run(tmp_path / "killed", 5, **changes)
     train(recipe, folder, tiny.image_set(), resume=True, device="cpu")
     assert _weights(folder) == _weights(tmp_path / "whole")
     train(tiny.recipe(), tmp_path / "plain", tiny.image_set(), device="cpu")
     assert _weights(folder) != _weights(tmp_path / "plain")
 
 
-def test_cutout_and_class_weights_change_the_weights(tmp_path: Path) -> None:
+def test_options_change_weights(tmp_path: Path) -> None:
     images = tiny.image_set(90)
     unbalanced = images.subset(np.flatnonzero((images.labels > 0) | (np.arange(90) % 5 == 0)))
     plain = train(tiny.recipe(), tmp_path / "plain", unbalanced, device="cpu")
@@ -331,21 +280,19 @@ def test_cutout_and_class_weights_change_the_weights(tmp_path: Path) -> None:
         assert _weights(tmp_path / name) != _weights(plain)
 
 
-def test_a_process_may_train_in_either_precision(whole: Path, tmp_path: Path) -> None:
+def test_precision_leaves_later_runs_alone(whole: Path, tmp_path: Path) -> None:
     train(tiny.recipe(train__precision="bf16"), tmp_path / "half", tiny.image_set(), device="cpu")
     again = train(tiny.recipe(), tmp_path / "again", tiny.image_set(), device="cpu")
     assert _weights(again) == _weights(whole) != _weights(tmp_path / "half")
 
 
-def test_fine_tuning_starts_from_the_weights_of_a_model(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_init_lowers_first_loss(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = _losses(monkeypatch, tmp_path / "fresh")
     tuned = _losses(monkeypatch, tmp_path / "tuned", init=whole)
     assert tuned[0] < fresh[0]
 
 
-def test_fine_tuning_on_other_images_keeps_and_states_the_normalization(whole: Path, tmp_path: Path) -> None:
+def test_init_keeps_normalization(whole: Path, tmp_path: Path) -> None:
     paler = tiny.image_set(tint=150, seed=4)
     out = train(tiny.recipe(), tmp_path / "tuned", paler, init=whole, device="cpu")
     scorer, config = read_model(out)
@@ -356,7 +303,7 @@ def test_fine_tuning_on_other_images_keeps_and_states_the_normalization(whole: P
 
 
 @pytest.mark.parametrize("names", [tiny.COLORS, ("red", "green", "yellow"), ("a", "b", "c", "d")])
-def test_the_classifier_is_kept_for_the_same_classes_only(whole: Path, names: tuple[str, ...]) -> None:
+def test_init_keeps_classifier_of_same_classes(whole: Path, names: tuple[str, ...]) -> None:
     given, config = read_model(whole)
     scorer = config.model_copy(update={"class_names": list(names)}).build()
     fresh = {name: tensor.clone() for name, tensor in scorer.state_dict().items()}
@@ -369,10 +316,8 @@ def test_the_classifier_is_kept_for_the_same_classes_only(whole: Path, names: tu
 
 
 @pytest.mark.parametrize("changes", [{"model__depth": 2}, {"model__width": 16}, {"model__architecture": "resnet-rf5"}])
-def test_a_model_of_another_shape_cannot_start_a_run(whole: Path, tmp_path: Path, changes: dict) -> None:
-    with pytest.raises(UsageError) as error:
-        train(tiny.recipe(**changes), tmp_path, tiny.image_set(), init=whole, device="cpu")
-    assert "cannot start this recipe" in _sentence(error)
+def test_init_of_another_shape_refused(whole: Path, tmp_path: Path, changes: dict) -> None:
+    _refused("cannot start this recipe", tmp_path, recipe=changes, init=whole)
     assert not list(tmp_path.iterdir())
 
 
@@ -390,30 +335,24 @@ def test_a_model_of_another_shape_cannot_start_a_run(whole: Path, tmp_path: Path
         ({}, "cuda:99", "cuda:99"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_sentence(changes: dict, device: str, word: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as error:
-        train(tiny.recipe(**changes), tmp_path, tiny.image_set(), device=device)
-    assert word in _sentence(error)
+def test_recipe_refused(changes: dict, device: str, word: str, tmp_path: Path) -> None:
+    _refused(word, tmp_path, recipe=changes, device=device)
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:
+def test_folder_not_writable_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     steps: list[training.Progress] = []
-    with pytest.raises(BagcertError) as error:
-        train(tiny.recipe(), tmp_path / "file", tiny.image_set(), device="cpu", on_progress=steps.append)
-    assert "cannot be written" in _sentence(error)
+    _refused("cannot be written", tmp_path / "file", error=BagcertError, on_progress=steps.append)
     assert not steps
 
 
-def test_images_of_several_sizes_need_a_size_in_the_recipe(tmp_path: Path) -> None:
+def test_images_of_several_sizes(tmp_path: Path) -> None:
     small, large = tiny.image_set(30), tiny.image_set(30, (10, 9), seed=1)
     labels = np.concatenate([small.labels, large.labels])
     sources = [ArraySource(part.array(), "mixed") for part in (small, large)]
     mixed = ImageSet("mixed", "train", labels, tiny.COLORS, lambda row: sources[row // 30](row % 30))
-    with pytest.raises(UsageError) as error:
-        train(tiny.recipe(), tmp_path, mixed, device="cpu")
-    assert "differ in size" in _sentence(error)
+    _refused("differ in size", tmp_path, mixed)
     train(tiny.recipe(model__image_size=[8, 8]), tmp_path, mixed, device="cpu")
     assert read_model(tmp_path)[0].image_size == (8, 8)
 
@@ -424,7 +363,7 @@ def test_limit_takes_the_first_images(tmp_path: Path) -> None:
     assert len(load_dataset("digits", "train", 50)) == 50
 
 
-def test_each_epoch_takes_every_image_once_in_an_order_of_its_own() -> None:
+def test_epoch_order() -> None:
     orders = [epoch_order(seed, epoch, 101) for seed in (0, 1) for epoch in range(3)]
     for order in orders:
         assert sorted(order.tolist()) == list(range(101))
@@ -433,7 +372,7 @@ def test_each_epoch_takes_every_image_once_in_an_order_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.2, 0.9])
-def test_the_learning_rate_peaks_after_the_warm_up_and_ends_at_zero(warmup: float) -> None:
+def test_learning_rate(warmup: float) -> None:
     share = optimizers.learning_rate(tiny.recipe(optimizer__warmup=warmup), 200)
     rates = [share(step) for step in range(201)]
     peak = max(0, round(200 * warmup) - 1)
@@ -444,8 +383,8 @@ def test_the_learning_rate_peaks_after_the_warm_up_and_ends_at_zero(warmup: floa
     assert rates[200] == pytest.approx(0, abs=1e-12)
 
 
-def test_resume_of_a_run_older_than_a_recipe_key(whole: Path, tmp_path: Path) -> None:
-    folder = _stopped(tmp_path, 6)
+def test_resume_of_an_older_recipe(whole: Path, tmp_path: Path) -> None:
+    folder = tiny.stopped_run(tmp_path, 6)
     written = (folder / "recipe.toml").read_text()
     older = "".join(line for line in written.splitlines(keepends=True) if not line.startswith("color = "))
     assert older != written
@@ -454,7 +393,7 @@ def test_resume_of_a_run_older_than_a_recipe_key(whole: Path, tmp_path: Path) ->
     assert _weights(folder) == _weights(whole)
 
 
-def test_resume_of_an_extension_that_died_in_its_first_step(tmp_path: Path) -> None:
+def test_resume_of_an_extension(tmp_path: Path) -> None:
     held = {"optimizer__schedule": "hold", "optimizer__warmup_steps": 2, "train__checkpoint_every": 100}
     train(tiny.recipe(train__epochs=2, **held), tmp_path, tiny.image_set(), device="cpu")
 
@@ -469,7 +408,7 @@ def test_resume_of_an_extension_that_died_in_its_first_step(tmp_path: Path) -> N
     assert _weights(tmp_path) == _weights(whole)
 
 
-def test_resume_with_a_shorter_fall_of_the_learning_rate(tmp_path: Path) -> None:
+def test_resume_with_a_later_decay(tmp_path: Path) -> None:
     held = {"optimizer__schedule": "hold", "optimizer__warmup_steps": 2, "train__checkpoint_every": 100}
     early, late = (tiny.recipe(train__epochs=2, optimizer__decay=decay, **held) for decay in (0.6, 0.3))
     train(early, tmp_path, tiny.image_set(), device="cpu")
@@ -480,7 +419,7 @@ def test_resume_with_a_shorter_fall_of_the_learning_rate(tmp_path: Path) -> None
         train(early, tmp_path, tiny.image_set(), resume=True, device="cpu")
 
 
-def test_validation_of_sorted_images_has_every_class_in_proportion(tmp_path: Path) -> None:
+def test_validation_of_sorted_images(tmp_path: Path) -> None:
     """Class folders are sorted by class: a limit on validation images must not leave classes out."""
     images = tiny.image_set(90)
     ordered = images.subset(np.argsort(images.labels, kind="stable"))

@@ -130,27 +130,25 @@ def test_one_hot_penalty_counts_the_classes_beyond_one():
     assert losses.one_hot_penalty(one_hot).tolist() == [0, 0]
 
 
+def check_greedy(scores, windows):
+    kept = losses.two_worst_windows_removed(*torches(scores), windows)
+    assert kept.shape == (BATCH, ROWS, COLS)
+    for found, image, label in zip(kept, scores, LABELS, strict=True):
+        np.testing.assert_array_equal(found.numpy().astype(bool), greedy_kept(image, label, boxes_of(windows)))
+
+
 class TestTwoWorstWindows:
     @pytest.mark.parametrize("seed", range(10))
     @pytest.mark.parametrize("binary", [True, False])
     @pytest.mark.parametrize("patch", ["1", "2", "1x3", "1x3+3x1"])
     def test_they_are_the_greedy_ones(self, seed, binary, patch):
         # Quarters add up exactly, so that ties are ties in both.
-        scores = np.round(scores_of(seed, binary) * 4) / 4
-        windows = windows_of(patch=patch)
-        kept = losses.two_worst_windows_removed(*torches(scores), windows)
-        assert kept.shape == (BATCH, ROWS, COLS)
-        for found, image, label in zip(kept, scores, LABELS, strict=True):
-            np.testing.assert_array_equal(found.numpy().astype(bool), greedy_kept(image, label, boxes_of(windows)))
+        check_greedy(np.round(scores_of(seed, binary) * 4) / 4, windows_of(patch=patch))
 
     def test_only_allowed_placements_count(self):
         allowed = np.zeros((5, 6), dtype=bool)
         allowed[:3, :3] = True
-        windows = windows_of(allowed=allowed)
-        scores = np.round(scores_of(3) * 4) / 4
-        kept = losses.two_worst_windows_removed(*torches(scores), windows)
-        for found, image, label in zip(kept, scores, LABELS, strict=True):
-            np.testing.assert_array_equal(found.numpy().astype(bool), greedy_kept(image, label, boxes_of(windows)))
+        check_greedy(np.round(scores_of(3) * 4) / 4, windows_of(allowed=allowed))
 
     def test_no_gradient_goes_through_the_choice(self):
         scores, labels = torches(scores_of())
@@ -200,7 +198,7 @@ class TestDoubleMaskingLoss:
 
 
 @pytest.mark.parametrize("name", ["margin", "smooth-margin", "one-hot", "double-masking"])
-def test_the_loss_of_an_image_does_not_depend_on_its_batch(name):
+def test_loss_does_not_depend_on_the_batch(name):
     windows = windows_of()
     loss = {
         "margin": lambda s, y: losses.margin_loss(s, y, 0.4),
@@ -215,17 +213,13 @@ def test_the_loss_of_an_image_does_not_depend_on_its_batch(name):
     torch.testing.assert_close(together, alone)
 
 
-def test_cross_entropy_is_that_of_the_mean_scores():
+def test_cross_entropy_and_clipped_are_of_mean_scores():
     scores = scores_of(5)
     expected = [cross_entropy(image.mean((1, 2)), label, 0.1) for image, label in zip(scores, LABELS, strict=True)]
     close(losses.cross_entropy_loss(*torches(scores), 0.1), expected)
-
-
-def test_clipped_is_the_cross_entropy_of_squeezed_scores():
-    scores = 40 * scores_of(5)
-    squeezed = 12 * np.tanh(0.05 * scores - 1)
+    squeezed = 12 * np.tanh(0.05 * 40 * scores - 1)
     expected = [cross_entropy(image.mean((1, 2)), label, 0.1) for image, label in zip(squeezed, LABELS, strict=True)]
-    close(losses.clipped_loss(*torches(scores), 12.0, 0.1), expected)
+    close(losses.clipped_loss(*torches(40 * scores), 12.0, 0.1), expected)
 
 
 class TestMaskedFeaturesLoss:

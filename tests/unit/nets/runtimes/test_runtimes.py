@@ -104,7 +104,7 @@ def test_locality_is_measured_where_it_is_computed():
     assert model.check_locality().locality.backend == "fake"
 
 
-def test_a_graph_is_written_once_per_process_and_machine(monkeypatch, tmp_path, torch_model):
+def test_graph_written_once(monkeypatch, tmp_path, torch_model):
     pytest.importorskip("onnxscript")
     net, written = runtimes.inference_copy(torch_model.scorer), []
     monkeypatch.setattr(onnx_graph, "_GRAPHS", {})
@@ -164,13 +164,13 @@ print(len(heard))
 """
 
 
-def test_signals_are_heard_after_another_thread_has_dropped_the_model(name):
+def test_signals_after_a_thread_dropped_the_model(name):
     command = [sys.executable, "-X", "faulthandler", "-c", DROPPED_BY_ANOTHER_THREAD, name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
-def test_what_there_is_not():
+def test_backends_refused():
     with pytest.raises(UsageError, match="unknown backend 'onnxruntme'; did you mean onnxruntime"):
         load("digits", backend="onnxruntme")
     with pytest.raises(UsageError, match=r"^unknown backend 'openvino'; choose from torch, onnxruntime$"):
@@ -179,9 +179,6 @@ def test_what_there_is_not():
     assert get_runner("torch", scorer) is None
     with pytest.raises(UsageError, match="runs on the CPU, got the device meta"):
         get_runner("onnxruntime", scorer.to("meta"))
-
-
-def test_onnxruntime_has_no_bfloat16():
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     with pytest.raises(UsageError, match="computes in float32"):
