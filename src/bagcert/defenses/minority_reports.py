@@ -39,6 +39,9 @@ class MinorityReports(PixelDefense, Detector):
         tolerance: in logits. A masked prediction with a smaller lead also raises the alert, since the same masked
             image may be rounded differently in another batch.
 
+    Raises:
+        UsageError: as for `PixelDefense`, or more than 3,000 masks.
+
     >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> defense = MinorityReports(model, ("red", "green", "blue"), (8, 8), patch=2, stride=2)
     >>> defense.alert(torch.tensor([0, 90, 0], dtype=torch.uint8).expand(1, 8, 8, 3)).tolist()

@@ -40,6 +40,9 @@ class PatchCleanser(PixelDefense):
         tolerance: in logits. In the certificate a label with a smaller lead over the runner-up does not agree, since
             the same masked image may be rounded differently in another batch.
 
+    Raises:
+        UsageError: as for `PixelDefense`, or more than 3,000 masks.
+
     >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     >>> defense = PatchCleanser(model, ("red", "green", "blue"), (8, 8), patch=2, masks_per_axis=3)
     >>> defense.certify(torch.tensor([0, 90, 0], dtype=torch.uint8).expand(1, 8, 8, 3)).certified.tolist()
