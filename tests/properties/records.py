@@ -29,6 +29,7 @@ from tests import oracle
 from tests.properties.cases import build, from_generator
 from tests.properties.command import run
 from tests.properties.pooling import PoolingCase
+from tests.unit.proofs.forged import record_of
 
 MOST_SECONDS = 2.0
 MATRICES = ("first", "first_bias", "second", "skip", "bias")
@@ -282,14 +283,12 @@ class Honest:
 
 def honest(random: np.random.Generator) -> Honest:
     """A record of a random rule on a random tiny map: a sum, with or without slack, or attention pooling."""
-    from tests.unit.proofs import test_pooling_records, test_verify
-
     if random.random() < 0.4:
         case = PoolingCase(random)
         while len(case.masks) > 12 or prod(case.weights.shape[1:]) > 20:
             case = PoolingCase(random)
         rule = ("double-masking", "detection")[random.integers(2)]
-        found = test_pooling_records.record_of(case.score_map, rule, case.threat)
+        found = record_of(case.score_map, RULES[rule].certify(case.score_map, case.threat))
         return Honest(_completed_record(found), copy.deepcopy(dict(readout_fields(case.score_map.readout))))
     plain = build(from_generator(random), most_masks=12)
     while len(plain.masks) > 30:
@@ -300,7 +299,7 @@ def honest(random: np.random.Generator) -> Honest:
         score_map = ScoreMap(score_map.scores, score_map.low, score_map.high, score_map.grid, slack)
     rule = list(RULES)[random.integers(len(RULES))]
     certificate = RULES[rule].certify(score_map, plain.threat)
-    return Honest(_completed_record(test_verify.record_of(score_map, certificate, int(random.integers(2)))))
+    return Honest(_completed_record(record_of(score_map, certificate, int(random.integers(2)))))
 
 
 def _completed_record(record: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from bagcert.grid import RegionGrid
 from bagcert.rules import RULES
@@ -27,6 +27,7 @@ def test_no_attack_breaks_a_certificate(case):
 @relaxed
 @given(cases(most_patches=1))
 def test_an_uncertified_vote_can_be_overturned(case):
+    assume(case.score_map.grid.masks_per_axis is None)  # merged windows are larger than what a patch reaches
     found = RULES["vote"].certify(case.score_map, case.threat)
     for image in (~found.certified).nonzero()[:, 0].tolist():
         labels = {oracle.plain_prediction(scores) for scores in attacked(case, image, limit=1)}

@@ -278,7 +278,7 @@ class TestLocality:
                 return body(x) + strength * moved
 
         scorer.net = Leak()
-        scorer._grids[(8, 8)] = grid
+        scorer._grids[(8, 8), None] = grid
         return BagCert(scorer, patch="2")
 
     def test_it_is_exact(self):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ def _write(
     column: str = "img",
     nested: bool = True,
     names: list[str] | None = None,
+    encode: Callable[[np.ndarray], bytes] = tiny.png,
     **options: object,
 ) -> Path:
-    encoded = [tiny.png(image) for image in pixels]
+    encoded = [encode(image) for image in pixels]
     images = [{"bytes": each, "path": None} for each in encoded] if nested else encoded
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if nested else pa.binary()
     table = pa.table({column: pa.array(images, kind), "label": pa.array(labels)})

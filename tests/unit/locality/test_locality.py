@@ -86,7 +86,7 @@ def patterned_leak():
 def leaking_model(strength, rule="vote"):
     """A deployed model that claims the geometry of its convolution and leaks besides."""
     scorer = scorer_of(Leak(strength))
-    scorer._grids[SIZE] = derive_grid(scorer.net.body, SIZE)
+    scorer._grids[SIZE, None] = derive_grid(scorer.net.body, SIZE)
     return BagCert(scorer, rule, patch="2")
 
 
@@ -258,7 +258,7 @@ class PerRegion(nn.Module):
 @pytest.mark.filterwarnings("ignore")
 def test_dynamic_quantization_refused(monkeypatch):
     scorer = scorer_of(PerRegion())
-    scorer._grids[SIZE] = RegionGrid(np.eye(8), np.eye(8))
+    scorer._grids[SIZE, None] = RegionGrid(np.eye(8), np.eye(8))
     assert measure(scorer, "2").consequence == "exact"
     scorer.net = torch.ao.quantization.quantize_dynamic(scorer.net, {nn.Linear}, dtype=torch.qint8)
     report = measure(scorer, "2", thorough=False)
