@@ -113,8 +113,8 @@ def _window_lines(rows_seen, cols_seen, shapes, allowed):
         return [(tuple(mask.any(1).tolist()), tuple(mask.any(0).tolist())) for mask in masks]
     ((h, w),) = shapes
     rows, cols = lines(rows_seen, h), lines(cols_seen, w)
-    found = {(_first_maximal(row, rows), _first_maximal(col, cols)) for row in rows for col in cols}
-    return sorted(found, key=lambda window: (rows.index(window[0]), cols.index(window[1])))
+    largest = [sorted({_first_maximal(line, every) for line in every}, key=every.index) for every in (rows, cols)]
+    return list(product(*largest))
 
 
 def _groups(every, most, descending):
