@@ -116,30 +116,26 @@ def test_predictions_of_other_models_are_refused(vector):
         CertifiedAccuracy().update([np.array(vector)], [np.array([1.0, 0.0])], [{"id": 0}])
 
 
-class TestWithThePackage:
-    """Against MAITE itself, which the extra `maite` brings."""
+# Against MAITE itself, which the extra `maite` brings.
 
-    @pytest.fixture(autouse=True)
-    def _installed(self):
-        pytest.importorskip("maite")
 
-    def test_protocols(self, defense, digits):
-        from maite.protocols import image_classification as protocols
+def test_maite_protocols(defense, digits):
+    protocols = pytest.importorskip("maite.protocols.image_classification")
+    assert isinstance(Model(defense), protocols.Model)
+    assert isinstance(Dataset(digits), protocols.Dataset)
+    assert isinstance(CertifiedAccuracy(), protocols.Metric)
 
-        assert isinstance(Model(defense), protocols.Model)
-        assert isinstance(Dataset(digits), protocols.Dataset)
-        assert isinstance(CertifiedAccuracy(), protocols.Metric)
 
-    def test_its_evaluate(self, defense, digits):
-        from maite.tasks import evaluate as tasks_evaluate
+def test_maite_evaluate(defense, digits):
+    tasks = pytest.importorskip("maite.tasks")
+    asked = {"model": Model(defense, 2), "dataset": Dataset(digits, defense), "metric": CertifiedAccuracy()}
+    found, _, _ = tasks.evaluate(**asked, batch_size=16)
+    assert found == accuracies(Model(defense, 2), Dataset(digits, defense))
 
-        found, _, _ = tasks_evaluate(
-            model=Model(defense, 2), dataset=Dataset(digits, defense), metric=CertifiedAccuracy(), batch_size=16
-        )
-        assert found == accuracies(Model(defense, 2), Dataset(digits, defense))
 
-    def test_the_example_runs(self):
-        script = ROOT / "examples" / "maite_evaluate.py"
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "certified accuracy" in done.stdout
+def test_maite_example():
+    pytest.importorskip("maite")
+    script = ROOT / "examples" / "maite_evaluate.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "certified accuracy" in done.stdout
