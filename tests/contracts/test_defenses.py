@@ -11,7 +11,7 @@ from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.threat import PatchThreatModel
 from bagcert.training.recipe import load_recipe
-from tests import tiny
+from tests import refused, tiny
 
 SIZE = (8, 8)
 THREAT = PatchThreatModel.parse(2, SIZE)
@@ -133,5 +133,4 @@ def test_training_is_a_recipe(name):
 
 
 def test_an_unknown_defense_is_answered_with_the_nearest():
-    with pytest.raises(UsageError, match="did you mean patchcleanser"):
-        get_entry("patchclenser")
+    refused(UsageError, "did you mean patchcleanser", get_entry, "patchclenser")

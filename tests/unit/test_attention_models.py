@@ -36,7 +36,7 @@ from bagcert.rules.largest import covered_px, largest_certifiable_px, largest_ce
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 from bagcert.training.loop import train
-from tests import tiny
+from tests import refused, tiny
 
 SIZES = {"values": 8, "attention_heads": 2, "hidden": 6}
 IMAGES = tiny.pixels(np.arange(12) % 3, tint=60)
@@ -74,8 +74,7 @@ def test_load_is_equal_bit_for_bit(folder):
 @pytest.mark.parametrize("name", list(SIZES))
 @pytest.mark.parametrize("value", ["absent", None, 0, -1, 1025, 2.5, "eight", [8]])
 def test_config_odd_size_refused(tmp_path, name, value):
-    with pytest.raises(UnreadableError, match="is not a model config"):
-        read_config(written(tmp_path, **{name: value}))
+    refused(UnreadableError, "is not a model config", read_config, written(tmp_path, **{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -93,8 +92,7 @@ def test_config_odd_size_refused(tmp_path, name, value):
     ],
 )
 def test_config_refused(tmp_path, changes, reason):
-    with pytest.raises(UnreadableError, match=reason):
-        read_config(written(tmp_path, **changes))
+    refused(UnreadableError, reason, read_config, written(tmp_path, **changes))
 
 
 def test_rule_that_needs_sums_refused(tmp_path):
@@ -109,24 +107,20 @@ def test_weights_that_could_round_refused(tmp_path, name, layer, value):
     scorer = config.build()
     getattr(scorer.readout, name).weight.data[0] = value
     write_model(tmp_path, scorer, config)
-    with pytest.raises(UnreadableError, match=f"cannot be certified: the {layer} layer .* exact below 2"):
-        read_model(tmp_path)
+    refused(UnreadableError, f"cannot be certified: the {layer} layer .* exact below 2", read_model, tmp_path)
 
 
 def test_position_of_another_map_refused(tmp_path):
-    with pytest.raises(UnreadableError, match=r"'readout.position' .* has shape"):
-        read_model(written(tmp_path, image_size=[12, 12]))
+    refused(UnreadableError, r"'readout.position' .* has shape", read_model, written(tmp_path, image_size=[12, 12]))
 
 
 def test_images_too_small_for_the_network_refused(tmp_path):
     config = tiny.attention_config(padded=False, image_size=[2, 8])
-    with pytest.raises(UsageError, match="too small"):
-        config.build()
+    refused(UsageError, "too small", config.build)
 
 
 def test_readout_for_this_head_and_no_other():
-    with pytest.raises(UsageError, match="needs a readout"):
-        RegionScorer(nn.Conv2d(3, 8, 1), tiny.COLORS, (8, 8), "attention-pooling")
+    refused(UsageError, "needs a readout", RegionScorer, nn.Conv2d(3, 8, 1), tiny.COLORS, (8, 8), "attention-pooling")
     with pytest.raises(UsageError, match="no other head takes one"):
         RegionScorer(nn.Conv2d(3, 8, 1), tiny.COLORS, (8, 8), readout=tiny.attention_scorer().readout)
 
@@ -202,8 +196,7 @@ def test_region_scores_are_those_of_one_region_alone():
 
 @pytest.mark.parametrize("ask", [lambda m: m.class_sums, lambda m: m.levels()], ids=["class_sums", "levels"])
 def test_sums_refused(ask):
-    with pytest.raises(UsageError, match="needs class scores that are sums over regions"):
-        ask(small_map())
+    refused(UsageError, "needs class scores that are sums over regions", ask, small_map())
 
 
 def test_part_of_a_batch_and_a_turned_map_keep_the_readout():
@@ -231,8 +224,7 @@ def test_sums_stay_a_map_of_class_scores():
 
 def test_map_with_slack_or_of_other_channels_refused():
     score_map = small_map()
-    with pytest.raises(UsageError, match="locality is exact"):
-        replace(score_map, slack=torch.zeros_like(score_map.scores))
+    refused(UsageError, "locality is exact", replace, score_map, slack=torch.zeros_like(score_map.scores))
     with pytest.raises(UsageError, match="pools 8 channels, the map has 3"):
         ScoreMap(score_map.scores[:, :3], -PRODUCT_LIMIT, PRODUCT_LIMIT, score_map.grid, readout=score_map.readout)
 
@@ -255,8 +247,7 @@ def test_largest_is_what_the_masks_cover(folder):
         certified = RULES[rule].certify(score_map, threat).certified
         expected = certified * covered_px(score_map.grid, threat)
         assert torch.equal(largest_certified_px(score_map, rule, threat=threat), expected)
-    with pytest.raises(UsageError, match="the rule vote needs"):
-        largest_certified_px(score_map, "vote")
+    refused(UsageError, "the rule vote needs", largest_certified_px, score_map, "vote")
 
 
 def test_gallery_votes_are_what_each_region_says_alone():
@@ -312,8 +303,7 @@ def test_locality_leak_refused():
     assert replace(report, guardable=True).consequence == "guarded"
     assert report.consequence == "refused"
     for check in (lambda: require_local(report), model.check_locality):
-        with pytest.raises(UnsoundError, match="attention pooling needs scores that do not move at all"):
-            check()
+        refused(UnsoundError, "attention pooling needs scores that do not move at all", check)
 
 
 def test_locality_drift_refused_where_portable():
@@ -322,16 +312,14 @@ def test_locality_drift_refused_where_portable():
     assert report.consequence == "exact"
     assert replace(report, guardable=True).across_configurations == "guarded"
     require_local(report)
-    with pytest.raises(UnsoundError, match=r"attention pooling needs .*; load it without portable"):
-        require_local(report, portable=True)
+    refused(UnsoundError, r"attention pooling needs .*; load it without portable", require_local, report, portable=True)
     assert model.check_locality().scorer.tolerance == 0
 
 
 def test_locality_tolerance_is_never_ignored():
     model = tiny.attention_model()
     model.scorer.tolerance = 1e-9
-    with pytest.raises(UnsoundError, match="locality is exact"):
-        model.certify(IMAGES)
+    refused(UnsoundError, "locality is exact", model.certify, IMAGES)
 
 
 REFUSED = "needs class scores that are sums over regions; this model pools regions by attention"
@@ -348,8 +336,7 @@ REFUSED = "needs class scores that are sums over regions; this model pools regio
     ],
 )
 def test_other_defenses_refused(deploy, name):
-    with pytest.raises(UsageError, match=f"{name} {REFUSED}"):
-        deploy(tiny.attention_scorer())
+    refused(UsageError, f"{name} {REFUSED}", deploy, tiny.attention_scorer())
 
 
 def test_records_by_a_rule_that_needs_sums_refused(tmp_path):

@@ -11,7 +11,7 @@ from bagcert.defenses.clipped_bagnet import LEVELS, ClippedBagNet, clipped
 from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import RULES
-from tests import tiny
+from tests import refused, tiny
 
 
 def pixel_scorer(size: tuple[int, int], slope: float = 160.0, shift: float = -60.0) -> RegionScorer:
@@ -67,10 +67,8 @@ def test_score_map_is_the_head_on_real_scores():
 def test_score_map_of_wrong_images_refused():
     layer = nn.Conv2d(3, 2, 5)
     defense = ClippedBagNet(RegionScorer(nn.Sequential(layer), ("a", "b"), (8, 8)))
-    with pytest.raises(UsageError):
-        defense.score_map(np.zeros((1, 4, 4, 3), dtype=np.uint8))
-    with pytest.raises(UsageError, match=r"must lie in \[0, 1\]"):
-        defense.score_map(np.full((1, 3, 8, 8), 2.0))
+    refused(UsageError, None, defense.score_map, np.zeros((1, 4, 4, 3), dtype=np.uint8))
+    refused(UsageError, r"must lie in \[0, 1\]", defense.score_map, np.full((1, 3, 8, 8), 2.0))
 
 
 def test_score_map_tolerance_is_slack():
@@ -99,8 +97,7 @@ def test_predictions_are_those_of_the_certificate(rule):
 
 
 def test_unknown_rule_refused():
-    with pytest.raises(UsageError, match="did you mean vote"):
-        ClippedBagNet(pixel_scorer((4, 4)), "votes")
+    refused(UsageError, "did you mean vote", ClippedBagNet, pixel_scorer((4, 4)), "votes")
 
 
 def test_patches_break_exactly_what_is_not_certified():

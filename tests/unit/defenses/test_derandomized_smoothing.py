@@ -14,7 +14,7 @@ from bagcert.rules.levine_feizi import levine_feizi
 from bagcert.rules.vote import vote
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-from tests import tiny
+from tests import refused, tiny
 
 SIZE = (6, 7)
 NAMES = ("a", "b", "c")
@@ -329,8 +329,7 @@ def test_placements_one_by_one_certify_no_less(ablation):
 )
 def test_arguments_refused(options, message):
     arguments = {"class_names": NAMES, "image_size": SIZE, **options}
-    with pytest.raises(UsageError, match=message):
-        DerandomizedSmoothing(mixed_model(), **arguments)
+    refused(UsageError, message, DerandomizedSmoothing, mixed_model(), **arguments)
 
 
 def test_images_and_models_refused(images):

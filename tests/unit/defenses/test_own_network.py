@@ -19,6 +19,7 @@ from bagcert.nets.runtimes.onnx_graph import network_key
 from bagcert.nets.saved_model import CONFIG, GRAPH, WEIGHTS, ModelConfig
 from bagcert.threat import PatchThreatModel
 from tests.command import run
+from tests import refused
 
 pytestmark = pytest.mark.slow
 
@@ -100,8 +101,7 @@ def test_save_refused(own, tmp_path):
         (BagCert(gray), "RGB"),
         (BagCert(RegionScorer(own.scorer.net, ("a\n", "b", "c"), SIZE), patch=2), "control characters"),
     ):
-        with pytest.raises(UsageError, match=words):
-            model.save(tmp_path)
+        refused(UsageError, words, model.save, tmp_path)
 
 
 def test_save_shipped_models(tmp_path):
@@ -193,8 +193,7 @@ def test_move_from_a_device_that_leaks(folder, monkeypatch):
     monkeypatch.setattr(module, "resolve_device", lambda name: torch.device("meta"))
     monkeypatch.setattr(module, "check_counting", lambda device: None)
     monkeypatch.setattr(module, "require_local", refuse)
-    with pytest.raises(UnsoundError, match="it leaks"):
-        loaded.to("cuda")
+    refused(UnsoundError, "it leaks", loaded.to, "cuda")
     assert moves == ["meta", "cpu"]
     assert loaded.locality is before
 
@@ -202,13 +201,11 @@ def test_move_from_a_device_that_leaks(folder, monkeypatch):
 def test_move_of_a_cpu_backend_refused(folder, monkeypatch):
     loaded = load(folder, device="cpu", backend="onnxruntime", checked=False)
     monkeypatch.setattr(module, "resolve_device", lambda name: torch.device("meta"))
-    with pytest.raises(UsageError, match="onnxruntime runs on the CPU"):
-        loaded.to("cuda")
+    refused(UsageError, "onnxruntime runs on the CPU", loaded.to, "cuda")
 
 
 def test_move_to_no_such_device_refused(own):
-    with pytest.raises(UsageError, match="a device must be"):
-        own.to("tpu9")
+    refused(UsageError, "a device must be", own.to, "tpu9")
 
 
 def test_text_of_models(own, folder):
@@ -253,16 +250,14 @@ def test_scale_changes_alone(own, images):
     ],
 )
 def test_scale_refused(changes, why):
-    with pytest.raises(UsageError, match=why):
-        RegionScorer.from_module(nn.Conv2d(3, 3, 3), NAMES, SIZE, **changes)
+    refused(UsageError, why, RegionScorer.from_module, nn.Conv2d(3, 3, 3), NAMES, SIZE, **changes)
 
 
 def test_scale_of_zeros_refused():
     net = nn.Conv2d(3, 3, 3)
     net.requires_grad_(False).weight.zero_()
     net.bias.zero_()
-    with pytest.raises(UsageError, match="all 0"):
-        RegionScorer(net, NAMES, SIZE).calibrate(torch.rand(2, 3, *SIZE))
+    refused(UsageError, "all 0", RegionScorer(net, NAMES, SIZE).calibrate, torch.rand(2, 3, *SIZE))
 
 
 class Joins(nn.Module):

@@ -11,7 +11,7 @@ from bagcert.defenses.patchguard_pp import PatchGuardPlusPlus
 from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import RULES
-from tests import oracle, tiny
+from tests import oracle, refused, tiny
 
 SIZE = (6, 7)
 
@@ -62,8 +62,7 @@ def test_patchguard_by_other_rules_and_patches():
         found = defense.certify(images(), "1x3", rule=name)
         assert found.rule.split(":")[0] == name
         assert torch.equal(defense.predict(images(), "1x3", rule=name), found.prediction)
-    with pytest.raises(UsageError, match="unknown rule"):
-        defense.predict(images(), rule="guess")
+    refused(UsageError, "unknown rule", defense.predict, images(), rule="guess")
 
 
 def test_patchguard_pp_without_a_threshold_is_detection():
@@ -128,5 +127,4 @@ def test_patchguard_pp_scale_does_not_matter():
     ],
 )
 def test_thresholds_refused(kind, value, message):
-    with pytest.raises(UsageError, match=message):
-        kind(scorer(), value)
+    refused(UsageError, message, kind, scorer(), value)

@@ -14,6 +14,7 @@ from bagcert.data.photo import Photo
 from bagcert.errors import UsageError
 from bagcert.evaluation.evaluate import evaluate
 from bagcert.evaluation.maite import CertifiedAccuracy, Dataset, Model
+from tests import refused
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,8 +78,7 @@ def test_float_images_are_taken_in_the_models_size(defense, digits):
     image = Dataset(digits)[0][0]
     (as_float,), (as_bytes,) = Model(defense)([image.astype(np.float32) / 255]), Model(defense)([image])
     assert np.array_equal(as_float, as_bytes)
-    with pytest.raises(UsageError, match=r"3, height, width"):
-        Model(defense)([image.transpose(1, 2, 0)])
+    refused(UsageError, r"3, height, width", Model(defense), [image.transpose(1, 2, 0)])
 
 
 def test_labels_are_matched_by_name(defense, digits):
@@ -106,8 +106,7 @@ def test_the_metric_counts_and_forgets():
     found = metric.compute()
     assert (found["clean_accuracy"], found["certified_accuracy"], found["images"]) == (2 / 5, 1 / 5, 5)
     metric.reset()
-    with pytest.raises(UsageError, match="no images"):
-        metric.compute()
+    refused(UsageError, "no images", metric.compute)
 
 
 @pytest.mark.parametrize("vector", [[0.2, 0.8], [0.0, 0.0], [1.0, 1.0], [3.0, 0.0], [np.nan, 0.0], [-1.0, 2.0]])

@@ -9,6 +9,7 @@ from bagcert.errors import UnsoundError, UsageError
 from bagcert.nets import region_scorer
 from bagcert.nets.region_resnet import RegionResNet
 from bagcert.nets.region_scorer import RegionScorer
+from tests import refused
 
 SIZE = (8, 10)
 NAMES = ("a", "b", "c")
@@ -123,21 +124,17 @@ def test_images_of_another_size_have_their_own_grid():
 
 def test_images_too_small_refused():
     scorer = RegionScorer(nn.Conv2d(3, 3, 5), NAMES, SIZE)
-    with pytest.raises(UsageError, match="cannot be traced on an image of 3x4x9"):
-        scorer.score_map(torch.rand(1, 3, 4, 9))
+    refused(UsageError, "cannot be traced on an image of 3x4x9", scorer.score_map, torch.rand(1, 3, 4, 9))
 
 
 def test_grey_and_rgb_are_not_confused():
     gray = RegionScorer(small_net(1), NAMES, SIZE, mean=(0.5,), std=(0.25,))
-    with pytest.raises(UsageError, match="takes images of one channel"):
-        gray.score_map(images())
-    with pytest.raises(UsageError, match=r"must lie in \[0, 1\]"):
-        gray.score_map(images(channels=1) * 2)
+    refused(UsageError, "takes images of one channel", gray.score_map, images())
+    refused(UsageError, r"must lie in \[0, 1\]", gray.score_map, images(channels=1) * 2)
     with pytest.raises(UsageError, match=r"\[batch, 3, height, width\]"):
         RegionScorer(small_net(), NAMES, SIZE).score_map(images(channels=1))
     for scorer in (gray, RegionScorer(small_net(), NAMES, SIZE)):
-        with pytest.raises(UsageError, match="numpy array or a torch tensor, got list"):
-            scorer.score_map([[0.5]])
+        refused(UsageError, "numpy array or a torch tensor, got list", scorer.score_map, [[0.5]])
 
 
 def test_batching_changes_nothing(monkeypatch):
@@ -250,8 +247,7 @@ def test_module_that_decides_on_pixels_refused():
 
 def test_module_refused_leaves_the_next_alone():
     net = with_layer(nn.GroupNorm(2, 6))
-    with pytest.raises(UnsoundError):
-        RegionScorer.from_module(net, NAMES, SIZE)
+    refused(UnsoundError, None, RegionScorer.from_module, net, NAMES, SIZE)
     net[2] = nn.Identity()
     assert RegionScorer.from_module(net, NAMES, SIZE).grid().receptive_field == (3, 3)
 
@@ -259,14 +255,12 @@ def test_module_refused_leaves_the_next_alone():
 def test_module_class_names_have_to_match():
     with pytest.raises(UsageError, match="the module has 3 output channels for 2 class names"):
         RegionScorer.from_module(small_net(), ["a", "b"], SIZE)
-    with pytest.raises(UsageError, match="at least two class names, got 1"):
-        RegionScorer.from_module(small_net(classes=1), ["a"], SIZE)
+    refused(UsageError, "at least two class names, got 1", RegionScorer.from_module, small_net(classes=1), ["a"], SIZE)
 
 
 def test_module_channels_have_to_match():
     message = "to have 1 channels, but got 3.*one channel for each value of mean and std, 3 here"
-    with pytest.raises(UsageError, match=message):
-        RegionScorer.from_module(small_net(1), NAMES, SIZE)
+    refused(UsageError, message, RegionScorer.from_module, small_net(1), NAMES, SIZE)
     with pytest.raises(UsageError, match=r"to have 3 channels, but got 1.* 1 here"):
         RegionScorer.from_module(small_net(), NAMES, SIZE, mean=(0.5,), std=(0.5,))
 
@@ -284,8 +278,7 @@ def test_module_channels_have_to_match():
 )
 def test_module_arguments_out_of_range(options, message):
     arguments = {"class_names": NAMES, "image_size": SIZE, **options}
-    with pytest.raises(UsageError, match=message):
-        RegionScorer.from_module(small_net(), **arguments)
+    refused(UsageError, message, RegionScorer.from_module, small_net(), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -305,5 +298,4 @@ def test_module_arguments_out_of_range(options, message):
 def test_modules_refused(change, message):
     net = nn.Conv2d(3, 3, 1)
     change(net)
-    with pytest.raises(UsageError, match=message):
-        RegionScorer.from_module(net, NAMES, SIZE)
+    refused(UsageError, message, RegionScorer.from_module, net, NAMES, SIZE)

@@ -12,7 +12,7 @@ from bagcert.grid import RegionGrid
 from bagcert.rules.robust_masking import exact_share, robust_masking, robust_masking_prediction
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-from tests import oracle
+from tests import oracle, refused
 from tests.properties.cases import build, from_generator
 
 SHARES = [Fraction(0), Fraction(1, 3), Fraction(1, 2)]
@@ -165,13 +165,11 @@ def test_threshold_forms(given):
 
 @pytest.mark.parametrize("given", [0.2, 1, -1, "1", "6/5", "one fifth", "1/0", None, True])
 def test_threshold_refused(given):
-    with pytest.raises(UsageError, match="an exact share such as '1/5', at least 0 and below 1"):
-        exact_share(given)
+    refused(UsageError, "an exact share such as '1/5', at least 0 and below 1", exact_share, given)
 
 
 def test_threshold_denominator_refused():
-    with pytest.raises(UsageError, match="a denominator of at most 1,000,000"):
-        exact_share(Fraction(0.2))
+    refused(UsageError, "a denominator of at most 1,000,000", exact_share, Fraction(0.2))
 
 
 def test_threshold_scores_too_large():
