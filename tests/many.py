@@ -19,7 +19,7 @@ from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.training.distributed import ProcessGroup, leave
 from bagcert.training.loop import Progress, train
 from bagcert.training.synchronized import SynchronizedBatchNorm2d, synchronize_batch_norm
-from tests import tiny
+from tests import refused, tiny
 
 WHOLE: dict[str, dict[str, Any]] = {
     "class weights, in parts": {
@@ -103,8 +103,7 @@ def check_group(group: ProcessGroup) -> None:
     assert (group.sum(group.index + 1.0), group.mean(group.index)) == (3.0, 0.5)
     assert group.from_main(lambda: f"made by {group.index}") == "made by 0"
     for failing in (0, 1):
-        with pytest.raises(UnreadableError, match=f"^broken on {failing}$"):
-            fail_on(group, failing)
+        refused(UnreadableError, f"^broken on {failing}$", fail_on, group, failing)
 
 
 def fail_on(group: ProcessGroup, failing: int) -> None:

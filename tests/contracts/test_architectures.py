@@ -12,6 +12,7 @@ from bagcert.nets import ARCHITECTURES, get_architecture
 from bagcert.nets.receptive_field.derive import derive_grid
 from bagcert.nets.receptive_field.probe import check_locality, probe_grid
 from bagcert.nets.region_scorer import RegionScorer
+from tests import refused
 
 CLASSES = 3
 WIDTH = 8  # the geometry does not depend on it
@@ -128,8 +129,7 @@ def test_narrow_nets_run(name, width):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_net_without_blocks_is_refused(name):
-    with pytest.raises(UsageError, match="needs a depth of at least"):
-        ARCHITECTURES[name].build(CLASSES, WIDTH, 0, True)
+    refused(UsageError, "needs a depth of at least", ARCHITECTURES[name].build, CLASSES, WIDTH, 0, True)
 
 
 @pytest.mark.parametrize(("name", "least"), [("resnet-rf9", 3), ("resnet-rf13", 5), ("resnet-rf14s2", 2)])
@@ -145,13 +145,10 @@ def test_images_too_small_refused(name):
         derive_grid(seeded(name), (4, 4))  # padding makes up for what is missing
         return
     scorer = RegionScorer(seeded(name), ["a", "b", "c"], own_size(name))
-    with pytest.raises(UsageError, match="cannot be traced on an image of 3x7x7"):
-        scorer.score_map(torch.rand(1, 3, 7, 7))
+    refused(UsageError, "cannot be traced on an image of 3x7x7", scorer.score_map, torch.rand(1, 3, 7, 7))
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
     assert get_architecture("bagnet17") is ARCHITECTURES["bagnet17"]
-    with pytest.raises(UsageError, match="did you mean resnet-rf10s2"):
-        get_architecture("resnet-rf10-s2")
-    with pytest.raises(UsageError, match=r"choose from .*bagnet33"):
-        get_architecture("zzz")
+    refused(UsageError, "did you mean resnet-rf10s2", get_architecture, "resnet-rf10-s2")
+    refused(UsageError, r"choose from .*bagnet33", get_architecture, "zzz")

@@ -15,7 +15,7 @@ import pytest
 
 from bagcert.data import DATASETS, LAYOUTS, ImageSet, cifar10, load_dataset
 from bagcert.errors import UsageError
-from tests import tiny
+from tests import refused, tiny
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
 LABELS = [row % 4 for row in range(20)]
@@ -109,8 +109,7 @@ def test_limit_draws_distinct_images_and_keeps_their_labels(spec: str) -> None:
     assert len(set(numbers)) == 7
     np.testing.assert_array_equal(few.labels, images.labels[numbers])
     for limit in (0, -3):
-        with pytest.raises(UsageError, match=f"at least 1 image, got {limit}"):
-            load_dataset(spec, limit=limit)
+        refused(UsageError, f"at least 1 image, got {limit}", load_dataset, spec, limit=limit)
 
 
 def test_validation_parts_are_fixed_by_the_seed(spec: str) -> None:
@@ -144,15 +143,13 @@ def test_the_same_pixels_from_every_layout(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_names_name_the_known(spec: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        load_dataset(spec)
+    refused(UsageError, message, load_dataset, spec)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(tiny.png(PIXELS[0]))
-    with pytest.raises(UsageError, match=r"image\.png is not a dataset"):
-        load_dataset(path)
+    refused(UsageError, r"image\.png is not a dataset", load_dataset, path)
 
 
 def _real_cifar10() -> Path | None:

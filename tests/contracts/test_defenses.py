@@ -11,14 +11,13 @@ from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.threat import PatchThreatModel
 from bagcert.training.recipe import load_recipe
-from tests import tiny
+from tests import refused, tiny
 
 SIZE = (8, 8)
 THREAT = PatchThreatModel.parse(2, SIZE)
 LABELS = np.arange(9) % 3
-
-
 NAMES = (*DEFENSES, "attention-pooling")
+every_defense = pytest.mark.parametrize("name", NAMES)
 
 
 def changes_of(name: str) -> tuple[str, ...]:
@@ -56,72 +55,82 @@ def attacked(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return patched
 
 
-@pytest.mark.parametrize("name", NAMES)
-class TestEveryDefense:
-    def test_prediction_and_certificate_agree(self, name):
-        defense, pixels = deployed(name), images()
-        answers, certificate = defense.predict(pixels, THREAT), defense.certify(pixels, THREAT)
-        assert torch.equal(answers, certificate.prediction)
-        assert answers.dtype == torch.int64
-        assert torch.equal(certificate.certified, certificate.margin >= 0)
-        assert certificate.threat == THREAT
-        windows = certificate.worst_placement.shape[1]
-        assert certificate.worst_placement.shape == (len(pixels), windows, 4)
-        assert (answers[:6].numpy() == LABELS[:6]).all()
+@every_defense
+def test_prediction_and_certificate_agree(name):
+    defense, pixels = deployed(name), images()
+    answers, certificate = defense.predict(pixels, THREAT), defense.certify(pixels, THREAT)
+    assert torch.equal(answers, certificate.prediction)
+    assert answers.dtype == torch.int64
+    assert torch.equal(certificate.certified, certificate.margin >= 0)
+    assert certificate.threat == THREAT
+    windows = certificate.worst_placement.shape[1]
+    assert certificate.worst_placement.shape == (len(pixels), windows, 4)
+    assert (answers[:6].numpy() == LABELS[:6]).all()
 
-    def test_answers_do_not_depend_on_the_batch(self, name):
-        defense, pixels = deployed(name), images()
-        together = defense.certify(pixels, THREAT)
-        for i in range(len(pixels)):
-            alone = defense.certify(pixels[i : i + 1], THREAT)
-            assert int(alone.prediction[0]) == int(together.prediction[i])
-            assert bool(alone.certified[0]) == bool(together.certified[i])
 
-    def test_one_image_needs_no_batch_axis(self, name):
-        defense, pixels = deployed(name), images()[:1]
-        floats = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255
-        for batch in (pixels, floats, torch.from_numpy(floats)):
-            for patch in ("2", THREAT):
-                whole, alone = defense.certify(batch, patch), defense.certify(batch[0], patch)
-                assert alone.threat == whole.threat == THREAT
-                for found in ("prediction", "certified", "margin", "worst_placement"):
-                    assert torch.equal(getattr(alone, found), getattr(whole, found)), found
-                assert torch.equal(defense.predict(batch[0], patch), whole.prediction)
+@every_defense
+def test_answers_do_not_depend_on_the_batch(name):
+    defense, pixels = deployed(name), images()
+    together = defense.certify(pixels, THREAT)
+    for i in range(len(pixels)):
+        alone = defense.certify(pixels[i : i + 1], THREAT)
+        assert int(alone.prediction[0]) == int(together.prediction[i])
+        assert bool(alone.certified[0]) == bool(together.certified[i])
 
-    def test_what_is_certified_holds(self, name):
-        defense, pixels = deployed(name), images()
-        certificate = defense.certify(pixels, THREAT)
-        certified, before = certificate.certified, certificate.prediction
-        if defense.guarantee == "none":
-            assert not certified.any()
-            return
-        assert certified.any(), "a test in which nothing is certified would say nothing"
-        random = np.random.default_rng(0)
-        for _ in range(40):
-            patched = attacked(pixels, random)
-            changed = certified & (defense.predict(patched, THREAT) != before)
-            if defense.guarantee == "detection":
-                changed &= ~defense.alert(patched, THREAT)
-            assert not changed.any()
 
-    def test_interface_is_that_of_all_defenses(self, name):
-        defense = deployed(name)
-        assert isinstance(defense, Defense)
-        if name != "attention-pooling":
-            assert isinstance(defense, Detector) == (defense.guarantee == "detection")
+@every_defense
+def test_one_image_needs_no_batch_axis(name):
+    defense, pixels = deployed(name), images()[:1]
+    floats = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    for batch in (pixels, floats, torch.from_numpy(floats)):
+        for patch in ("2", THREAT):
+            whole, alone = defense.certify(batch, patch), defense.certify(batch[0], patch)
+            assert alone.threat == whole.threat == THREAT
+            for found in ("prediction", "certified", "margin", "worst_placement"):
+                assert torch.equal(getattr(alone, found), getattr(whole, found)), found
+            assert torch.equal(defense.predict(batch[0], patch), whole.prediction)
 
-    def test_costs_are_said(self, name):
-        defense = deployed(name)
-        predict, certify = (defense.forward_passes(THREAT, certify=certify) for certify in (False, True))
-        assert 1 <= predict <= certify
-        assert defense.guarantee in ("recovery", "detection", "none")
-        assert defense.name
 
-    def test_its_training_is_a_recipe(self, name):
-        changes = [change.format(patch=2, column=2, block=4) for change in changes_of(name)]
-        assert load_recipe("digits", changes).name == "digits"
+@every_defense
+def test_what_is_certified_holds(name):
+    defense, pixels = deployed(name), images()
+    certificate = defense.certify(pixels, THREAT)
+    certified, before = certificate.certified, certificate.prediction
+    if defense.guarantee == "none":
+        assert not certified.any()
+        return
+    assert certified.any(), "a test in which nothing is certified would say nothing"
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        patched = attacked(pixels, random)
+        changed = certified & (defense.predict(patched, THREAT) != before)
+        if defense.guarantee == "detection":
+            changed &= ~defense.alert(patched, THREAT)
+        assert not changed.any()
+
+
+@every_defense
+def test_interface(name):
+    defense = deployed(name)
+    assert isinstance(defense, Defense)
+    if name != "attention-pooling":
+        assert isinstance(defense, Detector) == (defense.guarantee == "detection")
+
+
+@every_defense
+def test_costs(name):
+    defense = deployed(name)
+    predict, certify = (defense.forward_passes(THREAT, certify=certify) for certify in (False, True))
+    assert 1 <= predict <= certify
+    assert defense.guarantee in ("recovery", "detection", "none")
+    assert defense.name
+
+
+@every_defense
+def test_training_is_a_recipe(name):
+    changes = [change.format(patch=2, column=2, block=4) for change in changes_of(name)]
+    assert load_recipe("digits", changes).name == "digits"
 
 
 def test_an_unknown_defense_is_answered_with_the_nearest():
-    with pytest.raises(UsageError, match="did you mean patchcleanser"):
-        get_entry("patchclenser")
+    refused(UsageError, "did you mean patchcleanser", get_entry, "patchclenser")

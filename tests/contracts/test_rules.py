@@ -13,6 +13,7 @@ from bagcert.rules import RULES, get_rule
 from bagcert.rules.together import certify_together
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
+from tests import refused
 
 GRID = RegionGrid.from_axis(3, 2, -1, (9, 11))
 THREATS = ["1", "2x3", "2+1x4", "area:4", "3*4"]
@@ -73,8 +74,7 @@ def test_inputs_are_left_alone_and_autocast_does_not_matter(rule):
 
 
 def test_a_threat_for_another_image_size_is_refused(rule):
-    with pytest.raises(UsageError, match="grid"):
-        rule.certify(score_map(), PatchThreatModel.parse("2", (8, 8)))
+    refused(UsageError, "grid", rule.certify, score_map(), PatchThreatModel.parse("2", (8, 8)))
 
 
 def test_the_table(rule):
@@ -85,12 +85,10 @@ def test_the_table(rule):
 
 
 def test_an_unknown_rule_names_the_nearest_or_all():
-    with pytest.raises(UsageError, match="unknown rule 'double_maskin'; did you mean double-masking"):
-        get_rule("double_maskin")
-    with pytest.raises(
-        UsageError, match="unknown rule 'zzz'; choose from vote, levine-feizi, double-masking, detection"
-    ):
-        get_rule("zzz")
+    refused(UsageError, "unknown rule 'double_maskin'; did you mean double-masking", get_rule, "double_maskin")
+    refused(
+        UsageError, "unknown rule 'zzz'; choose from vote, levine-feizi, double-masking, detection", get_rule, "zzz"
+    )
 
 
 @pytest.mark.parametrize("patch", ["1", "2x3", "2+1x4", "9%", "2*2"])

@@ -13,6 +13,7 @@ from bagcert.defenses.bagcert import shipped_models
 from bagcert.errors import UnreadableError, UnsoundError
 from bagcert.nets.saved_model import CONFIG, WEIGHTS
 from tests.properties.hostile import count
+from tests import refused
 
 GRAY = float(np.float32(128) / np.float32(255))
 
@@ -58,8 +59,7 @@ def hostile(tmp_path):
     ],
 )
 def test_a_normalization_that_is_none_is_refused(hostile, std, in_config, message):
-    with pytest.raises(UnreadableError, match=message):
-        bagcert.load(hostile(std, in_config), dtype="bfloat16")
+    refused(UnreadableError, message, bagcert.load, hostile(std, in_config), dtype="bfloat16")
 
 
 def test_a_network_that_is_nan_on_clean_images_is_refused(hostile):
@@ -69,8 +69,7 @@ def test_a_network_that_is_nan_on_clean_images_is_refused(hostile):
     tensors["net.0.weight"].mul_(1e32)
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
     for dtype in ("float32", "bfloat16"):
-        with pytest.raises(UnsoundError, match="scores that are NaN or infinite"):
-            bagcert.load(folder, dtype=dtype)
+        refused(UnsoundError, "scores that are NaN or infinite", bagcert.load, folder, dtype=dtype)
 
 
 def test_weights_that_batch_norm_makes_infinite_are_refused(hostile):
@@ -79,8 +78,7 @@ def test_weights_that_batch_norm_makes_infinite_are_refused(hostile):
     tensors["net.0.weight"].fill_(3e38)
     tensors["net.1.running_var"].zero_()
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(UnreadableError, match=r"'net.0.weight' .* not finite with batch norm folded into it"):
-        bagcert.load(folder)
+    refused(UnreadableError, r"'net.0.weight' .* not finite with batch norm folded into it", bagcert.load, folder)
 
 
 def test_a_negative_variance_is_refused(hostile):
@@ -88,8 +86,7 @@ def test_a_negative_variance_is_refused(hostile):
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
     tensors["net.1.running_var"][3] = -1e-6
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(UnreadableError, match=r"'net.1.running_var' .* has a negative variance"):
-        bagcert.load(folder)
+    refused(UnreadableError, r"'net.1.running_var' .* has a negative variance", bagcert.load, folder)
 
 
 def test_what_is_left_of_the_attack_does_nothing(hostile):

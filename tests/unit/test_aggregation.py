@@ -7,6 +7,7 @@ from bagcert.aggregation import PRODUCT_LIMIT, VALUE_LIMIT, WEIGHT_LIMIT, Attent
 from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
 from bagcert.scores import ScoreMap
+from tests import refused
 
 
 def readout(first=1, skip=1, **parts):
@@ -56,7 +57,5 @@ def test_large_map_is_pooled_exactly():
 
 
 def test_sums_that_could_round_are_refused():
-    with pytest.raises(UsageError, match="hidden layer"):
-        readout(first=2**23 // 127 + 1)
-    with pytest.raises(UsageError, match="output layer"):
-        readout(bias=torch.tensor([2**23, 0]))
+    refused(UsageError, "hidden layer", readout, first=2**23 // 127 + 1)
+    refused(UsageError, "output layer", readout, bias=torch.tensor([2**23, 0]))

@@ -19,6 +19,7 @@ from bagcert.scores import (
     window_sums,
 )
 from bagcert.threat import PatchThreatModel
+from tests import refused
 
 GRID = RegionGrid.from_axis(2, 1, 0, (4, 5))
 
@@ -71,8 +72,7 @@ def test_sums_and_parts():
     ],
 )
 def test_what_is_no_score_map_is_refused(scores, low, high, message):
-    with pytest.raises(UsageError, match=message):
-        ScoreMap(scores, low, high, GRID)
+    refused(UsageError, message, ScoreMap, scores, low, high, GRID)
 
 
 def test_the_largest_range_whose_sums_are_exact_is_taken():
@@ -86,8 +86,7 @@ def test_the_largest_range_whose_sums_are_exact_is_taken():
         assert score_map.exact_dtype == torch.float64
         levels = score_map.levels()
         assert levels.sum((2, 3)).long().tolist() == [[most, most * regions]]
-        with pytest.raises(UsageError, match="where float64 rounds them"):
-            ScoreMap(scores, low - (low < 0), high + (high > 0), GRID)
+        refused(UsageError, "where float64 rounds them", ScoreMap, scores, low - (low < 0), high + (high > 0), GRID)
 
 
 def test_a_slack_beyond_counting_is_at_most_the_range():

@@ -17,7 +17,7 @@ from bagcert.errors import BagcertError, UsageError
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
-from tests import tiny
+from tests import refused, tiny
 
 QUICK = Settings(steps=6, restarts=1, placements=4)
 LABELS = np.arange(9) % 3
@@ -178,13 +178,10 @@ def test_a_patch_outside_the_threat_is_an_error_and_no_success():
 )
 def test_mistakes_are_named(changes, sentence):
     arguments = {"images": IMAGES, "labels": LABELS, "patch": 2, **changes}
-    with pytest.raises(UsageError, match=sentence):
-        attack(tiny.color_model(), **arguments)
+    refused(UsageError, sentence, attack, tiny.color_model(), **arguments)
 
 
 @pytest.mark.parametrize("name", ["steps", "restarts", "placements", "rows"])
 def test_settings_are_checked(name):
-    with pytest.raises(UsageError, match=f"the attack's {name} must be at least 1, got 0"):
-        Settings(**{name: 0})
-    with pytest.raises(UsageError, match="seed must be at least 0"):
-        Settings(seed=-1)
+    refused(UsageError, f"the attack's {name} must be at least 1, got 0", Settings, **{name: 0})
+    refused(UsageError, "seed must be at least 0", Settings, seed=-1)

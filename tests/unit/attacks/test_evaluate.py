@@ -11,7 +11,7 @@ from bagcert.attacks import Settings
 from bagcert.attacks.evaluate import attack_dataset
 from bagcert.errors import UnreadableError
 from bagcert.rules import RULES, Rule, vote
-from tests import tiny
+from tests import refused, tiny
 
 QUICK = Settings(steps=5, restarts=1, placements=4)
 LABELS = np.arange(8) % 3
@@ -103,5 +103,4 @@ def test_a_broken_certificate_is_an_alarm(unsound, tmp_path, monkeypatch, named)
 
 
 def test_no_image_is_an_error():
-    with pytest.raises(UnreadableError, match="no image to attack"):
-        attack_dataset(tiny.color_model(), [], ["2"], ["vote"])
+    refused(UnreadableError, "no image to attack", attack_dataset, tiny.color_model(), [], ["2"], ["vote"])

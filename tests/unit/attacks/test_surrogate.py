@@ -13,7 +13,7 @@ from bagcert.nets import get_architecture
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
-from tests import tiny
+from tests import refused, tiny
 
 
 def victim_of(architecture="resnet-rf5", head="fixed-point", padded=True, patch="3", size=(18, 20), rule="vote"):
@@ -122,5 +122,4 @@ def test_mask_objectives_are_those_of_plain_loops(kind):
 def test_other_defences_have_no_gradients():
     victim = victim_of()
     victim.defense = object()
-    with pytest.raises(UsageError, match="support BagCert and Undefended, got object; use the random attack"):
-        surrogate_of(victim)
+    refused(UsageError, "support BagCert and Undefended, got object; use the random attack", surrogate_of, victim)

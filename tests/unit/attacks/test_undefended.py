@@ -7,7 +7,7 @@ from torch import nn
 
 from bagcert.defenses.undefended import Undefended
 from bagcert.errors import UsageError
-from tests import tiny
+from tests import refused, tiny
 
 IMAGES = tiny.pixels(np.arange(5) % 3, tint=150)
 
@@ -42,9 +42,7 @@ def test_it_certifies_nothing():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UsageError, match="has no rule 'vote'"):
-        defense().predict(IMAGES, rule="vote")
+    refused(UsageError, "has no rule 'vote'", defense().predict, IMAGES, rule="vote")
     with pytest.raises(UsageError, match=r"must give \[batch, 2\] logits for its class names, got \[5, 3\]"):
         defense(("red", "green")).predict(IMAGES)
-    with pytest.raises(UsageError, match="at least two class names, got 1"):
-        defense(("red",))
+    refused(UsageError, "at least two class names, got 1", defense, ("red",))

@@ -15,7 +15,7 @@ from bagcert.proofs.lines import from_line
 from bagcert.proofs.verify import verify_record
 from bagcert.rules import get_rule
 from bagcert.threat import PatchThreatModel
-from tests import tiny
+from tests import refused, tiny
 
 
 def _save(path: Path, label: int = 0, size: tuple[int, int] = (8, 8), orientation: int = 1) -> Path:
@@ -41,8 +41,7 @@ def test_image_files(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_is_told(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(UnreadableError, match="holds no images"):
-        image_files([tmp_path])
+    refused(UnreadableError, "holds no images", image_files, [tmp_path])
 
 
 def test_one_bad_file_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -96,16 +95,14 @@ def test_turned_photos_are_certified_as_stored(tmp_path: Path, orientation: int)
 
 @pytest.mark.parametrize("patch", ["0", "five", "9", ""])
 def test_patch_refused(tmp_path: Path, patch: str) -> None:
-    with pytest.raises(UsageError):
-        list(certify_files(tiny.color_model(), [_save(tmp_path / "a.png")], [patch]))
+    refused(UsageError, None, list, certify_files(tiny.color_model(), [_save(tmp_path / "a.png")], [patch]))
 
 
 @pytest.mark.parametrize(
     ("options", "message"), [({"patches": ["five"]}, "got 'five'"), ({"rules": ["votes"]}, "did you mean vote")]
 )
 def test_options_refused_before_any_file_is_read(tmp_path: Path, options: dict, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        next(certify_files(tiny.color_model(), [tmp_path / "missing.png"], **options))
+    refused(UsageError, message, next, certify_files(tiny.color_model(), [tmp_path / "missing.png"], **options))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (24, 20)])

@@ -22,6 +22,7 @@ from bagcert.bulk.run import certify_many
 from bagcert.data.photo import read_image
 from bagcert.defenses.bagcert import load
 from bagcert.errors import UnreadableError, UsageError
+from tests import refused
 
 pytestmark = pytest.mark.slow
 
@@ -162,8 +163,7 @@ def test_a_part_under_the_name_of_another_is_done_again(mixed: Path, done: tuple
     out = tmp_path / "run"
     shutil.copytree(done[0], out)
     shutil.copyfile(out / "part-00000000.parquet", out / "part-00000001.parquet")
-    with pytest.raises(UnreadableError, match=r"part-00000001\.parquet holds images that do not follow"):
-        summarize(out)
+    refused(UnreadableError, r"part-00000001\.parquet holds images that do not follow", summarize, out)
     assert certify_many(str(mixed), out, **ASKED)["missing"] == 0
     assert _same(out, done[0])
 
@@ -180,11 +180,10 @@ def test_a_part_under_the_name_of_another_is_done_again(mixed: Path, done: tuple
 )
 def test_a_folder_of_another_run_is_refused(change: dict, words: str, mixed: Path, done: tuple[Path, dict]) -> None:
     before = sorted((path.name, path.stat().st_mtime_ns) for path in done[0].iterdir())
-    with pytest.raises(UsageError) as refused:
-        certify_many(str(mixed), done[0], **{**ASKED, **change})
+    said = refused(UsageError, None, certify_many, str(mixed), done[0], **{**ASKED, **change})
     if "model" not in change:
-        assert words in str(refused.value)
-    assert "choose another --out" in str(refused.value)
+        assert words in said
+    assert "choose another --out" in said
     assert sorted((path.name, path.stat().st_mtime_ns) for path in done[0].iterdir()) == before
 
 
@@ -193,25 +192,19 @@ def test_changed_data_and_other_folders_refused(tmp_path: Path) -> None:
     (tmp_path / "data" / "a.png").write_bytes(_encoded(0))
     certify_many(str(tmp_path / "data"), tmp_path / "out", **ASKED)
     os.utime(tmp_path / "data" / "a.png", (1, 1))
-    with pytest.raises(UsageError, match="data has the hash"):
-        certify_many(str(tmp_path / "data"), tmp_path / "out", **ASKED)
+    refused(UsageError, "data has the hash", certify_many, str(tmp_path / "data"), tmp_path / "out", **ASKED)
     with pytest.raises(UsageError, match=r"other files and no _run\.json"):
         certify_many(str(tmp_path / "data"), tmp_path / "data", **ASKED)
     (tmp_path / "out" / "_run.json").write_text("{")
-    with pytest.raises(UnreadableError, match="damaged"):
-        certify_many(str(tmp_path / "data"), tmp_path / "out", **ASKED)
+    refused(UnreadableError, "damaged", certify_many, str(tmp_path / "data"), tmp_path / "out", **ASKED)
 
 
 def test_what_cannot_be_listed_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableError, match="no file or folder"):
-        list_work(str(tmp_path / "missing"), 4)
-    with pytest.raises(UnreadableError, match="holds no images"):
-        list_work(str(tmp_path), 4)
+    refused(UnreadableError, "no file or folder", list_work, str(tmp_path / "missing"), 4)
+    refused(UnreadableError, "holds no images", list_work, str(tmp_path), 4)
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(UnreadableError, match="cannot be read as Parquet"):
-        list_work(str(tmp_path), 4)
-    with pytest.raises(UsageError, match="an engine is local or ray"):
-        certify_many(str(tmp_path), tmp_path / "out", engine="spark")
+    refused(UnreadableError, "cannot be read as Parquet", list_work, str(tmp_path), 4)
+    refused(UsageError, "an engine is local or ray", certify_many, str(tmp_path), tmp_path / "out", engine="spark")
     assert not (tmp_path / "out").exists()
 
 
@@ -271,8 +264,7 @@ def test_objects_in_s3_give_the_rows_of_files(store: str, mixed: Path, done: tup
             assert row[field] == here[name][field]
         assert (row["error"] is None) == (here[name]["error"] is None)
     assert found["errors"] == 4
-    with pytest.raises(UnreadableError):
-        certify_many("s3://photos/nothing", tmp_path / "other", **ASKED)
+    refused(UnreadableError, None, certify_many, "s3://photos/nothing", tmp_path / "other", **ASKED)
 
 
 @pytest.mark.timeout(600)  # workers import torch three times

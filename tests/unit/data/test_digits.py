@@ -7,6 +7,7 @@ import pytest
 
 from bagcert.data.digits import FILE, load_digits
 from bagcert.errors import UsageError
+from tests import refused
 
 
 def test_both_parts_together_are_the_digits() -> None:
@@ -59,5 +60,4 @@ def test_the_split_is_fixed_by_the_seed() -> None:
 
 
 def test_other_splits_are_refused() -> None:
-    with pytest.raises(UsageError, match="no split 'validation'; it has train and test"):
-        load_digits("validation")
+    refused(UsageError, "no split 'validation'; it has train and test", load_digits, "validation")

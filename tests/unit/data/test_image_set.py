@@ -12,7 +12,7 @@ from bagcert.data.image_set import QUICK, ArraySource, in_threads
 from bagcert.data.photo import Photo
 from bagcert.data.preprocess import Preprocessing
 from bagcert.errors import UnreadableError, UsageError
-from tests import tiny
+from tests import refused, tiny
 
 
 def _set(counts: tuple[int, ...] = (30, 20, 10)) -> ImageSet:
@@ -52,8 +52,7 @@ def test_take_reads_no_more_than_it_takes() -> None:
     assert set(read) == set(range(5))
     assert images.take(None) is images
     assert len(images.take(10_000)) == 60
-    with pytest.raises(UsageError, match="at least 1 image, got 0"):
-        images.take(0)
+    refused(UsageError, "at least 1 image, got 0", images.take, 0)
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.25, 1 / 3, 0.5, 0.9])
@@ -73,8 +72,7 @@ def test_splits_are_disjoint_complete_stratified_and_fixed(fraction: float) -> N
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, 0.001, 0.999, float("nan")])
 def test_a_split_leaves_no_part_empty(fraction: float) -> None:
-    with pytest.raises(UsageError, match="leaves one part empty"):
-        _set().split_off(fraction)
+    refused(UsageError, "leaves one part empty", _set().split_off, fraction)
 
 
 def test_class_weights_are_inverse_frequencies_of_mean_one() -> None:
@@ -89,12 +87,10 @@ def test_arrays_need_one_size_or_a_preparation() -> None:
     images = ImageSet(
         "odd", "test", labels, ("a",), lambda row: Photo(np.full((*sizes[row], 3), row, np.uint8), source=f"f{row}")
     )
-    with pytest.raises(UsageError, match="f2 has 5x4 px, f0 has 4x4 px"):
-        images.array()
+    refused(UsageError, "f2 has 5x4 px, f0 has 4x4 px", images.array)
     assert images.array(Preprocessing((3, 3)).apply)[:, 0, 0, 0].tolist() == [0, 1, 2]
     turned = ImageSet("odd", "test", labels[:1], ("a",), lambda row: Photo(np.zeros((4, 4, 3), np.uint8), 6, "f"))
-    with pytest.raises(UsageError, match="EXIF orientation"):
-        turned.array()
+    refused(UsageError, "EXIF orientation", turned.array)
 
 
 def test_unreadable_images_are_raised_or_collected() -> None:
@@ -104,10 +100,8 @@ def test_unreadable_images_are_raised_or_collected() -> None:
         return Photo(np.zeros((4, 4, 3), np.uint8))
 
     images = ImageSet("some", "test", np.zeros(200, dtype=np.int64), ("a",), source)
-    with pytest.raises(UnreadableError, match="f1 is broken"):
-        images.read(range(200))
-    with pytest.raises(UnreadableError, match="f1 is broken"):
-        images.array()
+    refused(UnreadableError, "f1 is broken", images.read, range(200))
+    refused(UnreadableError, "f1 is broken", images.array)
     found = images.read_each(range(200))
     assert sum(isinstance(each, UnreadableError) for each in found) == 100
     assert str(found[7]) == "f7 is broken"
@@ -115,12 +109,9 @@ def test_unreadable_images_are_raised_or_collected() -> None:
 
 def test_bad_sets_are_refused() -> None:
     images = _set()
-    with pytest.raises(UsageError, match="images 0 to 59, got index 60"):
-        images.read([0, 60])
-    with pytest.raises(UsageError, match="got index -1"):
-        images.subset([-1])
-    with pytest.raises(UnreadableError, match="has no images"):
-        images.subset([])
+    refused(UsageError, "images 0 to 59, got index 60", images.read, [0, 60])
+    refused(UsageError, "got index -1", images.subset, [-1])
+    refused(UnreadableError, "has no images", images.subset, [])
     with pytest.raises(UnreadableError, match=r"image 1 has label 3, but labels must be 0 to 1 \(1 of 2"):
         ImageSet("x", "test", np.array([0, 3]), ("a", "b"), images.source)
     with pytest.raises(UnreadableError, match="image 0 has label -1"):

@@ -13,7 +13,7 @@ import pytest
 
 from bagcert.data import load_dataset, parquet
 from bagcert.errors import UnreadableError, UsageError
-from tests import tiny
+from tests import refused, tiny
 
 
 def _pixels(count: int, seed: int = 0) -> np.ndarray:
@@ -68,8 +68,7 @@ def test_shards_of_a_split_in_order_with_names_from_the_schema(tmp_path: Path) -
     assert len(load_dataset(f"{tmp_path}/test-*.parquet")) == 5
     with pytest.raises(UsageError, match="no split 'validation'; its shards are of the splits test, train"):
         load_dataset(tmp_path, "validation")
-    with pytest.raises(UnreadableError, match="no file matches"):
-        load_dataset(f"{tmp_path}/val-*.parquet")
+    refused(UnreadableError, "no file matches", load_dataset, f"{tmp_path}/val-*.parquet")
 
 
 def test_row_groups_are_dropped_when_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,16 +113,13 @@ def _tables() -> dict[str, tuple[pa.Table, str]]:
 def test_other_tables_refused(case: str, tmp_path: Path) -> None:
     table, message = _tables()[case]
     pq.write_table(table, tmp_path / "test-0.parquet")
-    with pytest.raises(UnreadableError, match=message) as error:
-        load_dataset(tmp_path)
-    assert str(error.value).isprintable()
-    assert len(str(error.value)) < 500
+    said = refused(UnreadableError, message, load_dataset, tmp_path)
+    assert len(said) < 500
 
 
 def test_labels_outside_the_classes_refused(tmp_path: Path) -> None:
     _write(tmp_path / "test.parquet", _pixels(2), [0, 2], names=["a", "b"])
-    with pytest.raises(UnreadableError, match="image 1 has label 2, but labels must be 0 to 1"):
-        load_dataset(tmp_path)
+    refused(UnreadableError, "image 1 has label 2, but labels must be 0 to 1", load_dataset, tmp_path)
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
@@ -133,12 +129,9 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     for content in (b"", b"PAR1", whole[: len(whole) // 2], whole[:-4], b"no parquet at all, but long enough"):
         path = tmp_path / "broken.parquet"
         path.write_bytes(content)
-        with pytest.raises(UnreadableError, match=r"broken\.parquet cannot be read as Parquet") as caught:
-            load_dataset(path)
-        assert "\n" not in str(caught.value)
+        refused(UnreadableError, r"broken\.parquet cannot be read as Parquet", load_dataset, path)
     path.write_bytes(damaged)  # the footer is whole, so only reading the pages finds out
-    with pytest.raises(UnreadableError, match=r"broken\.parquet"):
-        load_dataset(path).array()
+    refused(UnreadableError, r"broken\.parquet", load_dataset(path).array)
     (tmp_path / "loop.parquet").symlink_to(tmp_path / "loop.parquet")
     os.mkfifo(tmp_path / "pipe.parquet")
     for name, message in (
@@ -146,8 +139,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         ("loop.parquet", r"loop\.parquet"),
         ("pipe.parquet", "not a regular file"),
     ):
-        with pytest.raises(UnreadableError, match=message):
-            load_dataset(tmp_path / name)
+        refused(UnreadableError, message, load_dataset, tmp_path / name)
 
 
 def test_an_image_repeated_a_thousand_times_is_held_once(tmp_path: Path) -> None:
@@ -167,8 +159,7 @@ def test_an_image_repeated_a_thousand_times_is_held_once(tmp_path: Path) -> None
 def test_more_rows_or_bytes_than_the_limits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "a.parquet", _pixels(6), [0] * 6, row_group_size=3)
     monkeypatch.setattr(parquet, "MAX_ROWS", 5)
-    with pytest.raises(UnreadableError, match="6 rows long, more than 5"):
-        load_dataset(path)
+    refused(UnreadableError, "6 rows long, more than 5", load_dataset, path)
     monkeypatch.setattr(parquet, "MAX_ROWS", 6)
     monkeypatch.setattr(parquet, "MAX_ROW_GROUP_BYTES", 100)
     found = load_dataset(path).read_each([5])
@@ -220,6 +211,4 @@ def test_a_column_whose_name_is_no_text_is_told(tmp_path: Path) -> None:
     file = io.BytesIO()
     pq.write_table(table, file, store_schema=False)
     (tmp_path / "a.parquet").write_bytes(file.getvalue().replace(b"zzzz", b"\x8d" * 4))
-    with pytest.raises(UnreadableError, match="cannot be read as Parquet: 'utf-8' codec") as error:
-        load_dataset(tmp_path / "a.parquet")
-    assert "\n" not in str(error.value)
+    refused(UnreadableError, "cannot be read as Parquet: 'utf-8' codec", load_dataset, tmp_path / "a.parquet")

@@ -12,6 +12,7 @@ from bagcert.data.preprocess import FITS, Preprocessing
 from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
 from bagcert.scores import ScoreMap
+from tests import refused
 
 NET = (8, 6)
 STORED = [
@@ -143,5 +144,4 @@ def test_bad_arguments_are_refused() -> None:
         (lambda: Preprocessing((8, 8)).geometry((0, 4)), "at least 1x1"),
         (lambda: Preprocessing((8, 8)).geometry((4, 4), 0), "1 to 8"),
     ):
-        with pytest.raises(UsageError, match=message):
-            ask()
+        refused(UsageError, message, ask)

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from bagcert.data import from_torch, load_dataset
 from bagcert.errors import UnreadableError, UsageError
+from tests import refused
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
 LABELS = [0, 1, 2, 2, 1, 0]
@@ -46,8 +47,7 @@ def test_tensor_datasets_and_names() -> None:
     images = from_torch(dataset, class_names=["a", "b", "c"], name="mine", split="test")
     assert (images.name, images.split, images.class_names) == ("mine", "test", ("a", "b", "c"))
     assert images.read([3])[0].source == "mine item 3"
-    with pytest.raises(UnreadableError, match="label 2, but labels must be 0 to 1"):
-        from_torch(dataset, class_names=["a", "b"])
+    refused(UnreadableError, "label 2, but labels must be 0 to 1", from_torch, dataset, class_names=["a", "b"])
 
 
 def test_targets_and_classes_spare_a_pass() -> None:
@@ -57,8 +57,7 @@ def test_targets_and_classes_spare_a_pass() -> None:
     assert images.labels.tolist() == LABELS
     assert images.class_names == ("x", "y", "z")
     dataset.targets = LABELS[:2]
-    with pytest.raises(UsageError, match="6 items and 2 targets"):
-        from_torch(dataset)
+    refused(UsageError, "6 items and 2 targets", from_torch, dataset)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +71,9 @@ def test_targets_and_classes_spare_a_pass() -> None:
     ],
 )
 def test_other_items_are_refused(item: object, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        from_torch(_Items([item])).array()
+    refused(UsageError, message, from_torch(_Items([item])).array)
 
 
 def test_what_is_no_dataset_is_refused() -> None:
-    with pytest.raises(UsageError, match="must have a length and items by number, got int"):
-        load_dataset(7)
-    with pytest.raises(UnreadableError, match="no images"):
-        from_torch(_Items([]))
+    refused(UsageError, "must have a length and items by number, got int", load_dataset, 7)
+    refused(UnreadableError, "no images", from_torch, _Items([]))

@@ -11,7 +11,7 @@ from bagcert.defenses.failsafe import FailSafe
 from bagcert.errors import UsageError
 from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
-from tests import tiny
+from tests import refused, tiny
 
 RECOVERY = sorted(name for name, rule in RULES.items() if rule.guarantee == "recovery")
 
@@ -112,8 +112,7 @@ def test_without_doubt_the_fallback_is_not_asked() -> None:
 
 
 def test_detection_is_refused() -> None:
-    with pytest.raises(UsageError, match="'detection' only detects"):
-        FailSafe(tiny.color_model(), "1", rule="detection")
+    refused(UsageError, "'detection' only detects", FailSafe, tiny.color_model(), "1", rule="detection")
 
 
 @pytest.mark.parametrize(
@@ -121,14 +120,12 @@ def test_detection_is_refused() -> None:
 )
 def test_a_fallback_must_answer_with_labels(answers: list, message: str) -> None:
     gray = np.full((1, 8, 8, 3), 100, np.uint8)
-    with pytest.raises(UsageError, match=message):
-        FailSafe(tiny.color_model("vote", "2"), "2", fallback=lambda images: answers)(gray)
+    refused(UsageError, message, FailSafe(tiny.color_model("vote", "2"), "2", fallback=lambda images: answers), gray)
 
 
 @pytest.mark.parametrize("threat", ["0", "9", "huge", "2x"])
 def test_a_threat_is_checked_at_once(threat: str) -> None:
-    with pytest.raises(UsageError):
-        FailSafe(tiny.color_model(), threat)
+    refused(UsageError, None, FailSafe, tiny.color_model(), threat)
 
 
 def test_allowed_placements() -> None:

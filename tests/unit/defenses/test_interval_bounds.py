@@ -14,6 +14,7 @@ from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import Normalize
 from bagcert.threat import PatchThreatModel
 from tests.unit.defenses import masking
+from tests import refused
 
 
 def bounds(model, patch="1", **options):
@@ -251,8 +252,7 @@ class Twice(nn.ReLU):
     ],
 )
 def test_other_layers_are_refused_by_name(layer, said):
-    with pytest.raises(UsageError, match=said):
-        bounds(nn.Sequential(nn.ReLU(), layer, nn.Flatten(), nn.Linear(108, 3)))
+    refused(UsageError, said, bounds, nn.Sequential(nn.ReLU(), layer, nn.Flatten(), nn.Linear(108, 3)))
 
 
 def test_arguments_refused():
@@ -268,8 +268,7 @@ def test_arguments_refused():
         (lambda: bounds(model, batch_size=0), "batch size must be at least 1, got 0"),
         (lambda: bounds(hooked), "it has hooks"),
     ):
-        with pytest.raises(UsageError, match=message):
-            ask()
+        refused(UsageError, message, ask)
 
 
 def moved(*call):
@@ -330,21 +329,18 @@ def small_bounds(model):
 )
 def test_layer_altered_refused(kind, alter, said):
     model = around(alter(SMALL_LAYERS[kind]()))
-    with pytest.raises(UsageError, match=rf"layer 1 of the network, {kind}\(.*: it.* {said}"):
-        small_bounds(model)
+    refused(UsageError, rf"layer 1 of the network, {kind}\(.*: it.* {said}", small_bounds, model)
     small_bounds(around(SMALL_LAYERS[kind]()))
 
 
 @pytest.mark.parametrize("alter", [with_hook, with_pre_hook, with_forward])
 def test_network_altered_refused(alter):
-    with pytest.raises(UsageError, match="do not support the network: it"):
-        small_bounds(alter(around(nn.ReLU())))
+    refused(UsageError, "do not support the network: it", small_bounds, alter(around(nn.ReLU())))
 
 
 @pytest.mark.parametrize("kind", ["Identity", "Dropout", "ReLU", "Conv2d"])
 def test_layer_with_layers_of_its_own_refused(kind):
-    with pytest.raises(UsageError, match="it has layers of its own"):
-        small_bounds(around(with_child(SMALL_LAYERS[kind]())))
+    refused(UsageError, "it has layers of its own", small_bounds, around(with_child(SMALL_LAYERS[kind]())))
 
 
 @pytest.mark.parametrize("kind", [nn.Identity, nn.Dropout, nn.Sequential, nn.ReLU, nn.Flatten])
@@ -353,8 +349,7 @@ def test_subclass_refused(kind):
         def forward(self, x):
             return moved(x)
 
-    with pytest.raises(UsageError, match=r"layer 1 of the network, Own\(.*supported layers are"):
-        small_bounds(around(Own()))
+    refused(UsageError, r"layer 1 of the network, Own\(.*supported layers are", small_bounds, around(Own()))
 
 
 def test_weights_of_another_kind_refused():
@@ -366,8 +361,7 @@ def test_weights_of_another_kind_refused():
             small_bounds(around(parametrize(nn.Conv2d(3, 3, 1))))
     layer = nn.Conv2d(3, 3, 1)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Weights))
-    with pytest.raises(UsageError, match="its weights are not plain tensors"):
-        small_bounds(around(layer))
+    refused(UsageError, "its weights are not plain tensors", small_bounds, around(layer))
 
 
 @pytest.mark.parametrize("pre", [True, False])
@@ -383,8 +377,7 @@ def test_hooks_on_all_modules_refused(pre):
             lambda: defense.certify(image),
             lambda: defense.predict(image),
         ):
-            with pytest.raises(UsageError, match="hooks that are registered for all modules"):
-                ask()
+            refused(UsageError, "hooks that are registered for all modules", ask)
     finally:
         handle.remove()
     assert len(defense.certify(image)) == 1
@@ -394,8 +387,7 @@ def test_later_hook_refused():
     defense = small_bounds(around(nn.Identity()))
     with_hook(defense.classifier.model[1])
     for ask in (defense.certify, defense.predict):
-        with pytest.raises(UsageError, match=r"layer 1 of the network, Identity.*it has hooks"):
-            ask(np.zeros((1, 3, 8, 8), np.float32))
+        refused(UsageError, r"layer 1 of the network, Identity.*it has hooks", ask, np.zeros((1, 3, 8, 8), np.float32))
 
 
 def test_negative_deviation_gives_no_negative_radius():
@@ -411,6 +403,5 @@ def test_images_of_another_size_refused():
     defense = bounds(model)
     larger = np.pad(images, ((0, 0), (0, 0), (0, 3), (0, 1)))
     for ask in (defense.certify, defense.predict):
-        with pytest.raises(UsageError, match=r"the network is for images of 6x6 px, got 9x7 px: "):
-            ask(larger)
+        refused(UsageError, r"the network is for images of 6x6 px, got 9x7 px: ", ask, larger)
     assert len(defense.predict(images)) == 2

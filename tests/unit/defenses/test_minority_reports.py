@@ -11,6 +11,7 @@ from bagcert.defenses.minority_reports import MinorityReports
 from bagcert.errors import UsageError
 from bagcert.threat import PatchThreatModel
 from tests.unit.defenses import masking
+from tests import refused
 
 
 class Corner(nn.Module):
@@ -176,7 +177,5 @@ def test_mistakes_are_named():
     model = masking.network(0)
     with pytest.raises(UsageError, match="no rule 'vote'; leave it out, or give 'minority-reports'"):
         reporter(model).predict(masking.images(0, 1), rule="vote")
-    with pytest.raises(UsageError, match="stride of masks must be at least 1 px, got 0"):
-        reporter(model, stride=0)
-    with pytest.raises(UsageError, match="does not fit"):
-        reporter(model, "7")
+    refused(UsageError, "stride of masks must be at least 1 px, got 0", reporter, model, stride=0)
+    refused(UsageError, "does not fit", reporter, model, "7")

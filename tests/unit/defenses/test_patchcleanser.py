@@ -9,6 +9,7 @@ from bagcert.defenses.patchcleanser import PatchCleanser
 from bagcert.errors import UsageError
 from bagcert.threat import PatchThreatModel
 from tests.unit.defenses import masking
+from tests import refused
 
 
 class Counting(nn.Module):
@@ -239,5 +240,4 @@ def test_mistakes_are_named():
         ),
         (lambda: two.predict(images), r"\[batch, 2\] logits"),
     ):
-        with pytest.raises(UsageError, match=message):
-            ask()
+        refused(UsageError, message, ask)

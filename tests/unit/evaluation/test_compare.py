@@ -14,6 +14,7 @@ from bagcert.evaluation.compare import compare, mcnemar_p_value
 from bagcert.evaluation.image_records import read_image_records
 from bagcert.records import ImageRecord, Record
 from tests.command import check_mistake, run
+from tests import refused
 
 
 def record(index: int, label: int, *verdicts: tuple[str, str, int, bool]) -> ImageRecord:
@@ -90,8 +91,7 @@ def test_only_the_images_in_both_count():
     first, second = one_rule((0, True), (0, True), (1, True)), one_rule((1, True), (0, True))
     found = compare(first, second[1:])
     assert (found.images, found.changed) == (1, [])
-    with pytest.raises(UsageError, match="no image in common"):
-        compare(first[:1], second[1:])
+    refused(UsageError, "no image in common", compare, first[:1], second[1:])
 
 
 def test_other_labels_and_rows_refused():
@@ -104,8 +104,7 @@ def test_other_labels_and_rows_refused():
         ({"threat": "5", "rules": ("vote", "detection")}, "the second run has no rule detection against 5"),
         ({"threat": "7"}, "no patch 7; it has 5, 2"),
     ):
-        with pytest.raises(UsageError, match=message):
-            compare(both, both, **options)
+        refused(UsageError, message, compare, both, both, **options)
     found = compare(both, both, rules=("vote", "double-masking"), threat="5")
     assert [(test.first, test.second) for test in found.tests] == [(1, 1), (0, 1)]
 
@@ -130,14 +129,12 @@ def test_the_command(tmp_path: Path):
 def test_damaged_records_are_one_sentence(tmp_path: Path, damage: str):
     path = tmp_path / "a.records.jsonl"
     path.write_text(damage)
-    with pytest.raises(UnreadableError, match=r"a\.records\.jsonl"):
-        read_image_records(path)
+    refused(UnreadableError, r"a\.records\.jsonl", read_image_records, path)
 
 
 def test_records_that_do_not_belong_together(tmp_path: Path):
     two = one_rule((0, True), (0, True))
-    with pytest.raises(UnreadableError, match="do not follow one another"):
-        read_image_records(write(tmp_path / "a", two[::-1]))
+    refused(UnreadableError, "do not follow one another", read_image_records, write(tmp_path / "a", two[::-1]))
     with pytest.raises(UnreadableError, match="same questions"):
         read_image_records(write(tmp_path / "b", [two[0], record(1, 0, ("vote", "2", 0, True))]))
     assert read_image_records(write(tmp_path / "c", two)) == two

@@ -15,7 +15,7 @@ from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.evaluation import evaluate as module
 from bagcert.evaluation.evaluate import evaluate, labels_for, write_evaluation
 from bagcert.records import wilson_interval
-from tests import tiny
+from tests import refused, tiny
 
 RULES = ("vote", "levine-feizi", "double-masking", "detection")
 PATCHES = ("1", "2x3", "2+1x4")
@@ -208,14 +208,11 @@ def test_a_class_the_model_does_not_know_is_named(data: tuple[str, ...], unknown
 def test_options_refused(options: dict, message: str | None, images: ImageSet) -> None:
     photos = _photos([_plain(0, (12, 12)), _plain(1, (8, 8))], [0, 1])
     for data in (images, photos):  # a patch must fit into every photo
-        with pytest.raises(UsageError, match=message) as error:
-            evaluate(tiny.color_model(), data, **options)
-        assert "\n" not in str(error.value)
+        refused(UsageError, message, evaluate, tiny.color_model(), data, **options)
 
 
 def test_unknown_data_name_the_nearest() -> None:
-    with pytest.raises(UsageError, match="did you mean digits"):
-        evaluate(tiny.color_model(), "digit")
+    refused(UsageError, "did you mean digits", evaluate, tiny.color_model(), "digit")
 
 
 @pytest.mark.parametrize("batch_size", [7, 60])
@@ -259,5 +256,4 @@ def test_the_files_hold_the_run_and_a_line_per_image(evaluation: module.Evaluati
 
 def test_files_that_cannot_be_written(evaluation: module.Evaluation, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BagcertError, match="cannot be written"):
-        write_evaluation(evaluation, tmp_path / "file" / "r.json")
+    refused(BagcertError, "cannot be written", write_evaluation, evaluation, tmp_path / "file" / "r.json")

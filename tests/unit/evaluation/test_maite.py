@@ -14,6 +14,7 @@ from bagcert.data.photo import Photo
 from bagcert.errors import UsageError
 from bagcert.evaluation.evaluate import evaluate
 from bagcert.evaluation.maite import CertifiedAccuracy, Dataset, Model
+from tests import refused
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,8 +78,7 @@ def test_float_images_are_taken_in_the_models_size(defense, digits):
     image = Dataset(digits)[0][0]
     (as_float,), (as_bytes,) = Model(defense)([image.astype(np.float32) / 255]), Model(defense)([image])
     assert np.array_equal(as_float, as_bytes)
-    with pytest.raises(UsageError, match=r"3, height, width"):
-        Model(defense)([image.transpose(1, 2, 0)])
+    refused(UsageError, r"3, height, width", Model(defense), [image.transpose(1, 2, 0)])
 
 
 def test_labels_are_matched_by_name(defense, digits):
@@ -106,8 +106,7 @@ def test_the_metric_counts_and_forgets():
     found = metric.compute()
     assert (found["clean_accuracy"], found["certified_accuracy"], found["images"]) == (2 / 5, 1 / 5, 5)
     metric.reset()
-    with pytest.raises(UsageError, match="no images"):
-        metric.compute()
+    refused(UsageError, "no images", metric.compute)
 
 
 @pytest.mark.parametrize("vector", [[0.2, 0.8], [0.0, 0.0], [1.0, 1.0], [3.0, 0.0], [np.nan, 0.0], [-1.0, 2.0]])
@@ -116,30 +115,26 @@ def test_predictions_of_other_models_are_refused(vector):
         CertifiedAccuracy().update([np.array(vector)], [np.array([1.0, 0.0])], [{"id": 0}])
 
 
-class TestWithThePackage:
-    """Against MAITE itself, which the extra `maite` brings."""
+# Against MAITE itself, which the extra `maite` brings.
 
-    @pytest.fixture(autouse=True)
-    def _installed(self):
-        pytest.importorskip("maite")
 
-    def test_protocols(self, defense, digits):
-        from maite.protocols import image_classification as protocols
+def test_maite_protocols(defense, digits):
+    protocols = pytest.importorskip("maite.protocols.image_classification")
+    assert isinstance(Model(defense), protocols.Model)
+    assert isinstance(Dataset(digits), protocols.Dataset)
+    assert isinstance(CertifiedAccuracy(), protocols.Metric)
 
-        assert isinstance(Model(defense), protocols.Model)
-        assert isinstance(Dataset(digits), protocols.Dataset)
-        assert isinstance(CertifiedAccuracy(), protocols.Metric)
 
-    def test_its_evaluate(self, defense, digits):
-        from maite.tasks import evaluate as tasks_evaluate
+def test_maite_evaluate(defense, digits):
+    tasks = pytest.importorskip("maite.tasks")
+    asked = {"model": Model(defense, 2), "dataset": Dataset(digits, defense), "metric": CertifiedAccuracy()}
+    found, _, _ = tasks.evaluate(**asked, batch_size=16)
+    assert found == accuracies(Model(defense, 2), Dataset(digits, defense))
 
-        found, _, _ = tasks_evaluate(
-            model=Model(defense, 2), dataset=Dataset(digits, defense), metric=CertifiedAccuracy(), batch_size=16
-        )
-        assert found == accuracies(Model(defense, 2), Dataset(digits, defense))
 
-    def test_the_example_runs(self):
-        script = ROOT / "examples" / "maite_evaluate.py"
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "certified accuracy" in done.stdout
+def test_maite_example():
+    pytest.importorskip("maite")
+    script = ROOT / "examples" / "maite_evaluate.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "certified accuracy" in done.stdout

@@ -21,7 +21,7 @@ from bagcert.grid import RegionGrid
 from bagcert.nets.attention_pooling import FIRST_WEIGHT, weight_steps
 from bagcert.rules import RULES
 from bagcert.threat import PatchThreatModel
-from tests import oracle, tiny
+from tests import oracle, refused, tiny
 from tests.properties.pooling import PoolingCase
 from tests.unit.exporting.files import check_any_number_of_images, check_only_images_are_certified, session
 
@@ -187,8 +187,7 @@ def test_a_rule_that_is_a_little_wrong_is_noticed():
 
     smaller = CertifiedModule(scorer, "double-masking", PatchThreatModel.parse("1x2", SIDE))
     for wrong in (last, lenient, moved, lambda z: [part.numpy() for part in smaller.decide(torch.from_numpy(z))]):
-        with pytest.raises(UnsoundError):
-            check_rule(wrong, module, scorer, threat)
+        refused(UnsoundError, None, check_rule, wrong, module, scorer, threat)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +199,7 @@ def test_a_rule_that_is_a_little_wrong_is_noticed():
     ],
 )
 def test_rules_without_a_place_in_a_graph(rule, message):
-    with pytest.raises(UsageError, match=message):
-        CertifiedModule(tiny.attention_scorer(), rule, PatchThreatModel.parse("2", (8, 8)))
+    refused(UsageError, message, CertifiedModule, tiny.attention_scorer(), rule, PatchThreatModel.parse("2", (8, 8)))
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence():
@@ -320,8 +318,7 @@ def test_a_graph_that_differs_leaves_no_file(files, monkeypatch, tmp_path, kind,
             (weights,) = [t for t in broken.graph.initializer if t.name == node.input[1]]
             weights.raw_data = (np.frombuffer(weights.raw_data, np.float32) * np.float32(0.5)).tobytes()
         monkeypatch.setattr(writer, "to_onnx", lambda *given, broken=broken: broken)
-        with pytest.raises(UnsoundError):
-            export(model, tmp_path / "m.onnx")
+        refused(UnsoundError, None, export, model, tmp_path / "m.onnx")
         assert list(tmp_path.iterdir()) == []
 
 

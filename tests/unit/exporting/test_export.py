@@ -19,7 +19,7 @@ from bagcert.locality import Probe
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap, slack_of
 from bagcert.threat import PatchThreatModel
-from tests import oracle, tiny
+from tests import oracle, refused, tiny
 from tests.properties import cases
 from tests.unit.exporting.files import check_any_number_of_images, check_only_images_are_certified, session
 
@@ -355,5 +355,4 @@ def test_leak_too_large_refused(files, monkeypatch, tmp_path):
 def test_only_float32_on_the_cpu(tmp_path):
     model = tiny.color_model()
     model.scorer.autocast_dtype = torch.bfloat16
-    with pytest.raises(UsageError, match="from the CPU in float32"):
-        export(model, tmp_path / "m.onnx")
+    refused(UsageError, "from the CPU in float32", export, model, tmp_path / "m.onnx")

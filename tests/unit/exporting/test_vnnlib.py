@@ -10,7 +10,7 @@ from bagcert.errors import UnsoundError, UsageError
 from bagcert.exporting import vnnlib
 from bagcert.exporting.vnnlib import property_lines, write_property
 from bagcert.threat import PatchThreatModel
-from tests import tiny
+from tests import refused, tiny
 from tests.vnnlib import BOUND, Property
 
 pytestmark = pytest.mark.slow
@@ -128,8 +128,7 @@ def test_every_pixel_outside_the_patch_is_fixed(tmp_path):
 def test_a_mistake_is_a_sentence_and_no_file(tmp_path, change, message):
     name = change.pop("name", "p.onnx")
     given = {"image": np.zeros((*SIZE, 3), np.uint8), "placement": (0, 0, 2, 2), **change}
-    with pytest.raises(UsageError, match=message):
-        write_property(MODELS["vote"], out=tmp_path / name, **given)
+    refused(UsageError, message, write_property, MODELS["vote"], out=tmp_path / name, **given)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,6 +140,5 @@ def test_a_file_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(vnnlib, "to_onnx", lambda net, *given, **more: real(wrong, *given, **more))
     image = np.zeros((*SIZE, 3), np.uint8)
     image[..., 0] = 200
-    with pytest.raises(UnsoundError, match="answers otherwise"):
-        write_property(MODELS["vote"], image, (0, 0, 2, 2), tmp_path / "p.onnx")
+    refused(UnsoundError, "answers otherwise", write_property, MODELS["vote"], image, (0, 0, 2, 2), tmp_path / "p.onnx")
     assert list(tmp_path.iterdir()) == []

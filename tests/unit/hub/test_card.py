@@ -12,6 +12,7 @@ from bagcert.defenses.bagcert import shipped_models
 from bagcert.errors import UnreadableError
 from bagcert.hub.card import CITATION, RESULTS, code, model_card, read_results
 from bagcert.nets.saved_model import read_config, weights_sha256
+from tests import refused
 
 ROOT = Path(__file__).resolve().parents[3]
 DIGITS = shipped_models()["digits"]
@@ -134,15 +135,13 @@ ROW = json.loads((DIGITS / RESULTS).read_text())["results"][0]
     ],
 )
 def test_results_refused(changes: dict, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(UnreadableError, match=reason):
-        read_results(_results(tmp_path, **changes), SHA256)
+    refused(UnreadableError, reason, read_results, _results(tmp_path, **changes), SHA256)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 5000, "null"])
 def test_results_that_are_no_json_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text(text)
-    with pytest.raises(UnreadableError, match="not the JSON of an evaluation"):
-        read_results(tmp_path, SHA256)
+    refused(UnreadableError, "not the JSON of an evaluation", read_results, tmp_path, SHA256)
 
 
 def test_the_citation_is_that_of_the_repository() -> None:

@@ -11,6 +11,7 @@ import bagcert
 from bagcert.defenses.bagcert import shipped_models
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.hub import push as hub
+from tests import refused
 
 DIGITS = shipped_models()["digits"]
 NAMES = {"README.md", "config.json", "metrics.jsonl", "model.safetensors", "recipe.toml", "results.json"}
@@ -104,10 +105,9 @@ def test_a_hub_that_refuses_is_one_sentence(folder: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     files = hub.prepare(folder, "someone/digits")
-    with pytest.raises(BagcertError) as caught:
-        hub.push(files, "someone/digits")
-    assert "someone/digits cannot be published: 401 Client Error; are you logged in" in str(caught.value)
-    assert "long story" not in str(caught.value)
+    said = refused(BagcertError, None, hub.push, files, "someone/digits")
+    assert "someone/digits cannot be published: 401 Client Error; are you logged in" in said
+    assert "long story" not in said
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,7 @@ def test_a_hub_that_refuses_is_one_sentence(folder: Path, monkeypatch: pytest.Mo
 )  # fmt: skip
 def test_names_refused(name: str) -> None:
     for ask in (lambda: hub.prepare("digits", name), lambda: hub.push({}, name), lambda: hub.check_repo_id(name)):
-        with pytest.raises(UsageError, match="owner/name"):
-            ask()
+        refused(UsageError, "owner/name", ask)
 
 
 @pytest.mark.parametrize("name", ["a/b", "some-one/my_model.v1", "A1/x"])
@@ -146,21 +145,18 @@ def test_names_the_hub_takes_are_taken(name: str) -> None:
 )
 def test_files_of_another_kind_refused(folder: Path, file: str, content: bytes, reason: str) -> None:
     (folder / file).write_bytes(content)
-    with pytest.raises(UnreadableError, match=reason):
-        hub.prepare(folder, "someone/digits")
+    refused(UnreadableError, reason, hub.prepare, folder, "someone/digits")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 def test_a_pipe_is_not_read(folder: Path) -> None:
     (folder / "metrics.jsonl").unlink()
     os.mkfifo(folder / "metrics.jsonl")
-    with pytest.raises(UnreadableError, match="not a regular file"):
-        hub.prepare(folder, "someone/digits")
+    refused(UnreadableError, "not a regular file", hub.prepare, folder, "someone/digits")
 
 
 def test_a_dry_run_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("mine")
     for taken in (tmp_path, tmp_path / "there"):
-        with pytest.raises(UsageError, match="new or empty folder"):
-            hub.write({"README.md": b""}, taken)
+        refused(UsageError, "new or empty folder", hub.write, {"README.md": b""}, taken)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

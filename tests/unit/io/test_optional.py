@@ -7,6 +7,7 @@ import pytest
 from bagcert.data import load_dataset
 from bagcert.errors import UsageError
 from bagcert.io.optional import installed, require, require_installed
+from tests import refused
 
 
 def test_a_library_that_is_there_is_imported() -> None:
@@ -29,8 +30,7 @@ def test_several_libraries_named_together(tmp_path, monkeypatch) -> None:
     assert installed(["json", "slow_library"])
     assert not installed(["json", "no_such"])
     expected = r'needs no_such and nor_this, which are not installed here: pip install "bagcert\[onnx\]" brings them'
-    with pytest.raises(UsageError, match=expected):
-        require_installed(["no_such", "json", "nor_this"], "onnx", "exporting")
+    refused(UsageError, expected, require_installed, ["no_such", "json", "nor_this"], "onnx", "exporting")
 
 
 def test_library_that_lacks_another(tmp_path, monkeypatch) -> None:
@@ -46,9 +46,6 @@ def test_optional_libraries_asked_for_here(tmp_path, monkeypatch) -> None:
 
     for name in ("datasets", "onnxruntime", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match=r'needs datasets, .*pip install "bagcert\[hub\]"'):
-        load_dataset("cifar10")
-    with pytest.raises(UsageError, match=r'needs onnxruntime, .*pip install "bagcert\[onnx\]"'):
-        OnnxScores(tmp_path / "model.onnx")
-    with pytest.raises(UsageError, match=r'drawing needs matplotlib, .*pip install "bagcert\[report\]"'):
-        figure(1.0, 1.0)
+    refused(UsageError, r'needs datasets, .*pip install "bagcert\[hub\]"', load_dataset, "cifar10")
+    refused(UsageError, r'needs onnxruntime, .*pip install "bagcert\[onnx\]"', OnnxScores, tmp_path / "model.onnx")
+    refused(UsageError, r'drawing needs matplotlib, .*pip install "bagcert\[report\]"', figure, 1.0, 1.0)

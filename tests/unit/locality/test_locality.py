@@ -30,7 +30,7 @@ from bagcert.nets.region_scorer import RegionScorer
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap, binarize, quantize, slack_of
 from bagcert.threat import PatchThreatModel
-from tests import oracle, tiny
+from tests import oracle, refused, tiny
 
 SIZE = (8, 8)
 
@@ -126,8 +126,7 @@ def test_layers_that_see_everything_refused(kind):
     report = measure(scorer)
     assert report.consequence == "refused"
     assert "not local" in report.reason
-    with pytest.raises(UnsoundError, match="not local"):
-        locality.require_local(report)
+    refused(UnsoundError, "not local", locality.require_local, report)
     for thorough in (True, False):  # with a declared geometry the layers are not asked
         report = measure(scorer, "2", derive_grid(body(), SIZE), thorough=thorough)
         assert report.consequence == "refused"
@@ -241,8 +240,7 @@ def test_guard_wider_if_portable():
 
 
 def test_patch_too_large_refused():
-    with pytest.raises(UsageError, match="does not fit"):
-        measure(tiny.color_model(), "9")
+    refused(UsageError, "does not fit", measure, tiny.color_model(), "9")
 
 
 class PerRegion(nn.Module):
@@ -464,8 +462,7 @@ def test_slack_follows_scores():
     assert torch.equal(maps[1:].slack, slack[1:])
     assert torch.equal(maps.transposed().slack, slack.transpose(2, 3))
     assert maps.worst_case(torch.zeros(2, dtype=torch.int64)).slack is None
-    with pytest.raises(UsageError, match="slack must be at least 0, found -11"):
-        ScoreMap(maps.scores, 0, 1, grid, -slack)
+    refused(UsageError, "slack must be at least 0, found -11", ScoreMap, maps.scores, 0, 1, grid, -slack)
 
 
 def test_slack_of_photos():
@@ -492,8 +489,7 @@ def test_leaking_model_guarded():
 
 
 def test_leaking_model_refused():
-    with pytest.raises(UnsoundError, match=r"Leak is not local on cpu in float32: .*moved by"):
-        leaking_model(1e-2).check_locality()
+    refused(UnsoundError, r"Leak is not local on cpu in float32: .*moved by", leaking_model(1e-2).check_locality)
 
 
 def test_load_checks_locality(monkeypatch):
@@ -508,12 +504,10 @@ def test_load_checks_locality(monkeypatch):
     assert load("digits", device="cpu", portable=True).scorer.tolerance == 8 * drift.largest_z
     assert load("digits", device="cpu", checked=False).scorer.tolerance == 0
     report = replace(report, probes=(replace(leak, largest_z=math.inf),))
-    with pytest.raises(UnsoundError, match="digits is not local"):
-        load("digits", device="cpu")
+    refused(UnsoundError, "digits is not local", load, "digits", device="cpu")
     report = replace(report, probes=(replace(drift, largest_z=1e3),))
     load("digits", device="cpu")
-    with pytest.raises(UnsoundError, match="from one batch size"):
-        load("digits", device="cpu", portable=True)
+    refused(UnsoundError, "from one batch size", load, "digits", device="cpu", portable=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

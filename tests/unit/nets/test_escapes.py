@@ -17,6 +17,7 @@ from bagcert.errors import BagcertError, UnsoundError, UsageError
 from bagcert.nets.receptive_field.derive import derive_grid
 from bagcert.nets.receptive_field.module_state import ModuleState
 from bagcert.nets.region_scorer import RegionScorer
+from tests import refused
 
 Tensor = torch.Tensor
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -310,8 +311,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_network_that_looks_at_the_batch_is_refused(name):
-    with pytest.raises(UsageError, match=r"number of images|layout"):
-        from_module(BATCHES[name])
+    refused(UsageError, r"number of images|layout", from_module, BATCHES[name])
 
 
 @pytest.mark.parametrize(
@@ -410,9 +410,8 @@ def test_network_that_changes_refused(name):
     net = Stateful(change)
     net.norm.eval()
     before = looks(net)
-    with pytest.raises(BagcertError) as caught:
-        RegionScorer.from_module(net, ["a", "b"], (8, 8))
-    assert "average" in named or f"it changes '{named}" in str(caught.value)
+    said = refused(BagcertError, None, RegionScorer.from_module, net, ["a", "b"], (8, 8))
+    assert "average" in named or f"it changes '{named}" in said
     assert looks(net) == before
     assert all(type(tensor) in (Tensor, nn.Parameter) for tensor in [*net.parameters(), *net.buffers()])
 
@@ -445,8 +444,7 @@ def test_values_kept_outside_refused():
         return y + other
 
     KEPT.clear()
-    with pytest.raises(UsageError, match=r"whose origin cannot be traced|kept from another image"):
-        derive_grid(Net(tail), (8, 8))
+    refused(UsageError, r"whose origin cannot be traced|kept from another image", derive_grid, Net(tail), (8, 8))
 
 
 class Prepared(nn.Module):
@@ -476,8 +474,7 @@ def test_preparation_at_the_first_call():
         lambda x: random.random(),
     ):
         net = Prepared(prepare)
-        with pytest.raises(BagcertError):
-            derive_grid(net, (8, 8))
+        refused(BagcertError, None, derive_grid, net, (8, 8))
         assert net.kept is None
 
 
@@ -534,5 +531,4 @@ def test_circular_padding_that_crops_is_refused(pad):
         def forward(self, x):
             return F.pad(x, pad, "circular")
 
-    with pytest.raises(UsageError, match="crops by circular padding"):
-        derive_grid(Cropped(), (6, 6))
+    refused(UsageError, "crops by circular padding", derive_grid, Cropped(), (6, 6))

@@ -17,6 +17,7 @@ from bagcert.nets.graph_network import OPERATIONS, GraphNetwork, NetworkGraph, a
 from bagcert.nets.receptive_field.derive import derive_grid
 from bagcert.nets.receptive_field.operations import HANDLERS
 from bagcert.nets.saved_model import CONFIG, GRAPH, WEIGHTS, ModelConfig, read_model, write_model
+from tests import refused
 
 SIZE = (14, 12)
 
@@ -97,8 +98,7 @@ def test_texts_of_different_graphs_differ():
     ],
 )
 def test_what_cannot_be_stored_is_refused(net, why):
-    with pytest.raises(UsageError, match=why):
-        as_graph(net, (3, *SIZE))
+    refused(UsageError, why, as_graph, net, (3, *SIZE))
 
 
 def test_control_flow_on_pixels_is_refused():
@@ -106,8 +106,7 @@ def test_control_flow_on_pixels_is_refused():
         def forward(self, x):
             return super().forward(x) if x.sum() > 0 else super().forward(-x)
 
-    with pytest.raises(UsageError, match="cannot be saved"):
-        as_graph(Branches(3, 4, 3), (3, *SIZE))
+    refused(UsageError, "cannot be saved", as_graph, Branches(3, 4, 3), (3, *SIZE))
 
 
 def scorer_of(net, classes=4):
@@ -154,89 +153,90 @@ def changed(folder, change):
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(safetensors.torch.load(content), {GRAPH: text}))
 
 
-class TestFolders:
-    def test_a_folder_holds_the_network(self, tmp_path):
-        scorer = saved(tmp_path)
-        read, config = read_model(tmp_path)
-        images = torch.rand(3, 3, *SIZE)
-        assert torch.equal(read.score_map(images).scores, scorer.score_map(images).scores)
-        assert config.architecture == GRAPH
-        assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG}
-        for text in (b"geometry", b"receptive", b"import", b"pickle"):
-            assert text not in (tmp_path / CONFIG).read_bytes() + (tmp_path / WEIGHTS).read_bytes()
+def test_folder_holds_the_network(tmp_path):
+    scorer = saved(tmp_path)
+    read, config = read_model(tmp_path)
+    images = torch.rand(3, 3, *SIZE)
+    assert torch.equal(read.score_map(images).scores, scorer.score_map(images).scores)
+    assert config.architecture == GRAPH
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG}
+    for text in (b"geometry", b"receptive", b"import", b"pickle"):
+        assert text not in (tmp_path / CONFIG).read_bytes() + (tmp_path / WEIGHTS).read_bytes()
 
-    def test_hash_covers_operations(self, tmp_path):
-        saved(tmp_path)
-        before = bagcert.load(tmp_path, checked=False).weights_sha256
 
-        def relu(graph):
-            (step,) = (step for step in graph["steps"] if step["operation"] == "hardswish")
-            step["operation"] = "relu"
+def test_folder_hash_covers_operations(tmp_path):
+    saved(tmp_path)
+    before = bagcert.load(tmp_path, checked=False).weights_sha256
 
-        changed(tmp_path, relu)
-        assert bagcert.load(tmp_path, checked=False).weights_sha256 != before
+    def relu(graph):
+        (step,) = (step for step in graph["steps"] if step["operation"] == "hardswish")
+        step["operation"] = "relu"
 
-    def test_other_operations_have_their_own_geometry(self, tmp_path):
-        """Whatever a folder says, the geometry is that of the operations that run."""
-        saved(tmp_path, nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)))
-        assert read_model(tmp_path)[0].grid().receptive_field == (3, 3)
+    changed(tmp_path, relu)
+    assert bagcert.load(tmp_path, checked=False).weights_sha256 != before
 
-        def dilate(graph):
-            first = graph["steps"][0]
-            first["arguments"] = [*first["arguments"][:3], [1, 1], [0, 0], [2, 2]]
 
-        changed(tmp_path, dilate)
-        scorer = read_model(tmp_path)[0]
-        grid = scorer.grid()
-        assert grid.receptive_field == (5, 5)
-        assert grid.rows_seen[0].tolist() == [True, False] * 2 + [True] + [False] * 9
-        image = torch.rand(1, 3, *SIZE)
-        other = image.clone()
-        other[:, :, 4] = 0
-        moved = (scorer(image) != scorer(other)).any(3).any(1)[0]
-        assert not (moved & ~torch.from_numpy(grid.rows_seen[:, 4])).any()
+def test_folder_geometry_is_that_of_its_operations(tmp_path):
+    """Whatever a folder says, the geometry is that of the operations that run."""
+    saved(tmp_path, nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)))
+    assert read_model(tmp_path)[0].grid().receptive_field == (3, 3)
 
-    @pytest.mark.parametrize(
-        ("steps", "why"),
-        [
-            (("mean", [{"step": 2}, [2, 3], True]), "every region sees every pixel"),
-            (("softmax", [{"step": 2}, 2]), "every region sees every pixel"),
-            (("reshape", [{"step": 2}, [-1, 4, 1, 120]]), "merges rows and columns"),
-            (("logsumexp", [{"step": 2}, [3], True]), "every region sees every pixel"),
-        ],
-    )
-    def test_operations_not_local_refused(self, tmp_path, steps, why):
-        saved(tmp_path, nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)))
+    def dilate(graph):
+        first = graph["steps"][0]
+        first["arguments"] = [*first["arguments"][:3], [1, 1], [0, 0], [2, 2]]
 
-        def add(graph):
-            graph["steps"].append({"operation": steps[0], "arguments": steps[1], "options": {}})
-            graph["output"] = 3
+    changed(tmp_path, dilate)
+    scorer = read_model(tmp_path)[0]
+    grid = scorer.grid()
+    assert grid.receptive_field == (5, 5)
+    assert grid.rows_seen[0].tolist() == [True, False] * 2 + [True] + [False] * 9
+    image = torch.rand(1, 3, *SIZE)
+    other = image.clone()
+    other[:, :, 4] = 0
+    moved = (scorer(image) != scorer(other)).any(3).any(1)[0]
+    assert not (moved & ~torch.from_numpy(grid.rows_seen[:, 4])).any()
 
-        changed(tmp_path, add)
-        with pytest.raises(UnreadableError, match=rf"cannot be certified: .*{why}"):
-            read_model(tmp_path)
 
-    def test_a_config_without_operations_is_refused(self, tmp_path):
-        saved(tmp_path)
-        tensors = safetensors.torch.load((tmp_path / WEIGHTS).read_bytes())
-        (tmp_path / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
-        with pytest.raises(UnreadableError, match="holds no list of operations"):
-            read_model(tmp_path)
+@pytest.mark.parametrize(
+    ("steps", "why"),
+    [
+        (("mean", [{"step": 2}, [2, 3], True]), "every region sees every pixel"),
+        (("softmax", [{"step": 2}, 2]), "every region sees every pixel"),
+        (("reshape", [{"step": 2}, [-1, 4, 1, 120]]), "merges rows and columns"),
+        (("logsumexp", [{"step": 2}, [3], True]), "every region sees every pixel"),
+    ],
+)
+def test_folder_not_local_refused(tmp_path, steps, why):
+    saved(tmp_path, nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)))
 
-    @pytest.mark.parametrize(
-        ("changes", "why"),
-        [
-            ({"width": 4}, "width does not belong to the architecture graph"),
-            ({"depth": 4}, "depth does not belong to the architecture graph"),
-            ({"class_names": ["a", "b"]}, "4 output channels where 2 are needed"),
-        ],
-    )
-    def test_config_refused(self, tmp_path, changes, why):
-        saved(tmp_path)
-        config = json.loads((tmp_path / CONFIG).read_text())
-        (tmp_path / CONFIG).write_text(json.dumps(config | changes))
-        with pytest.raises(UnreadableError, match=why):
-            read_model(tmp_path)
+    def add(graph):
+        graph["steps"].append({"operation": steps[0], "arguments": steps[1], "options": {}})
+        graph["output"] = 3
+
+    changed(tmp_path, add)
+    refused(UnreadableError, rf"cannot be certified: .*{why}", read_model, tmp_path)
+
+
+def test_folder_without_operations_refused(tmp_path):
+    saved(tmp_path)
+    tensors = safetensors.torch.load((tmp_path / WEIGHTS).read_bytes())
+    (tmp_path / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
+    refused(UnreadableError, "holds no list of operations", read_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"width": 4}, "width does not belong to the architecture graph"),
+        ({"depth": 4}, "depth does not belong to the architecture graph"),
+        ({"class_names": ["a", "b"]}, "4 output channels where 2 are needed"),
+    ],
+)
+def test_folder_config_refused(tmp_path, changes, why):
+    saved(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | changes))
+    refused(UnreadableError, why, read_model, tmp_path)
 
 
 def put(path, value):
@@ -288,10 +288,8 @@ HOSTILE = {
 def test_hostile_graphs_refused(name, tmp_path):
     saved(tmp_path)
     changed(tmp_path, HOSTILE[name])
-    with pytest.raises(UnreadableError) as raised:
-        read_model(tmp_path)
-    assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 1000
+    said = refused(UnreadableError, None, read_model, tmp_path)
+    assert len(said) < 1000
 
 
 def test_doubling_results_are_refused_without_memory(tmp_path):
@@ -304,8 +302,7 @@ def test_doubling_results_are_refused_without_memory(tmp_path):
         graph["output"] = len(graph["steps"])
 
     changed(tmp_path, double)
-    with pytest.raises(UnreadableError, match="is too large"):
-        read_model(tmp_path)
+    refused(UnreadableError, "is too large", read_model, tmp_path)
 
 
 def test_broken_tensors_are_refused(tmp_path):
@@ -322,8 +319,7 @@ def test_broken_tensors_are_refused(tmp_path):
         tensors = safetensors.torch.load(content)
         tensors[name] = change(tensors[name]).contiguous()
         (tmp_path / WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata))
-        with pytest.raises(UnreadableError, match=why):
-            read_model(tmp_path)
+        refused(UnreadableError, why, read_model, tmp_path)
 
 
 def test_graph_not_local_refused():
@@ -333,5 +329,4 @@ def test_graph_not_local_refused():
     graph["steps"].insert(2, {"operation": "amax", "arguments": [{"step": 2}, [2, 3], True], "options": {}})
     graph["output"] = 4
     stored = GraphNetwork(NetworkGraph.model_validate(graph))
-    with pytest.raises(UnsoundError):
-        derive_grid(stored, SIZE)
+    refused(UnsoundError, None, derive_grid, stored, SIZE)

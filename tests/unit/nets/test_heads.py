@@ -14,7 +14,7 @@ from bagcert.nets.attention_pooling import FIRST_WEIGHT, UNITS, AttentionReadout
 from bagcert.nets.heads import HEADS, AttentionHead, BinaryHead, FixedPointHead, HeadName
 from bagcert.nets.saved_model import ModelConfig
 from bagcert.training.recipe import ModelSection
-from tests import tiny
+from tests import refused, tiny
 
 
 def readout_of(seed=0, classes=4, size=(3, 4)):
@@ -34,6 +34,9 @@ def odd_scores(spread=2.0):
     return z
 
 
+every_head = pytest.mark.parametrize("head", heads(), ids=HEADS)
+
+
 def test_names_are_those_of_recipes_and_configs():
     assert get_args(HeadName) == HEADS
     for section in (ModelSection, ModelConfig):
@@ -41,39 +44,46 @@ def test_names_are_those_of_recipes_and_configs():
     assert tuple(head.name for head in heads()) == HEADS
 
 
-@pytest.mark.parametrize("head", heads(), ids=HEADS)
-class TestEveryHead:
-    def test_straight_through_is_the_integers(self, head):
-        z = odd_scores()
-        found = head.straight_through(z)
-        assert torch.equal(found, head.integers(z).float())
+@every_head
+def test_straight_through_is_the_integers(head):
+    z = odd_scores()
+    found = head.straight_through(z)
+    assert torch.equal(found, head.integers(z).float())
 
-    def test_integers_stay_within_the_range(self, head):
-        z = odd_scores(1e4)
-        z[1, :, 1] = torch.nan
-        found = head.integers(z)
-        assert not found.dtype.is_floating_point
-        assert head.low <= found.min()
-        assert found.max() <= head.high
 
-    def test_slope_where_scores_are_clipped(self, head):
-        z = torch.full((1, 8, 3, 4), 20.0).requires_grad_()
-        weights = torch.rand(head.integers(z).shape, generator=torch.Generator().manual_seed(0))
-        (head.straight_through(z, softness=10.0) * weights).sum().backward()
-        assert (z.grad > 0).all()
+@every_head
+def test_integers_stay_within_the_range(head):
+    z = odd_scores(1e4)
+    z[1, :, 1] = torch.nan
+    found = head.integers(z)
+    assert not found.dtype.is_floating_point
+    assert head.low <= found.min()
+    assert found.max() <= head.high
 
-    def test_integer_of_a_region_follows_from_its_own_score(self, head):
-        """Whatever else is in the batch, and however it lies in memory: kernels treat the end of a row otherwise."""
-        z = torch.randn(7, 8, 3, 4, generator=torch.Generator().manual_seed(1)) * 3
-        whole = head.integers(z)
-        assert torch.equal(head.integers(z.contiguous(memory_format=torch.channels_last)), whole)
-        for image in range(len(z)):
-            assert torch.equal(head.integers(z[image : image + 1]), whole[image : image + 1])
 
-    def test_score_map_has_range_and_aggregation(self, head):
-        score_map = head.score_map(head.integers(odd_scores()), RegionGrid.from_axis(1, 1, 0, (3, 4)))
-        assert (score_map.low, score_map.high) == (head.low, head.high)
-        assert score_map.readout is head.pooling
+@every_head
+def test_slope_where_scores_are_clipped(head):
+    z = torch.full((1, 8, 3, 4), 20.0).requires_grad_()
+    weights = torch.rand(head.integers(z).shape, generator=torch.Generator().manual_seed(0))
+    (head.straight_through(z, softness=10.0) * weights).sum().backward()
+    assert (z.grad > 0).all()
+
+
+@every_head
+def test_integer_of_a_region_follows_from_its_own_score(head):
+    """Whatever else is in the batch, and however it lies in memory: kernels treat the end of a row otherwise."""
+    z = torch.randn(7, 8, 3, 4, generator=torch.Generator().manual_seed(1)) * 3
+    whole = head.integers(z)
+    assert torch.equal(head.integers(z.contiguous(memory_format=torch.channels_last)), whole)
+    for image in range(len(z)):
+        assert torch.equal(head.integers(z[image : image + 1]), whole[image : image + 1])
+
+
+@every_head
+def test_score_map_has_range_and_aggregation(head):
+    score_map = head.score_map(head.integers(odd_scores()), RegionGrid.from_axis(1, 1, 0, (3, 4)))
+    assert (score_map.low, score_map.high) == (head.low, head.high)
+    assert score_map.readout is head.pooling
 
 
 def test_attention_weights_are_rounded_exponentials():
@@ -107,31 +117,31 @@ def test_class_scores_are_those_of_plain_integers_with_a_slope():
 def test_attention_pooling_has_no_slack():
     head = AttentionHead(readout_of())
     assert head.slack(odd_scores(), 0.0) is None
-    with pytest.raises(UnsoundError, match="locality is exact"):
-        head.slack(odd_scores(), 1e-6)
+    refused(UnsoundError, "locality is exact", head.slack, odd_scores(), 1e-6)
 
 
-class TestFreeze:
-    def test_it_is_made_once(self):
-        scorer = tiny.attention_scorer()
-        assert scorer.form.pooling is not scorer.form.pooling
-        assert scorer.freeze().form.pooling is scorer.form.pooling
+def test_freeze_once():
+    scorer = tiny.attention_scorer()
+    assert scorer.form.pooling is not scorer.form.pooling
+    assert scorer.freeze().form.pooling is scorer.form.pooling
 
-    @pytest.mark.parametrize("change", ["train", "load_state_dict"])
-    def test_new_weights_are_seen(self, change):
-        scorer = tiny.attention_scorer().freeze()
-        before = scorer.form.pooling
-        if change == "train":
-            scorer.train()
-            scorer.readout.skip.bias.data += 1
-            scorer.eval()
-        else:
-            state = {name: tensor.clone() for name, tensor in scorer.state_dict().items()}
-            state["readout.skip.bias"] += 1
-            scorer.load_state_dict(state)
-        after = scorer.form.pooling
-        assert torch.equal(after.bias, before.bias + 128 * UNITS)
 
-    def test_a_scorer_without_a_readout_has_nothing_to_freeze(self):
-        scorer = tiny.color_model().scorer.freeze()
-        assert scorer.form.pooling is None
+@pytest.mark.parametrize("change", ["train", "load_state_dict"])
+def test_freeze_sees_new_weights(change):
+    scorer = tiny.attention_scorer().freeze()
+    before = scorer.form.pooling
+    if change == "train":
+        scorer.train()
+        scorer.readout.skip.bias.data += 1
+        scorer.eval()
+    else:
+        state = {name: tensor.clone() for name, tensor in scorer.state_dict().items()}
+        state["readout.skip.bias"] += 1
+        scorer.load_state_dict(state)
+    after = scorer.form.pooling
+    assert torch.equal(after.bias, before.bias + 128 * UNITS)
+
+
+def test_freeze_without_a_readout():
+    scorer = tiny.color_model().scorer.freeze()
+    assert scorer.form.pooling is None

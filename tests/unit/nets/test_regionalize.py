@@ -9,6 +9,7 @@ import bagcert
 from bagcert.errors import UnsoundError, UsageError
 from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.regionalize import regionalize
+from tests import refused
 
 SIZE, NAMES = (13, 11), ("a", "b", "c")
 
@@ -130,8 +131,7 @@ def test_layer_with_two_names():
 
 def test_an_average_over_windows_needs_the_image_size():
     module = nn.Sequential(body(), nn.AvgPool2d((5, 4)), nn.Flatten(), nn.Linear(8, 3))
-    with pytest.raises(UsageError, match="give image_size"):
-        regionalize(module)
+    refused(UsageError, "give image_size", regionalize, module)
     assert same_mean(module, regionalize(module, (13, 11)), (13, 11))
     with pytest.raises(UnsoundError, match=r"windows of \(5, 4\), and the map has 6 rows and 4 columns"):
         regionalize(module, (14, 11))  # the same output size, but the last row of the map is dropped
@@ -202,8 +202,7 @@ def test_control_flow_refused():
         def forward(self, x):
             return super().forward(x) if x.sum() > 0 else super().forward(-x)
 
-    with pytest.raises(UsageError, match=r"cannot be traced.*nn\.Conv2d\(channels, classes, 1\)"):
-        regionalize(Branches(POOLS["mean"]))
+    refused(UsageError, r"cannot be traced.*nn\.Conv2d\(channels, classes, 1\)", regionalize, Branches(POOLS["mean"]))
 
 
 @pytest.mark.parametrize(
@@ -223,5 +222,4 @@ def test_control_flow_refused():
     ],
 )
 def test_refusal_of_a_classifier_names_the_cure(module):
-    with pytest.raises(UnsoundError, match=r"bagcert\.regionalize\(module\)"):
-        RegionScorer.from_module(module, NAMES, SIZE)
+    refused(UnsoundError, r"bagcert\.regionalize\(module\)", RegionScorer.from_module, module, NAMES, SIZE)

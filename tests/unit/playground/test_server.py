@@ -7,6 +7,7 @@ import pytest
 
 from bagcert.errors import UsageError
 from bagcert.playground.server import HEADERS, PageServer, Resource
+from tests import refused
 
 RESOURCES = {
     "/": Resource("text/html; charset=utf-8", b"<p>start</p>"),
@@ -115,7 +116,5 @@ def test_listens_on_the_loopback_address_alone(server):
 
 
 def test_a_port_that_is_taken_is_a_users_mistake(server):
-    with pytest.raises(UsageError, match=f"port {server.server_port} is in use"):
-        PageServer(RESOURCES, server.server_port)
-    with pytest.raises(UsageError, match="a port is 0"):
-        PageServer(RESOURCES, 70000)
+    refused(UsageError, f"port {server.server_port} is in use", PageServer, RESOURCES, server.server_port)
+    refused(UsageError, "a port is 0", PageServer, RESOURCES, 70000)

@@ -13,6 +13,7 @@ from bagcert.errors import UsageError
 from bagcert.playground.samples import made_up, sample_pictures
 from bagcert.playground.site import content_type, static_files
 from tests.tiny import color_model
+from tests import refused
 
 STATIC = Path(__file__).parents[3] / "src" / "bagcert" / "playground" / "static"
 VENDOR = STATIC / "vendor"
@@ -80,5 +81,4 @@ def test_samples_without_data_are_made_up_and_fit_the_model():
 
 
 def test_samples_of_no_data_set_are_refused():
-    with pytest.raises(UsageError, match="no dataset"):
-        sample_pictures(color_model(), "no-such-data")
+    refused(UsageError, "no dataset", sample_pictures, color_model(), "no-such-data")

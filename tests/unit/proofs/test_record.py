@@ -22,7 +22,7 @@ from bagcert.proofs.verify import verify_record
 from bagcert.rules import get_rule
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-from tests import tiny
+from tests import refused, tiny
 
 ENVIRONMENT = {"device": "cpu", "backend": "torch", "dtype": "float32", "threads": 1, "versions": {"torch": "2"}}
 PREPROCESSING = Preprocessing((8, 8))
@@ -149,8 +149,7 @@ def test_a_sealed_forgery_has_the_right_form() -> None:
 
 def test_lines_of_a_file_that_is_none(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.jsonl"):
-        with pytest.raises(UnreadableError, match="cannot be read"):
-            list(lines(path))
+        refused(UnreadableError, "cannot be read", list, lines(path))
 
 
 # Files
@@ -214,8 +213,7 @@ def test_a_file_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     _write(path)
     whole = path.read_bytes()
-    with pytest.raises(UsageError, match="already exists; use --resume to continue it or choose another --record"):
-        _file(path)
+    refused(UsageError, "already exists; use --resume to continue it or choose another --record", _file, path)
     other = tiny.color_model()
     other.weights_sha256 = "0" * 64
     for changes, words in (
@@ -227,16 +225,14 @@ def test_a_file_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:
         ({"patches": ["3"]}, "is for vote against 2; this run expects vote against 3"),
         ({"patches": ["9"]}, "is for vote against 2; this run expects vote against 9"),
     ):
-        with pytest.raises(UsageError, match=words):
-            _file(path, resume=True, **changes)
+        refused(UsageError, words, _file, path, resume=True, **changes)
         assert path.read_bytes() == whole
 
 
 def test_a_mistake_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     for changes in ({"rules": ["votes"]}, {"patches": ["five"]}):
-        with pytest.raises(UsageError):
-            _file(path, **changes)
+        refused(UsageError, None, _file, path, **changes)
         assert not path.exists()
     with _file(path):
         pass
@@ -247,8 +243,7 @@ def test_another_file_is_never_cut(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     for content in (b"no newline at the end", b"a line\nanother", b'{"a": 1}\n', b"\n", b"\0" * 40):
         path.write_bytes(content)
-        with pytest.raises(UnreadableError, match="line"):
-            _file(path, resume=True)
+        refused(UnreadableError, "line", _file, path, resume=True)
         assert path.read_bytes() == content
     whole = b"".join(map(to_line, _images()[0]))
     for content in (whole[:100] + whole[101:] + whole, whole.replace(b'"threads":1', b'"threads":2')):
@@ -260,8 +255,7 @@ def test_another_file_is_never_cut(tmp_path: Path) -> None:
     other["image"] |= {"pixels_sha256": "0" * 64}
     for second in (_images()[1][1], seal(other)):
         path.write_bytes(to_line(_images()[0][0]) + to_line(second))
-        with pytest.raises(UnreadableError, match=r"line 2 .* is of another image than the line before"):
-            _file(path, resume=True)
+        refused(UnreadableError, r"line 2 .* is of another image than the line before", _file, path, resume=True)
 
 
 def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,8 +278,7 @@ def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path, monkeypatch: pytest
                 raw.close()
 
         monkeypatch.setattr(file, "_file", Full())
-        with pytest.raises(BagcertError, match=r"r\.jsonl cannot be written: No space left on device"):
-            file.append(_images()[1])
+        refused(BagcertError, r"r\.jsonl cannot be written: No space left on device", file.append, _images()[1])
     assert path.read_bytes()[: len(whole)] == whole
     assert len(path.read_bytes()) == len(whole) + 100
     assert _write(path, resume=True) == ["b.png", "c.png"]

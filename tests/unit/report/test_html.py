@@ -17,7 +17,7 @@ from bagcert.report.explain import MOST_SIDE, sentence, write_explanation
 from bagcert.report.html import render
 from bagcert.report.plots import write_plots
 from bagcert.report.summary import read_inputs
-from tests import tiny
+from tests import refused, tiny
 from tests.unit.report import made
 
 VOID = {"meta", "br"}
@@ -139,5 +139,4 @@ def test_plots_are_written_as_png_and_pdf(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UsageError, match=r"bagcert\[report\]"):
-        write_plots(read_inputs([made.write(tmp_path)]), tmp_path / "plots")
+    refused(UsageError, r"bagcert\[report\]", write_plots, read_inputs([made.write(tmp_path)]), tmp_path / "plots")

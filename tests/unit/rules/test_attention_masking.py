@@ -8,6 +8,7 @@ from bagcert.rules import RULES
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
 from tests.properties import pooling
+from tests import refused
 
 
 def test_rules_agree_with_plain_integers_and_hold_under_attack():
@@ -34,8 +35,7 @@ def small_map():
 @pytest.mark.parametrize("rule", ["vote", "levine-feizi", "robust-masking"])
 def test_linear_rule_refused(rule):
     for ask in (RULES[rule].certify, RULES[rule].predict):
-        with pytest.raises(UsageError, match="attention"):
-            ask(small_map(), PatchThreatModel.parse(2, (8, 8)))
+        refused(UsageError, "attention", ask, small_map(), PatchThreatModel.parse(2, (8, 8)))
 
 
 def test_weight_out_of_range_refused():

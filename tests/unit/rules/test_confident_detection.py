@@ -12,7 +12,7 @@ from bagcert.rules.confident_detection import ROUNDING, alerts, confident_detect
 from bagcert.rules.detection import detection
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-from tests import oracle
+from tests import oracle, refused
 from tests.properties.cases import attacked, build, from_generator
 
 SCALE = 3.0
@@ -108,5 +108,4 @@ def test_values_out_of_range_are_refused(confidence, scale):
     scores = ScoreMap(torch.zeros(1, 2, 1, 4, dtype=torch.int16), 0, 1, grid)
     threat = PatchThreatModel((1, 4), ((1, 1),))
     for function in (confident_detection, alerts):
-        with pytest.raises(UsageError, match="must be"):
-            function(scores, threat, confidence=confidence, scale=scale)
+        refused(UsageError, "must be", function, scores, threat, confidence=confidence, scale=scale)

@@ -9,7 +9,7 @@ from bagcert.rules.detection import detection
 from bagcert.rules.double_masking import double_masking, double_masking_prediction
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-from tests import oracle
+from tests import oracle, refused
 
 GRID = RegionGrid.from_axis(1, 1, 0, (1, 5))
 
@@ -77,8 +77,7 @@ def test_too_many_unions_name_the_vote_rule():
     grid = RegionGrid.from_axis(1, 1, 0, (20, 20))
     score_map = ScoreMap(torch.zeros(1, 2, 20, 20, dtype=torch.int16), 0, 1, grid)
     for rule in (double_masking, double_masking_prediction, detection):
-        with pytest.raises(UsageError, match=r"80,200 unions.*vote rule"):
-            rule(score_map, PatchThreatModel.parse("2*1", (20, 20)))
+        refused(UsageError, r"80,200 unions.*vote rule", rule, score_map, PatchThreatModel.parse("2*1", (20, 20)))
 
 
 def test_an_empty_batch():

@@ -8,6 +8,7 @@ from bagcert.rules import RULES
 from bagcert.rules.largest import covered_px, distinct_sides, largest_certifiable_px, largest_certified_px
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
+from tests import refused
 
 
 def example(grid: RegionGrid) -> ScoreMap:
@@ -88,8 +89,7 @@ def test_allowed_placements():
     threat = PatchThreatModel((6, 6), ((2, 2),), 1, allowed)
     assert covered_px(grid, threat) == 2
     assert covered_px(grid, PatchThreatModel((6, 6), ((3, 3),), 1, allowed)) == 3  # no larger one has room
-    with pytest.raises(UsageError, match="placements"):
-        largest_certified_px(example(grid), "vote", threat=threat)
+    refused(UsageError, "placements", largest_certified_px, example(grid), "vote", threat=threat)
 
 
 def test_two_patches():
@@ -120,10 +120,8 @@ def test_larger_square_certified_where_a_smaller_is_not():
 
 def test_what_is_missing_is_named():
     score_map = example(RegionGrid.from_axis(1, 1, 0, (6, 6)))
-    with pytest.raises(UsageError, match="needs a threat"):
-        largest_certified_px(score_map, "double-masking")
-    with pytest.raises(UsageError, match="unknown rule"):
-        largest_certified_px(score_map, "votes")
+    refused(UsageError, "needs a threat", largest_certified_px, score_map, "double-masking")
+    refused(UsageError, "unknown rule", largest_certified_px, score_map, "votes")
 
 
 def test_a_photo_needs_few_window_sets():

@@ -12,7 +12,7 @@ from bagcert.grid import RegionGrid
 from bagcert.rules.robust_masking import exact_share, robust_masking, robust_masking_prediction
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-from tests import oracle
+from tests import oracle, refused
 from tests.properties.cases import build, from_generator
 
 SHARES = [Fraction(0), Fraction(1, 3), Fraction(1, 2)]
@@ -34,55 +34,61 @@ def one_px(score_map: ScoreMap, patches: int = 1) -> PatchThreatModel:
     return PatchThreatModel(score_map.grid.image_size, ((1, 1),), patches)
 
 
-class TestByHand:
-    def test_every_class_loses_its_strongest_window(self):
-        scores = row([2, 2, 2, 2], [9, 0, 0, 0], [-9, -9, -9, 5])
-        assert scores.predict().item() == 1  # the shout
-        found = robust_masking(scores, one_px(scores))
-        # Of 8 a patch silences 2 and 2 more are masked; class 1 keeps its 9 where the patch is elsewhere.
-        assert (found.prediction.item(), found.margin.item(), found.rule) == (0, 4 - 9, "robust-masking")
-        assert found.worst_placement.tolist() == [[[0, 1, 1, 1]]]
+def test_every_class_loses_its_strongest_window():
+    scores = row([2, 2, 2, 2], [9, 0, 0, 0], [-9, -9, -9, 5])
+    assert scores.predict().item() == 1  # the shout
+    found = robust_masking(scores, one_px(scores))
+    # Of 8 a patch silences 2 and 2 more are masked; class 1 keeps its 9 where the patch is elsewhere.
+    assert (found.prediction.item(), found.margin.item(), found.rule) == (0, 4 - 9, "robust-masking")
+    assert found.worst_placement.tolist() == [[[0, 1, 1, 1]]]
 
-    def test_negative_scores_are_no_evidence(self):
-        scores = row([3, 3, 3, 3], [0, 0, 0, 0], [-9, -9, -9, -9])
-        found = robust_masking(scores, one_px(scores))
-        assert (found.margin.item(), found.certified.item()) == (12 - 3 - 3, True)
 
-    def test_a_tie_goes_to_the_lowest_class(self):
-        assert robust_masking_prediction(row([1, 1, 1], [2, 1, 1]), one_px(row([1, 1, 1], [2, 1, 1]))).item() == 0
-        first, second = row([2, 2, 2], [1, 1, 0]), row([1, 1, 0], [2, 2, 2])
-        assert robust_masking(first, one_px(first)).margin.item() == 0
-        assert robust_masking(second, one_px(second)).margin.item() == -1
+def test_negative_scores_are_no_evidence():
+    scores = row([3, 3, 3, 3], [0, 0, 0, 0], [-9, -9, -9, -9])
+    found = robust_masking(scores, one_px(scores))
+    assert (found.margin.item(), found.certified.item()) == (12 - 3 - 3, True)
 
-    def test_a_share_of_exactly_the_threshold_is_not_masked(self):
-        scores = row([3, 3, 4, 0], [2, 2, 2, 2])
-        for share, masked in ((Fraction(2, 5), False), (Fraction(399_999, 10**6), True)):
-            expected = 1 if masked else 0  # 6 against 8, or 10 against 8
-            assert robust_masking_prediction(scores, one_px(scores), threshold=share).item() == expected
 
-    def test_a_third_is_a_third(self):
-        """In floats 1 / (1 - 1/3) * 4 is below or above 6 by rounding; the bound is 6 exactly."""
-        scores = row([4, 4, 4, 1], [0, 0, 0, 4])
-        found = robust_masking(scores, one_px(scores), threshold=Fraction(1, 3))
-        # at the first window: 9 - 4 = 5 are left of class 0, class 1 may keep 4 / (2/3) = 6
-        assert (found.prediction.item(), found.margin.item()) == (0, 5 - 6)
-        assert found.rule == "robust-masking:1/3"
+def test_a_tie_goes_to_the_lowest_class():
+    assert robust_masking_prediction(row([1, 1, 1], [2, 1, 1]), one_px(row([1, 1, 1], [2, 1, 1]))).item() == 0
+    first, second = row([2, 2, 2], [1, 1, 0]), row([1, 1, 0], [2, 2, 2])
+    assert robust_masking(first, one_px(first)).margin.item() == 0
+    assert robust_masking(second, one_px(second)).margin.item() == -1
 
-    def test_two_patches_cost_two_windows_twice(self):
-        scores = row([3] * 9, [0] * 9)
-        assert robust_masking(scores, one_px(scores)).margin.item() == 27 - 2 * 3
-        found = robust_masking(scores, one_px(scores, 2))
-        assert found.margin.item() == 27 - 4 * 3
-        assert found.worst_placement.shape == (1, 2, 4)
 
-    def test_masks_that_hide_everything_certify_nothing(self):
-        """With nothing left the answer would be class 0 whatever the image: true, and worth nothing."""
-        scores = row([3, 3], [0, 0])
-        assert robust_masking(scores, one_px(scores)).margin.item() == -1
+def test_a_share_of_exactly_the_threshold_is_not_masked():
+    scores = row([3, 3, 4, 0], [2, 2, 2, 2])
+    for share, masked in ((Fraction(2, 5), False), (Fraction(399_999, 10**6), True)):
+        expected = 1 if masked else 0  # 6 against 8, or 10 against 8
+        assert robust_masking_prediction(scores, one_px(scores), threshold=share).item() == expected
 
-    def test_an_empty_batch(self):
-        scores = row([1, 1, 1], [0, 0, 0])[:0]
-        assert robust_masking(scores, one_px(scores)).worst_placement.shape == (0, 1, 4)
+
+def test_a_third_is_a_third():
+    """In floats 1 / (1 - 1/3) * 4 is below or above 6 by rounding; the bound is 6 exactly."""
+    scores = row([4, 4, 4, 1], [0, 0, 0, 4])
+    found = robust_masking(scores, one_px(scores), threshold=Fraction(1, 3))
+    # at the first window: 9 - 4 = 5 are left of class 0, class 1 may keep 4 / (2/3) = 6
+    assert (found.prediction.item(), found.margin.item()) == (0, 5 - 6)
+    assert found.rule == "robust-masking:1/3"
+
+
+def test_two_patches_cost_two_windows_twice():
+    scores = row([3] * 9, [0] * 9)
+    assert robust_masking(scores, one_px(scores)).margin.item() == 27 - 2 * 3
+    found = robust_masking(scores, one_px(scores, 2))
+    assert found.margin.item() == 27 - 4 * 3
+    assert found.worst_placement.shape == (1, 2, 4)
+
+
+def test_masks_that_hide_everything_certify_nothing():
+    """With nothing left the answer would be class 0 whatever the image: true, and worth nothing."""
+    scores = row([3, 3], [0, 0])
+    assert robust_masking(scores, one_px(scores)).margin.item() == -1
+
+
+def test_an_empty_batch():
+    scores = row([1, 1, 1], [0, 0, 0])[:0]
+    assert robust_masking(scores, one_px(scores)).worst_placement.shape == (0, 1, 4)
 
 
 @pytest.mark.parametrize("share", [*SHARES, Fraction(4, 7)])
@@ -152,24 +158,24 @@ def test_a_bound_that_forgets_the_threshold_is_false():
     assert robust_masking(scores, threat).certified.item()  # T = 0 masks whatever the patch adds
 
 
-class TestThreshold:
-    @pytest.mark.parametrize("given", ["1/5", "0.2", Fraction(1, 5)])
-    def test_exact_forms(self, given):
-        assert exact_share(given) == Fraction(1, 5)
+@pytest.mark.parametrize("given", ["1/5", "0.2", Fraction(1, 5)])
+def test_threshold_forms(given):
+    assert exact_share(given) == Fraction(1, 5)
 
-    @pytest.mark.parametrize("given", [0.2, 1, -1, "1", "6/5", "one fifth", "1/0", None, True])
-    def test_others_are_refused(self, given):
-        with pytest.raises(UsageError, match="an exact share such as '1/5', at least 0 and below 1"):
-            exact_share(given)
 
-    def test_a_denominator_beyond_counting_is_refused(self):
-        with pytest.raises(UsageError, match="a denominator of at most 1,000,000"):
-            exact_share(Fraction(0.2))
+@pytest.mark.parametrize("given", [0.2, 1, -1, "1", "6/5", "one fifth", "1/0", None, True])
+def test_threshold_refused(given):
+    refused(UsageError, "an exact share such as '1/5', at least 0 and below 1", exact_share, given)
 
-    def test_scores_beyond_counting_are_refused(self):
-        scores = ScoreMap(torch.zeros(1, 2, 1, 4, dtype=torch.int64), 0, 2**48, line(4))
-        with pytest.raises(UsageError, match="too large for the masking threshold 1/999983"):
-            robust_masking(scores, one_px(scores), threshold="1/999983")
+
+def test_threshold_denominator_refused():
+    refused(UsageError, "a denominator of at most 1,000,000", exact_share, Fraction(0.2))
+
+
+def test_threshold_scores_too_large():
+    scores = ScoreMap(torch.zeros(1, 2, 1, 4, dtype=torch.int64), 0, 2**48, line(4))
+    with pytest.raises(UsageError, match="too large for the masking threshold 1/999983"):
+        robust_masking(scores, one_px(scores), threshold="1/999983")
 
 
 def test_large_scores_are_counted_exactly():

@@ -20,6 +20,7 @@ from bagcert.training.augment import (
     random_resized_crop,
     resized_crop,
 )
+from tests import refused
 
 
 def _images(batch: int = 9, height: int = 6, width: int = 8) -> torch.Tensor:
@@ -115,8 +116,7 @@ def test_channels_last_batches_give_the_same() -> None:
     ],
 )
 def test_bad_arguments_refused(call: Callable[[torch.Tensor], object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        call(_images())
+    refused(UsageError, message, call, _images())
 
 
 @pytest.mark.parametrize("size", [(5, 7), (16, 9), (3, 20), (1, 1)])

@@ -6,6 +6,7 @@ import torch
 
 from bagcert.errors import UsageError
 from bagcert.training.batches import MemoryBatches, Share
+from tests import refused
 
 
 @pytest.mark.parametrize(("batch", "parts", "processes"), [(9, 1, 1), (9, 2, 3), (12, 3, 4), (7, 7, 1), (10, 3, 3)])
@@ -20,8 +21,7 @@ def test_places_of_a_batch_shared(batch: int, parts: int, processes: int) -> Non
 
 
 def test_a_share_without_an_image_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"batch of 9 images is too small for train\.accumulate=4 on 3 processes"):
-        Share(9, 4, 0, 3)
+    refused(UsageError, r"batch of 9 images is too small for train\.accumulate=4 on 3 processes", Share, 9, 4, 0, 3)
 
 
 def test_batches_in_memory_follow_from_seed_and_step() -> None:

@@ -13,7 +13,7 @@ import torch
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.training import checkpoint as run_folder
 from bagcert.training.loop import train
-from tests import tiny
+from tests import refused, tiny
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,8 @@ def test_checkpoint_in_another_form_refused(what: str, checkpoint: Path, folder:
     replaced = change(state)
     torch.save(state if replaced is None else replaced, folder / "checkpoint.pt")
     before = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(UnreadableError, match="is damaged: ") as error:
-        _resume(folder)
-    assert reason in str(error.value)
-    assert str(error.value).isprintable()
+    said = refused(UnreadableError, "is damaged: ", _resume, folder)
+    assert reason in said
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
@@ -89,8 +87,7 @@ def test_checkpoint_of_a_composed_optimizer_refused(tmp_path: Path) -> None:
     state = torch.load(path, weights_only=True)
     state["optimizer"]["muon"]["state"][0]["momentum_buffer"] = torch.zeros(2)
     torch.save(state, path)
-    with pytest.raises(UnreadableError, match="momentum_buffer is not what this run has"):
-        _resume(tmp_path, optimizer__name="muon")
+    refused(UnreadableError, "momentum_buffer is not what this run has", _resume, tmp_path, optimizer__name="muon")
 
 
 def test_compressed_archive_refused(checkpoint: Path, folder: Path) -> None:
@@ -101,8 +98,7 @@ def test_compressed_archive_refused(checkpoint: Path, folder: Path) -> None:
         for part in source.infolist():
             target.writestr(part.filename, source.read(part))
         target.writestr("archive/data/bomb", bytes(1 << 20))
-    with pytest.raises(UnreadableError, match="its parts are larger than the file"):
-        _resume(folder)
+    refused(UnreadableError, "its parts are larger than the file", _resume, folder)
 
 
 def test_code_in_a_checkpoint_not_run(checkpoint: Path, folder: Path) -> None:
@@ -112,25 +108,20 @@ def test_code_in_a_checkpoint_not_run(checkpoint: Path, folder: Path) -> None:
     torch.save(trap, legacy, _use_new_zipfile_serialization=False)
     for content in (archive.getvalue(), legacy.getvalue(), pickle.dumps(trap)):
         (folder / "checkpoint.pt").write_bytes(content)
-        with pytest.raises(UnreadableError, match="is damaged") as error:
-            _resume(folder)
-        assert str(error.value).isprintable()
+        refused(UnreadableError, "is damaged", _resume, folder)
     assert not (folder / "sprung").exists()
 
 
 def test_pipes_and_large_files_refused(checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(folder / "checkpoint.pt")
-    with pytest.raises(UnreadableError, match="not a regular file"):
-        _resume(folder)
+    refused(UnreadableError, "not a regular file", _resume, folder)
     (folder / "checkpoint.pt").unlink()
     (folder / "checkpoint.pt").write_bytes(checkpoint.read_bytes())
     monkeypatch.setattr(run_folder, "MAX_CHECKPOINT_BYTES", 1000)
-    with pytest.raises(UnreadableError, match="more than the limit of 1,000"):
-        _resume(folder)
+    refused(UnreadableError, "more than the limit of 1,000", _resume, folder)
     (folder / "recipe.toml").unlink()
     os.mkfifo(folder / "recipe.toml")
-    with pytest.raises(UsageError, match="another recipe"):
-        _resume(folder)
+    refused(UsageError, "another recipe", _resume, folder)
 
 
 def test_leftovers_of_a_killed_process_removed(checkpoint: Path, folder: Path) -> None:

@@ -6,7 +6,7 @@ from bagcert.errors import UsageError
 from bagcert.grid import RegionGrid
 from bagcert.threat import PatchThreatModel
 from bagcert.training.feasible import require_certifiable
-from tests import tiny
+from tests import refused, tiny
 
 
 def _two_windows_cover(grid: RegionGrid, side: int) -> bool:
@@ -44,5 +44,4 @@ def test_require_certifiable_leaves_other_defenses_alone() -> None:
     threat = PatchThreatModel.parse(8, (12, 12))
     for name in ("cross-entropy", "interval-bounds"):
         require_certifiable(tiny.recipe(loss__name=name), grid, threat)
-    with pytest.raises(UsageError, match="no image could ever"):
-        require_certifiable(tiny.recipe(), grid, threat)
+    refused(UsageError, "no image could ever", require_certifiable, tiny.recipe(), grid, threat)

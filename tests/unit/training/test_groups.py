@@ -5,7 +5,7 @@ import pytest
 
 from bagcert.errors import UsageError
 from bagcert.training.groups import groups_of, split_by_group
-from tests import tiny
+from tests import refused, tiny
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -37,10 +37,8 @@ def test_split_by_group_leaves_every_class() -> None:
 
 def test_split_by_group_refuses_one_group_per_class() -> None:
     labels = np.repeat([0, 1], 10)
-    with pytest.raises(UsageError, match="at least two groups"):
-        split_by_group(labels, labels, 0.1, 0)
+    refused(UsageError, "at least two groups", split_by_group, labels, labels, 0.1, 0)
 
 
 def test_groups_of_images_without_names_are_refused() -> None:
-    with pytest.raises(UsageError, match="class folders"):
-        groups_of(tiny.image_set(), "prefix")
+    refused(UsageError, "class folders", groups_of, tiny.image_set(), "prefix")

@@ -70,41 +70,41 @@ def close(found, expected):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-class TestBinaryHead:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-    def test_forward_is_exactly_the_step(self, dtype):
-        z = torch.linspace(-8, 8, 4001, dtype=dtype).view(1, 1, 1, -1)
-        hard = BinaryHead().straight_through(z)
-        assert hard.dtype == dtype
-        assert torch.equal(hard, (z > 0).to(dtype))
-        assert hard.unique().tolist() == [0.0, 1.0]
-
-    def test_backward_is_the_derivative_of_the_sigmoid(self):
-        z = torch.linspace(-6, 6, 101, dtype=torch.float64).view(1, 1, 1, -1).requires_grad_()
-        weight = torch.rand(101, dtype=torch.float64)
-        (BinaryHead().straight_through(z) * weight).sum().backward()
-        sigmoid = 1 / (1 + np.exp(-z.detach().numpy()))
-        np.testing.assert_allclose(z.grad.numpy(), weight.numpy() * sigmoid * (1 - sigmoid), rtol=1e-12)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_binary_head_forward_is_the_step(dtype):
+    z = torch.linspace(-8, 8, 4001, dtype=dtype).view(1, 1, 1, -1)
+    hard = BinaryHead().straight_through(z)
+    assert hard.dtype == dtype
+    assert torch.equal(hard, (z > 0).to(dtype))
+    assert hard.unique().tolist() == [0.0, 1.0]
 
 
-class TestMarginLoss:
-    @pytest.mark.parametrize("binary", [True, False])
-    @pytest.mark.parametrize("margin", [0.1, 0.4, 1.0])
-    def test_it_is_the_hinge_on_the_smallest_lead(self, binary, margin):
-        scores = scores_of(binary=binary)
-        expected = []
-        for image, label in zip(scores, LABELS, strict=True):
-            leads = [(image[label].sum() - image[c].sum()) / (ROWS * COLS) for c in range(CLASSES) if c != label]
-            expected.append(max(0.0, margin - min(leads)))
-        close(losses.margin_loss(*torches(scores), margin), expected)
+def test_binary_head_backward_is_that_of_the_sigmoid():
+    z = torch.linspace(-6, 6, 101, dtype=torch.float64).view(1, 1, 1, -1).requires_grad_()
+    weight = torch.rand(101, dtype=torch.float64)
+    (BinaryHead().straight_through(z) * weight).sum().backward()
+    sigmoid = 1 / (1 + np.exp(-z.detach().numpy()))
+    np.testing.assert_allclose(z.grad.numpy(), weight.numpy() * sigmoid * (1 - sigmoid), rtol=1e-12)
 
-    def test_it_vanishes_from_the_margin_on(self):
-        scores = torch.zeros(1, 2, 4, 5)
-        scores[0, 1].view(-1)[:8] = 1  # a lead of 8 of 20 regions
-        label = torch.tensor([1])
-        assert losses.margin_loss(scores, label, 0.4).item() == pytest.approx(0.0, abs=1e-7)
-        assert losses.margin_loss(scores, label, 0.5).item() == pytest.approx(0.1)
-        assert losses.margin_loss(scores, 1 - label, 0.5).item() == pytest.approx(0.9)
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("margin", [0.1, 0.4, 1.0])
+def test_margin_loss_is_the_hinge_on_the_smallest_lead(binary, margin):
+    scores = scores_of(binary=binary)
+    expected = []
+    for image, label in zip(scores, LABELS, strict=True):
+        leads = [(image[label].sum() - image[c].sum()) / (ROWS * COLS) for c in range(CLASSES) if c != label]
+        expected.append(max(0.0, margin - min(leads)))
+    close(losses.margin_loss(*torches(scores), margin), expected)
+
+
+def test_margin_loss_vanishes_from_the_margin_on():
+    scores = torch.zeros(1, 2, 4, 5)
+    scores[0, 1].view(-1)[:8] = 1  # a lead of 8 of 20 regions
+    label = torch.tensor([1])
+    assert losses.margin_loss(scores, label, 0.4).item() == pytest.approx(0.0, abs=1e-7)
+    assert losses.margin_loss(scores, label, 0.5).item() == pytest.approx(0.1)
+    assert losses.margin_loss(scores, 1 - label, 0.5).item() == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -137,64 +137,62 @@ def check_greedy(scores, windows):
         np.testing.assert_array_equal(found.numpy().astype(bool), greedy_kept(image, label, boxes_of(windows)))
 
 
-class TestTwoWorstWindows:
-    @pytest.mark.parametrize("seed", range(10))
-    @pytest.mark.parametrize("binary", [True, False])
-    @pytest.mark.parametrize("patch", ["1", "2", "1x3", "1x3+3x1"])
-    def test_they_are_the_greedy_ones(self, seed, binary, patch):
-        # Quarters add up exactly, so that ties are ties in both.
-        check_greedy(np.round(scores_of(seed, binary) * 4) / 4, windows_of(patch=patch))
-
-    def test_only_allowed_placements_count(self):
-        allowed = np.zeros((5, 6), dtype=bool)
-        allowed[:3, :3] = True
-        check_greedy(np.round(scores_of(3) * 4) / 4, windows_of(allowed=allowed))
-
-    def test_no_gradient_goes_through_the_choice(self):
-        scores, labels = torches(scores_of())
-        assert not losses.two_worst_windows_removed(scores.requires_grad_(), labels, windows_of()).requires_grad
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("patch", ["1", "2", "1x3", "1x3+3x1"])
+def test_two_worst_windows_are_the_greedy_ones(seed, binary, patch):
+    # Quarters add up exactly, so that ties are ties in both.
+    check_greedy(np.round(scores_of(seed, binary) * 4) / 4, windows_of(patch=patch))
 
 
-class TestDoubleMaskingLoss:
-    @pytest.mark.parametrize(
-        ("full_weight", "smoothing", "temperature"), [(0.3, 0.0, 1.0), (0.0, 0.1, 1.0), (1, 0.1, 7)]
-    )
-    def test_it_is_the_formula(self, full_weight, smoothing, temperature):
-        scores, windows = np.round(scores_of(1) * 4) / 4, windows_of()
-        expected = []
-        for image, label in zip(scores, LABELS, strict=True):
-            kept = greedy_kept(image, label, boxes_of(windows))
-            masked = [temperature * image[c][kept].mean() for c in range(CLASSES)]
-            whole = [temperature * image[c].mean() for c in range(CLASSES)]
-            expected.append(
-                cross_entropy(masked, label, smoothing) + full_weight * cross_entropy(whole, label, smoothing)
-            )
-        arguments = (windows, float(full_weight), smoothing, float(temperature))
-        close(losses.double_masking_loss(*torches(scores), *arguments), expected)
+def test_two_worst_windows_are_allowed():
+    allowed = np.zeros((5, 6), dtype=bool)
+    allowed[:3, :3] = True
+    check_greedy(np.round(scores_of(3) * 4) / 4, windows_of(allowed=allowed))
 
-    def test_it_is_finite_when_two_windows_leave_nothing(self):
-        windows = windows_of(2, 2, patch="3", receptive_field=2)
-        scores, labels = torches(scores_of(rows=2, cols=2))
-        scores.requires_grad_()
-        loss = losses.double_masking_loss(scores, labels, windows)
-        loss.sum().backward()
-        assert loss.isfinite().all()
-        assert scores.grad.isfinite().all()
 
-    @pytest.mark.parametrize("binary", [True, False])
-    def test_a_gradient_step_lowers_it(self, binary):
-        z, labels = torches(scores_of(2))
-        windows = windows_of()
+def test_two_worst_windows_take_no_gradient():
+    scores, labels = torches(scores_of())
+    assert not losses.two_worst_windows_removed(scores.requires_grad_(), labels, windows_of()).requires_grad
 
-        def loss_of(z):
-            return losses.double_masking_loss(BinaryHead().straight_through(z) if binary else z, labels, windows)
 
-        first = loss_of(z).mean().item()
-        for _ in range(20):
-            z = z.detach().requires_grad_()
-            loss_of(z).mean().backward()
-            z = z - (200.0 if binary else 5.0) * z.grad
-        assert loss_of(z).mean().item() < 0.8 * first
+@pytest.mark.parametrize(("full_weight", "smoothing", "temperature"), [(0.3, 0.0, 1.0), (0.0, 0.1, 1.0), (1, 0.1, 7)])
+def test_double_masking_loss_is_the_formula(full_weight, smoothing, temperature):
+    scores, windows = np.round(scores_of(1) * 4) / 4, windows_of()
+    expected = []
+    for image, label in zip(scores, LABELS, strict=True):
+        kept = greedy_kept(image, label, boxes_of(windows))
+        masked = [temperature * image[c][kept].mean() for c in range(CLASSES)]
+        whole = [temperature * image[c].mean() for c in range(CLASSES)]
+        expected.append(cross_entropy(masked, label, smoothing) + full_weight * cross_entropy(whole, label, smoothing))
+    arguments = (windows, float(full_weight), smoothing, float(temperature))
+    close(losses.double_masking_loss(*torches(scores), *arguments), expected)
+
+
+def test_double_masking_loss_where_nothing_is_left():
+    windows = windows_of(2, 2, patch="3", receptive_field=2)
+    scores, labels = torches(scores_of(rows=2, cols=2))
+    scores.requires_grad_()
+    loss = losses.double_masking_loss(scores, labels, windows)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_double_masking_loss_falls(binary):
+    z, labels = torches(scores_of(2))
+    windows = windows_of()
+
+    def loss_of(z):
+        return losses.double_masking_loss(BinaryHead().straight_through(z) if binary else z, labels, windows)
+
+    first = loss_of(z).mean().item()
+    for _ in range(20):
+        z = z.detach().requires_grad_()
+        loss_of(z).mean().backward()
+        z = z - (200.0 if binary else 5.0) * z.grad
+    assert loss_of(z).mean().item() < 0.8 * first
 
 
 @pytest.mark.parametrize("name", ["margin", "smooth-margin", "one-hot", "double-masking"])
@@ -222,26 +220,26 @@ def test_cross_entropy_and_clipped_are_of_mean_scores():
     close(losses.clipped_loss(*torches(40 * scores), 12.0, 0.1), expected)
 
 
-class TestMaskedFeaturesLoss:
-    def test_one_window_is_left_out_of_each_image(self):
-        """Every value is that of one window, and over many draws each window comes up."""
-        scores, windows = scores_of(6), windows_of()
-        boxes = boxes_of(windows)
-        table = np.empty((BATCH, len(boxes)))
-        for image, label in enumerate(LABELS):
-            for number, box in enumerate(boxes):
-                kept = np.array([[(a, b) not in box for b in range(COLS)] for a in range(ROWS)])
-                table[image, number] = cross_entropy(scores[image][:, kept].mean(1), label)
-        masks = losses.window_masks(windows, torch.device("cpu"))
-        generator, seen = torch.Generator().manual_seed(0), set()
-        for _ in range(60):
-            values = losses.masked_features_loss(*torches(scores), masks, generator).numpy()
-            gaps = np.abs(table - values[:, None])
-            assert gaps.min(1).max() < 1e-5
-            seen |= set(gaps.argmin(1).tolist())
-        assert seen == set(range(len(boxes)))
+def test_masked_features_loss_leaves_out_one_window():
+    """Every value is that of one window, and over many draws each window comes up."""
+    scores, windows = scores_of(6), windows_of()
+    boxes = boxes_of(windows)
+    table = np.empty((BATCH, len(boxes)))
+    for image, label in enumerate(LABELS):
+        for number, box in enumerate(boxes):
+            kept = np.array([[(a, b) not in box for b in range(COLS)] for a in range(ROWS)])
+            table[image, number] = cross_entropy(scores[image][:, kept].mean(1), label)
+    masks = losses.window_masks(windows, torch.device("cpu"))
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for _ in range(60):
+        values = losses.masked_features_loss(*torches(scores), masks, generator).numpy()
+        gaps = np.abs(table - values[:, None])
+        assert gaps.min(1).max() < 1e-5
+        seen |= set(gaps.argmin(1).tolist())
+    assert seen == set(range(len(boxes)))
 
-    def test_the_masks_are_the_windows(self):
-        masks = losses.window_masks(windows_of(), torch.device("cpu"))
-        found = [{tuple(place) for place in mask.nonzero().tolist()} for mask in masks]
-        assert found == boxes_of(windows_of())
+
+def test_masked_features_masks_are_the_windows():
+    masks = losses.window_masks(windows_of(), torch.device("cpu"))
+    found = [{tuple(place) for place in mask.nonzero().tolist()} for mask in masks]
+    assert found == boxes_of(windows_of())

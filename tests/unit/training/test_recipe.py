@@ -14,6 +14,7 @@ from bagcert.rules import get_rule
 from bagcert.threat import PatchThreatModel
 from bagcert.training.optimizers import OPTIMIZERS
 from bagcert.training.recipe import OptimizerSection, Recipe, load_recipe, parse_recipe, shipped_recipes
+from tests import refused
 
 
 def _refused(words: list[str], name: object, overrides: tuple[str, ...] = (), error=UsageError) -> None:
@@ -196,17 +197,14 @@ def test_a_recipe_does_not_change() -> None:
 @pytest.mark.timeout(60)
 def test_hostile_files_refused(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_bytes(content)
-    with pytest.raises(BagcertError, match=re.escape(reason)) as error:
-        load_recipe(str(tmp_path / "r.toml"))
-    assert str(error.value).isprintable()
-    assert len(str(error.value)) < 700
+    said = refused(BagcertError, re.escape(reason), load_recipe, str(tmp_path / "r.toml"))
+    assert len(said) < 700
 
 
 def test_hostile_overrides_refused() -> None:
     for text in ("[" * 30_000, "9" * 5000):
-        with pytest.raises(UsageError, match=r"recipe key train\.epochs") as error:
-            load_recipe("digits", [f"train.epochs={text}"])
-        assert len(str(error.value)) < 500
+        said = refused(UsageError, r"recipe key train\.epochs", load_recipe, "digits", [f"train.epochs={text}"])
+        assert len(said) < 500
 
 
 def test_keys_documented() -> None:

@@ -16,6 +16,7 @@ from bagcert.data.photo import Photo
 from bagcert.errors import BagcertError, UnreadableError, UsageError
 from bagcert.training.batches import BatchPart, Share
 from bagcert.training.stream import StreamedBatches, stream_order
+from tests import refused
 
 COUNT, BLOCK = 103, 7
 
@@ -135,12 +136,10 @@ class Blocks:
 
 
 def test_images_refused() -> None:
-    with pytest.raises(UnreadableError, match=r"^image 50 is broken$"):
-        taken(batches(Share(10), 0, Source(broken=(50,))), 11)
+    refused(UnreadableError, r"^image 50 is broken$", taken, batches(Share(10), 0, Source(broken=(50,))), 11)
     with pytest.raises(UsageError, match=r"image 50 has 4x6 px, others 4x5; .*model\.image_size"):
         taken(batches(Share(10), 0, Source(wide=(50,))), 11)
-    with pytest.raises(BagcertError, match=r"^image 50 is broken$"):
-        taken(batches(Share(10), 1, Source(broken=(50,))), 11)
+    refused(BagcertError, r"^image 50 is broken$", taken, batches(Share(10), 1, Source(broken=(50,))), 11)
 
 
 @pytest.mark.filterwarnings("ignore:Got pickle error")

@@ -16,7 +16,7 @@ from bagcert.training.loop import train
 from bagcert.training.objective import make_objective
 from bagcert.training.recipe import Recipe
 from bagcert.training.teacher import TAUGHT_LOSSES, Teacher
-from tests import tiny
+from tests import refused, tiny
 
 CPU = torch.device("cpu")
 
@@ -122,8 +122,7 @@ def test_teacher_outweighs_wrong_labels(tmp_path: Path) -> None:
     ],
 )
 def test_teacher_refused(taught: dict[str, Path], arguments: dict, changes: dict, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        Teacher(_recipe(taught["sum"], **changes).loss, _student(**arguments), CPU)
+    refused(UsageError, words, Teacher, _recipe(taught["sum"], **changes).loss, _student(**arguments), CPU)
 
 
 def test_unknown_teacher_refused(tmp_path: Path) -> None:

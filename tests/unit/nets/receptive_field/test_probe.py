@@ -9,6 +9,7 @@ from bagcert.errors import UnsoundError, UsageError
 from bagcert.grid import RegionGrid
 from bagcert.nets.receptive_field.derive import derive_grid
 from bagcert.nets.receptive_field.probe import check_locality, probe_grid
+from tests import refused
 
 
 def small_net():
@@ -61,8 +62,7 @@ def test_integer_outputs_are_compared():
     assert measured.receptive_field == (3, 3)
     report = check_locality(net, (6, 7), derive_grid(net, (6, 7)))  # 4 + 5 region lines: the cheaper check
     assert report.measured is None
-    with pytest.raises(UnsoundError, match="reaches beyond"):
-        check_locality(net, (6, 7), RegionGrid(np.eye(4, 6), np.eye(5, 7)))
+    refused(UnsoundError, "reaches beyond", check_locality, net, (6, 7), RegionGrid(np.eye(4, 6), np.eye(5, 7)))
 
 
 def test_a_local_net_does_not_leak():
@@ -106,8 +106,7 @@ def test_grid_that_declares_a_pixel_too_few_refused(net, size, pixel, batch_size
 def test_a_leak_is_named():
     net = Leak(hide=False)
     declared = derive_grid(net.body, (8, 8))
-    with pytest.raises(UnsoundError, match="scores of region row 0 depend on pixel row 3"):
-        check_locality(net, (8, 8), declared)
+    refused(UnsoundError, "scores of region row 0 depend on pixel row 3", check_locality, net, (8, 8), declared)
 
 
 def test_leak_that_hides_nan_measured():
@@ -128,8 +127,7 @@ def test_batch_norm_in_train_mode_leaks_only_as_is():
     declared = derive_grid(net, size)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     assert check_locality(net, size, declared).largest_leak == 0.0
-    with pytest.raises(UnsoundError, match="batch norm in train mode"):
-        check_locality(net, size, declared, as_is=True)
+    refused(UnsoundError, "batch norm in train mode", check_locality, net, size, declared, as_is=True)
     assert net.training
     assert net[1].training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -137,27 +135,21 @@ def test_batch_norm_in_train_mode_leaks_only_as_is():
 
 def test_group_norm_leaks():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
-    with pytest.raises(UnsoundError, match="reaches beyond"):
-        check_locality(net, (8, 8), derive_grid(net[:1], (8, 8)))
+    refused(UnsoundError, "reaches beyond", check_locality, net, (8, 8), derive_grid(net[:1], (8, 8)))
 
 
 def test_grids_and_patches_of_another_size_refused():
     net = nn.Conv2d(3, 2, 3)
-    with pytest.raises(UnsoundError, match=r"map of \(6, 6\)"):
-        check_locality(net, (8, 8), derive_grid(nn.Conv2d(3, 2, 2), (8, 8)))
-    with pytest.raises(UsageError, match="declared grid is for"):
-        check_locality(net, (8, 9), derive_grid(net, (8, 8)))
-    with pytest.raises(UsageError, match="does not fit"):
-        check_locality(net, (8, 8), derive_grid(net, (8, 8)), patch=(9, 1))
+    refused(UnsoundError, r"map of \(6, 6\)", check_locality, net, (8, 8), derive_grid(nn.Conv2d(3, 2, 2), (8, 8)))
+    refused(UsageError, "declared grid is for", check_locality, net, (8, 9), derive_grid(net, (8, 8)))
+    refused(UsageError, "does not fit", check_locality, net, (8, 8), derive_grid(net, (8, 8)), patch=(9, 1))
 
 
 def test_other_outputs_refused():
-    with pytest.raises(UsageError, match="one map"):
-        probe_grid(nn.Flatten(), (8, 8))
+    refused(UsageError, "one map", probe_grid, nn.Flatten(), (8, 8))
     broken = nn.Conv2d(3, 2, 3)
     nn.init.constant_(broken.weight, float("nan"))
-    with pytest.raises(UsageError, match="NaN"):
-        probe_grid(broken, (8, 8))
+    refused(UsageError, "NaN", probe_grid, broken, (8, 8))
 
 
 def test_map_size_that_depends_on_pixels_refused():
@@ -166,5 +158,4 @@ def test_map_size_that_depends_on_pixels_refused():
             return x[..., 1:] if bool((x > 2).any()) else x
 
     grid = RegionGrid(np.eye(8, dtype=bool), np.eye(8, dtype=bool))
-    with pytest.raises(UnsoundError, match="size depends on the pixels"):
-        check_locality(Shrinking(), (8, 8), grid)
+    refused(UnsoundError, "size depends on the pixels", check_locality, Shrinking(), (8, 8), grid)

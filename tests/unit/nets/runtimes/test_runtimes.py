@@ -14,7 +14,7 @@ from bagcert.io import optional
 from bagcert.locality.cache import report_key
 from bagcert.nets import runtimes
 from bagcert.nets.runtimes import RUNNERS, Runner, fastest_backend, get_runner, installed_backends, onnx_graph
-from tests import tiny
+from tests import refused, tiny
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,7 @@ class Fake(Runner):
 def test_locality_is_measured_where_it_is_computed():
     model = tiny.color_model(size=(6, 6))
     model.scorer.runner = Fake(model.scorer)
-    with pytest.raises(UnsoundError, match="scores outside a patch's reach moved"):
-        model.check_locality()
+    refused(UnsoundError, "scores outside a patch's reach moved", model.check_locality)
     model.scorer.runner.leak = 0.0
     assert model.check_locality().locality.backend == "fake"
 
@@ -171,18 +170,15 @@ def test_signals_after_a_thread_dropped_the_model(name):
 
 
 def test_backends_refused():
-    with pytest.raises(UsageError, match="unknown backend 'onnxruntme'; did you mean onnxruntime"):
-        load("digits", backend="onnxruntme")
+    refused(UsageError, "unknown backend 'onnxruntme'; did you mean onnxruntime", load, "digits", backend="onnxruntme")
     with pytest.raises(UsageError, match=r"^unknown backend 'openvino'; choose from torch, onnxruntime$"):
         load("digits", backend="openvino")
     scorer = tiny.color_model().scorer
     assert get_runner("torch", scorer) is None
-    with pytest.raises(UsageError, match="runs on the CPU, got the device meta"):
-        get_runner("onnxruntime", scorer.to("meta"))
+    refused(UsageError, "runs on the CPU, got the device meta", get_runner, "onnxruntime", scorer.to("meta"))
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    with pytest.raises(UsageError, match="computes in float32"):
-        load("digits", dtype="bfloat16", backend="onnxruntime")
+    refused(UsageError, "computes in float32", load, "digits", dtype="bfloat16", backend="onnxruntime")
 
 
 def test_the_fastest_of_what_is_there(monkeypatch):
