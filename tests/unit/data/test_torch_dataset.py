@@ -71,7 +71,7 @@ def test_targets_and_classes_spare_a_pass() -> None:
     ],
 )
 def test_other_items_are_refused(item: object, message: str) -> None:
-    refused(UsageError, message, from_torch(_Items([item])).array)
+    refused(UsageError, message, lambda: from_torch(_Items([item])).array())
 
 
 def test_what_is_no_dataset_is_refused() -> None:
