@@ -12,8 +12,8 @@ import bagcert
 from bagcert.defenses.bagcert import shipped_models
 from bagcert.errors import UnreadableError, UnsoundError
 from bagcert.nets.saved_model import CONFIG, WEIGHTS
-from tests.properties.hostile import count
 from tests import refused
+from tests.properties.hostile import count
 
 GRAY = float(np.float32(128) / np.float32(255))
 

@@ -4,9 +4,9 @@ import pytest
 
 from bagcert.errors import BagcertError
 from bagcert.nets.region_scorer import RegionScorer
+from tests import refused
 from tests.properties.escapes import STATISTICS
 from tests.properties.networks import CLASSES, SIZE, Program, count, leaks
-from tests import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

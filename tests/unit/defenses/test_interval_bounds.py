@@ -13,8 +13,8 @@ from bagcert.defenses.interval_layers import Box, flat_layers, margin_bounds, th
 from bagcert.errors import UsageError
 from bagcert.nets.region_scorer import Normalize
 from bagcert.threat import PatchThreatModel
-from tests.unit.defenses import masking
 from tests import refused
+from tests.unit.defenses import masking
 
 
 def bounds(model, patch="1", **options):

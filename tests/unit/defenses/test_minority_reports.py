@@ -10,8 +10,8 @@ from torch import nn
 from bagcert.defenses.minority_reports import MinorityReports
 from bagcert.errors import UsageError
 from bagcert.threat import PatchThreatModel
-from tests.unit.defenses import masking
 from tests import refused
+from tests.unit.defenses import masking
 
 
 class Corner(nn.Module):

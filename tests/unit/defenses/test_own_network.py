@@ -18,8 +18,8 @@ from bagcert.nets.region_scorer import RegionScorer
 from bagcert.nets.runtimes.onnx_graph import network_key
 from bagcert.nets.saved_model import CONFIG, GRAPH, WEIGHTS, ModelConfig
 from bagcert.threat import PatchThreatModel
-from tests.command import run
 from tests import refused
+from tests.command import run
 
 pytestmark = pytest.mark.slow
 

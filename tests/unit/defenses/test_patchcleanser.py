@@ -8,8 +8,8 @@ from torch import nn
 from bagcert.defenses.patchcleanser import PatchCleanser
 from bagcert.errors import UsageError
 from bagcert.threat import PatchThreatModel
-from tests.unit.defenses import masking
 from tests import refused
+from tests.unit.defenses import masking
 
 
 class Counting(nn.Module):

@@ -13,8 +13,8 @@ from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation.compare import compare, mcnemar_p_value
 from bagcert.evaluation.image_records import read_image_records
 from bagcert.records import ImageRecord, Record
-from tests.command import check_mistake, run
 from tests import refused
+from tests.command import check_mistake, run
 
 
 def record(index: int, label: int, *verdicts: tuple[str, str, int, bool]) -> ImageRecord:

@@ -12,8 +12,8 @@ from bagcert.data import load_dataset
 from bagcert.errors import UsageError
 from bagcert.playground.samples import made_up, sample_pictures
 from bagcert.playground.site import content_type, static_files
-from tests.tiny import color_model
 from tests import refused
+from tests.tiny import color_model
 
 STATIC = Path(__file__).parents[3] / "src" / "bagcert" / "playground" / "static"
 VENDOR = STATIC / "vendor"

@@ -12,8 +12,8 @@ from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation.gallery import chosen, edges, turned
 from bagcert.evaluation.gallery_file import gallery_path, read_gallery, write_gallery
 from bagcert.report.summary import KINDS, confusion, margins, patch_curves, per_class, read_inputs, read_run
-from tests.unit.report import made
 from tests import refused
+from tests.unit.report import made
 
 
 def test_the_figures_are_those_of_the_records(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from bagcert.grid import RegionGrid
 from bagcert.rules import RULES
 from bagcert.scores import ScoreMap
 from bagcert.threat import PatchThreatModel
-from tests.properties import pooling
 from tests import refused
+from tests.properties import pooling
 
 
 def test_rules_agree_with_plain_integers_and_hold_under_attack():

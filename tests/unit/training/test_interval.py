@@ -1,6 +1,5 @@
 """The training loss on interval bounds against the certificates it trains for."""
 
-import pytest
 import torch
 from torch import nn
 
