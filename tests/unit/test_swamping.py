@@ -4,6 +4,8 @@ The net here hands its output to the attacker: where red and green differ by nea
 infinities of both signs, or a product with a subnormal weight; neighboring pixels of both kinds cancel to NaN.
 """
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
@@ -165,10 +167,8 @@ def test_in_bfloat16_they_stand_or_the_model_is_refused(swamp, head):
 @pytest.mark.parametrize("head", ["fixed-point", "binary"])
 def test_huge_finite_scores_in_bfloat16(head):
     model = swamped_model((1.0, (1.0, 1e10, -1e10)), 1e18, head, torch.bfloat16)
-    try:
+    with suppress(UnsoundError):  # where kernels multiply neighbors by zero, which finite scores survive
         model.check_locality()
-    except UnsoundError:  # this CPU's kernels multiply neighbors by zero, which finite scores survive
-        pass
     attempts, z = holds(model, head)
     assert attempts > 400
     assert z.abs().max() > 1e27
