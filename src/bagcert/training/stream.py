@@ -9,6 +9,7 @@ The images of a batch are divided by the position of their blocks in the epoch, 
 of one process, or by two neighboring ones.
 """
 
+import pickle
 import signal
 from collections.abc import Callable, Generator, Iterator
 
@@ -84,8 +85,16 @@ class StreamedBatches:
             UsageError: it has another size, or the images cannot be handed to workers.
         """
         readers = max(1, self.workers)
+        decoder = _Decoder(self.images, self.prepare, self.size)
+        if self.workers:  # found out here, because a loader that fails to start waits ten seconds for its workers
+            try:
+                pickle.Pickler(_Nowhere()).dump(decoder)
+            except (AttributeError, TypeError, pickle.PicklingError) as error:
+                raise UsageError(
+                    f"{self.images.name} cannot be handed to workers that decode it ({error}); set data.workers=0"
+                ) from None
         loader = DataLoader(
-            _Decoder(self.images, self.prepare, self.size),
+            decoder,
             batch_sampler=_Tasks(self, step, readers),  # type: ignore[arg-type]  # a task is an array, not a list
             num_workers=self.workers,
             collate_fn=_as_they_are,
@@ -94,12 +103,7 @@ class StreamedBatches:
             multiprocessing_context="spawn" if self.workers else None,
             pin_memory=self.device.type == "cuda",
         )
-        try:
-            answers = iter(loader)
-        except (AttributeError, TypeError) as error:  # what pickle raises, beside its own
-            raise UsageError(
-                f"{self.images.name} cannot be handed to workers that decode it ({error}); set data.workers=0"
-            ) from None
+        answers = iter(loader)
         while True:
             # Tasks are distributed and returned round-robin, so a step has one task per reader.
             found = [next(answers) for _ in range(readers)]
@@ -142,6 +146,13 @@ class _Tasks:
 
     def __iter__(self) -> Iterator[Task]:
         return self.batches.tasks(self.step, self.readers)
+
+
+class _Nowhere:
+    """A file that keeps nothing."""
+
+    def write(self, data: bytes) -> int:
+        return len(data)
 
 
 class _Decoder(Dataset):

@@ -142,7 +142,6 @@ def test_images_refused() -> None:
     refused(BagcertError, r"^image 50 is broken$", taken, batches(Share(10), 1, Source(broken=(50,))), 11)
 
 
-@pytest.mark.filterwarnings("ignore:Got pickle error")
 def test_images_that_cannot_be_pickled_refused() -> None:
     with pytest.raises(UsageError, match=r"data\.workers=0"):
         taken(batches(Share(10), 1, lambda row: Photo(np.zeros((4, 5, 3), dtype=np.uint8))), 1)
