@@ -37,7 +37,7 @@ def compare(
     Uses McNemar's exact test and a paired bootstrap, for clean and certified accuracy.
     """
     from bagcert.evaluation.compare import compare as run
-    from bagcert.evaluation.image_records import read_image_records
+    from bagcert.evaluation.results_files import read_image_records
 
     rules = rule or []
     if len(rules) > 2:

@@ -17,7 +17,7 @@ from jaxtyping import Int16, UInt8
 from pydantic import BaseModel, ConfigDict, Field
 
 from bagcert.errors import UnreadableError
-from bagcert.io.files import open_regular, write_atomically
+from bagcert.io.files import open_regular
 from bagcert.nets.saved_model import first_line
 
 MOST_PICTURES = 32
@@ -110,11 +110,6 @@ def gallery_bytes(gallery: Gallery) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
-
-
-def write_gallery(gallery: Gallery, path: Path) -> None:
-    """Writes a gallery file atomically."""
-    write_atomically(path, gallery_bytes(gallery))
 
 
 def read_gallery(path: Path) -> Gallery:

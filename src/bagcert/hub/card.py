@@ -1,19 +1,14 @@
 """The model card on the hub: measured results, threat model and limitations."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from bagcert.errors import UnreadableError, cleaned, sanitize
-from bagcert.io.files import read_regular
+from bagcert.evaluation.results_files import RESULTS, read_results
 from bagcert.nets.saved_model import ModelConfig
-from bagcert.records import SCHEMA_VERSION, Row, RunInfo
+from bagcert.records import Row, RunInfo
 from bagcert.rules import get_rule
 
-RESULTS = "results.json"
-MAX_RESULTS_BYTES = 1 << 22
 MOST_CLASS_NAMES = 50
 MOST_CHARACTERS = 200  # of one name
 
@@ -48,7 +43,7 @@ LIMITS = """\
 - Availability: an attacker can prevent an image from being certified, so plan for images without a certificate."""
 
 
-def read_results(folder: Path, weights_sha256: str) -> RunInfo | None:
+def measured_results(folder: Path, weights_sha256: str) -> RunInfo | None:
     """Reads the evaluation next to the weights; None if there is none.
 
     Raises:
@@ -56,24 +51,9 @@ def read_results(folder: Path, weights_sha256: str) -> RunInfo | None:
     """
     path = folder / RESULTS
     try:
-        values = json.loads(read_regular(path, MAX_RESULTS_BYTES).decode())
-        run = TypeAdapter(RunInfo).validate_python(values)
+        run = read_results(path)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        reason = error.errors()[0]["msg"].lower() if isinstance(error, ValidationError) else error
-        raise UnreadableError(f"{path} is not the JSON of an evaluation: {sanitize(reason)}") from None
-    if run.schema_version != SCHEMA_VERSION:
-        raise UnreadableError(f"{path} has schema version {run.schema_version}, expected {SCHEMA_VERSION}")
-    for row in run.results:
-        intervals = [row.interval95.get(name, []) for name in ("clean_accuracy", "certified_accuracy")]
-        if any(len(bounds) != 2 for bounds in intervals):
-            raise UnreadableError(f"{path}: the row against {sanitize(row.threat)} has no 95 % intervals")
-        shares = (row.clean_accuracy, row.certified_accuracy, *intervals[0], *intervals[1])
-        if not all(0 <= share <= 1 for share in shares):  # NaN is not, either
-            raise UnreadableError(f"{path}: the row against {sanitize(row.threat)} has shares outside 0 to 1")
     if run.weights_sha256 != weights_sha256:
         raise UnreadableError(
             f"{path} is an evaluation of other weights ({sanitize(run.weights_sha256, 12)}) than those beside it "

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bagcert.defenses.bagcert import model_folder
-from bagcert.hub.card import read_results
+from bagcert.hub.card import measured_results
 from bagcert.nets.cost import multiply_adds
 from bagcert.nets.saved_model import WEIGHTS, read_model, weights_sha256
 
@@ -48,7 +48,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
-    run = read_results(folder, weights_sha256(folder))
+    run = measured_results(folder, weights_sha256(folder))
     if run is None:
         return []
     return [{**row, "data": run.data, "split": run.split, "images": run.images} for row in run.to_dict()["results"]]

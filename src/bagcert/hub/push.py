@@ -13,7 +13,8 @@ from pathlib import Path
 
 from bagcert.defenses.bagcert import model_folder
 from bagcert.errors import BagcertError, UnreadableError, UsageError, reason_of, sanitize
-from bagcert.hub.card import MAX_RESULTS_BYTES, RESULTS, model_card, read_results
+from bagcert.evaluation.results_files import MAX_RESULTS_BYTES, RESULTS
+from bagcert.hub.card import measured_results, model_card
 from bagcert.io.files import read_regular, write_atomically
 from bagcert.nets.saved_model import CONFIG, MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES, WEIGHTS, read_model, weights_sha256
 from bagcert.training.checkpoint import METRICS, RECIPE
@@ -51,7 +52,7 @@ def prepare(model: str | Path, repo_id: str) -> dict[str, bytes]:
     folder = model_folder(model)
     _, config = read_model(folder)
     sha256 = weights_sha256(folder)
-    results = read_results(folder, sha256)
+    results = measured_results(folder, sha256)
     files: dict[str, bytes] = {}
     for name, limit in _LIMITS.items():
         try:

@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from bagcert.errors import UnreadableError, UsageError, sanitize
 from bagcert.evaluation.gallery_file import Gallery, gallery_path, read_gallery
-from bagcert.evaluation.image_records import read_image_records
+from bagcert.evaluation.results_files import RESULTS, read_image_records, read_results
 from bagcert.io.files import read_input
 from bagcert.records import ImageRecord, RunInfo
 
-CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
+CONFIG, METRICS = "config.json", "metrics.jsonl"
 MAX_JSON_BYTES = 1 << 26
 MAX_METRICS_BYTES = 1 << 26
 KINDS = ("right and certified", "right, not certified", "wrong")
-
-_RUN = TypeAdapter(RunInfo)
 
 
 def patch_title(patches: Iterable[str]) -> str:
@@ -108,7 +105,12 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
 
 def read_run(path: Path) -> Run:
     """Reads the results of an evaluation, and its records and gallery if they exist."""
-    info = _info(path)
+    try:
+        info = read_results(path)
+    except FileNotFoundError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None
+    if not info.results or info.images < 1:
+        raise UnreadableError(f"{path} holds no results")
     beside = path.with_suffix(".records.jsonl")
     records = read_image_records(beside) if beside.exists() else None
     gallery = read_gallery(gallery_path(path)) if records and gallery_path(path).exists() else None
@@ -221,30 +223,6 @@ def patch_curves(runs: Sequence[Run]) -> tuple[list[str], dict[str, dict[str, tu
             low, high = row.interval95["certified_accuracy"]
             curves.setdefault(name, {})[row.threat] = (100 * row.certified_accuracy, 100 * low, 100 * high)
     return sorted(area, key=lambda threat: area[threat]), curves
-
-
-def _info(path: Path) -> RunInfo:
-    text = read_input(path, MAX_JSON_BYTES)
-    values = _json(text, str(path))
-    if not isinstance(values, dict) or "results" not in values:
-        raise UnreadableError(f"{path} is not the JSON of an evaluation, as bagcert evaluate --out writes it")
-    try:
-        info = _RUN.validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UnreadableError(
-            f"{path} is not the JSON of an evaluation: {sanitize(where)}: {sanitize(first['msg'].lower())}"
-        ) from None
-    if not info.results or info.images < 1:
-        raise UnreadableError(f"{path} holds no results")
-    for row in info.results:
-        shares = [row.clean_accuracy, row.certified_accuracy, *map(float, row.interval95.get("certified_accuracy", ()))]
-        if len(shares) != 4 or not all(0 <= share <= 1 for share in shares):
-            raise UnreadableError(f"{path}: an accuracy of {sanitize(row.rule)} or its interval is not within 0 and 1")
-        if row.patch is not None and (len(row.patch) != 2 or min(row.patch) < 1):
-            raise UnreadableError(f"{path}: a patch is [height, width], got {sanitize(row.patch)}")
-    return info
 
 
 def _json(text: bytes, what: str) -> Any:

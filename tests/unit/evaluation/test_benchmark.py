@@ -9,7 +9,7 @@ from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation import benchmark as benchmarking
 from bagcert.evaluation.benchmark import LARGE, SMALL, benchmark, width_for
 from bagcert.evaluation.compare import compare
-from bagcert.evaluation.image_records import read_image_records
+from bagcert.evaluation.results_files import read_image_records
 from bagcert.nets import get_architecture
 from bagcert.nets.saved_model import WEIGHTS, weights_sha256
 from bagcert.training.loop import train

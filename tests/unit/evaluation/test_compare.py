@@ -11,7 +11,7 @@ import pytest
 
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation.compare import compare, mcnemar_p_value
-from bagcert.evaluation.image_records import read_image_records
+from bagcert.evaluation.results_files import read_image_records
 from bagcert.records import ImageRecord, Record
 from tests import refused
 from tests.command import check_mistake, run

@@ -10,7 +10,8 @@ import yaml
 
 from bagcert.defenses.bagcert import shipped_models
 from bagcert.errors import UnreadableError
-from bagcert.hub.card import CITATION, RESULTS, code, model_card, read_results
+from bagcert.evaluation.results_files import RESULTS
+from bagcert.hub.card import CITATION, code, measured_results, model_card
 from bagcert.nets.saved_model import read_config, weights_sha256
 from tests import refused
 
@@ -46,7 +47,7 @@ def _results(folder: Path, **changes: object) -> Path:
 
 
 def test_every_figure_of_the_results_is_in_the_card() -> None:
-    card = model_card(CONFIG, SHA256, read_results(DIGITS, SHA256), "someone/digits")
+    card = model_card(CONFIG, SHA256, measured_results(DIGITS, SHA256), "someone/digits")
     run = json.loads((DIGITS / RESULTS).read_text())
     for row in run["results"]:
         low, high = row["interval95"]["certified_accuracy"]
@@ -71,29 +72,29 @@ def test_a_detection_rule_promises_less() -> None:
 
 
 def test_a_model_without_results_says_so(tmp_path: Path) -> None:
-    assert read_results(tmp_path, SHA256) is None
+    assert measured_results(tmp_path, SHA256) is None
     card = model_card(CONFIG, SHA256, None, "someone/digits")
     assert "**This model has not been evaluated" in card
     assert "%" not in card.replace("95 %", "")
-    empty = read_results(_results(tmp_path, results=[]), SHA256)
+    empty = measured_results(_results(tmp_path, results=[]), SHA256)
     assert "**This model has not been evaluated" in model_card(CONFIG, SHA256, empty, "someone/digits")
 
 
 def test_a_limit_and_unreadable_images_are_told(tmp_path: Path) -> None:
-    run = read_results(_results(tmp_path, limit=360, unreadable=3), SHA256)
+    run = measured_results(_results(tmp_path, limit=360, unreadable=3), SHA256)
     assert "360 images (the first 360 only) of" in model_card(CONFIG, SHA256, run, "someone/digits")
     assert "3 could not be read" in model_card(CONFIG, SHA256, run, "someone/digits")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_is_more_than_a_name(name: str) -> None:
-    results = read_results(DIGITS, SHA256)
+    results = measured_results(DIGITS, SHA256)
     assert results is not None
     results = replace(results, data=name, device=name, results=[replace(results.results[0], threat=name, rule=name)])
     provenance = {"data": name, "device": name, "versions": {name: name}}
     changes = {"name": name, "class_names": [name] * 60, "patch": name, "provenance": provenance}
     config = CONFIG.model_construct(**{**CONFIG.model_dump(), **changes})
-    plain = model_card(CONFIG, SHA256, read_results(DIGITS, SHA256), "someone/digits")
+    plain = model_card(CONFIG, SHA256, measured_results(DIGITS, SHA256), "someone/digits")
     card = model_card(config, SHA256, results, "someone/digits")
     outside = _outside_code(card)
     for part in ("<script", "](", "https://example.org", "alert", "license", "**c**", "100 %", "$x^2$", "&amp;"):
@@ -135,13 +136,13 @@ ROW = json.loads((DIGITS / RESULTS).read_text())["results"][0]
     ],
 )
 def test_results_refused(changes: dict, reason: str, tmp_path: Path) -> None:
-    refused(UnreadableError, reason, read_results, _results(tmp_path, **changes), SHA256)
+    refused(UnreadableError, reason, measured_results, _results(tmp_path, **changes), SHA256)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 5000, "null"])
 def test_results_that_are_no_json_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text(text)
-    refused(UnreadableError, "not the JSON of an evaluation", read_results, tmp_path, SHA256)
+    refused(UnreadableError, "not the JSON of an evaluation", measured_results, tmp_path, SHA256)
 
 
 def test_the_citation_is_that_of_the_repository() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bagcert.evaluation.gallery_file import Gallery, Picture, gallery_path, write_gallery
+from bagcert.evaluation.gallery_file import Gallery, Picture, gallery_bytes, gallery_path
 from bagcert.records import ImageRecord, Record, Row, RunInfo
 
 EVIL = "<script>alert(1)</script>"
@@ -55,5 +55,5 @@ def write(folder: Path, names: tuple[str, ...] = ("red", "green"), **changes: ob
     path = folder / "r.json"
     path.write_text(json.dumps(info(**changes).to_dict()))
     path.with_suffix(".records.jsonl").write_text("".join(one.to_json() + "\n" for one in RECORDS))
-    write_gallery(gallery(names), gallery_path(path))
+    gallery_path(path).write_bytes(gallery_bytes(gallery(names)))
     return path

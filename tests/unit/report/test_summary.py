@@ -10,7 +10,7 @@ import pytest
 
 from bagcert.errors import UnreadableError, UsageError
 from bagcert.evaluation.gallery import chosen, edges, turned
-from bagcert.evaluation.gallery_file import gallery_path, read_gallery, write_gallery
+from bagcert.evaluation.gallery_file import gallery_bytes, gallery_path, read_gallery
 from bagcert.report.summary import KINDS, confusion, margins, patch_curves, per_class, read_inputs, read_run
 from tests import refused
 from tests.unit.report import made
@@ -54,12 +54,12 @@ def test_training_curves_of_a_run_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "not JSON"),
+        ("", "not the JSON of an evaluation"),
         ("[]", "not the JSON of an evaluation"),
         ('{"results": 3}', "not the JSON of an evaluation"),
-        ("[" * 100_000, "not JSON"),
-        (json.dumps(made.info().to_dict()).replace("0.75", "7.5"), "not within 0 and 1"),
-        (json.dumps(made.info().to_dict()).replace("0.75", "NaN"), "not within 0 and 1"),
+        ("[" * 100_000, "not the JSON of an evaluation"),
+        (json.dumps(made.info().to_dict()).replace("0.75", "7.5"), "shares outside 0 to 1"),
+        (json.dumps(made.info().to_dict()).replace("0.75", "NaN"), "shares outside 0 to 1"),
         (json.dumps(made.info(results=[]).to_dict()), "holds no results"),
         (json.dumps(made.info(images=9).to_dict()), "does not belong"),
     ],
@@ -110,14 +110,14 @@ def _npy(array: np.ndarray) -> bytes:
 )
 def test_hostile_galleries_give_one_sentence(name: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "r.gallery.npz"
-    write_gallery(made.gallery(), path)
+    path.write_bytes(gallery_bytes(made.gallery()))
     _replaced(path, name, content)
     refused(UnreadableError, "is not a gallery", read_gallery, path)
 
 
 def test_a_gallery_that_inflates_is_refused_before_it_does(tmp_path: Path) -> None:
     path = tmp_path / "r.gallery.npz"
-    write_gallery(made.gallery(), path)
+    path.write_bytes(gallery_bytes(made.gallery()))
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as parts, parts.open("bomb.npy", "w") as member:
         for _ in range(129):
             member.write(bytes(1 << 20))
