@@ -106,7 +106,7 @@ def recipe(**changes: object) -> Recipe:
     return parse_recipe(values)
 
 
-def stopped_run(folder: Path, after: int, **changes: object) -> Path:
+def stopped_run(folder: Path, after: int, init: Path | None = None, **changes: object) -> Path:
     """A run of `recipe` that dies in the step after `after`, without a chance to save."""
 
     def die(at: Progress) -> None:
@@ -114,7 +114,7 @@ def stopped_run(folder: Path, after: int, **changes: object) -> Path:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        train(recipe(**changes), folder, image_set(), device="cpu", on_progress=die)
+        train(recipe(**changes), folder, image_set(), init=init, device="cpu", on_progress=die)
     return folder
 
 

@@ -32,6 +32,7 @@ class RunFolder:
     Attributes:
         decay_start: the step at which the learning rate of the schedule hold starts to fall; None for other schedules.
             The checkpoint of that step is kept, so that a run can be resumed with more epochs.
+        init: name of the model whose weights the run started from; None for random weights.
         seconds: training time so far, including earlier sessions of a resumed run.
     """
 
@@ -45,6 +46,7 @@ class RunFolder:
         schedule: torch.optim.lr_scheduler.LRScheduler,
         steps: int,
         decay_start: int | None = None,
+        init: str | None = None,
     ) -> None:
         self.folder = folder
         self.recipe = recipe
@@ -55,6 +57,7 @@ class RunFolder:
         self.step = 0
         self.steps = steps
         self.decay_start = decay_start
+        self.init = init
         self.seconds = 0.0
         self._metrics: list[str] = []
 
@@ -145,7 +148,7 @@ class RunFolder:
     def _restore(self, state: Any) -> None:
         """Loads a checkpoint after checking that its structure matches this run."""
         own = self._state()
-        if not isinstance(state, dict) or not {*own, "steps"} <= state.keys():
+        if not isinstance(state, dict) or not own.keys() - {"init"} <= state.keys():  # older ones lack init
             raise ValueError("it is not the state of a run")
         if state["steps"] != self.steps:
             raise UsageError(
@@ -158,6 +161,8 @@ class RunFolder:
         metrics = state["metrics"]
         if not isinstance(metrics, list) or not all(isinstance(line, str) for line in metrics):
             raise ValueError("metrics is not a list of lines")
+        if not isinstance(state.get("init"), str | None):
+            raise ValueError("init is not a name")
         if not 0 <= state["step"] <= self.steps or not 0 <= state["seconds"] < math.inf:
             raise ValueError("step or seconds is out of range")
         self.scorer.load_state_dict(state["model"])
@@ -165,6 +170,7 @@ class RunFolder:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.seconds, self._metrics = state["step"], state["seconds"], metrics
+        self.init = state.get("init")
 
     def log(self, **values: int | float) -> None:
         """Appends a line to the metrics."""
@@ -197,6 +203,7 @@ class RunFolder:
             "step": self.step,
             "steps": self.steps,
             "held_until": self.decay_start,
+            "init": self.init,
             "seconds": self.seconds,
             "metrics": self._metrics,
         }

@@ -144,7 +144,8 @@ def train(
     optimizer = make_optimizer(recipe, network)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(recipe, steps))
     average = AveragedModel(network, multi_avg_fn=moving_average(recipe.train.ema), use_buffers=True)
-    run = RunFolder(out, recipe, network, average, optimizer, schedule, steps, decay_start(recipe, steps))
+    name = None if init is None else init.name
+    run = RunFolder(out, recipe, network, average, optimizer, schedule, steps, decay_start(recipe, steps), name)
     with group.together():
         if group.is_main:
             run.open(resume)
@@ -161,7 +162,7 @@ def train(
         shipping = run.shipping
         if network.head == "fixed-point" and recipe.augment.ablation == "none":
             shipping.scale = scale_of(validation_scores(shipping, images.held_out))
-        source = provenance(sources, accelerator, run.step, steps, run.seconds, limit, init)
+        source = provenance(sources, accelerator, run.step, steps, run.seconds, limit, run.init)
         _write(out, shipping, config, source)
 
     started, seconds_before = time.monotonic(), run.seconds

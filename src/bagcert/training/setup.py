@@ -68,7 +68,7 @@ def provenance(
     steps: int,
     seconds: float,
     limit: int | None,
-    init: Path | None,
+    init: str | None,
 ) -> dict[str, Any]:
     """Returns the provenance of a model, for its config."""
     device = accelerator.device
@@ -79,7 +79,7 @@ def provenance(
         "validation": sources.held_out_by,
         "training_images": len(sources.training),
         "limit": limit,
-        "init": None if init is None else init.name,
+        "init": init,
         "steps": step,
         "steps_planned": steps,
         "device": f"{device.type} ({name})",

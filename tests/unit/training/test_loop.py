@@ -292,6 +292,22 @@ def test_init_lowers_first_loss(whole: Path, tmp_path: Path, monkeypatch: pytest
     assert tuned[0] < fresh[0]
 
 
+def test_init_is_recorded_by_a_resumed_run(whole: Path, tmp_path: Path) -> None:
+    folder = tiny.stopped_run(tmp_path / "tuned", 5, init=whole)
+    train(tiny.recipe(), folder, tiny.image_set(), resume=True, device="cpu")
+    assert read_model(folder)[1].provenance["init"] == whole.name
+    assert read_model(whole)[1].provenance["init"] is None
+
+
+def test_checkpoint_without_init_is_resumed(whole: Path, tmp_path: Path) -> None:
+    checkpoint = tiny.stopped_run(tmp_path, 5) / "checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    del state["init"]  # as version 0.1.0 wrote it
+    torch.save(state, checkpoint)
+    train(tiny.recipe(), tmp_path, tiny.image_set(), resume=True, device="cpu")
+    assert _weights(tmp_path) == _weights(whole)
+
+
 def test_init_keeps_normalization(whole: Path, tmp_path: Path) -> None:
     paler = tiny.image_set(tint=150, seed=4)
     out = train(tiny.recipe(), tmp_path / "tuned", paler, init=whole, device="cpu")
