@@ -56,12 +56,12 @@ def reaches(rows_seen, cols_seen, shapes, allowed=None):
 
 def _first_maximal(line, every):
     """The first line, in order of placement, that contains this one and lies in no other."""
+
+    def within(one, another):
+        return all(b or not a for a, b in zip(one, another, strict=True))
+
     for other in every:
-        contains = all(b or not a for a, b in zip(line, other, strict=True))
-        maximal = not any(
-            third != other and all(b or not a for a, b in zip(other, third, strict=True)) for third in every
-        )
-        if contains and maximal:
+        if within(line, other) and not any(third != other and within(other, third) for third in every):
             return other
     raise AssertionError("every line lies in a maximal one")
 
