@@ -6,30 +6,25 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from bagcert.errors import UnreadableError, sanitize
-from bagcert.io.files import open_regular, read_regular
+from bagcert.io.files import open_regular, read_input
 from bagcert.records import SCHEMA_VERSION, ImageRecord, RunInfo
 
 RESULTS = "results.json"
 """The results of a model, next to its weights."""
-MAX_RESULTS_BYTES = 1 << 26
 MAX_LINE_BYTES = 1 << 24  # limit on the length of a line, enough for about 50,000 verdicts on one image
 
 _RECORD, _RUN = TypeAdapter(ImageRecord), TypeAdapter(RunInfo)
 
 
-def read_results(path: Path) -> RunInfo:
-    """Reads a results file. It may hold no rows.
+def read_results(path: Path, limit_bytes: int) -> RunInfo:
+    """Reads a results file of at most `limit_bytes`. It may hold no rows.
 
     Raises:
-        FileNotFoundError: there is no such file.
         UnreadableError: the file cannot be read, or is not what `bagcert evaluate --out` writes.
     """
+    text = read_input(path, limit_bytes)
     try:
-        run = _RUN.validate_json(read_regular(path, MAX_RESULTS_BYTES), strict=True)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UnreadableError(f"{path} cannot be read: {error.strerror or error}") from None
+        run = _RUN.validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = sanitize(".".join(map(str, first["loc"])) or "the file")

@@ -9,6 +9,7 @@ from bagcert.nets.saved_model import ModelConfig
 from bagcert.records import Row, RunInfo
 from bagcert.rules import get_rule
 
+MAX_RESULTS_BYTES = 1 << 22
 MOST_CLASS_NAMES = 50
 MOST_CHARACTERS = 200  # of one name
 
@@ -50,10 +51,9 @@ def measured_results(folder: Path, weights_sha256: str) -> RunInfo | None:
         UnreadableError: the file was not written by `bagcert evaluate --out`, or belongs to other weights.
     """
     path = folder / RESULTS
-    try:
-        run = read_results(path)
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    run = read_results(path, MAX_RESULTS_BYTES)
     if run.weights_sha256 != weights_sha256:
         raise UnreadableError(
             f"{path} is an evaluation of other weights ({sanitize(run.weights_sha256, 12)}) than those beside it "

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from bagcert.defenses.bagcert import model_folder
 from bagcert.errors import BagcertError, UnreadableError, UsageError, reason_of, sanitize
-from bagcert.evaluation.results_files import MAX_RESULTS_BYTES, RESULTS
-from bagcert.hub.card import measured_results, model_card
+from bagcert.evaluation.results_files import RESULTS
+from bagcert.hub.card import MAX_RESULTS_BYTES, measured_results, model_card
 from bagcert.io.files import read_regular, write_atomically
 from bagcert.nets.saved_model import CONFIG, MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES, WEIGHTS, read_model, weights_sha256
 from bagcert.training.checkpoint import METRICS, RECIPE

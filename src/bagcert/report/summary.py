@@ -105,10 +105,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
 
 def read_run(path: Path) -> Run:
     """Reads the results of an evaluation, and its records and gallery if they exist."""
-    try:
-        info = read_results(path)
-    except FileNotFoundError as error:
-        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None
+    info = read_results(path, MAX_JSON_BYTES)
     if not info.results or info.images < 1:
         raise UnreadableError(f"{path} holds no results")
     beside = path.with_suffix(".records.jsonl")

@@ -144,8 +144,8 @@ def train(
     optimizer = make_optimizer(recipe, network)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate(recipe, steps))
     average = AveragedModel(network, multi_avg_fn=moving_average(recipe.train.ema), use_buffers=True)
-    name = None if init is None else init.name
-    run = RunFolder(out, recipe, network, average, optimizer, schedule, steps, decay_start(recipe, steps), name)
+    init_name = None if init is None else init.name
+    run = RunFolder(out, recipe, network, average, optimizer, schedule, steps, decay_start(recipe, steps), init_name)
     with group.together():
         if group.is_main:
             run.open(resume)
