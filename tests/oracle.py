@@ -112,7 +112,7 @@ def _window_lines(rows_seen, cols_seen, shapes, allowed):
         masks = _mask_set_within(rows_seen, cols_seen, shapes, allowed)
         return [(tuple(mask.any(1).tolist()), tuple(mask.any(0).tolist())) for mask in masks]
     ((h, w),) = shapes
-    rows, cols = lines(rows_seen, h), lines(cols_seen, w)
+    rows, cols = (list(dict.fromkeys(every)) for every in (lines(rows_seen, h), lines(cols_seen, w)))
     largest = [sorted({_first_maximal(line, every) for line in every}, key=every.index) for every in (rows, cols)]
     return list(product(*largest))
 
